@@ -1,0 +1,46 @@
+# make demo            everything from an empty machine to a scored, exported checkpoint
+# make demo DATA=dir   the same on a folder of images with captions
+# make test            the tests
+#
+# VARIANT=cpu|cuda     which lock to install (default: what the machine has)
+# PIP_ARGS=...         more arguments for pip, e.g. an index that serves PyTorch's CPU build
+# RECIPE=name          another recipe; SET="pretrain.samples=9600 seed=1" changes fields of it
+
+PYTHON  ?= python3.11
+VARIANT ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
+RECIPE  ?= mini
+VENV    := .venv
+BIN     := $(VENV)/bin
+LOCK    := infra/locks/$(VARIANT).txt
+READY   := $(VENV)/.installed-$(VARIANT)
+
+.PHONY: demo test test-unit test-kills up down setup clean
+
+demo: $(READY)
+	@$(BIN)/sd3 demo --recipe $(RECIPE) $(if $(DATA),--data "$(DATA)") $(foreach s,$(SET),--set "$(s)")
+
+test: $(READY)
+	@$(BIN)/python -m pytest
+
+test-unit: $(READY)
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-kills: $(READY)  # kill -9 of every kind of process in every stage; takes about half an hour
+	@$(BIN)/python -m pytest -m kills tests/end_to_end
+
+setup: $(READY)
+
+up down: $(READY)
+	@$(BIN)/sd3 $@
+
+$(READY): $(LOCK) pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed; name a Python 3.11 with PYTHON=/path/to/python"; exit 1; }
+	@echo "installing the $(VARIANT) lock into $(VENV) (once; two to three minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r $(LOCK)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean:
+	@echo "make clean removes the environment only; what runs made is in local/ (rm -r local)"
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,174 @@
+"""The `sd3` command. Exit code 0 only when the thing was done; an error a user can cause is one line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import click
+import typer
+from rich.console import Console
+
+from sd3core.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Training of SD3-class models.")
+console = Console()
+errors = Console(stderr=True)
+
+RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="A shipped recipe's name, or a path that ends in .yaml.")]
+SetOption = Annotated[Optional[list[str]], typer.Option("--set", "-s", help="Changes one field: section.key=value. Repeatable.")]
+
+
+def _say(line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False)
+
+
+@app.command()
+def demo(
+    recipe: RecipeOption = "mini",
+    data: Annotated[Optional[Path], typer.Option("--data", help="A folder of images: name.jpg with name.txt, or a metadata.jsonl.")] = None,
+    set_: SetOption = None,
+) -> None:
+    """The whole chain, from nothing to a scored, exported checkpoint; run again, it goes on where it stopped."""
+    from flows.demo import demo as run_demo
+
+    run_demo(recipe, data, set_ or [], console)
+
+
+@app.command()
+def up() -> None:
+    """Starts the local services: Prefect server, worker, deployments. A second `up` is harmless."""
+    from flows.services import up as start
+
+    services = start(_say)
+    _say(f"UI: {services.ui_url}")
+    _say('in this shell, for the prefect command: eval "$(sd3 env)"')
+
+
+@app.command()
+def down() -> None:
+    """Stops the local services and the runs they started. What the runs made stays; they go on when started again."""
+    from flows.services import down as stop
+
+    stop(_say)
+
+
+@app.command()
+def env() -> None:
+    """Prints the exports that point the `prefect` command at the local services."""
+    import shlex
+
+    from flows.services import environment, require
+
+    for name, value in environment(require()).items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+@app.command()
+def status() -> None:
+    """What runs: the services, and the flow runs that are not finished."""
+    from flows.services import Services, server_answers, use
+
+    services = Services.load()
+    if services is None:
+        _say("services: never started here; `sd3 up` starts them")
+        raise typer.Exit(1)
+    answers = server_answers(services)
+    _say(f"server: {'answers at ' + services.ui_url if answers else 'does not answer'}")
+    _say(f"worker: {'running' if services.worker and services.worker.alive() else 'not running'}")
+    if answers:
+        use(services)
+        from flows.deployments import unfinished_runs
+
+        for line in unfinished_runs():
+            _say(line)
+    if not answers or not (services.worker and services.worker.alive()):
+        _say("`sd3 up` starts what is missing")
+        raise typer.Exit(1)
+
+
+@app.command()
+def deploy(recipe: Annotated[Path, typer.Argument(help="A recipe file; its deployments get the recipe's name.")]) -> None:
+    """Adds deployments of a recipe of your own: `prefect deployment run 'pipeline/NAME'`."""
+    from flows.deployments import add_recipe
+    from flows.services import up as start
+    from sd3core.recipe import load_recipe
+
+    loaded = load_recipe(str(recipe))
+    add_recipe(loaded.name, recipe)
+    start(_say)
+    _say(f"deployed: pipeline/{loaded.name} and its stages")
+
+
+@app.command()
+def plan(recipe: RecipeOption = "mini", set_: SetOption = None) -> None:
+    """Before money is spent: parameters, rows, bytes in the store, memory per GPU at each ZeRO stage, steps, FLOPs, hours."""
+    from flows.plan import print_plan
+    from sd3core.recipe import load_recipe
+
+    print_plan(load_recipe(recipe, set_ or []), console)
+
+
+@app.command()
+def sample(
+    prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    recipe: RecipeOption = "mini",
+    run: Annotated[Optional[str], typer.Option(help="The run to sample from; default: the recipe's.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    height: Annotated[Optional[int], typer.Option(help="px; default: the last phase's side.")] = None,
+    width: Annotated[Optional[int], typer.Option(help="px; default: the last phase's side.")] = None,
+    seed: Annotated[int, typer.Option(help="The first picture's seed; the next take the numbers after it.")] = 0,
+    images: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Euler steps; default: the recipe's.")] = None,
+    guidance: Annotated[Optional[float], typer.Option(min=0.0, help="1 = no guidance; default: the recipe's.")] = None,
+    without: Annotated[Optional[list[str]], typer.Option(help="Leaves an encoder out: clip_l, clip_g or t5. Repeatable.")] = None,
+    weights: Annotated[str, typer.Option(help="ema or live.")] = "ema",
+    set_: SetOption = None,
+) -> None:
+    """Pictures from prompts, from a run's last checkpoint."""
+    from flows.sample import sample_run
+    from sd3core.recipe import load_recipe
+
+    overrides = [*(set_ or []), *([f"run={run}"] if run else [])]
+    sample_run(
+        load_recipe(recipe, overrides),
+        prompts=prompt,
+        out=out,
+        size=(height, width),
+        seed=seed,
+        images=images,
+        steps=steps,
+        guidance=guidance,
+        without=set(without or []),
+        weights=weights,
+        console=console,
+    )
+
+
+@app.command()
+def photographs(folder: Annotated[Path, typer.Argument(help="Where to write them.")]) -> None:
+    """Writes the real photographs that come inside scikit-learn, scikit-image and matplotlib, with captions: data to try `--data` on."""
+    from sd3core.photographs import write_photographs
+
+    written = write_photographs(folder)
+    _say(f"{len(written)} photographs with captions in {folder}")
+
+
+def main() -> None:
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        errors.print(f"sd3: {error}", soft_wrap=True, highlight=False, markup=False)
+        code = 1
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        errors.print("sd3: stopped; the services and the run go on (`sd3 down` ends them)", soft_wrap=True, highlight=False)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Stage 4, encode: text features of every caption once, VAE latents once a resolution. Paper appendix E.1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows import upstream
+from flows.stage import FLOW_OPTIONS, stage
+from flows.tables import shard_table
+from workers.encode import encode_stage
+
+
+@flow(name="encode", **FLOW_OPTIONS)
+def encode(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Square crops for pretraining, aspect buckets for fine-tuning; text serves both."""
+    with stage("encode", recipe, overrides) as run:
+        raw = upstream.raw(run.recipe, run.store)
+        captions = upstream.captions(run.recipe, run.store)
+        towers = upstream.towers(run.recipe, run.store)
+        results = encode_stage(run.recipe, run.store, raw, captions, towers, run.report)
+        return run.finish_parts(results, table=shard_table(run.store, results))

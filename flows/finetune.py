@@ -1,0 +1,25 @@
+"""Stage 6, finetune: higher resolutions, aspect buckets, QK-norm, shifted timesteps. Paper section 5.3.2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows.stage import FLOW_OPTIONS, stage
+from flows.training import merge_phases, train_phase
+from flows.upstream import last_checkpoint
+
+
+@flow(name="finetune", **FLOW_OPTIONS)
+def finetune(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Every fine-tuning phase in order, each from the EMA weights of the one before."""
+    with stage("finetune", recipe, overrides) as run:
+        results = []
+        for index in range(len(run.recipe.finetune)):
+            before = run.recipe.phases()[index][0]
+            results.append(train_phase(run, f"finetune.{index}", init=last_checkpoint(run.recipe, run.store, before)))
+        if not results:
+            start = last_checkpoint(run.recipe, run.store, "pretrain")
+            return run.finish(manifest=start.folder, digest=start.digest, skipped=True, reason="the recipe has no fine-tuning phase", table=[])
+        return run.finish(**merge_phases(results).shown())

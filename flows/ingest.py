@@ -1,0 +1,19 @@
+"""Stage 1, ingest: a folder of images, or the small world, into WebDataset shards with a held-out part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows.stage import FLOW_OPTIONS, stage
+from flows.tables import shard_table
+from workers.ingest import ingest_stage
+
+
+@flow(name="ingest", **FLOW_OPTIONS)
+def ingest(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
+    """`recipe`: a shipped recipe's name or a path. `overrides`: section.key=value."""
+    with stage("ingest", recipe, overrides) as run:
+        result = ingest_stage(run.recipe, run.store, run.report)
+        return run.finish_parts({"raw": result}, table=shard_table(run.store, {"raw": result}))

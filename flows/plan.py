@@ -1,0 +1,170 @@
+"""`sd3 plan`: what a recipe will cost, from its numbers alone, before anything starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sd3core.data.buckets import bucket_sides
+from sd3core.mmdit import MMDiT, MMDiTConfig
+from sd3core.recipe import Recipe, Training
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+RELEASED_WIDTHS = {"clip_l": 768, "clip_g": 1280, "clip_g_pooled": 1280, "t5": 4096}
+ASSUMED_TFLOPS = 400.0  # a GPU's sustained bf16 rate: 40 % of an H100's 989
+GIB, GB = 2**30, 1e9
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One training phase in numbers."""
+
+    key: str
+    parameters: int
+    steps: int
+    samples: int
+    tokens: int  # image and text, of one sample
+    step_flops: float  # forward and backward of the whole global batch
+    latent_bytes: int  # of one sample
+    checkpoint_bytes: int
+    checkpoints: int
+    rank_state_bytes: dict[int, float]  # ZeRO stage -> weights, gradients, fp32 master, both moments, EMA of one rank
+
+    @property
+    def flops(self) -> float:
+        return self.step_flops * self.steps
+
+
+def count_parameters(config: MMDiTConfig) -> int:
+    """Trained parameters, counted on the real module without its memory (meta device)."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in MMDiT(config).parameters())
+
+
+def forward_flops(config: MMDiTConfig, image_tokens: int, text_tokens: int) -> float:
+    """Multiply-adds counted as 2, of one sample: every linear of every block, and the two products of the joint attention."""
+    width = config.hidden_size
+    per_token = 2 * 12 * width**2  # qkv 3, projection 1, MLP 8
+    tokens = image_tokens + text_tokens
+    blocks = config.depth * per_token * tokens - 2 * 9 * width**2 * text_tokens  # the last block's text stream has qkv only
+    modulation = (2 * config.depth - 1) * 2 * 6 * width**2
+    attention = config.depth * 2 * 2 * tokens**2 * width
+    embed = 2 * width * (image_tokens * 2 * 4 * config.latent_channels + text_tokens * config.context_dim)
+    return blocks + modulation + attention + embed
+
+
+def zero_bytes(parameters: int, stage: int, ranks: int, precision: str) -> float:
+    """Bytes of one rank's training state. bf16: weights 2, gradients 2, master 4, moments 8, EMA 4; fp32 has no master of its own.
+
+    ZeRO 1 shards the optimizer and the EMA, 2 the gradients as well, 3 the weights as well (Rajbhandari et al. 2020).
+    """
+    weights, gradients, optimizer = (2, 2, 16) if precision == "bf16" else (4, 4, 12)
+    return parameters * (
+        weights / (ranks if stage >= 3 else 1) + gradients / (ranks if stage >= 2 else 1) + optimizer / (ranks if stage >= 1 else 1)
+    )
+
+
+def plan_phase(recipe: Recipe, key: str, phase: Training) -> PhasePlan:
+    config = recipe.model_config_for(phase)
+    parameters = count_parameters(config)
+    sides = bucket_sides(phase.side_px, phase.aspect_ratios)
+    pixels = max(height * width for height, width in sides)
+    image_tokens = pixels // 256
+    text_tokens = recipe.text.clip_tokens + recipe.text.t5_tokens
+    steps = math.ceil(phase.samples / phase.global_batch)
+    return PhasePlan(
+        key=key,
+        parameters=parameters,
+        steps=steps,
+        samples=phase.samples,
+        tokens=image_tokens + text_tokens,
+        step_flops=3 * phase.global_batch * forward_flops(config, image_tokens, text_tokens),
+        latent_bytes=pixels // 64 * config.latent_channels * BYTES[recipe.encode.latent_dtype],
+        checkpoint_bytes=parameters * 16,  # fp32 weights, two moments, EMA
+        checkpoints=math.ceil(phase.samples / phase.checkpoint_every_samples),
+        rank_state_bytes={stage: zero_bytes(parameters, stage, recipe.compute.train_ranks, phase.precision) for stage in range(4)},
+    )
+
+
+def text_bytes(recipe: Recipe) -> int:
+    """Stored features of one caption at full length (trimmed padding stores less)."""
+    small = recipe.towers.small
+    widths = RELEASED_WIDTHS if small is None else {
+        "clip_l": small.clip_l.width,
+        "clip_g": small.clip_g.width,
+        "clip_g_pooled": small.clip_g.projection,
+        "t5": small.t5.width,
+    }
+    clip = recipe.text.clip_tokens * (widths["clip_l"] + widths["clip_g"]) + widths["clip_l"] + widths["clip_g_pooled"]
+    return (clip + recipe.text.t5_tokens * widths["t5"]) * BYTES[recipe.encode.text_dtype]
+
+
+def print_plan(recipe: Recipe, console: Console) -> None:
+    phases = [plan_phase(recipe, key, phase) for key, phase in recipe.phases()]
+    captions = 1 if recipe.caption.captioner == "none" else 2
+    console.print(f"recipe {recipe.name}: run {recipe.run}, depth {recipe.model.depth}, {phases[0].parameters:,} parameters", highlight=False)
+    _print_phases(recipe, phases, console)
+    _print_storage(recipe, phases, captions, console)
+    _print_time(recipe, phases, console)
+
+
+def _print_phases(recipe: Recipe, phases: list[PhasePlan], console: Console) -> None:
+    table = Table(title="training", box=None, title_justify="left")
+    for column in ("phase", "parameters", "side px", "samples", "batch", "steps", "tokens", "FLOPs/step", "FLOPs"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for (key, phase), plan in zip(recipe.phases(), phases, strict=True):
+        row = (plan.parameters, phase.side_px, plan.samples, phase.global_batch, plan.steps, plan.tokens)
+        table.add_row(key, *(f"{value:,}" for value in row), f"{plan.step_flops:.2e}", f"{plan.flops:.2e}")
+    console.print(table)
+    memory = Table(title=f"training state of one of {recipe.compute.train_ranks} ranks, GiB (activations come on top)", box=None, title_justify="left")
+    for column in ("phase", "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3", "the recipe's"):
+        memory.add_column(column, justify="left" if column == "phase" else "right")
+    for (key, phase), plan in zip(recipe.phases(), phases, strict=True):
+        memory.add_row(key, *(f"{plan.rank_state_bytes[stage] / GIB:,.2f}" for stage in range(4)), f"ZeRO {phase.zero_stage}")
+    console.print(memory)
+
+
+def _print_storage(recipe: Recipe, phases: list[PhasePlan], captions: int, console: Console) -> None:
+    table = Table(title="storage", box=None, title_justify="left")
+    for column in ("what", "a row, kB", "rows", "GB"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    rows = recipe.data.images if recipe.data.source == "small_world" else None
+    parts = [(f"text, {captions} caption(s) a row", captions * text_bytes(recipe))]
+    parts += [(f"latents {plan.key}", plan.latent_bytes) for plan in phases]
+    for what, size in parts:
+        total = f"{rows * size / GB:,.3f}" if rows else f"{size * 1e6 / GB:,.1f} a million rows"
+        table.add_row(what, f"{size / 1e3:,.1f}", f"{rows:,}" if rows else "as the folder has", total)
+    for plan in phases:
+        table.add_row(f"{plan.checkpoints} checkpoint(s) {plan.key}", "", "", f"{plan.checkpoints * plan.checkpoint_bytes / GB:,.3f}")
+    console.print(table)
+
+
+def _print_time(recipe: Recipe, phases: list[PhasePlan], console: Console) -> None:
+    total = sum(plan.flops for plan in phases)
+    if recipe.compute.gpus_per_rank:
+        gpus = recipe.compute.train_ranks * recipe.compute.gpus_per_rank
+        hours = total / (gpus * ASSUMED_TFLOPS * 1e12) / 3600
+        console.print(
+            f"training: {total:.2e} FLOPs, about {hours:,.0f} h on {gpus:,.0f} GPUs at {ASSUMED_TFLOPS:.0f} TFLOP/s each"
+            f" ({hours * gpus:,.0f} GPU hours)",
+            highlight=False,
+        )
+    else:
+        rate = measured_cpu_flops()
+        console.print(f"training: {total:.2e} FLOPs, at least {total / rate / 3600:,.2f} h at this machine's {rate / 1e9:,.0f} GFLOP/s (bf16 matmul, measured now)", highlight=False)
+
+
+def measured_cpu_flops(side: int = 1024, repeats: int = 8) -> float:
+    """This machine's bf16 matmul rate in FLOP/s: the bound that no training step can pass."""
+    import time
+
+    matrix = torch.randn(side, side, dtype=torch.bfloat16)
+    matrix @ matrix
+    started = time.perf_counter()
+    for _ in range(repeats):
+        matrix @ matrix
+    return 2 * side**3 * repeats / (time.perf_counter() - started)

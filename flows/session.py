@@ -1,0 +1,96 @@
+"""What every flow run stands on: the recipe, the store, one lock a run, one Ray session, a record that the process lives."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from prefect import runtime
+
+from flows.deployments import forget_process, remember_process
+from flows.home import ensure, home
+from flows.services import Process
+from sd3core.data.store import Store, open_store
+from sd3core.errors import UserError
+from sd3core.recipe import Recipe, load_recipe
+from workers.pool import start_ray
+
+LOCK_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Session:
+    recipe: Recipe
+    store: Store
+
+
+_current: ContextVar[Session | None] = ContextVar("session", default=None)
+
+
+class RunBusyError(UserError):
+    """Another process works on the same run."""
+
+
+def run_store(recipe: Recipe) -> Store:
+    """The recipe's store; one it does not name is this machine's own."""
+    return open_store(recipe.store or f"file://{home()}/store")
+
+
+@contextmanager
+def session(recipe: str, overrides: list[str] | None) -> Iterator[Session]:
+    """Opens a session, or joins the one of the pipeline that this stage runs in."""
+    joined = _current.get()
+    if joined is not None:
+        yield joined
+        return
+    loaded = load_recipe(recipe, overrides)
+    store = run_store(loaded)
+    with _life_recorded(), _run_lock(store.url, loaded.run), start_ray(loaded.compute):
+        opened = Session(loaded, store)
+        token = _current.set(opened)
+        try:
+            yield opened
+        finally:
+            _current.reset(token)
+
+
+@contextmanager
+def _life_recorded() -> Iterator[None]:
+    """Lets `sd3 up` tell a run that works from one whose process was killed."""
+    flow_run_id = runtime.flow_run.id
+    remember_process(flow_run_id, Process.of(os.getpid()))
+    try:
+        yield
+    finally:
+        forget_process(flow_run_id)
+
+
+@contextmanager
+def _run_lock(store_url: str, run: str) -> Iterator[None]:
+    """One process at a time works on a run. The system frees the lock when the process ends, however it ends."""
+    name = f"{store_url}/{run}".replace("/", "_").replace(":", "")
+    path = ensure(home() / "locks") / f"{name[-120:]}.lock"
+    with path.open("a+") as lock:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not _locked(lock):
+            if time.monotonic() > deadline:
+                lock.seek(0)
+                raise RunBusyError(f"run {run}: process {lock.read().strip()} works on it; wait for it, or end it, and start this again")
+            time.sleep(0.5)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def _locked(lock) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

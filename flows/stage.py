@@ -1,0 +1,93 @@
+"""One stage's run: opens the session, reports progress, ends with an outcome that the pipeline and the summary read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from prefect import runtime
+from prefect.logging import get_run_logger
+
+from flows.artifacts import StageReporter, publish
+from flows.session import Session, session
+from sd3core.data.store import Store
+from sd3core.recipe import Recipe
+from sd3core.specs import fingerprint
+
+# The store alone decides what is done (design, sections 5 and 6): Prefect neither caches nor keeps results.
+FLOW_OPTIONS: dict[str, Any] = {"persist_result": False, "retries": 0, "validate_parameters": True}
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """What a stage leaves behind: where its manifest stands, its digest, and whether anything had to be done."""
+
+    name: str
+    manifest: str  # URI
+    digest: str
+    seconds: float
+    state: Literal["done", "skipped"]
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class StageRun:
+    """What a stage's flow works with."""
+
+    name: str
+    recipe: Recipe
+    store: Store
+    report: StageReporter
+    started: float = field(default_factory=time.monotonic)
+    outcome: StageOutcome | None = None
+
+    def finish(
+        self,
+        *,
+        manifest: str,
+        digest: str,
+        skipped: bool,
+        reason: str,
+        table: list[dict[str, object]],
+        warnings: list[str] | None = None,
+        pictures: dict[str, bytes] | None = None,
+    ) -> dict[str, Any]:
+        """Logs the warnings, shows the table and pictures in the UI, and returns the outcome as the flow's result."""
+        log = get_run_logger()
+        for warning in warnings or []:
+            log.warning(warning)
+        self.outcome = StageOutcome(
+            self.name, self.store.uri(manifest), digest, round(time.monotonic() - self.started, 1), "skipped" if skipped else "done", reason
+        )
+        log.info("%s %s in %.1f s: %s", self.name, self.outcome.state, self.outcome.seconds, reason)
+        title = f"{self.name}: {self.outcome.state} ({reason})"
+        publish(self.name, title, [*table, *({"what": "warning", "value": w} for w in warnings or [])], pictures)
+        return self.outcome.to_dict()
+
+    def finish_parts(self, results: dict[str, Any], **shown: Any) -> dict[str, Any]:
+        """For a stage that makes several manifests: the digest covers all of them, the manifest named is the last."""
+        parts = {name: result.manifest.digest for name, result in results.items()}
+        reasons = sorted({result.reason for result in results.values()})
+        return self.finish(
+            manifest=list(results.values())[-1].manifest.path,
+            digest=next(iter(parts.values())) if len(parts) == 1 else fingerprint(parts),
+            skipped=all(result.skipped for result in results.values()),
+            reason="; ".join(reasons),
+            warnings=[warning for result in results.values() for warning in result.warnings],
+            **shown,
+        )
+
+
+@contextmanager
+def stage(name: str, recipe: str, overrides: list[str] | None) -> Iterator[StageRun]:
+    with session(recipe, overrides) as opened, StageReporter(name, str(runtime.flow_run.id)) as reporter:
+        yield StageRun(name, opened.recipe, opened.store, reporter)
+
+
+__all__ = ["FLOW_OPTIONS", "Session", "StageOutcome", "StageRun", "stage"]

@@ -1,0 +1,159 @@
+"""The live view of a run: its stages with state, progress, rate and time left. Reads Prefect's API and nothing else.
+
+On a terminal one table is redrawn; elsewhere (a log, CI) a line is printed when something changes, at most one a stage every
+ten seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    ArtifactFilterType,
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterParentFlowRunId,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.exceptions import PrefectException
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from flows.deployments import STAGES, fail_dead_runs
+from flows.services import Services, ServiceError, server_answers
+from sd3core.progress import format_seconds
+
+POLL_SECONDS, LINE_SECONDS, SERVER_AWAY_SECONDS = 1.0, 10.0, 60.0
+FINAL = {StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
+STATE_WORDS = {
+    StateType.SCHEDULED: "waiting",
+    StateType.PENDING: "starting",
+    StateType.RUNNING: "running",
+    StateType.COMPLETED: "done",
+    StateType.FAILED: "failed",
+    StateType.CRASHED: "crashed",
+    StateType.CANCELLED: "cancelled",
+    StateType.CANCELLING: "cancelling",
+    StateType.PAUSED: "paused",
+}
+
+
+@dataclass(frozen=True)
+class StageView:
+    name: str
+    state: str
+    seconds: float
+    progress: str
+
+
+@dataclass(frozen=True)
+class RunView:
+    state: StateType
+    message: str
+    stages: list[StageView]
+
+    @property
+    def finished(self) -> bool:
+        return self.state in FINAL
+
+
+def look(flow_run_id: UUID) -> RunView:
+    """One look at a run and the stage runs it started (a stage run on its own is its own only stage)."""
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(flow_run_id)
+        children = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run_id]))
+        )
+        runs = sorted(children, key=lambda child: child.expected_start_time) or [run]
+        flows = {child.flow_id: client.read_flow(child.flow_id).name for child in runs}
+        artifacts = client.read_artifacts(
+            artifact_filter=ArtifactFilter(
+                flow_run_id=ArtifactFilterFlowRunId(any_=[child.id for child in runs]), type=ArtifactFilterType(any_=["progress"])
+            )
+        )
+    lines = {artifact.flow_run_id: artifact.description or "" for artifact in artifacts}
+    stages = [
+        StageView(
+            flows[child.flow_id],
+            STATE_WORDS.get(child.state_type, "waiting"),
+            child.estimated_run_time.total_seconds(),
+            _problem(child) or lines.get(child.id, ""),
+        )
+        for child in runs
+    ]
+    return RunView(run.state_type or StateType.PENDING, _problem(run), stages)
+
+
+def follow(flow_run_id: UUID, services: Services, console: Console) -> RunView:
+    """Shows the run until it has ended, and returns the last look. ServiceError if the server stays away."""
+    live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
+    printer = _LinePrinter(console)
+    last_answer = time.monotonic()
+    if live:
+        live.start()
+    try:
+        while True:
+            try:
+                view = look(flow_run_id)
+                last_answer = time.monotonic()
+            except (httpx.HTTPError, PrefectException):
+                if time.monotonic() - last_answer > SERVER_AWAY_SECONDS and not server_answers(services):
+                    raise ServiceError("the Prefect server has been away for a minute; the same command starts it and goes on") from None
+                time.sleep(POLL_SECONDS)
+                continue
+            if live:
+                live.update(_table(view), refresh=True)
+            else:
+                printer.show(view)
+            if view.finished:
+                return view
+            fail_dead_runs()
+            time.sleep(POLL_SECONDS)
+    finally:
+        if live:
+            live.stop()
+
+
+def _problem(run: FlowRun) -> str:
+    if run.state_type not in (StateType.FAILED, StateType.CRASHED, StateType.CANCELLED) or run.state is None:
+        return ""
+    message = (run.state.message or run.state.name).strip().splitlines()[0]
+    return message.removeprefix("Flow run encountered an exception: ").partition(": ")[2] if "Error: " in message else message
+
+
+def _table(view: RunView) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "state", "time", "progress"):
+        table.add_column(column, no_wrap=column != "progress")
+    shown = {stage.name: stage for stage in view.stages}
+    names = [*STAGES] if len(shown) != 1 or "pipeline" in shown else list(shown)
+    for name in names:
+        stage = shown.get(name)
+        if stage is None:
+            table.add_row(name, "waiting", "", "")
+        else:
+            table.add_row(name, stage.state, format_seconds(stage.seconds), stage.progress)
+    return table
+
+
+class _LinePrinter:
+    """Plain lines for logs: every change of state, and progress now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._shown: dict[str, tuple[str, str, float]] = {}
+
+    def show(self, view: RunView) -> None:
+        for stage in view.stages:
+            state, progress, when = self._shown.get(stage.name, ("", "", 0.0))
+            due = stage.progress != progress and time.monotonic() - when > LINE_SECONDS
+            if stage.state != state or due:
+                self._console.print(f"{stage.name}: {stage.state}, {format_seconds(stage.seconds)}  {stage.progress}".rstrip(), soft_wrap=True, highlight=False)
+                self._shown[stage.name] = (stage.state, stage.progress, time.monotonic())

@@ -1,0 +1,20 @@
+"""Stage 2, towers: the VAE, the text encoders and the judging CLIP; small ones are made, released ones are checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows import upstream
+from flows.stage import FLOW_OPTIONS, stage
+from flows.tables import towers_table
+from workers.towers import towers_stage
+
+
+@flow(name="towers", **FLOW_OPTIONS)
+def towers(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Towers are pinned: once made they stay, whatever is added to the data set."""
+    with stage("towers", recipe, overrides) as run:
+        result = towers_stage(run.recipe, run.store, upstream.raw(run.recipe, run.store), run.report)
+        return run.finish_parts({"towers": result}, table=towers_table(run.recipe, run.store))

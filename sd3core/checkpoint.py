@@ -1,0 +1,302 @@
+"""Checkpoints: a plain model folder, and the training checkpoint that every rank writes its pieces of.
+
+Plain folder:         model.safetensors, then config.json (sizes, digest) last.
+Training checkpoint:  FOLDER/000000012800/ (samples seen)
+                          rank-000-of-002.safetensors    flat fp32 slices "KIND/PARAMETER/START" of the tensors, each
+                          element once metrics.jsonl                  a row per logged step since the checkpoint before
+                          DONE.json                      `CheckpointDone`, last: without it the checkpoint does not
+                          exist
+
+The format knows neither world size nor ZeRO stage, so it loads under any other. safetensors and JSON only: nothing is
+unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sd3core.data.store import Store, open_store
+from sd3core.errors import CheckpointError
+from sd3core.mmdit.model import MMDiT, MMDiTConfig, config_positions
+
+FORMAT = 1  # raise it when a reader of today could not read what is written
+KINDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
+Kind = Literal["weights", "exp_avg", "exp_avg_sq", "ema"]
+WEIGHTS_TO_KIND: dict[str, Kind] = {"ema": "ema", "live": "weights"}
+DONE_FILE = "DONE.json"
+METRICS_FILE = "metrics.jsonl"
+MODEL_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+
+class FileRecord(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: str
+    bytes: int
+
+
+class CheckpointDone(BaseModel):
+    """What DONE.json says: all that is needed to go on from here, at any world size, or to make a model of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int = FORMAT
+    samples: int  # seen so far: the clock
+    steps: int  # taken so far, of the global batch
+    attempt: int  # of the training that wrote it: an older attempt must not commit after a newer one
+    optimizer_step: int  # Adam's bias correction; behind `steps` when steps were skipped
+    config: dict[str, Any]  # MMDiTConfig.to_dict()
+    training: dict[str, Any]  # the recipe's training phase
+    parameters: dict[str, list[int]]  # name -> shape, every trained parameter
+    files: dict[str, FileRecord]  # every file but DONE.json
+    specs: dict[str, str]  # fingerprints and manifest digests it was trained from
+    null: Literal["zeros", "empty"]  # what the model knows as "no prompt"
+    recipe: dict[str, Any] | None = None
+
+    def model_config_of(self) -> MMDiTConfig:
+        return MMDiTConfig.from_dict(self.config)
+
+    @property
+    def rank_files(self) -> list[str]:
+        return sorted(name for name in self.files if name.endswith(".safetensors"))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON: names the checkpoint's content, as the files' digests are in it."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    samples: int
+    folder: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements start .. start + len(values) of the flattened parameter."""
+
+    kind: Kind
+    parameter: str
+    start: int
+    values: Tensor  # (n,) float32
+
+
+def checkpoint_folder(parent: str, samples: int) -> str:
+    return f"{parent.rstrip('/')}/{samples:012d}"
+
+
+def rank_file(rank: int, world_size: int) -> str:
+    return f"rank-{rank:03d}-of-{world_size:03d}.safetensors"
+
+
+def piece_name(kind: Kind, parameter: str, start: int) -> str:
+    return f"{kind}/{parameter}/{start}"
+
+
+def parse_piece_name(name: str) -> tuple[Kind, str, int]:
+    kind, _, rest = name.partition("/")
+    parameter, _, start = rest.rpartition("/")
+    if kind not in KINDS or not parameter or not start.isdigit():
+        raise CheckpointError(f"tensor {name!r} is not named KIND/PARAMETER/START with KIND one of {', '.join(KINDS)}")
+    return kind, parameter, int(start)
+
+
+def record_file(path: Path) -> FileRecord:
+    with path.open("rb") as file:
+        return FileRecord(sha256=hashlib.file_digest(file, "sha256").hexdigest(), bytes=path.stat().st_size)
+
+
+def list_checkpoints(store: Store, parent: str) -> list[CheckpointRef]:
+    """The finished checkpoints of one training phase, fewest samples first. One listing."""
+    pattern = re.compile(re.escape(parent.rstrip("/")) + rf"/(\d{{12}})/{DONE_FILE}")
+    matches = (pattern.fullmatch(entry.path) for entry in store.list(parent.rstrip("/") + "/"))
+    samples = sorted(int(match.group(1)) for match in matches if match)
+    return [CheckpointRef(n, checkpoint_folder(parent, n)) for n in samples]
+
+
+def read_done(store: Store, folder: str) -> CheckpointDone:
+    where = store.uri(_join(folder, DONE_FILE))
+    if not store.exists(_join(folder, DONE_FILE)):
+        raise CheckpointError(f"{where} is missing: the checkpoint was not finished; take an earlier one")
+    try:
+        done = CheckpointDone.model_validate(store.get_json(_join(folder, DONE_FILE)))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise CheckpointError(f"{where}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    if done.format != FORMAT:
+        raise CheckpointError(f"{where}: format {done.format}; this version reads {FORMAT}")
+    return done
+
+
+def read_pieces(
+    store: Store,
+    folder: str,
+    done: CheckpointDone,
+    wanted: Callable[[Kind, str, int, int], bool] = lambda kind, parameter, start, stop: True,
+) -> Iterator[Piece]:
+    """Every piece for which `wanted(kind, parameter, start, stop)`, file by file; each file's digest is checked first.
+
+    Other pieces are not read from the file. Raises CheckpointError that names a damaged file or tensor.
+    """
+    for name in done.rank_files:
+        verified = _verified_local_file(store, _join(folder, name), done.files[name])
+        with verified as path, _open_tensors(path, name) as tensors:
+            for key in tensors.keys():
+                kind, parameter, start = parse_piece_name(key)
+                (count,) = tensors.get_slice(key).get_shape()
+                if wanted(kind, parameter, start, start + count):
+                    yield Piece(kind, parameter, start, tensors.get_tensor(key))
+
+
+def assemble(store: Store, folder: str, kind: Kind) -> dict[str, Tensor]:
+    """One kind of tensor of every parameter, whole, float32. Holds one rank's file in memory besides the result.
+
+    Raises CheckpointError unless the pieces cover every element of every parameter exactly once.
+    """
+    done = read_done(store, folder)
+    where = store.uri(folder) if folder else store.url
+    flat = {name: torch.empty(math.prod(shape)) for name, shape in done.parameters.items()}
+    covered: dict[str, list[tuple[int, int]]] = {name: [] for name in flat}
+    for piece in read_pieces(store, folder, done, lambda k, *_: k == kind):
+        stop = piece.start + len(piece.values)
+        if piece.parameter not in flat or stop > len(flat[piece.parameter]):
+            name = piece_name(piece.kind, piece.parameter, piece.start)
+            raise CheckpointError(f"{where}: piece {name} lies outside the parameters of {DONE_FILE}")
+        flat[piece.parameter][piece.start : stop] = piece.values
+        covered[piece.parameter].append((piece.start, stop))
+    for name, spans in covered.items():
+        _check_covered(where, kind, name, sorted(spans), len(flat[name]))
+    return {name: flat[name].view(shape) for name, shape in done.parameters.items()}
+
+
+def save_model(url_or_path: str | Path, model: MMDiT, extra: dict[str, Any] | None = None) -> None:
+    """Writes a plain folder: model.safetensors in the model's dtype, then config.json. `extra` is kept there."""
+    store = open_store(str(url_or_path))
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        local = Path(scratch) / MODEL_FILE
+        save_file(state, local, metadata={"format": "pt"})
+        store.put_file(MODEL_FILE, local)
+        files = {MODEL_FILE: record_file(local).model_dump()}
+    fields = {"format": FORMAT, "model": model.config.to_dict(), "files": files, "extra": extra or {}}
+    store.put_json(CONFIG_FILE, fields)
+
+
+def load_model(url_or_path: str | Path, weights: Literal["ema", "live"] | None = None) -> MMDiT:
+    """The model of a plain folder or of a training checkpoint (folder of DONE.json), on the CPU, in the stored dtype.
+
+    `weights` chooses in a training checkpoint: the moving average (also the default) or the live weights.
+    Raises CheckpointError that names what is missing, damaged or unknown.
+    """
+    store = open_store(str(url_or_path))
+    if weights not in (None, *WEIGHTS_TO_KIND):
+        raise CheckpointError(f"weights={weights!r}: take 'ema' or 'live'")
+    if store.exists(DONE_FILE):
+        config = read_done(store, "").model_config_of()
+        state = assemble(store, "", WEIGHTS_TO_KIND[weights or "ema"])
+        return model_from_state(config, state | {"pos_embed": config_positions(config)}, store.url)
+    if not store.exists(CONFIG_FILE):
+        raise CheckpointError(f"{store.url}: no {CONFIG_FILE} (a model) and no {DONE_FILE} (a checkpoint) there")
+    if weights is not None:
+        raise CheckpointError(f"{store.url}: a model folder has one set of weights; leave out weights={weights!r}")
+    config, record = _read_model_fields(store)
+    with _verified_local_file(store, MODEL_FILE, record) as path, _open_tensors(path, MODEL_FILE) as tensors:
+        state = {name: tensors.get_tensor(name).clone() for name in tensors.keys()}
+    return model_from_state(config, state, store.url)
+
+
+def model_from_state(config: MMDiTConfig, state: dict[str, Tensor], where: str) -> MMDiT:
+    """A model whose parameters and position table are exactly those tensors (they are not copied).
+
+    Raises CheckpointError that names a missing, unknown or wrongly shaped tensor.
+    """
+    with torch.device("meta"):
+        model = MMDiT(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for problem, names in (("missing", shapes.keys() - state.keys()), ("unknown", state.keys() - shapes.keys())):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"{where}: tensor {min(names)!r}{more} {problem} for a model of depth {config.depth}")
+    for name, shape in shapes.items():
+        if tuple(state[name].shape) != shape:
+            raise CheckpointError(f"{where}: tensor {name!r} has shape {tuple(state[name].shape)}, the model {shape}")
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def _read_model_fields(store: Store) -> tuple[MMDiTConfig, FileRecord]:
+    where = store.uri(CONFIG_FILE)
+    try:
+        fields = store.get_json(CONFIG_FILE)
+        unknown = sorted(fields.keys() - {"format", "model", "files", "extra"})
+        if unknown:
+            raise CheckpointError(f"{where}: unknown key {unknown[0]!r}")
+        if fields["format"] != FORMAT:
+            raise CheckpointError(f"{where}: format {fields['format']}; this version reads {FORMAT}")
+        return MMDiTConfig.from_dict(fields["model"]), FileRecord.model_validate(fields["files"][MODEL_FILE])
+    except KeyError as error:
+        raise CheckpointError(f"{where}: key {error} is missing; write the folder with save_model") from None
+    except (ValueError, AttributeError, TypeError):
+        raise CheckpointError(f"{where}: not a model's config; write the folder with save_model") from None
+    except CheckpointError as error:
+        raise error if where in str(error) else CheckpointError(f"{where}: {error}") from None
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}" if folder else name
+
+
+def _check_covered(where: str, kind: Kind, name: str, spans: list[tuple[int, int]], size: int) -> None:
+    position = 0
+    for start, stop in [*spans, (size, size)]:
+        if start != position:
+            problem = "missing" if start > position else "stored twice"
+            low, high = min(position, start), max(position, start)
+            span = f"elements {low} to {high} of {kind}/{name}"
+            raise CheckpointError(f"{where}: {span} are {problem}; take another checkpoint")
+        position = stop
+
+
+@contextmanager
+def _verified_local_file(store: Store, path: str, record: FileRecord) -> Iterator[Path]:
+    """The object as a local file: in place where the store is files, else a temporary copy. Size and digest checked."""
+    uri = store.uri(path)
+    if not store.exists(path):
+        raise CheckpointError(f"{uri} is missing; take another checkpoint")
+    with tempfile.TemporaryDirectory() as scratch:
+        local = store.local_path(path)
+        if local is None:
+            local = Path(scratch) / Path(path).name
+            store.get_file(path, local)
+        found = record_file(local)
+        if found != record:
+            detail = f"{found.bytes} bytes, not {record.bytes}" if found.bytes != record.bytes else "another SHA-256"
+            raise CheckpointError(f"{uri} is damaged ({detail}); take another checkpoint")
+        yield local
+
+
+@contextmanager
+def _open_tensors(path: Path, name: str) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise CheckpointError(f"{name}: not a safetensors file: {error}") from None

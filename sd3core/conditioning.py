@@ -1,0 +1,131 @@
+"""What the MM-DiT is told about a caption: the encoders' outputs, how they are joined, and which of them are left out.
+
+Paper App. B.2: context = [pad(clip_l | clip_g), pad(t5)] along tokens, CLIP first, padded with zeros on channels;
+pooled = clip_l_pooled | clip_g_pooled. App. B.3: in training each encoder's outputs are dropped on their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sd3core.errors import DataError
+from sd3core.randomness import uniforms
+
+ENCODERS = ("clip_l", "clip_g", "t5")  # the order of every (B, 3) mask and length
+
+
+@dataclass(frozen=True, eq=False)
+class TextFeatures:
+    """The three encoders' outputs for a batch of captions.
+
+    Tc and Tt are the recipe's text.clip_tokens and text.t5_tokens. `lengths` counts the real tokens (begin and end marks
+    included) of clip_l, clip_g and t5; with padding "trimmed" whatever lies beyond them is zero.
+    """
+
+    clip_l: Tensor  # (B, Tc, Wl)
+    clip_g: Tensor  # (B, Tc, Wg)
+    t5: Tensor  # (B, Tt, W5)
+    clip_l_pooled: Tensor  # (B, Wl)
+    clip_g_pooled: Tensor  # (B, P)
+    lengths: Tensor  # (B, 3) int64
+
+    def __len__(self) -> int:
+        return len(self.clip_l)
+
+    def to(self, *target: torch.device | torch.dtype | str) -> TextFeatures:
+        """Another device or dtype, as Tensor.to takes them; `lengths` keeps its dtype."""
+        features = {f.name: getattr(self, f.name).to(*target) for f in fields(self)}
+        return TextFeatures(**features | {"lengths": features["lengths"].to(torch.int64)})
+
+    def index(self, rows: int | slice | Sequence[int] | Tensor) -> TextFeatures:
+        """Some rows, always as a batch: an int gives a batch of one."""
+        rows = slice(rows, rows + 1 or None) if isinstance(rows, int) else rows
+        return TextFeatures(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    @staticmethod
+    def stack(parts: Sequence[TextFeatures]) -> TextFeatures:
+        """Batches one after the other in one batch."""
+        return TextFeatures(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(TextFeatures)})
+
+    def trimmed(self) -> TextFeatures:
+        """The same with zeros after each caption's real tokens."""
+        kept = {}
+        for column, name in enumerate(ENCODERS):
+            sequence = getattr(self, name)  # (B, T, W)
+            real = torch.arange(sequence.shape[1], device=sequence.device) < self.lengths[:, column : column + 1]  # (B, T)
+            kept[name] = sequence * real[..., None].to(sequence.dtype)
+        return TextFeatures(**kept, clip_l_pooled=self.clip_l_pooled, clip_g_pooled=self.clip_g_pooled, lengths=self.lengths)
+
+    def to_bytes(self, padding: Literal["reference", "trimmed"]) -> bytes:
+        """One caption (B = 1) as safetensors without the batch axis; "trimmed" keeps the real tokens only."""
+        if len(self) != 1:
+            raise ValueError(f"to_bytes takes one caption, not {len(self)}; take index(i) first")
+        tensors = {f.name: getattr(self, f.name)[0] for f in fields(self)}
+        if padding == "trimmed":
+            for name, length in zip(ENCODERS, self.lengths[0].tolist(), strict=True):
+                tensors[name] = tensors[name][:length]
+        return save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+    @staticmethod
+    def from_bytes(data: bytes, *, clip_tokens: int, t5_tokens: int) -> TextFeatures:
+        """Inverse of to_bytes: a batch of one, zeros after the stored tokens up to clip_tokens and t5_tokens.
+
+        Raises DataError where the bytes are not such features or hold more tokens than asked for.
+        """
+        try:
+            tensors = load_tensors(data)
+            tokens = {"clip_l": clip_tokens, "clip_g": clip_tokens, "t5": t5_tokens}
+            for name, wanted in tokens.items():
+                stored = len(tensors[name])
+                if stored > wanted:
+                    raise DataError(f"text features: {stored} stored {name} tokens do not fit {wanted}; encode again")
+                tensors[name] = pad(tensors[name], (0, 0, 0, wanted - stored))
+            return TextFeatures(**{f.name: tensors[f.name][None] for f in fields(TextFeatures)})
+        except DataError:
+            raise
+        except Exception as error:  # safetensors raises its own bare classes on damaged bytes
+            raise DataError(f"text features cannot be read ({error}); encode the shard again") from None
+
+
+def assemble(
+    features: TextFeatures, keep: Tensor | None = None, null: TextFeatures | None = None, context_dim: int = 4096
+) -> tuple[Tensor, Tensor]:
+    """(context (B, Tc + Tt, context_dim), pooled (B, Wl + P)): CLIP tokens first, then T5.
+
+    keep (B, 3) bool, in the order of ENCODERS: False replaces that encoder's sequence and pooled vector by zeros, or by those
+    of `null` (a batch of one: the encoded empty string). The result has the features' dtype.
+    """
+    parts = {f.name: getattr(features, f.name) for f in fields(features)}
+    if keep is not None:
+        columns = {"clip_l": 0, "clip_l_pooled": 0, "clip_g": 1, "clip_g_pooled": 1, "t5": 2}
+        for name, column in columns.items():
+            part = parts[name]
+            kept = keep[:, column].to(part.device).view(-1, *[1] * (part.ndim - 1))
+            absent = torch.zeros_like(part) if null is None else getattr(null, name).to(part)
+            parts[name] = torch.where(kept, part, absent)
+    clip = torch.cat([parts["clip_l"], parts["clip_g"]], dim=-1)  # (B, Tc, Wl + Wg)
+    if max(clip.shape[-1], parts["t5"].shape[-1]) > context_dim:
+        raise ValueError(
+            f"context_dim {context_dim} is smaller than the encoders' widths"
+            f" (CLIP {clip.shape[-1]}, T5 {parts['t5'].shape[-1]})"
+        )
+    sequences = [pad(sequence, (0, context_dim - sequence.shape[-1])) for sequence in (clip, parts["t5"])]
+    pooled = torch.cat([parts["clip_l_pooled"], parts["clip_g_pooled"]], dim=-1)  # (B, Wl + P)
+    return torch.cat(sequences, dim=1), pooled
+
+
+def drop_mask(seed: int, epochs: int | np.ndarray, sample_ids: np.ndarray, p: float) -> Tensor:
+    """(B, 3) bool, True = this encoder is dropped for this sample, each on its own with probability p (assemble's keep = ~mask).
+
+    A pure function of (seed, epoch, sample id): world size and restarts do not change it.
+    """
+    return torch.from_numpy(np.asarray(uniforms(seed, epochs, sample_ids, "text_dropout", len(ENCODERS)) < p))

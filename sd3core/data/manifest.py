@@ -1,0 +1,131 @@
+"""MANIFEST.json: the word that a stage is done, what it was made from, and what it holds.
+
+Where it stands and matches, the stage is skipped. Beside the newest manifest every one that was ever committed stays under its
+digest, so that a reader that was told a digest reads just that one, whatever has been added since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sd3core.data.store import Store, StoreNotFound, canonical_json
+from sd3core.errors import DataError
+
+MANIFEST = "MANIFEST.json"
+
+
+class ShardEntry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    number: int
+    stem: str
+    rows: int
+    failed: dict[str, int] = {}  # reason -> rows
+    bytes: int
+    digest: str  # sha256 of the main file
+    index_digest: str | None = None
+    buckets: dict[str, int] = {}
+
+
+class Manifest(BaseModel):
+    """`fields` is what was fingerprinted into `spec`; `inputs` names the manifests it was made from by their digests."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    stage: str
+    spec: str
+    fields: dict[str, Any]
+    inputs: dict[str, str]
+    folder: str
+    shards: list[ShardEntry]
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def buckets(self) -> dict[str, int]:
+        return _sum(shard.buckets for shard in self.shards)
+
+    @property
+    def failed_reasons(self) -> dict[str, int]:
+        return _sum(shard.failed for shard in self.shards)
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        return canonical_json(json.loads(self.model_dump_json()))
+
+
+@dataclass(frozen=True)
+class ManifestRef:
+    """Where a manifest stands (its immutable copy) and which one it is."""
+
+    folder: str
+    path: str
+    digest: str
+
+
+def commit_manifest(store: Store, folder: str, manifest: Manifest) -> ManifestRef:
+    """Writes the immutable copy, then MANIFEST.json. One writer a stage commits (design, section 5)."""
+    data, digest = manifest.to_bytes(), manifest.digest
+    ref = manifest_ref(folder, digest)
+    store.put(ref.path, data)
+    store.put(f"{folder}/{MANIFEST}", data)
+    return ref
+
+
+def manifest_ref(folder: str, digest: str) -> ManifestRef:
+    return ManifestRef(folder, f"{folder}/MANIFEST.{digest[:12]}.json", digest)
+
+
+def read_manifest(store: Store, folder_or_path: str, digest: str | None = None) -> Manifest:
+    """The newest manifest of a folder, or the one with `digest`. DataError if it is missing, damaged or another one."""
+    if folder_or_path.endswith(".json"):
+        path = folder_or_path
+    else:
+        path = manifest_ref(folder_or_path, digest).path if digest else f"{folder_or_path}/{MANIFEST}"
+    try:
+        data = store.get(path)
+    except StoreNotFound:
+        raise DataError(f"{store.uri(path)}: no such manifest; the stage that makes it is not finished") from None
+    try:
+        manifest = Manifest.model_validate_json(data)
+    except ValidationError:
+        raise DataError(f"{store.uri(path)}: not a manifest of this version; delete it and run the stage again") from None
+    if digest is not None and hashlib.sha256(data).hexdigest() != digest:
+        raise DataError(f"{store.uri(path)}: not the manifest that was asked for ({digest[:12]}); run the stage again")
+    return manifest
+
+
+def explain_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The fields in which two specs differ, as `text.t5_tokens: 16 -> 20`."""
+    before, after = _flatten(old), _flatten(new)
+    keys = sorted(before.keys() | after.keys())
+    return [f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}" for key in keys if before.get(key) != after.get(key)]
+
+
+def _flatten(fields: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(fields, dict):
+        return {prefix.removesuffix("."): fields}
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        flat |= _flatten(value, f"{prefix}{key}.")
+    return flat
+
+
+def _sum(counts) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for part in counts:
+        for name, count in part.items():
+            total[name] = total.get(name, 0) + count
+    return dict(sorted(total.items()))

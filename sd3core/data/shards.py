@@ -1,0 +1,220 @@
+"""One shard: a WebDataset tar, an index parquet beside it, and the done record, written last.
+
+Nothing without its done record exists: a killed writer costs its shard and leaves nothing that a reader sees. The bytes are a
+function of the samples alone (no times, no owners), so a shard that is made again has the same digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict
+
+from sd3core.data.store import Store, canonical_json
+from sd3core.errors import DataError
+
+DONE, INDEX = ".done.json", ".index.parquet"
+BLOCK = tarfile.BLOCKSIZE
+
+
+class FailedRow(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    key: str
+    reason: str
+
+
+class DoneRecord(BaseModel):
+    """What a finished shard is: rows made, rows that failed and why, bytes, SHA-256 by file suffix."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    number: int
+    stem: str
+    rows: int
+    failed: list[FailedRow]
+    bytes: int
+    files: dict[str, str]  # suffix -> sha256
+    digest: str  # sha256 of the main file (the tar, or the table)
+    extra: dict[str, int] = {}  # rows per bucket, and what else a stage counts
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of a shard. `files`: extension -> bytes. `row`: what the index knows besides key, offset and length."""
+
+    key: str
+    files: dict[str, bytes]
+    row: dict[str, Any] = field(default_factory=dict)
+
+
+def shard_stem(number: int, digest: str) -> str:
+    """`00042.0123456789ab`: the shard's number, and 12 hex digits that name the content of the input shard."""
+    return f"{number:05d}.{digest[:12]}"
+
+
+def content_digest(*parts: str | bytes) -> str:
+    """12 hex digits that name content: each part is hashed with its length, so that parts cannot run together."""
+    total = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        total.update(len(data).to_bytes(8, "big") + data)
+    return total.hexdigest()[:12]
+
+
+def sample_id(key: str) -> int:
+    """A 63-bit number of the key, stable for ever: the counter of counter-based randomness."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") & (2**63 - 1)
+
+
+def is_held_out(key: str, fraction: float) -> bool:
+    """Is this key in the part that training never sees? A function of the key alone, so a growing data set moves nothing."""
+    draw = int.from_bytes(hashlib.sha256(b"held out:" + key.encode()).digest()[:8], "big") / 2**64
+    return draw < fraction
+
+
+def write_shard(
+    store: Store,
+    folder: str,
+    stem: str,
+    samples: Iterable[Sample],
+    failed: list[FailedRow],
+    schema: pa.Schema | None = None,
+    count_by: str | None = None,
+) -> DoneRecord:
+    """Writes FOLDER/STEM.tar, STEM.index.parquet, then STEM.done.json.
+
+    `samples` may append to `failed` while it is iterated. `schema` fixes the index's own columns (needed where a shard can be
+    empty). `count_by` names an index column whose values are counted into the record's `extra`.
+    """
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="sd3-shard-") as scratch:
+        local = Path(scratch, "shard.tar")
+        with local.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in samples:
+                offset = tar.offset
+                for extension, data in sample.files.items():
+                    _add(tar, f"{sample.key}.{extension}", data)
+                rows.append({"key": sample.key, "offset": offset, "length": tar.offset - offset, **sample.row})
+        digest, size = _file_digest(local), local.stat().st_size
+        store.put_file(f"{folder}/{stem}.tar", local)
+    index = _parquet_bytes(_index_table(rows, schema))
+    store.put(f"{folder}/{stem}{INDEX}", index)
+    files = {".tar": digest, INDEX: hashlib.sha256(index).hexdigest()}
+    counts = _count(rows, count_by) if count_by else {}
+    return _finish(store, folder, stem, len(rows), failed, size + len(index), files, digest, counts)
+
+
+def write_table(store: Store, folder: str, stem: str, table: pa.Table, failed: list[FailedRow]) -> DoneRecord:
+    """Writes FOLDER/STEM.parquet, then the done record: a shard that is rows without files (captions)."""
+    data = _parquet_bytes(table)
+    store.put(f"{folder}/{stem}.parquet", data)
+    digest = hashlib.sha256(data).hexdigest()
+    return _finish(store, folder, stem, table.num_rows, failed, len(data), {".parquet": digest}, digest, {})
+
+
+def finished_stems(store: Store, folder: str) -> set[str]:
+    """The shards that are done, from one listing."""
+    return {
+        name.removesuffix(DONE)
+        for entry in store.list(folder)
+        if "/" not in (name := entry.path[len(folder) + 1 :]) and name.endswith(DONE)
+    }
+
+
+def read_done(store: Store, folder: str, stem: str) -> DoneRecord:
+    path = f"{folder}/{stem}{DONE}"
+    try:
+        return DoneRecord.model_validate(store.get_json(path))
+    except ValueError:
+        raise DataError(f"{store.uri(path)}: not a done record of this version; delete it and run the stage again") from None
+
+
+def read_index(store: Store, folder: str, stem: str) -> pa.Table:
+    return _read_parquet(store, f"{folder}/{stem}{INDEX}")
+
+
+def read_table(store: Store, folder: str, stem: str) -> pa.Table:
+    return _read_parquet(store, f"{folder}/{stem}.parquet")
+
+
+def read_samples(data: bytes) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Every sample of a whole tar: key, and bytes by extension. The key ends at the first dot of the name."""
+    key, files = None, {}
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        for member in tar:
+            stem, _, extension = member.name.partition(".")
+            if stem != key:
+                if key is not None:
+                    yield key, files
+                key, files = stem, {}
+            files[extension] = tar.extractfile(member).read()
+    if key is not None:
+        yield key, files
+
+
+def read_raw_samples(store: Store, folder: str, stem: str, digest: str | None = None) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The samples of a stored tar, after its SHA-256 is checked against `digest`."""
+    path = f"{folder}/{stem}.tar"
+    data = store.get(path)
+    if digest is not None and hashlib.sha256(data).hexdigest() != digest:
+        raise DataError(f"{store.uri(path)}: its bytes are not those of its manifest; delete {stem}{DONE} and run the stage again")
+    yield from read_samples(data)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # its defaults: time 0, owner 0, mode 644
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+INDEX_COLUMNS = [("key", pa.string()), ("offset", pa.int64()), ("length", pa.int64())]
+
+
+def _index_table(rows: list[dict[str, Any]], schema: pa.Schema | None) -> pa.Table:
+    if schema is not None:
+        return pa.Table.from_pylist(rows, schema=pa.schema([*INDEX_COLUMNS, *schema]))
+    return pa.Table.from_pylist(rows) if rows else pa.schema(INDEX_COLUMNS).empty_table()
+
+
+def _parquet_bytes(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _read_parquet(store: Store, path: str) -> pa.Table:
+    try:
+        return pq.read_table(io.BytesIO(store.get(path)))
+    except pa.ArrowInvalid:
+        raise DataError(f"{store.uri(path)}: not a parquet file; delete the shard's done record and run the stage again") from None
+
+
+def _count(rows: list[dict[str, Any]], column: str) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row[column]] = counts.get(row[column], 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def _finish(
+    store: Store, folder: str, stem: str, rows: int, failed: list[FailedRow], size: int, files: dict[str, str], digest: str, extra: dict[str, int]
+) -> DoneRecord:
+    record = DoneRecord(
+        number=int(stem.partition(".")[0]), stem=stem, rows=rows, failed=list(failed), bytes=size, files=files, digest=digest, extra=extra
+    )
+    store.put(f"{folder}/{stem}{DONE}", canonical_json(json.loads(record.model_dump_json())))
+    return record

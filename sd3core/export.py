@@ -1,0 +1,181 @@
+"""A checkpoint as a folder that diffusers' StableDiffusion3Pipeline.from_pretrained opens, with a README for its use.
+
+    model_index.json  scheduler/  transformer/  vae/  text_encoder{,_2,_3}/  tokenizer{,_2,_3}/  README.md
+
+The transformer's position table is stored with its weights, because diffusers' own constructor computes other positions.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPTextModelWithProjection
+
+from sd3core.checkpoint import load_model, record_file
+from sd3core.checkpoint_formats import diffusers_config, to_diffusers_tensors
+from sd3core.data.store import Store
+from sd3core.errors import CheckpointError, UserError
+from sd3core.export_readme import readme
+from sd3core.generate import CheckpointFacts, read_facts
+from sd3core.mmdit import MMDiT
+from sd3core.recipe import Recipe
+from sd3core.specs import FORMATS, fingerprint
+from sd3core.text_encoders import FOLDERS, load_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MANIFEST_FILE = "MANIFEST.json"
+
+
+def export_diffusers(
+    checkpoint: str,
+    towers: Path | str,
+    out: Path | str,
+    *,
+    weights: Literal["ema", "live"] | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+) -> Path:
+    """Writes OUT, which must not exist yet, whole or not at all. Weights are the EMA where the checkpoint has both.
+
+    Raises UserError where OUT exists, or where these towers cannot be put together as diffusers puts them together.
+    """
+    out, towers = Path(out), Path(towers)
+    if out.exists():
+        raise UserError(f"{out} exists already; name a folder that does not")
+    facts = read_facts(checkpoint)
+    model = load_model(checkpoint, weights)
+    _check_widths(towers, model)
+    with _renamed_at_the_end(out) as folder:
+        _write_transformer(folder / "transformer", model, DTYPES[dtype])
+        _write_towers(folder, towers, facts)
+        _write_scheduler(folder / "scheduler", facts)
+        _write_index(folder)
+        (folder / "README.md").write_text(readme(facts, checkpoint, model.config.context_dim, model.config.pooled_dim))
+    return out
+
+
+@dataclass(frozen=True)
+class Exported:
+    folder: str  # in the store
+    digest: str  # of its MANIFEST.json
+    skipped: bool
+
+
+def export_stage(recipe: Recipe, store: Store, checkpoint: str, towers: Path, tower_digests: dict[str, str]) -> Exported:
+    """The checkpoint folder `checkpoint` of the store, exported to runs/RUN/export/SPEC with its MANIFEST.json last.
+
+    `towers` is the local copy, `tower_digests` the digests of its manifest. Where a manifest stands, nothing is made.
+    """
+    facts = read_facts(store.uri(checkpoint))
+    fields = {
+        "format": FORMATS["export"],
+        "checkpoint": facts.digest,
+        "towers": {name: tower_digests[name] for name in ("vae", "clip_l", "clip_g", "t5")},
+        "diffusers": diffusers.__version__,
+    }
+    spec = fingerprint(fields)
+    folder = f"runs/{recipe.run}/export/{spec}"
+    manifest_path = f"{folder}/{MANIFEST_FILE}"
+    skipped = store.exists(manifest_path)
+    if not skipped:
+        with tempfile.TemporaryDirectory() as scratch:
+            local = export_diffusers(store.uri(checkpoint), towers, Path(scratch) / "export")
+            files = {}
+            for path in sorted(p for p in local.rglob("*") if p.is_file()):
+                name = path.relative_to(local).as_posix()
+                store.put_file(f"{folder}/{name}", path)
+                files[name] = record_file(path).model_dump()
+        store.put_json(manifest_path, {"stage": "export", "spec": spec, "fields": fields, "from": checkpoint, "files": files})
+    return Exported(folder, fingerprint(store.get_json(manifest_path)), skipped)
+
+
+@contextmanager
+def _renamed_at_the_end(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that takes its name when the block ends well, and is removed when it does not."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _check_widths(towers: Path, model: MMDiT) -> None:
+    """diffusers pads the CLIPs to T5's width, and expects that to be the transformer's."""
+    width = json.loads((towers / "text_encoder_3" / "config.json").read_text())["d_model"]
+    if width != model.config.context_dim:
+        raise CheckpointError(
+            f"diffusers takes T5's width for the context's: T5 has {width}, the model {model.config.context_dim};"
+            " this model cannot be exported, take a T5 as wide as both CLIPs together or wider"
+        )
+
+
+def _write_transformer(folder: Path, model: MMDiT, dtype: torch.dtype) -> None:
+    config = diffusers_config(model.config)
+    tensors = dict(to_diffusers_tensors(model.state_dict().items(), model.config.depth))
+    state = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    folder.mkdir()
+    save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    _write_config(folder / "config.json", "SD3Transformer2DModel", config)
+
+
+def _write_towers(folder: Path, towers: Path, facts: CheckpointFacts) -> None:
+    for name in ("vae", *(model for model, _ in FOLDERS.values())):
+        shutil.copytree(towers / name, folder / name, copy_function=shutil.copyfile)
+    _make_projection_identity(folder / FOLDERS["clip_l"][0])
+    tokens = {"clip_l": facts.text.clip_tokens, "clip_g": facts.text.clip_tokens, "t5": facts.text.t5_tokens}
+    for name, (_, tokenizer_folder) in FOLDERS.items():
+        tokenizer = load_tokenizer(towers / tokenizer_folder)
+        tokenizer.model_max_length = tokens[name]  # the pipeline pads CLIP prompts to this
+        tokenizer.save_pretrained(folder / tokenizer_folder)
+
+
+def _make_projection_identity(folder: Path) -> None:
+    """The pipeline reads CLIP-L's pooled vector behind the projection, SD3 was made with the one before it."""
+    model = CLIPTextModelWithProjection.from_pretrained(folder, local_files_only=True, dtype="auto")
+    identity = torch.eye(model.config.hidden_size)
+    if torch.equal(model.text_projection.weight.float().cpu(), identity):
+        return
+    model.text_projection = torch.nn.Linear(*identity.shape, bias=False, dtype=model.dtype)
+    model.text_projection.weight.data.copy_(identity)
+    model.config.projection_dim = model.config.hidden_size
+    shutil.rmtree(folder)
+    model.save_pretrained(folder)
+
+
+def _write_scheduler(folder: Path, facts: CheckpointFacts) -> None:
+    folder.mkdir()
+    fields = {"num_train_timesteps": 1000, "shift": facts.shift, "use_dynamic_shifting": False}
+    _write_config(folder / "scheduler_config.json", "FlowMatchEulerDiscreteScheduler", fields)
+
+
+def _write_index(folder: Path) -> None:
+    fields: dict[str, Any] = {
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    for name, (model_folder, tokenizer_folder) in FOLDERS.items():
+        model_class = "T5EncoderModel" if name == "t5" else "CLIPTextModelWithProjection"
+        fields[model_folder] = ["transformers", model_class]
+        fields[tokenizer_folder] = ["transformers", type(load_tokenizer(folder / tokenizer_folder)).__name__]
+    _write_config(folder / "model_index.json", "StableDiffusion3Pipeline", fields)
+
+
+def _write_config(path: Path, class_name: str, fields: dict[str, Any]) -> None:
+    named = {"_class_name": class_name, "_diffusers_version": diffusers.__version__} | fields
+    path.write_text(json.dumps(named, indent=2) + "\n")

@@ -1,0 +1,260 @@
+"""From prompts to pictures: a checkpoint, the towers, and rectified flow's Euler sampler put together once."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from sd3core.autoencoder import DOWNSAMPLING, Autoencoder, load_autoencoder
+from sd3core.checkpoint import CONFIG_FILE, DONE_FILE, load_model, read_done
+from sd3core.conditioning import ENCODERS, TextFeatures, assemble
+from sd3core.data.store import open_store
+from sd3core.errors import CheckpointError, UserError
+from sd3core.mmdit import MMDiT
+from sd3core.pictures import encode_png, make_grid, to_uint8
+from sd3core.recipe import Text
+from sd3core.sampling import sample_euler, sigma_schedule
+from sd3core.text_encoders import TextEncoders, load_text_encoders
+
+Null = Literal["zeros", "empty"]
+Pair = tuple[Tensor, Tensor]  # context (B, L, D), pooled (B, P)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How pictures are drawn; as a dict it is the sampler's part of a score's protocol."""
+
+    height: int  # px
+    width: int
+    num_steps: int = 28
+    guidance_scale: float = 5.0
+    shift: float = 1.0
+    drop: tuple[str, ...] = ()  # encoders left out, of clip_l, clip_g and t5
+    convention: Literal["reference", "textbook"] = "reference"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"sampler": "euler"} | asdict(self) | {"drop": sorted(self.drop)}
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What a checkpoint says about how it wants to be sampled from."""
+
+    null: Null
+    text: Text
+    side_px: int
+    shift: float
+    digest: str  # of the checkpoint's content
+    samples: int | None = None  # seen in training
+
+    def settings(self, **changes: Any) -> SampleSettings:
+        """A square of the trained size at the trained shift."""
+        return replace(SampleSettings(self.side_px, self.side_px, shift=self.shift), **changes)
+
+    def to_extra(self) -> dict[str, Any]:
+        """For save_model's `extra`, from which a plain model folder is read again."""
+        return {
+            "null": self.null,
+            "text": self.text.model_dump(mode="json"),
+            "side_px": self.side_px,
+            "shift": self.shift,
+            "samples": self.samples,
+        }
+
+
+def read_facts(checkpoint: str) -> CheckpointFacts:
+    """From a training checkpoint's DONE.json, or from the `extra` of a model folder's config.json.
+
+    Raises CheckpointError that names what is missing.
+    """
+    store = open_store(checkpoint)
+    if store.exists(DONE_FILE):
+        done = read_done(store, "")
+        if done.recipe is None:
+            raise CheckpointError(f"{store.url}: {DONE_FILE} holds no recipe, so its text lengths are unknown")
+        fields = {"null": done.null, "text": done.recipe["text"], "side_px": done.training["side_px"]}
+        fields |= {"shift": done.training["shift"], "samples": done.samples}
+        digest = done.digest
+    elif store.exists(CONFIG_FILE):
+        config = store.get_json(CONFIG_FILE)
+        fields, digest = config.get("extra", {}), config["files"]["model.safetensors"]["sha256"]
+    else:
+        raise CheckpointError(f"{store.url}: neither {CONFIG_FILE} (a model) nor {DONE_FILE} (a training checkpoint) is there")
+    try:
+        text = Text.model_validate(fields["text"])
+        return CheckpointFacts(
+            fields["null"], text, fields["side_px"], fields["shift"], digest=digest, samples=fields.get("samples")
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{store.url}: its config's extra does not say {error}; save it with CheckpointFacts.to_extra()") from None
+    except ValidationError as error:
+        raise CheckpointError(f"{store.url}: text: {error.errors()[0]['msg']}") from None
+
+
+class Generator:
+    """Pictures from prompts. The noise of a picture is a function of its seed alone, so batches may be cut in any way."""
+
+    def __init__(self, model: MMDiT, encoders: TextEncoders, autoencoder: Autoencoder, null: Null) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.encoders, self.autoencoder, self.null = encoders, autoencoder, null
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str,
+        towers: Path | str,
+        *,
+        weights: Literal["ema", "live"] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Generator:
+        """checkpoint: URL or path of a training checkpoint or a plain model folder. dtype: the transformer's; towers are fp32."""
+        facts = read_facts(checkpoint)
+        encoders = load_text_encoders(towers, facts.text, device=device)
+        autoencoder = load_autoencoder(towers, device=device)
+        model = load_model(checkpoint, weights).to(device, dtype)
+        return cls(model, encoders, autoencoder, facts.null)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: SampleSettings,
+        *,
+        batch: int = 64,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """(n, height, width, 3) uint8, one picture for each prompt and its seed. on_step(steps done, steps in all) over all batches.
+
+        Raises UserError where the size does not fit the model, or prompts and seeds do not pair.
+        """
+        self._check(prompts, seeds, settings)
+        pictures, total = [], -(-len(prompts) // batch) * settings.num_steps
+        for start in range(0, len(prompts), batch):
+            done = start // batch * settings.num_steps
+
+            def count(step: int, z: Tensor, done: int = done) -> None:
+                if on_step is not None:
+                    on_step(done + step + 1, total)
+
+            rows = slice(start, start + batch)
+            latent = self.latents(prompts[rows], seeds[rows], settings, count)
+            pictures.append(to_uint8(self.autoencoder.decode(latent)))
+        return np.concatenate(pictures)
+
+    def latents(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: SampleSettings,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """(n, 16, height / 8, width / 8), normalised, float32."""
+        config, device = self.model.config, next(self.model.parameters()).device
+        shape = (config.latent_channels, settings.height // DOWNSAMPLING, settings.width // DOWNSAMPLING)
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        cond, null = self.conditioning(prompts, settings.drop)
+        predict = _guided_in_one_batch(self.model, cond, null, settings.guidance_scale)
+        sigmas = sigma_schedule(settings.num_steps, shift=settings.shift, convention=settings.convention)
+        return sample_euler(predict, noise.to(device), sigmas, on_step=on_step)
+
+    def conditioning(self, prompts: Sequence[str], drop: Sequence[str] = ()) -> tuple[Pair, Pair]:
+        """(context, pooled) of the prompts, and that of "no prompt" as the checkpoint was trained with it."""
+        dim = self.model.config.context_dim
+        features = self.encoders.encode(list(prompts), drop=drop)
+        null = self._null_features
+        keep = torch.tensor([[name not in drop for name in ENCODERS]]).expand(len(prompts), -1)
+        cond = assemble(features, keep, null, dim)
+        return cond, assemble(features, torch.zeros_like(keep), null, dim)
+
+    @cached_property
+    def _null_features(self) -> TextFeatures | None:
+        return self.encoders.null() if self.null == "empty" else None
+
+    def _check(self, prompts: Sequence[str], seeds: Sequence[int], settings: SampleSettings) -> None:
+        if not prompts or len(prompts) != len(seeds):
+            raise UserError(f"{len(prompts)} prompts and {len(seeds)} seeds: give at least one prompt and one seed for each")
+        unknown = sorted(set(settings.drop) - set(ENCODERS))
+        if unknown:
+            raise UserError(f"no encoder {unknown[0]!r} to drop; there are {', '.join(ENCODERS)}")
+        step = DOWNSAMPLING * self.model.config.patch_size
+        largest = self.model.config.position_max * step
+        for side, px in (("height", settings.height), ("width", settings.width)):
+            if px % step or not step <= px <= largest:
+                raise UserError(f"{side} {px} px: this model makes multiples of {step} px up to {largest}")
+
+
+
+
+def _guided_in_one_batch(model: MMDiT, cond: Pair, null: Pair, scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """null + scale * (cond - null), as sampling.guided, with both halves in one forward pass."""
+    if scale == 1:
+        return lambda z, t: model(z, t, *cond)
+    if scale == 0:
+        return lambda z, t: model(z, t, *null)
+    context, pooled = (torch.cat(both) for both in zip(cond, null, strict=True))
+
+    def predict(z: Tensor, t: Tensor) -> Tensor:
+        v_cond, v_null = model(z.repeat(2, 1, 1, 1), t.repeat(2), context, pooled).chunk(2)
+        return v_null + scale * (v_cond - v_null)
+
+    return predict
+
+
+def sample_to_files(
+    checkpoint: str,
+    towers: Path | str,
+    prompts: Sequence[str],
+    out: Path | str,
+    *,
+    seed: int = 0,
+    pictures_per_prompt: int = 1,
+    weights: Literal["ema", "live"] | None = None,
+    precision: Literal["bf16", "fp32"] = "fp32",
+    device: str = "cpu",
+    batch: int = 64,
+    on_step: Callable[[int, int], None] | None = None,
+    **settings: Any,
+) -> list[Path]:
+    """Draws every prompt and writes OUT/00000.png ... and OUT/grid.png, with the settings inside each file. -> paths, grid last.
+
+    `settings`: fields of SampleSettings; None takes the default, which for size and shift is the checkpoint's own.
+    """
+    out = Path(out)
+    chosen = read_facts(checkpoint).settings(**{key: value for key, value in settings.items() if value is not None})
+    generator = Generator.load(checkpoint, towers, weights=weights, dtype=DTYPES[precision], device=device)
+    repeated = [prompt for prompt in prompts for _ in range(pictures_per_prompt)]
+    seeds = [seed + position for position in range(len(repeated))]
+    images = generator.sample(repeated, seeds, chosen, batch=batch, on_step=on_step)
+
+    out.mkdir(parents=True, exist_ok=True)
+    common = {
+        "settings": json.dumps(chosen.to_dict(), sort_keys=True),
+        "checkpoint": checkpoint,
+        "weights": weights or "ema",
+        "precision": precision,
+    }
+    paths = [out / f"{position:05d}.png" for position in range(len(images))] + [out / "grid.png"]
+    for path, image, prompt, own_seed in zip(paths, images, repeated, seeds, strict=False):
+        path.write_bytes(encode_png(image, {"prompt": prompt, "seed": own_seed} | common))
+    columns = pictures_per_prompt if pictures_per_prompt > 1 else grid_columns(len(images))
+    many = {"prompts": json.dumps(repeated, ensure_ascii=False), "seeds": json.dumps(seeds)}
+    paths[-1].write_bytes(encode_png(make_grid(list(images), columns), many | common))
+    return paths
+
+
+def grid_columns(count: int) -> int:
+    """As near to a square as may be, not higher than wide."""
+    return max(1, math.ceil(math.sqrt(count)))

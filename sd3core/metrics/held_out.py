@@ -1,0 +1,96 @@
+"""The held-out part of a data set as evaluation uses it: prompts, images, and the judge's features of the images, made once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+
+from sd3core.data.images import crop_to, decode_image
+from sd3core.data.manifest import Manifest
+from sd3core.data.shards import read_index, read_samples, sample_id
+from sd3core.data.store import Store
+from sd3core.metrics.clip_score import Judge
+from sd3core.specs import fingerprint
+
+IMAGE_EXTENSIONS = ("jpg", "png", "webp")
+REFERENCE_FORMAT = 1  # of the stored features; raise it when preprocessing changes
+DECODE_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of the raw data set and where its sample lies."""
+
+    key: str
+    caption: str
+    stem: str
+    offset: int
+    length: int
+
+
+def read_rows(store: Store, raw: Manifest, split: str, limit: int, *, captioned: bool = False) -> list[Row]:
+    """At most `limit` rows of a split ("held_out" or "train"), the same for the same manifest; `captioned` skips empty captions.
+
+    Shards, then rows, are taken in the order of a hash, so the choice does not follow the order of the data, and of a large data set
+    only as many indexes are read as are needed.
+    """
+    rows: list[Row] = []
+    for shard in sorted(raw.shards, key=lambda entry: hashlib.sha256(entry.stem.encode()).digest()):
+        if len(rows) >= limit:
+            break
+        columns = ["key", "caption", "offset", "length", "split"]
+        for row in read_index(store, raw.folder, shard.stem).select(columns).to_pylist():
+            if row.pop("split") == split and (row["caption"] or not captioned):
+                rows.append(Row(stem=shard.stem, **row))
+    return sorted(rows, key=lambda row: sample_id(row.key))[:limit]
+
+
+def read_images(store: Store, raw: Manifest, rows: list[Row], side_px: int, max_pixels: int) -> np.ndarray:
+    """(n, side, side, 3) uint8: square centre crops, as training takes them."""
+    images = []
+    for row in rows:
+        data = store.get_range(f"{raw.folder}/{row.stem}.tar", row.offset, row.length)
+        (_, files), *_ = read_samples(data)
+        image = next(files[extension] for extension in IMAGE_EXTENSIONS if extension in files)
+        images.append(crop_to(decode_image(image, max_pixels), side_px, side_px)[0])
+    return np.stack(images) if images else np.zeros((0, side_px, side_px, 3), dtype=np.uint8)
+
+
+def reference_fields(raw: Manifest, judge_digest: str, side_px: int, limit: int) -> dict[str, object]:
+    """What decides the reference set and its features: the readable half of a score's protocol."""
+    return {"format": REFERENCE_FORMAT, "raw": raw.digest, "judge": judge_digest, "side_px": side_px, "limit": limit}
+
+
+def reference_features(
+    store: Store,
+    name: str,
+    raw: Manifest,
+    judge: Judge,
+    fields: dict[str, object],
+    max_pixels: int,
+    on_images: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """The judge's features (n, D) of the held-out images, from references/NAME/SPEC, and written there when they are missing.
+
+    Two workers may make them at once: they write the same bytes.
+    """
+    folder = f"references/{name}/{fingerprint(fields)}"
+    if store.exists(f"{folder}/DONE.json"):
+        return load_arrays(store.get(f"{folder}/features.safetensors"))["features"]
+    rows = read_rows(store, raw, "held_out", int(fields["limit"]))
+    features = np.zeros((len(rows), judge.dimensions), dtype=np.float32)
+    for start in range(0, len(rows), DECODE_BATCH):
+        part = rows[start : start + DECODE_BATCH]
+        features[start : start + len(part)] = judge.image_features(read_images(store, raw, part, int(fields["side_px"]), max_pixels))
+        if on_images is not None:
+            on_images(start + len(part), len(rows))
+    data = save_arrays({"features": features})
+    store.put(f"{folder}/features.safetensors", data)
+    keys = [row.key for row in rows]
+    store.put_json(f"{folder}/DONE.json", {"fields": fields, "keys": keys, "sha256": hashlib.sha256(data).hexdigest()})
+    return features

@@ -1,0 +1,22 @@
+"""What a metric gives: a number with the size of its sample, or the reason why there is none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Score:
+    value: float
+    count: int  # images (or prompts) it was taken over
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A score whose sample is too small to mean anything; `reason` names the bound."""
+
+    reason: str
+
+
+def too_few(metric: str, count: int, bound: int, what: str) -> LeftOut:
+    return LeftOut(f"{metric} needs at least {bound} {what}; there {'is' if count == 1 else 'are'} {count}")

@@ -1,0 +1,379 @@
+"""The typed recipe: one YAML file is one run. Load, override, validate as a whole before anything starts.
+
+Every value has its unit in its name or its comment. Sections under `compute` and the run's name never change the bytes
+that a stage makes, so `sd3core.specs` leaves them out of every fingerprint.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from sd3core.errors import RecipeError
+from sd3core.mmdit import MMDiTConfig
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]  # becomes a folder and a deployment
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Section):
+    """Where the images come from, and which of them are taken."""
+
+    name: Name  # datasets/NAME in the store
+    source: Literal["small_world", "folder"]
+    folder: str | None = None  # a local folder: name.jpg with name.txt, or a metadata.jsonl with file_name and text
+    images: int = Field(4096, ge=1)  # small world only: how many scenes
+    image_side_px: int = Field(128, ge=16)  # small world only: side of the square whose area each scene has
+    aspect_ratios: tuple[float, ...] = (1.0,)  # small world only: width / height, drawn evenly
+    max_objects: int = Field(4, ge=1, le=6)  # small world only
+    min_side_px: int = Field(32, ge=1)  # smaller images are rejected
+    max_image_pixels: int = Field(100_000_000, ge=1)  # larger images are rejected
+    max_caption_chars: int = Field(2_000, ge=1)  # longer captions are cut at a word
+    rows_per_shard: int = Field(512, ge=1)
+    held_out_fraction: Fraction = 0.05  # by a hash of the key; never trained on
+
+    @model_validator(mode="after")
+    def _folder_named(self) -> Data:
+        if self.source == "folder" and not self.folder:
+            raise ValueError("data.folder must name the folder of images when data.source is 'folder'")
+        return self
+
+
+class ReleasedTowers(Section):
+    """Local folders of released weights: diffusers' AutoencoderKL and transformers' CLIP and T5, with their tokenizers."""
+
+    vae: str
+    clip_l: str
+    clip_g: str
+    t5: str
+    judge: str  # a CLIP with image and text side, for CLIP score and FID; not one of the two above
+    clip_l_tokenizer: str
+    clip_g_tokenizer: str
+    t5_tokenizer: str
+
+
+class SmallVae(Section):
+    channels: tuple[int, ...] = (16, 32, 64, 64)  # one a level; four levels make f8
+    layers_per_block: int = Field(1, ge=1)
+    crop_px: int = Field(64, ge=16)
+    batch: int = Field(16, ge=1)
+    steps: int = Field(800, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    kl_weight: float = Field(1e-6, ge=0)
+
+
+class SmallClip(Section):
+    width: int = Field(64, ge=16)
+    layers: int = Field(2, ge=2)  # the sequence comes from the second-to-last
+    heads: int = Field(2, ge=1)
+    projection: int = Field(64, ge=16)
+    image_px: int = Field(64, ge=16)
+    patch_px: int = Field(8, ge=4)
+    batch: int = Field(128, ge=2)
+    steps: int = Field(300, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    seed: int = 0
+
+
+class SmallT5(Section):
+    width: int = Field(128, ge=16)
+    layers: int = Field(2, ge=1)
+    heads: int = Field(4, ge=1)
+    batch: int = Field(64, ge=1)
+    steps: int = Field(300, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    seed: int = 0
+
+
+class SmallTowers(Section):
+    """Stand-ins made from the data set's training part, with the classes that load the released towers."""
+
+    vae: SmallVae = SmallVae()
+    clip_l: SmallClip = SmallClip(seed=1)
+    clip_g: SmallClip = SmallClip(seed=2)
+    t5: SmallT5 = SmallT5(seed=3)
+    judge: SmallClip = SmallClip(seed=4)
+    vocabulary: int = Field(512, ge=300)  # tokens at most, for each tokenizer
+    images: int = Field(2_048, ge=1)  # how many training images the towers see at most
+
+
+class Towers(Section):
+    name: Name  # towers/NAME in the store
+    released: ReleasedTowers | None = None
+    small: SmallTowers | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Towers:
+        if (self.released is None) == (self.small is None):
+            raise ValueError("towers needs exactly one of towers.released (paths) and towers.small (made by the towers stage)")
+        return self
+
+
+class Caption(Section):
+    captioner: Literal["small_world", "vision_language_model", "none"]
+    model: str | None = None  # local path of the vision-language model
+    prompt: str = "Describe this image in one detailed sentence: every object, its colour, how many, and where."
+    max_new_tokens: int = Field(64, ge=1)
+    batch: int = Field(8, ge=1)
+
+    @model_validator(mode="after")
+    def _model_named(self) -> Caption:
+        if self.captioner == "vision_language_model" and not self.model:
+            raise ValueError("caption.model must name a local folder when caption.captioner is 'vision_language_model'")
+        return self
+
+
+class Text(Section):
+    clip_tokens: int = Field(77, ge=4, le=77)
+    t5_tokens: int = Field(77, ge=4, le=512)
+    padding: Literal["reference", "trimmed"] = "reference"  # all positions as encoded, or real tokens only and zeros after
+    null: Literal["zeros", "empty"] = "zeros"  # what stands for "no prompt": the paper's zeros, or the encoded empty string
+
+
+class Encode(Section):
+    batch: int = Field(32, ge=1)
+    latent_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # the paper stores fp32 latents
+    text_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+
+
+class Model(Section):
+    depth: int = Field(24, ge=1)  # blocks; width 64 * depth, heads = depth
+    base_side_px: int = Field(256, ge=16)  # the side whose positions are 0, 1, 2, ... (256 in the paper)
+    max_side_px: int = Field(2048, ge=16)  # longest side of any bucket: the size of the position table
+
+
+class Training(Section):
+    """One training phase. Its clock is samples seen."""
+
+    side_px: int = Field(256, ge=16)
+    aspect_ratios: tuple[float, ...] = (1.0,)  # width / height; more than one makes aspect buckets
+    samples: int = Field(ge=1)
+    global_batch: int = Field(ge=1)
+    micro_batch: int = Field(ge=1)  # per rank and forward
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup_samples: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine ends at a tenth of the rate
+    betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    grad_clip: float = Field(1.0, gt=0)
+    formulation: str = "rf/lognorm(0.00,1.00)"
+    shift: float = Field(1.0, gt=0)  # alpha of the resolution shift, in training and in sampling
+    qk_norm: Literal["rms"] | None = None
+    text_dropout: Fraction = 0.464  # per encoder
+    original_caption_fraction: Fraction = 0.5
+    ema_decay: float = Field(0.99, ge=0, lt=1)
+    ema_every_steps: int = Field(100, ge=1)
+    checkpoint_every_samples: int = Field(ge=1)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> Training:
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError("zero_stage 0 trains bf16 wrongly (first update off by a quarter); take zero_stage 1 or more")
+        if self.global_batch % self.micro_batch:
+            raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
+        return self
+
+
+class Evaluate(Section):
+    guidance_scale: float = Field(5.0, ge=0)
+    num_steps: int = Field(25, ge=1)
+    bench_prompts_per_task: int = Field(60, ge=0)  # ShapesBench; small world only
+    earlier_bench_prompts_per_task: int | None = Field(None, ge=0)  # for all but a phase's last checkpoint; None: the same
+    bench_images_per_prompt: int = Field(1, ge=1)
+    scored_images: int = Field(256, ge=0)  # for CLIP score and FID, prompts from the held-out part
+    reference_images: int = Field(5_000, ge=0)  # held-out images that FID compares with, at most
+    validation_images: int = Field(256, ge=0)
+    grid_prompts: int = Field(16, ge=1)
+    bucket_grid_prompts: int = Field(4, ge=0)  # pictures per aspect bucket of a fine-tuning phase
+    batch: int = Field(64, ge=1)
+    precision: Literal["bf16", "fp32"] = "bf16"  # of the transformer; the towers run in fp32
+    checkpoints: Literal["all", "last"] = "all"  # score every checkpoint kept, or the last of each phase
+    seed: int = 0
+
+
+class Compute(Section):
+    """How many processes on what; never changes the bytes that are made."""
+
+    ray_address: str | None = None  # None starts Ray on this machine
+    actors: int = Field(2, ge=1)  # for ingest, caption, encode, evaluate
+    cpus_per_actor: float = Field(1.0, gt=0)
+    gpus_per_actor: float = Field(0.0, ge=0)
+    train_ranks: int = Field(2, ge=1)
+    cpus_per_rank: float = Field(1.0, gt=0)
+    gpus_per_rank: float = Field(0.0, ge=0)
+    max_restarts: int = Field(3, ge=0)  # of a training attempt, by Ray Train
+    stall_timeout_s: float = Field(600.0, gt=0)  # no progress for so long is a failure
+    object_store_mb: int = Field(200, ge=80)  # local Ray only
+    cache_gb: float = Field(2.0, gt=0)  # local shard cache of a training rank
+
+
+class Recipe(Section):
+    name: Name
+    run: Name  # runs/RUN in the store
+    seed: int = 0
+    store: str | None = None  # a path, file:///path or s3://bucket/prefix; None: this machine's own, SD3_HOME/store
+    data: Data
+    towers: Towers
+    caption: Caption
+    text: Text = Text()
+    encode: Encode = Encode()
+    model: Model
+    pretrain: Training
+    finetune: tuple[Training, ...] = ()
+    evaluate: Evaluate = Evaluate()
+    compute: Compute = Compute()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Recipe:
+        for where, phase in self.phases():
+            accumulation = phase.micro_batch * self.compute.train_ranks
+            if phase.global_batch % accumulation:
+                raise ValueError(
+                    f"{where}.global_batch {phase.global_batch} is not a multiple of {where}.micro_batch"
+                    f" {phase.micro_batch} x compute.train_ranks {self.compute.train_ranks}"
+                )
+            if phase.side_px % 16:
+                raise ValueError(f"{where}.side_px {phase.side_px} is not a multiple of 16 (VAE 8 x patch 2)")
+        if len(self.pretrain.aspect_ratios) != 1 or self.pretrain.aspect_ratios[0] != 1.0:
+            raise ValueError("pretrain.aspect_ratios must be [1.0]: pretraining is on square crops")
+        if self.caption.captioner == "small_world" and self.data.source != "small_world":
+            raise ValueError("caption.captioner 'small_world' reads drawn scenes only; take vision_language_model or none")
+        return self
+
+    def phases(self) -> list[tuple[str, Training]]:
+        """Every training phase in order, with the key under which the recipe has it."""
+        return [("pretrain", self.pretrain), *((f"finetune.{i}", phase) for i, phase in enumerate(self.finetune))]
+
+    def model_config_for(self, phase: Training) -> MMDiTConfig:
+        """The MM-DiT of one phase: the recipe's depth, the towers' widths, the phase's QK-norm."""
+        small = self.towers.small
+        widths = {}
+        if small is not None:
+            clip_width = small.clip_l.width + small.clip_g.width
+            widths = {
+                "context_dim": max(clip_width, small.t5.width),
+                "pooled_dim": small.clip_l.width + small.clip_g.projection,
+            }
+        return MMDiTConfig.from_depth(
+            self.model.depth,
+            qk_norm=phase.qk_norm,
+            position_base=self.model.base_side_px // 16,
+            position_side=phase.side_px // 16,
+            position_max=self.model.max_side_px // 16,
+            **widths,
+        )
+
+
+def shipped_recipes() -> list[str]:
+    folder = resources.files("infra") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
+    """Reads a shipped recipe by name, or a YAML file, applies `section.key=value` overrides and validates the whole.
+
+    Raises RecipeError: one line with the key and the mend.
+    """
+    fields = _read_yaml(name_or_path)
+    for override in overrides or []:
+        _apply_override(fields, override)
+    try:
+        recipe = Recipe.model_validate(fields)
+    except ValidationError as error:
+        raise RecipeError(f"recipe {name_or_path}: {_first_problem(error)}") from None
+    return recipe
+
+
+def _read_yaml(name_or_path: str) -> dict[str, Any]:
+    if name_or_path.endswith((".yaml", ".yml")):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise RecipeError(f"recipe {name_or_path}: no such file")
+        text = path.read_text()
+    else:
+        if name_or_path not in shipped_recipes():
+            raise RecipeError(
+                f"recipe {name_or_path!r}: no recipe of that name{_nearest(name_or_path, shipped_recipes())};"
+                f" shipped: {', '.join(shipped_recipes())}; or give a path that ends in .yaml"
+            )
+        text = (resources.files("infra") / "recipes" / f"{name_or_path}.yaml").read_text()
+    try:
+        fields = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {name_or_path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(fields, dict):
+        raise RecipeError(f"recipe {name_or_path}: a recipe is a mapping of sections, this file is not")
+    return fields
+
+
+def _apply_override(fields: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r}: write it as section.key=value")
+    *sections, last = key.split(".")
+    target: Any = fields
+    for section in sections:
+        if isinstance(target, list):
+            target = target[_list_position(target, section, override)]
+            continue
+        if not isinstance(target.get(section), dict | list):
+            target[section] = {}
+        target = target[section]
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {override!r}: the value is not YAML; put it in quotes") from None
+    if isinstance(target, list):
+        target[_list_position(target, last, override)] = parsed
+    else:
+        target[last] = parsed
+
+
+def _list_position(items: list, text: str, override: str) -> int:
+    if not text.isdigit() or int(text) >= len(items):
+        raise RecipeError(f"override {override!r}: {text!r} is not one of the positions 0 to {len(items) - 1}")
+    return int(text)
+
+
+def _first_problem(error: ValidationError) -> str:
+    """The first of pydantic's findings as one line: the key, what is wrong, the nearest valid key."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        siblings = _valid_keys(problem["loc"][:-1])
+        return f"unknown key {key}{_nearest(str(problem['loc'][-1]), siblings)}{more}"
+    if problem["type"] == "missing":
+        return f"{key} is missing{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = f" (it is {problem['input']!r})" if isinstance(problem["input"], str | int | float | bool) else ""
+    return f"{key + ': ' if key else ''}{message}{shown}{more}"
+
+
+def _valid_keys(location: tuple[Any, ...]) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid here: {', '.join(known)}"

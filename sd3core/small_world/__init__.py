@@ -1,0 +1,8 @@
+"""Drawn, captioned scenes that stand in for a data set, and ShapesBench, which scores a model on them.
+
+world.py         the colours, shapes, relations, counts and reserved combinations
+scenes.py        draw_scene, render, describe
+detector.py      detect: which shapes in which colours stand where in a picture
+captioner.py     caption_from_pixels: the synthetic captioner
+shapes_bench.py  prompts, verdicts, scores, chance levels
+"""

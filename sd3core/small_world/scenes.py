@@ -1,0 +1,241 @@
+"""Scenes of the small world: drawn, rendered and described as pure functions of (seed, index).
+
+The six GenEval tasks are covered evenly. Objects lie within the central square, do not touch, and keep a gap, so that a square
+centre crop loses none and the detector can tell them apart at 64 px. Words are off by default; they are drawn in grey, which the
+detector, going by chroma, does not see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from sd3core.errors import RecipeError
+from sd3core.small_world.world import (
+    COLOURS, MAX_COUNT, NUMBERS, RELATIONS, SHAPES, TASKS, count_is_reserved, pair_is_reserved, plural, signed_distance,
+)
+
+# All lengths below are in 64ths of the central square, that is in pixels at the demo's base size.
+WIDTHS = {1: (19.0, 36.0), 2: (16.0, 26.0), 3: (15.0, 21.0), 4: (14.0, 18.0)}  # by the number of objects
+MARGIN = 2.5
+GAP = 4.0
+COLOUR_JITTER = 8  # of 255
+MAX_TINT = 18  # of 255: how far a background leaves grey
+WORDS = ("sun", "moon", "tree", "fish", "bird", "star", "home", "open")
+PREFIXES = ("a picture of ", "an image of ", "a drawing of ")
+_BARE = 0.6  # share of descriptions without a prefix
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    shape: str
+    colour: str
+    centre: tuple[float, float]  # x, y in pixels
+    size: float  # width = height, in pixels
+    rgb: tuple[int, int, int]  # the colour as drawn
+
+
+@dataclass(frozen=True)
+class Background:
+    kind: str  # plain, gradient, waves
+    first: tuple[int, int, int]
+    second: tuple[int, int, int]
+    angle: float  # of the gradient or the waves
+    waves: tuple[tuple[float, float, float, float], ...] = ()  # periods along x and y per square side, phase, amplitude of 255
+
+
+@dataclass(frozen=True)
+class Word:
+    text: str
+    corner: tuple[float, float]
+    height: float
+    grey: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    task: str  # the GenEval task that it covers
+    objects: tuple[SceneObject, ...]
+    relation: str | None  # of the first object to the second, where the task is position
+    background: Background
+    width: int
+    height: int
+    word: Word | None = None
+
+
+def scene_rng(seed: int, index: int, purpose: int) -> np.random.Generator:
+    """A generator of its own for each (seed, index, purpose): 0 draws the scene, 1 is for describe."""
+    return np.random.default_rng([seed, index, purpose])
+
+
+def scene_size(side_px: int, aspect: float) -> tuple[int, int]:
+    """(width, height) of a picture with about the area of a square of `side_px` and width / height = `aspect`."""
+    return max(1, round(side_px * aspect**0.5)), max(1, round(side_px / aspect**0.5))
+
+
+def draw_scene(seed: int, index: int, side_px: int = 128, aspect: float = 1.0, max_objects: int = MAX_COUNT, words: float = 0.0) -> Scene:
+    """The scene `index` of the world `seed`, never one of the reserved combinations.
+
+    `words` is the probability of a short word in grey. RecipeError if `max_objects` lies outside 1 to 4.
+    """
+    if not 1 <= max_objects <= MAX_COUNT:
+        raise RecipeError(f"data.max_objects is {max_objects}; the small world draws 1 to {MAX_COUNT} objects")
+    rng = scene_rng(seed, index, 0)
+    width, height = scene_size(side_px, aspect)
+    task = str(rng.choice(TASKS if max_objects > 1 else ("single_object", "colors")))
+    kinds = _draw_kinds(task, max_objects, rng)
+    relation = str(rng.choice(list(RELATIONS))) if task == "position" else None
+    boxes = _place(len(kinds), relation, rng)
+    unit = min(width, height) / 64
+    left, top = (width - 64 * unit) / 2, (height - 64 * unit) / 2
+    objects = tuple(
+        SceneObject(shape, colour, (left + x * unit, top + y * unit), size * unit, _jitter(COLOURS[colour], rng))
+        for (shape, colour), (x, y, size) in zip(kinds, boxes)
+    )
+    word = _draw_word(boxes, unit, left, top, rng) if rng.random() < words else None
+    return Scene(task, objects, relation, _draw_background(rng), width, height, word)
+
+
+def _draw_kinds(task: str, max_objects: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+    colours = list(COLOURS)
+    while True:
+        if task in ("single_object", "colors"):
+            return [(str(rng.choice(SHAPES)), str(rng.choice(colours)))]
+        if task == "counting":
+            count = int(rng.integers(2, max_objects + 1))
+            shape, colour = str(rng.choice(SHAPES)), str(rng.choice(colours))
+            if not count_is_reserved(shape, colour, count):
+                return [(shape, colour)] * count
+            continue
+        shapes = rng.choice(SHAPES, 2, replace=False)
+        pair = rng.choice(colours, 2, replace=task != "color_attribution")
+        first, second = zip(map(str, shapes), map(str, pair))
+        if not pair_is_reserved(first, second):
+            return [first, second]
+
+
+def _place(count: int, relation: str | None, rng: np.random.Generator) -> list[tuple[float, float, float]]:
+    """(x, y, width) of each object in the central square of side 64, by rejection; widths shrink if it takes long."""
+    low, high = WIDTHS[count]
+    for attempt in range(10_000):
+        shrink = 1 - min(attempt / 400, 1)
+        sizes = rng.uniform(low, low + (high - low) * shrink, count)
+        edge = MARGIN + sizes / 2
+        x, y = rng.uniform(edge, 64 - edge), rng.uniform(edge, 64 - edge)
+        if all(_apart(x, y, sizes, i, j) for i in range(count) for j in range(i)) and _related(x, y, relation):
+            return [(float(a), float(b), float(c)) for a, b, c in zip(x, y, sizes)]
+    raise AssertionError(f"no room for {count} objects")
+
+
+def _apart(x: np.ndarray, y: np.ndarray, sizes: np.ndarray, i: int, j: int) -> bool:
+    return max(abs(x[i] - x[j]), abs(y[i] - y[j])) >= (sizes[i] + sizes[j]) / 2 + GAP
+
+
+def _related(x: np.ndarray, y: np.ndarray, relation: str | None) -> bool:
+    """The step from the second to the first object lies within about 35 degrees of the relation's axis."""
+    if relation is None:
+        return True
+    step, axis = np.array([x[0] - x[1], y[0] - y[1]]), np.array(RELATIONS[relation])
+    along, across = step @ axis, abs(step @ axis[::-1])
+    return bool(along > 0 and across < 0.7 * along)
+
+
+def _jitter(rgb: tuple[int, int, int], rng: np.random.Generator) -> tuple[int, int, int]:
+    r, g, b = np.clip(np.array(rgb) + rng.integers(-COLOUR_JITTER, COLOUR_JITTER + 1, 3), 0, 255)
+    return int(r), int(g), int(b)
+
+
+def _near_grey(rng: np.random.Generator, grey: float | None = None) -> tuple[int, int, int]:
+    grey = rng.uniform(70, 246) if grey is None else grey
+    r, g, b = np.clip(grey + rng.uniform(-MAX_TINT / 2, MAX_TINT / 2, 3), 0, 255).round()
+    return int(r), int(g), int(b)
+
+
+def _draw_background(rng: np.random.Generator) -> Background:
+    kind = str(rng.choice(("plain", "gradient", "waves")))
+    first = _near_grey(rng)
+    if kind == "plain":
+        return Background(kind, first, first, 0.0)
+    angle = float(rng.uniform(0, 2 * np.pi))
+    if kind == "gradient":
+        return Background(kind, first, _near_grey(rng, float(np.clip(np.mean(first) + rng.uniform(-60, 60), 70, 246))), angle)
+    waves = tuple(
+        (*map(float, rng.uniform(-9, 9, 2)), float(rng.uniform(0, 2 * np.pi)), float(rng.uniform(2, 6))) for _ in range(3)
+    )
+    return Background(kind, first, first, angle, waves)
+
+
+def _draw_word(boxes: list, unit: float, left: float, top: float, rng: np.random.Generator) -> Word | None:
+    """A word in a free strip of the central square, or None where there is no room."""
+    text, height, grey = str(rng.choice(WORDS)), 9.0, int(rng.choice((20, 250)))
+    length = height * 0.75 * len(text)
+    for x, y in rng.uniform(MARGIN, (64 - MARGIN - length, 64 - MARGIN - height), (60, 2)):
+        if all(abs(x + length / 2 - bx) > (length + size) / 2 or abs(y + height / 2 - by) > (height + size) / 2 for bx, by, size in boxes):
+            return Word(text, (left + x * unit, top + y * unit), height * unit, grey)
+    return None
+
+
+def render(scene: Scene) -> np.ndarray:
+    """The picture, uint8 (H, W, 3), with edges antialiased over one pixel."""
+    y, x = np.mgrid[0 : scene.height, 0 : scene.width] + 0.5
+    canvas = _render_background(scene, x, y)
+    for item in scene.objects:
+        distance = signed_distance(item.shape, (x - item.centre[0]) / item.size, (y - item.centre[1]) / item.size) * item.size
+        cover = np.clip(0.5 - distance, 0, 1)[..., None]
+        canvas = (1 - cover) * canvas + cover * np.array(item.rgb)
+    picture = np.clip(canvas.round(), 0, 255).astype(np.uint8)
+    return picture if scene.word is None else _write_word(picture, scene.word)
+
+
+def _render_background(scene: Scene, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    background, side = scene.background, min(scene.width, scene.height)
+    u, v = (x - scene.width / 2) / side, (y - scene.height / 2) / side
+    ramp = np.clip(0.5 + 0.7 * (u * np.cos(background.angle) + v * np.sin(background.angle)), 0, 1)[..., None]
+    canvas = (1 - ramp) * np.array(background.first) + ramp * np.array(background.second)
+    for along_x, along_y, phase, amplitude in background.waves:
+        canvas = canvas + (amplitude * np.cos(2 * np.pi * (along_x * u + along_y * v) + phase))[..., None]
+    return canvas
+
+
+def _write_word(picture: np.ndarray, word: Word) -> np.ndarray:
+    image = Image.fromarray(picture)
+    font = ImageFont.load_default(size=word.height)
+    ImageDraw.Draw(image).text(word.corner, word.text, fill=(word.grey,) * 3, font=font, anchor="lt")
+    return np.asarray(image)
+
+
+def describe(scene: Scene, rng: np.random.Generator) -> str:
+    """An original caption: short and true, but, as people write them, not always complete.
+
+    A lone object of the single_object task has no colour; so have many pairs and counts; a relation is at times left out.
+    """
+    coloured = {"single_object": 0.0, "two_objects": 0.4, "counting": 0.5, "colors": 1.0, "position": 0.5, "color_attribution": 1.0}
+    with_colour = rng.random() < coloured[scene.task]
+    first = scene.objects[0]
+    if scene.task == "counting":
+        text = phrase(first.shape, first.colour if with_colour else None, len(scene.objects))
+    elif len(scene.objects) == 1:
+        text = phrase(first.shape, first.colour if with_colour else None, 1, str(rng.choice(("a", "a", "a", "one", "a single"))))
+    else:
+        article = "one" if scene.relation is None and rng.random() < 0.2 else "a"
+        a, b = (phrase(item.shape, item.colour if with_colour else None, 1, article) for item in scene.objects)
+        relation = scene.relation if scene.relation and rng.random() < 0.8 else None
+        text = f"{a} {relation} {b}" if relation else f"{a} and {b}" if rng.random() < 0.5 else f"{b} and {a}"
+    if scene.word is not None:
+        text += f' and the word "{scene.word.text}"'
+    return frame(text, rng, len(scene.objects) == 1)
+
+
+def phrase(shape: str, colour: str | None, count: int, article: str = "a") -> str:
+    """'a red circle', 'one circle', 'three blue squares'."""
+    words = [article if count == 1 else NUMBERS[count], *([colour] if colour else []), shape if count == 1 else plural(shape)]
+    return " ".join(words)
+
+
+def frame(text: str, rng: np.random.Generator, lone: bool) -> str:
+    """The phrase alone, or as 'a picture of …'; for a lone object also 'there is …', 'just …', 'only …'."""
+    if rng.random() < _BARE:
+        return text
+    return str(rng.choice([*PREFIXES, *(("there is ", "just ", "only ") if lone else ())])) + text

@@ -1,0 +1,117 @@
+"""What each stage's bytes depend on, its fingerprint, and its folder in the store.
+
+A spec is a fingerprint of every recipe field that changes how a stage's bytes are made and of the specs upstream (a Merkle
+chain). It names no content: the content of the inputs is in the shard digests and in the manifest's `inputs`. Format versions
+are numbers here, held by tests on golden bytes; source text is never hashed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from sd3core.recipe import Recipe, Training
+
+# Raise a number when the bytes that a stage writes for the same input change.
+FORMATS = {
+    "raw": 1,
+    "towers": 1,
+    "captions": 1,
+    "text": 1,
+    "latents": 1,
+    "train": 1,
+    "evaluations": 1,
+    "export": 1,
+}
+
+
+def fingerprint(fields: Any) -> str:
+    """12 hex digits of the SHA-256 of the canonical JSON of `fields`."""
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def raw_fields(recipe: Recipe) -> dict[str, Any]:
+    """How images are read and kept. The number of images is content, not spec: a data set that grows keeps its shards."""
+    data = recipe.data.model_dump(mode="json", exclude={"name", "images", "folder"})
+    fields = {"format": FORMATS["raw"], "data": data}
+    if recipe.data.source == "small_world":
+        fields["seed"] = recipe.seed
+    else:
+        fields["captions_needed"] = recipe.caption.captioner == "none"
+    return fields
+
+
+def towers_fields(recipe: Recipe) -> dict[str, Any]:
+    """Towers are pinned: they depend on how the data is made, not on how much of it there is."""
+    fields: dict[str, Any] = {"format": FORMATS["towers"], "towers": recipe.towers.model_dump(mode="json", exclude={"name"})}
+    if recipe.towers.small is not None:
+        fields |= {"raw": fingerprint(raw_fields(recipe)), "data_name": recipe.data.name, "seed": recipe.seed}
+    return fields
+
+
+def captions_fields(recipe: Recipe) -> dict[str, Any]:
+    caption = recipe.caption.model_dump(mode="json", exclude={"batch"})
+    return {"format": FORMATS["captions"], "caption": caption, "raw": fingerprint(raw_fields(recipe))}
+
+
+def text_fields(recipe: Recipe, tower_digests: dict[str, str]) -> dict[str, Any]:
+    """`tower_digests`: digest of each tower's files, by tower name, from the towers manifest."""
+    return {
+        "format": FORMATS["text"],
+        "text": recipe.text.model_dump(mode="json", exclude={"null"}),
+        "dtype": recipe.encode.text_dtype,
+        "encoders": {name: tower_digests[name] for name in ("clip_l", "clip_g", "t5")},
+        "captions": fingerprint(captions_fields(recipe)),
+    }
+
+
+def latents_fields(recipe: Recipe, phase: Training, tower_digests: dict[str, str]) -> dict[str, Any]:
+    return {
+        "format": FORMATS["latents"],
+        "side_px": phase.side_px,
+        "aspect_ratios": list(phase.aspect_ratios),
+        "dtype": recipe.encode.latent_dtype,
+        "vae": tower_digests["vae"],
+        "raw": fingerprint(raw_fields(recipe)),
+    }
+
+
+def train_fields(recipe: Recipe, phase: Training, *, latents: str, text: str, init: str | None) -> dict[str, Any]:
+    """`latents`, `text`: manifest digests. `init`: the DONE digest of the checkpoint the phase starts from, or None."""
+    training = phase.model_dump(mode="json", exclude={"micro_batch", "checkpoint_every_samples", "activation_checkpointing"})
+    return {
+        "format": FORMATS["train"],
+        "model": recipe.model_config_for(phase).to_dict(),
+        "training": training,
+        "seed": recipe.seed,
+        "null": recipe.text.null,
+        "latents": latents,
+        "text": text,
+        "init": init,
+    }
+
+
+def raw_folder(recipe: Recipe) -> str:
+    return f"datasets/{recipe.data.name}/raw/{fingerprint(raw_fields(recipe))}"
+
+
+def towers_folder(recipe: Recipe) -> str:
+    return f"towers/{recipe.towers.name}/{fingerprint(towers_fields(recipe))}"
+
+
+def captions_folder(recipe: Recipe) -> str:
+    return f"datasets/{recipe.data.name}/captions/{fingerprint(captions_fields(recipe))}"
+
+
+def text_folder(recipe: Recipe, tower_digests: dict[str, str]) -> str:
+    return f"datasets/{recipe.data.name}/text/{fingerprint(text_fields(recipe, tower_digests))}"
+
+
+def latents_folder(recipe: Recipe, phase: Training, tower_digests: dict[str, str]) -> str:
+    return f"datasets/{recipe.data.name}/latents/{fingerprint(latents_fields(recipe, phase, tower_digests))}"
+
+
+def checkpoints_folder(recipe: Recipe, phase_key: str, fields: dict[str, Any]) -> str:
+    return f"runs/{recipe.run}/checkpoints/{phase_key}/{fingerprint(fields)}"

@@ -1,0 +1,107 @@
+"""Densities from which training draws t in [0, 1], t = 1 being noise. Paper section 3.1.
+
+Each has quantile(u): the inverse of its cumulative distribution, so quantile of a uniform u is a draw; density(t); and
+sample(n). All work elementwise in the dtype of their input.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sd3core.errors import UserError
+
+MODE_SCALE_LIMIT = 2 / (math.pi - 2)  # beyond it the map of Mode is no longer monotonic
+
+
+class TimestepDensity:
+    """A density on [0, 1], given by its quantile function."""
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """u in [0, 1] -> t with P(T <= t) = u."""
+        raise NotImplementedError
+
+    def density(self, t: Tensor) -> Tensor:
+        """pi(t), which integrates to 1 over [0, 1]."""
+        raise NotImplementedError
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n independent draws, (n,) float32."""
+        device = generator.device if generator is not None else None
+        u = torch.rand(n, generator=generator, dtype=torch.float64, device=device)
+        return self.quantile(u).float()
+
+
+@dataclass(frozen=True)
+class Uniform(TimestepDensity):
+    """pi(t) = 1."""
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return u.clone()
+
+    def density(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+
+@dataclass(frozen=True)
+class LogitNormal(TimestepDensity):
+    """logit t ~ N(mean, std^2). mean < 0 leans to the data, mean > 0 to the noise; 0 at both ends. Paper 3.1."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise UserError(f"LogitNormal: std must be positive, not {self.std}")
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+
+    def density(self, t: Tensor) -> Tensor:
+        z = (torch.logit(t) - self.mean) / self.std
+        pi = torch.exp(-0.5 * z.square()) / (self.std * math.sqrt(2 * math.pi) * t * (1 - t))
+        return torch.where((t > 0) & (t < 1), pi, torch.zeros_like(t))
+
+
+@dataclass(frozen=True)
+class Mode(TimestepDensity):
+    """t = f(u) = 1 - u - s (cos^2(pi u / 2) - 1 + u), u uniform: heavy tails, s > 0 leans to the middle. Paper 3.1."""
+
+    scale: float = 1.29
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.scale <= MODE_SCALE_LIMIT:
+            raise UserError(f"Mode: scale must lie in [-1, {MODE_SCALE_LIMIT:.4f}], not {self.scale}")
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return self._f(1 - u).clamp(0, 1)  # f decreases; rounding may leave the interval by one digit
+
+    def density(self, t: Tensor) -> Tensor:
+        """1 / |f'(u)| at f(u) = t; u by bisection, since f has no inverse in closed form."""
+        target = t.double()
+        low, high = torch.zeros_like(target), torch.ones_like(target)
+        for _ in range(60):
+            middle = (low + high) / 2
+            too_high = self._f(middle) < target
+            low, high = torch.where(too_high, low, middle), torch.where(too_high, middle, high)
+        u = (low + high) / 2
+        slope = 1 + self.scale - self.scale * math.pi / 2 * torch.sin(math.pi * u)
+        return (1 / slope.abs()).to(t.dtype)
+
+    def _f(self, u: Tensor) -> Tensor:
+        return 1 - u - self.scale * (torch.cos(math.pi / 2 * u).square() - 1 + u)
+
+
+@dataclass(frozen=True)
+class CosMap(TimestepDensity):
+    """t = 1 - 1 / (tan(pi u / 2) + 1): the log-SNR density of the cosine schedule. Paper 3.1."""
+
+    def quantile(self, u: Tensor) -> Tensor:
+        sine, cosine = torch.sin(math.pi / 2 * u), torch.cos(math.pi / 2 * u)
+        return sine / (sine + cosine)  # the same as above, without the tangent's overflow at u = 1
+
+    def density(self, t: Tensor) -> Tensor:
+        return 2 / (math.pi - 2 * math.pi * t + 2 * math.pi * t.square())

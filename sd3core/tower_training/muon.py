@@ -1,0 +1,44 @@
+"""Muon: momentum whose direction is made orthogonal, so that every direction of a weight matrix learns at the same pace.
+
+For a gradient momentum G = U S V^T the step is U V^T, by five Newton-Schulz iterations (Jordan et al. 2024; coefficients from there).
+Convolutions count as matrices (out, in * k * k). Vectors (biases, norms) go to Adam. On the small autoencoder it reaches in
+60 steps what Adam reaches in several hundred, because flat pictures make Adam's problem badly conditioned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class Muon(Optimizer):
+    """For tensors of two or more dimensions. `lr` is the spectral size of a step, momentum is Nesterov's."""
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.9) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                average = state.setdefault("average", torch.zeros_like(parameter))
+                average.lerp_(parameter.grad, 1.0 - group["momentum"])
+                direction = orthogonalise(parameter.grad.lerp(average, group["momentum"]).flatten(1))
+                tallness = max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5
+                parameter.add_(direction.view_as(parameter), alpha=-group["lr"] * tallness)
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """(m, n) -> nearly U V^T of its singular value decomposition: singular values between about 0.7 and 1.2."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.T if tall else x

@@ -1,0 +1,268 @@
+"""Towers as a pinned artifact: the frozen networks around the diffusion model, named by the digests of their files.
+
+    FOLDER/vae/... text_encoder/... tokenizer/...       the files, as diffusers' StableDiffusion3Pipeline lays them out
+    FOLDER/TOWER.done.json                              a tower's files with sha256, and its training figures; written last
+    FOLDER/training.json                                every tower's figures
+    FOLDER/MANIFEST.<digest>.json, MANIFEST.json        all towers are there
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sd3core.autoencoder import check_vae_config
+from sd3core.data.manifest import MANIFEST
+from sd3core.data.store import Store, StoreNotFound, canonical_json
+from sd3core.errors import DataError
+from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
+from sd3core.recipe import ReleasedTowers
+from sd3core.specs import fingerprint
+
+TOWER_FOLDERS = {
+    "vae": ("vae",),
+    "clip_l": ("text_encoder", "tokenizer"),
+    "clip_g": ("text_encoder_2", "tokenizer_2"),
+    "t5": ("text_encoder_3", "tokenizer_3"),
+    "judge": ("judge_text", "judge_vision", "judge_tokenizer"),
+}
+
+
+class TowerFile(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    sha256: str
+    bytes: int
+
+
+class TowerEntry(BaseModel):
+    """One tower. `files` by their path under the artifact's folder; `digest` covers paths and contents, not the figures."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    files: dict[str, TowerFile]
+    digest: str
+    training: dict[str, Any] = {}
+
+
+class TowersManifest(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    stage: str = "towers"
+    spec: str
+    fields: dict[str, Any]
+    folder: str
+    towers: dict[str, TowerEntry]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digest of each tower by its name, as sd3core.specs wants them."""
+        return {name: entry.digest for name, entry in self.towers.items()}
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for entry in self.towers.values() for file in entry.files.values())
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        return canonical_json(self.model_dump(mode="json"))
+
+
+def commit_tower(
+    store: Store, folder: str, name: str, local: Path, training: dict[str, Any], report: ProgressCallback = ignore_progress
+) -> TowerEntry:
+    """Puts a tower's folders from `local` into the store, the done record last."""
+    paths = sorted(
+        path for part in TOWER_FOLDERS[name] for path in (local / part).rglob("*") if path.is_file() and path.name[0] != "."
+    )
+    files = {str(path.relative_to(local)): TowerFile(sha256=_sha256(path), bytes=path.stat().st_size) for path in paths}
+    missing = [part for part in TOWER_FOLDERS[name] if not any(path.startswith(f"{part}/") for path in files)]
+    if missing:
+        raise DataError(f"tower {name}: {local / missing[0]} has no files")
+    meter = ProgressMeter(len(files), "files", report)
+    for path in files:
+        store.put_file(f"{folder}/{path}", local / path)
+        meter.advance(note=path)
+    entry = TowerEntry(files=files, digest=_digest(files), training=training)
+    store.put(_done_path(folder, name), canonical_json(entry.model_dump(mode="json")))
+    return entry
+
+
+def finished_towers(store: Store, folder: str) -> dict[str, TowerEntry]:
+    """The towers whose done record stands, by name."""
+    finished = {}
+    for name in TOWER_FOLDERS:
+        try:
+            finished[name] = TowerEntry.model_validate_json(store.get(_done_path(folder, name)))
+        except StoreNotFound:
+            continue
+        except ValidationError:
+            raise DataError(f"{store.uri(_done_path(folder, name))}: not a done record of this version; delete it") from None
+    return finished
+
+
+def commit_towers(store: Store, folder: str, fields: dict[str, Any]) -> TowersManifest:
+    """Writes the manifest over the finished towers. Raises DataError naming those that are not finished."""
+    finished = finished_towers(store, folder)
+    missing = [name for name in TOWER_FOLDERS if name not in finished]
+    if missing:
+        raise DataError(f"{store.uri(folder)}: towers not finished: {', '.join(missing)}; run the towers stage again")
+    store.put_json(f"{folder}/training.json", {name: entry.training for name, entry in finished.items()})
+    manifest = TowersManifest(spec=fingerprint(fields), fields=fields, folder=folder, towers=finished)
+    store.put(f"{folder}/MANIFEST.{manifest.digest[:12]}.json", manifest.to_bytes())
+    store.put(f"{folder}/{MANIFEST}", manifest.to_bytes())
+    return manifest
+
+
+def read_towers(store: Store, folder: str, digest: str | None = None) -> TowersManifest:
+    """The towers manifest of a folder, or the one with `digest`. Raises DataError if it is missing, damaged or another one."""
+    path = f"{folder}/MANIFEST.{digest[:12]}.json" if digest else f"{folder}/{MANIFEST}"
+    try:
+        manifest = TowersManifest.model_validate_json(store.get(path))
+    except StoreNotFound:
+        raise DataError(f"{store.uri(path)}: no towers here; run the towers stage first") from None
+    except ValidationError:
+        raise DataError(f"{store.uri(path)}: not a towers manifest of this version; run the towers stage again") from None
+    if digest is not None and manifest.digest != digest:
+        raise DataError(f"{store.uri(path)}: not the towers that were asked for ({digest[:12]}); run the towers stage again")
+    return manifest
+
+
+def fetch_towers(
+    store: Store,
+    folder: str,
+    local_cache: Path | str,
+    only: Collection[str] | None = None,
+    digest: str | None = None,
+    report: ProgressCallback = ignore_progress,
+) -> Path:
+    """The towers (or those in `only`) as a local folder that the loaders open; digests checked once, then kept.
+
+    Several processes may fetch into one cache at a time. Files of a store on this machine are linked, not copied.
+    Raises DataError where a file is not what the manifest says.
+    """
+    manifest = read_towers(store, folder, digest)
+    local = Path(local_cache) / f"towers-{fingerprint(manifest.digests)}"
+    wanted = {name: entry for name, entry in manifest.towers.items() if only is None or name in only}
+    meter = ProgressMeter(sum(len(entry.files) for entry in wanted.values()), "files", report)
+    for name, entry in wanted.items():
+        checked = local / f".{name}.{entry.digest[:12]}"
+        files_stand = all(_size(local / path) == file.bytes for path, file in entry.files.items())
+        if not (checked.exists() and files_stand):
+            for path, file in entry.files.items():
+                _fetch_file(store, f"{folder}/{path}", local / path, file)
+            checked.touch()
+        meter.advance(len(entry.files), name)
+    return local
+
+
+def commit_released_towers(
+    store: Store,
+    folder: str,
+    fields: dict[str, Any],
+    released: ReleasedTowers,
+    report: ProgressCallback = ignore_progress,
+) -> TowersManifest:
+    """Checks folders of released weights and takes their files into the store under their digests.
+
+    Raises DataError naming the folder and what is wrong with it. Only safetensors and JSON, text and tokenizer files are taken.
+    """
+    sources = {
+        "vae": released.vae,
+        "text_encoder": released.clip_l,
+        "tokenizer": released.clip_l_tokenizer,
+        "text_encoder_2": released.clip_g,
+        "tokenizer_2": released.clip_g_tokenizer,
+        "text_encoder_3": released.t5,
+        "tokenizer_3": released.t5_tokenizer,
+        "judge_text": released.judge,
+        "judge_vision": released.judge,
+        "judge_tokenizer": released.judge,
+    }
+    finished = finished_towers(store, folder)
+    for name, parts in TOWER_FOLDERS.items():
+        if name in finished:
+            continue
+        with tempfile.TemporaryDirectory(prefix=f"tower-{name}-") as scratch:
+            for part in parts:
+                check_released_folder(part, Path(sources[part]))
+                _link_files(Path(sources[part]), Path(scratch) / part, weights="tokenizer" not in part)
+            commit_tower(store, folder, name, Path(scratch), {}, report)
+    return commit_towers(store, folder, fields)
+
+
+MODEL_TYPES = {
+    "text_encoder": ("clip", "clip_text_model"),
+    "text_encoder_2": ("clip", "clip_text_model"),
+    "text_encoder_3": ("t5",),
+    "judge_text": ("clip",),
+    "judge_vision": ("clip",),
+}
+
+
+def check_released_folder(part: str, source: Path) -> None:
+    """Raises DataError where `source` cannot be what the artifact's folder `part` must hold."""
+    if not source.is_dir():
+        raise DataError(f"towers.released: {source} (for {part}) is not a folder")
+    if "tokenizer" in part:
+        if not any((source / file).is_file() for file in ("tokenizer.json", "vocab.json", "spiece.model")):
+            raise DataError(f"{source}: no tokenizer here (tokenizer.json, vocab.json or spiece.model)")
+        return
+    if not any(source.glob("*.safetensors")):
+        raise DataError(f"{source}: no safetensors files; convert the weights with save_pretrained(safe_serialization=True)")
+    if part == "vae":
+        check_vae_config(source)
+        return
+    config = source / "config.json"
+    model_type = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+    if model_type not in MODEL_TYPES[part]:
+        raise DataError(f"{source}: model_type {model_type!r} in config.json; {part} needs {' or '.join(MODEL_TYPES[part])}")
+
+
+def _link_files(source: Path, target: Path, weights: bool) -> None:
+    suffixes = {".json", ".txt", ".model", *({".safetensors"} if weights else ())}
+    target.mkdir(parents=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in suffixes:
+            (target / path.name).symlink_to(path.resolve())
+
+
+def _fetch_file(store: Store, path: str, target: Path, file: TowerFile) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
+        arrived = Path(scratch) / target.name
+        standing = store.local_path(path)
+        if standing is not None and standing.is_file():
+            arrived.symlink_to(standing.resolve())
+        else:
+            store.get_file(path, arrived)
+        if _size(arrived) != file.bytes or _sha256(arrived) != file.sha256:
+            raise DataError(f"{store.uri(path)}: not the file that was committed; delete the folder and run the towers stage again")
+        os.replace(arrived, target)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(files: dict[str, TowerFile]) -> str:
+    return hashlib.sha256(canonical_json({path: file.sha256 for path, file in files.items()})).hexdigest()
+
+
+def _done_path(folder: str, name: str) -> str:
+    return f"{folder}/{name}.done.json"

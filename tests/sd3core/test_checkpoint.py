@@ -1,0 +1,223 @@
+"""Model folders and training checkpoints: round trips, and every damage named."""
+
+import json
+
+import boto3
+import pytest
+import torch
+from moto import mock_aws
+from safetensors.torch import save_file
+from small_models import randomise, small_config, small_inputs
+
+from sd3core.checkpoint import (
+    DONE_FILE,
+    KINDS,
+    CheckpointDone,
+    assemble,
+    checkpoint_folder,
+    list_checkpoints,
+    load_model,
+    parse_piece_name,
+    piece_name,
+    rank_file,
+    read_done,
+    read_pieces,
+    record_file,
+    save_model,
+)
+from sd3core.data.store import open_store
+from sd3core.errors import CheckpointError
+from sd3core.mmdit import MMDiT
+
+PARENT = "runs/r/checkpoints/pretrain/0123456789ab"
+
+
+def write_checkpoint(root, samples, tensors, config, world_size=3, commit=True, change=lambda rank, pieces: None):
+    """Every rank owns an even share of all parameters laid end to end, as a ZeRO partition does."""
+    folder = root / checkpoint_folder(PARENT, samples)
+    folder.mkdir(parents=True)
+    total = sum(t.numel() for t in tensors["weights"].values())
+    share = -(-total // world_size)
+    for rank in range(world_size):
+        pieces, offset = {}, 0
+        for name in tensors["weights"]:
+            size = tensors["weights"][name].numel()
+            low, high = max(rank * share - offset, 0), min((rank + 1) * share - offset, size)
+            for kind in KINDS if low < high else ():
+                pieces[piece_name(kind, name, low)] = tensors[kind][name].flatten()[low:high].clone()
+            offset += size
+        change(rank, pieces)
+        save_file(pieces, folder / rank_file(rank, world_size))
+    (folder / "metrics.jsonl").write_text('{"samples": 1}\n')
+    done = CheckpointDone(
+        samples=samples,
+        steps=samples // 8,
+        attempt=1,
+        optimizer_step=samples // 8,
+        config=config.to_dict(),
+        training={"global_batch": 8},
+        parameters={name: list(t.shape) for name, t in tensors["weights"].items()},
+        files={path.name: record_file(path) for path in folder.iterdir()},
+        specs={"latents": "ab"},
+        null="zeros",
+    )
+    if commit:
+        (folder / DONE_FILE).write_text(done.model_dump_json())
+    return folder, done
+
+
+@pytest.fixture
+def tensors():
+    config = small_config(depth=2, qk_norm="rms")
+    weights = {name: p.detach() for name, p in randomise(MMDiT(config)).named_parameters()}
+    return config, {kind: {name: w + i for name, w in weights.items()} for i, kind in enumerate(KINDS)}
+
+
+def test_model_folder_round_trip(tmp_path):
+    model = randomise(MMDiT(small_config(qk_norm="rms"))).bfloat16()
+    save_model(tmp_path / "model", model, extra={"note": 1})
+    again = load_model(tmp_path / "model")
+    assert again.config == model.config
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(p.requires_grad and p.dtype == torch.bfloat16 for p in again.parameters())
+    assert torch.equal(again(*small_inputs()), model(*small_inputs()))
+    assert load_model(f"file://{tmp_path}/model").config == model.config
+    with pytest.raises(CheckpointError, match="one set of weights"):
+        load_model(tmp_path / "model", weights="ema")
+
+
+def test_model_folder_problems_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match="no config.json"):
+        load_model(tmp_path / "empty")
+    save_model(tmp_path, MMDiT(small_config()))
+    fields = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (
+        ({"model": fields["model"] | {"dept": 3}}, "unknown key 'dept'; did you mean 'depth'"),
+        ({"odd": 1}, "unknown key 'odd'"),
+        ({"format": 99}, "format 99"),
+        ({"model": fields["model"] | {"depth": 2}}, "unknown for a model of depth 2"),
+        ({"model": fields["model"] | {"depth": 4}}, "missing for a model of depth 4"),
+        ({"model": fields["model"] | {"context_dim": 64}}, "'context_embedder.weight' has shape"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(fields | change))
+        with pytest.raises(CheckpointError, match=message) as error:
+            load_model(tmp_path)
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    data = bytearray((tmp_path / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_model(tmp_path)
+
+
+def test_piece_names():
+    assert piece_name("exp_avg", "a.b.weight", 12) == "exp_avg/a.b.weight/12"
+    assert parse_piece_name("exp_avg/a.b.weight/12") == ("exp_avg", "a.b.weight", 12)
+    assert rank_file(0, 2) == "rank-000-of-002.safetensors"
+    assert checkpoint_folder("p/q/", 12800) == "p/q/000000012800"
+    with pytest.raises(CheckpointError, match="KIND/PARAMETER/START"):
+        parse_piece_name("momentum/a/1")
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_training_checkpoint_comes_back_whole(tmp_path, tensors, world_size):
+    config, values = tensors
+    folder, done = write_checkpoint(tmp_path, 64, values, config, world_size)
+    store = open_store(str(tmp_path))
+    path = checkpoint_folder(PARENT, 64)
+    assert read_done(store, path) == done and read_done(store, path).digest == done.digest
+    for kind in KINDS:
+        whole = assemble(store, path, kind)
+        assert whole.keys() == values[kind].keys()
+        assert all(torch.equal(whole[name], values[kind][name]) for name in whole)
+    for weights, kind in (("ema", "ema"), ("live", "weights"), (None, "ema")):
+        model = load_model(folder, weights)
+        assert all(torch.equal(p, values[kind][name]) for name, p in model.named_parameters())
+        assert torch.equal(model.pos_embed, MMDiT(config).pos_embed)
+
+
+def test_object_storage(tmp_path, tensors, monkeypatch):
+    config, values = tensors
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    folder, done = write_checkpoint(tmp_path, 64, values, config, world_size=2)
+    with mock_aws():
+        boto3.client("s3").create_bucket(Bucket="pictures")
+        store, path = open_store("s3://pictures/here"), checkpoint_folder(PARENT, 64)
+        for file in folder.iterdir():
+            store.put_file(f"{path}/{file.name}", file)
+        assert [ref.folder for ref in list_checkpoints(store, PARENT)] == [path]
+        model = load_model(f"s3://pictures/here/{path}")
+        assert all(torch.equal(p, values["ema"][name]) for name, p in model.named_parameters())
+        save_model("s3://pictures/model", model)
+        assert torch.equal(load_model("s3://pictures/model").pos_embed, model.pos_embed)
+
+
+def test_only_wanted_pieces_are_read(tmp_path, tensors):
+    config, values = tensors
+    write_checkpoint(tmp_path, 64, values, config)
+    store, path = open_store(str(tmp_path)), checkpoint_folder(PARENT, 64)
+    name = "context_embedder.weight"
+    done = read_done(store, path)
+    pieces = list(read_pieces(store, path, done, lambda kind, p, start, stop: p == name and kind == "ema"))
+    assert {(p.kind, p.parameter) for p in pieces} == {("ema", name)}
+    assert torch.equal(torch.cat([p.values for p in pieces]), values["ema"][name].flatten())
+
+
+def test_only_finished_checkpoints_are_listed_in_order(tmp_path, tensors):
+    config, values = tensors
+    for samples, commit in ((128, True), (64, True), (256, False)):
+        write_checkpoint(tmp_path, samples, values, config, world_size=1, commit=commit)
+    store = open_store(str(tmp_path))
+    assert [ref.samples for ref in list_checkpoints(store, PARENT)] == [64, 128]
+    assert list_checkpoints(store, PARENT)[0].folder == checkpoint_folder(PARENT, 64)
+    assert list_checkpoints(store, "runs/other") == []
+    with pytest.raises(CheckpointError, match="not finished"):
+        read_done(store, checkpoint_folder(PARENT, 256))
+
+
+def test_gaps_overlaps_and_strangers_are_named(tmp_path, tensors):
+    config, values = tensors
+    store = open_store(str(tmp_path))
+
+    def lose(rank, pieces):
+        pieces.pop("ema/final_layer.linear.bias/0", None)
+
+    def double(rank, pieces):
+        pieces["ema/final_layer.linear.bias/0"] = torch.zeros(64)
+
+    def stranger(rank, pieces):
+        pieces["ema/odd/0"] = torch.zeros(4)
+
+    for samples, change, message in (
+        (1, lose, "ema/final_layer.linear.bias are missing"),
+        (2, double, "ema/final_layer.linear.bias are stored twice"),
+        (3, stranger, "ema/odd/0 lies outside"),
+    ):
+        write_checkpoint(tmp_path, samples, values, config, change=change)
+        with pytest.raises(CheckpointError, match=message):
+            assemble(store, checkpoint_folder(PARENT, samples), "ema")
+    assemble(store, checkpoint_folder(PARENT, 1), "weights")  # the other kinds are whole
+
+
+def test_damaged_files_are_named(tmp_path, tensors):
+    config, values = tensors
+    folder, _ = write_checkpoint(tmp_path, 64, values, config)
+    store, path = open_store(str(tmp_path)), checkpoint_folder(PARENT, 64)
+    file = folder / rank_file(1, 3)
+    whole = file.read_bytes()
+    for damaged, message in ((whole[:-9], f"{file.name} is damaged .* bytes"), (whole[:-1] + b"\1", "another SHA-256")):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=message):
+            assemble(store, path, "ema")
+    file.unlink()
+    with pytest.raises(CheckpointError, match=f"{rank_file(1, 3)} is missing"):
+        assemble(store, path, "ema")
+    fields = json.loads((folder / DONE_FILE).read_text())
+    for text, message in ((json.dumps(fields | {"odd": 1}), "odd"), (json.dumps(fields | {"format": 9}), "format 9")):
+        (folder / DONE_FILE).write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            read_done(store, path)

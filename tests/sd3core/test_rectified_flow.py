@@ -1,0 +1,55 @@
+import math
+
+import pytest
+import torch
+
+from sd3core.errors import UserError
+from sd3core.rectified_flow import (
+    interpolate,
+    log_snr,
+    noise_from_velocity,
+    resolution_shift,
+    shift_for_resolution,
+    velocity_target,
+    x0_from_velocity,
+)
+
+
+def test_path_ends_in_data_and_noise_and_its_slope_is_the_velocity():
+    x0, noise = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    assert torch.equal(interpolate(x0, noise, torch.zeros(3)), x0)
+    assert torch.equal(interpolate(x0, noise, torch.ones(3)), noise)
+    t, step = torch.tensor([0.1, 0.5, 0.8]), 1e-2
+    slope = (interpolate(x0, noise, t + step) - interpolate(x0, noise, t)) / step
+    torch.testing.assert_close(slope, velocity_target(x0, noise), atol=2e-4, rtol=0)
+
+
+def test_inversions():
+    x0, noise, t = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+    z_t, velocity = interpolate(x0, noise, t), velocity_target(x0, noise)
+    assert z_t.dtype == torch.float32
+    torch.testing.assert_close(x0_from_velocity(velocity, z_t, t), x0)
+    torch.testing.assert_close(noise_from_velocity(velocity, z_t, t), noise)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "shifted", "log_snr_change"),
+    [
+        (1.5, [0.142857, 0.333333, 0.6, 0.818182, 0.931034], -0.810930),
+        (3.0, [0.25, 0.5, 0.75, 0.9, 0.964286], -2.197225),
+        (4.0, [0.307692, 0.571429, 0.8, 0.923077, 0.972973], -2.772589),
+    ],
+)
+def test_resolution_shift(alpha, shifted, log_snr_change):
+    t = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+    moved = resolution_shift(t, alpha)
+    torch.testing.assert_close(moved, torch.tensor(shifted, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(log_snr(moved) - log_snr(t), torch.full_like(t, log_snr_change), atol=1e-5, rtol=0)
+    assert resolution_shift(0.0, alpha) == 0 and resolution_shift(1.0, alpha) == 1
+
+
+def test_shift_for_resolution():
+    assert shift_for_resolution(1024**2, 256**2) == 4
+    assert math.isclose(shift_for_resolution(832 * 1216, 512**2), math.sqrt(832 * 1216) / 512)
+    with pytest.raises(UserError):
+        shift_for_resolution(0, 5)

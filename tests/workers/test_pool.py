@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from sd3core.errors import StoreError
+from sd3core.recipe import Compute
+from workers.pool import PoolFailed, PoolSettings, map_over_actors, start_ray
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import a test module
+TWO = PoolSettings(actors=2, max_attempts=3, stall_timeout_s=60)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray():
+    os.environ["RAY_ADDRESS"] = "10.255.255.1:6379"  # a stale address in the environment must not matter
+    try:
+        with start_ray(Compute(object_store_mb=80)):
+            yield
+    finally:
+        del os.environ["RAY_ADDRESS"]
+
+
+class Worker:
+    """Each task is (name, what to do); every attempt leaves a line in `log`."""
+
+    def __init__(self, log: str, load: str = "") -> None:
+        self.log = Path(log)
+        self.progress = 0
+        if load == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if load == "die once" and not self.log.exists():
+            self.log.write_text("")
+            os.kill(os.getpid(), signal.SIGKILL)
+        if load == "user error":
+            raise StoreError("no such folder: towers/x")
+        if load == "bug":
+            raise ZeroDivisionError("one over nothing")
+
+    def __call__(self, task: tuple[str, str]) -> str:
+        name, action = task
+        lines = self.log.read_text().split() if self.log.exists() else []
+        with self.log.open("a") as log:
+            log.write(f"{name}\n")
+        if action == "raise":
+            raise StoreError(f"shard {name} cannot be read")
+        if action == "bug":
+            raise KeyError("width")
+        if action == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if action == "die once" and name not in lines:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if action == "hang":
+            time.sleep(60)
+        if action == "slow":
+            for _ in range(10):
+                time.sleep(0.5)
+                self.progress += 1
+        return name.upper() + os.environ["OMP_NUM_THREADS"]
+
+
+def run(tmp_path, tasks, settings=TWO, load="", report=None, watch=None):
+    return map_over_actors(Worker, {"log": str(tmp_path / "log"), "load": load}, tasks, settings, report, watch)
+
+
+def attempts(tmp_path, name):
+    return (tmp_path / "log").read_text().split().count(name)
+
+
+def test_outcomes_in_task_order_and_a_poison_task_is_quarantined_with_its_reason(tmp_path):
+    tasks = [("a", ""), ("poison", "raise"), ("b", ""), ("bug", "bug"), ("c", "")]
+    reports = []
+    outcomes = run(tmp_path, tasks, report=lambda outcome, done, total: reports.append((outcome.task[0], done, total)))
+
+    assert [o.task for o in outcomes] == tasks
+    assert [o.result for o in outcomes] == ["A1", None, "B1", None, "C1"]
+    assert outcomes[1].error == "shard poison cannot be read"
+    assert outcomes[3].error.startswith("KeyError: 'width' (test_pool.py:")
+    assert [o.attempts for o in outcomes] == [1, 3, 1, 3, 1]
+    assert attempts(tmp_path, "poison") == 3
+    assert sorted(name for name, _, _ in reports) == ["a", "b", "bug", "c", "poison"]
+    assert [(done, total) for _, done, total in reports] == [(i, 5) for i in range(1, 6)]
+
+
+def test_a_worker_killed_in_a_task_is_replaced_and_everything_is_done_once(tmp_path):
+    outcomes = run(tmp_path, [("a", ""), ("victim", "die once"), ("b", ""), ("c", "")])
+    assert [o.result for o in outcomes] == ["A1", "VICTIM1", "B1", "C1"]
+    assert [o.attempts for o in outcomes] == [1, 2, 1, 1]
+    assert [attempts(tmp_path, name) for name in ("a", "victim", "b", "c")] == [1, 2, 1, 1]
+
+
+def test_a_task_that_kills_every_worker_is_quarantined(tmp_path):
+    outcomes = run(tmp_path, [("deadly", "die"), ("a", "")], PoolSettings(actors=2, max_attempts=2))
+    assert outcomes[0].error.startswith("the worker process died")
+    assert outcomes[0].attempts == 2
+    assert outcomes[1].result == "A1"
+
+
+def test_a_worker_killed_once_while_loading_is_replaced(tmp_path):
+    assert run(tmp_path, [("a", "")], PoolSettings(actors=1), load="die once")[0].result == "A1"
+
+
+@pytest.mark.parametrize(
+    "load, message",
+    [("die", "no Worker could be started, after 2 attempts each: the worker process died"), ("bug", "ZeroDivisionError: one over nothing")],
+)
+def test_workers_that_never_load_are_one_clear_error(tmp_path, load, message):
+    with pytest.raises(PoolFailed, match=message):
+        run(tmp_path, [("a", ""), ("b", "")], PoolSettings(actors=2, max_attempts=2), load=load)
+
+
+def test_a_user_error_while_loading_ends_at_once_with_its_message(tmp_path):
+    with pytest.raises(PoolFailed, match="^no such folder: towers/x$"):
+        run(tmp_path, [("a", "")], load="user error")
+
+
+def test_a_stalled_task_is_given_up_but_one_that_progresses_is_not(tmp_path):
+    seen = []
+    settings = PoolSettings(actors=2, max_attempts=1, stall_timeout_s=3)
+    outcomes = run(tmp_path, [("stuck", "hang"), ("long", "slow")], settings, watch=lambda task, p: seen.append((task[0], p)))
+    assert outcomes[0].error == "no progress for 3 s"
+    assert outcomes[1].result == "LONG1"
+    assert seen[-1][0] == "long" and seen[-1][1] >= 5
+
+
+def test_no_tasks_start_nothing(tmp_path):
+    assert run(tmp_path, []) == []
+
+
+def test_an_initialised_ray_is_used_and_left_running(tmp_path):
+    before = ray.get_runtime_context().get_job_id()
+    with start_ray(Compute()):
+        assert ray.get_runtime_context().get_job_id() == before
+    assert ray.is_initialized()
+
+
+def test_local_ray_listens_on_loopback_only():
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    sockets = [s for p in processes for s in p.net_connections(kind="inet") if s.status == psutil.CONN_LISTEN]
+    assert len(sockets) > 4
+    assert {s.laddr.ip.removeprefix("::ffff:") for s in sockets} == {"127.0.0.1"}
+
+
+def test_actors_that_no_machine_has_room_for_end_in_an_error_that_says_so(tmp_path):
+    with pytest.raises(PoolFailed, match="not loaded after 2 s .free in Ray: 2 CPUs, 0 GPUs; compute.actors may ask for more"):
+        run(tmp_path, [("a", "")], PoolSettings(actors=1, cpus_per_actor=64, max_attempts=1, load_timeout_s=2))

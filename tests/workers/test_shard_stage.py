@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import pytest
+import ray
+
+from sd3core.data.manifest import read_manifest
+from sd3core.data.shards import FailedRow, Sample, write_shard
+from sd3core.data.store import open_store
+from sd3core.errors import DataError
+from sd3core.progress import ignore_progress
+from sd3core.recipe import Compute
+from workers.shard_stage import (
+    NOTHING_TO_DO,
+    ShardStage,
+    ShardTask,
+    StageFailed,
+    recall_stage,
+    run_shard_stage,
+    run_shard_stages,
+)
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+pytestmark = pytest.mark.usefixtures("local_ray")
+COMPUTE = Compute(object_store_mb=80)
+
+
+class Worker:
+    """Writes a shard of `rows` rows and one failed row, and counts its attempts in the store."""
+
+    def __init__(self, url: str, poison: tuple[int, ...] = (), die_once_at: int | None = None) -> None:
+        self.store, self.poison, self.die_once_at = open_store(url), poison, die_once_at
+
+    def __call__(self, task):
+        mark = f"attempts/{task.folder}/{task.stem}"
+        attempt = self.store.get_json(mark) + 1 if self.store.exists(mark) else 1
+        self.store.put_json(mark, attempt)
+        if task.number in self.poison:
+            raise DataError(f"row {task.number} is poison")
+        if task.number == self.die_once_at and attempt == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        samples = [Sample(f"{task.stem[:5]}-{i}", {"txt": b"x" * i}) for i in range(task.rows)]
+        return write_shard(self.store, task.folder, task.stem, samples, [FailedRow(key="k", reason="too small")])
+
+
+def a_stage(t5_tokens=16, shards=4, name="text", inputs=None, needs=()):
+    fields = {"format": 1, "text": {"t5_tokens": t5_tokens}}
+    folder = f"datasets/d/text/{t5_tokens:012d}"
+    tasks = [ShardTask(i, f"{i:012x}", folder, rows=3) for i in range(shards)]
+    return ShardStage(name, "text", folder, fields, inputs or {"raw": "a" * 64}, tasks, needs)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return open_store(str(tmp_path))
+
+
+def run(store, stage, run="r", report=ignore_progress, **worker):
+    return run_shard_stage(store, run, stage, Worker, {"url": store.url, **worker}, COMPUTE, report)
+
+
+def attempts(store):
+    return {entry.path.rpartition("/")[2][:5]: store.get_json(entry.path) for entry in store.list("attempts")}
+
+
+def test_first_run_then_nothing_to_do_then_only_what_is_missing(store):
+    seen = []
+    first = run(store, a_stage(), report=seen.append)
+    assert (first.skipped, first.reason, first.made, first.done_before) == (False, "first run", 4, 0)
+    assert first.rows == 12 and first.warnings == ["4 rows left out: too small"]
+    assert (seen[-1].done, seen[-1].total, seen[-1].note) == (12, 12, "shard 4/4")
+    manifest = read_manifest(store, first.manifest.folder, first.manifest.digest)
+    assert [entry.number for entry in manifest.shards] == [0, 1, 2, 3]
+
+    again = run(store, a_stage())
+    assert (again.skipped, again.reason, again.made, again.done_before) == (True, NOTHING_TO_DO, 0, 4)
+    assert again.manifest == first.manifest
+
+    store.delete(f"{manifest.folder}/{manifest.shards[2].stem}.done.json")
+    third = run(store, a_stage())
+    assert (third.skipped, third.reason, third.made) == (False, "1 of 4 shards were missing", 1)
+    assert third.manifest == first.manifest  # the bytes are a function of the inputs
+    assert sorted(attempts(store).values()) == [1, 1, 1, 2]
+
+
+def test_a_changed_field_is_named_and_going_back_costs_nothing(store):
+    first = run(store, a_stage(16))
+    changed = run(store, a_stage(20))
+    assert changed.reason == "text.t5_tokens: 16 -> 20; 4 of 4 shards were missing"
+    back = run(store, a_stage(16))
+    assert back.skipped and back.manifest == first.manifest
+    assert recall_stage(store, "r", "text").digest == first.manifest.digest
+
+
+def test_another_run_shares_what_is_done(store):
+    first = run(store, a_stage())
+    other = run(store, a_stage(), run="other")
+    assert other.skipped and other.manifest == first.manifest
+
+
+def test_a_data_set_that_grows_and_one_that_shrinks_share_a_folder(store):
+    small = run(store, a_stage(shards=2))
+    grown = run(store, a_stage(shards=4, inputs={"raw": "b" * 64}), run="grown")
+    assert (grown.made, grown.done_before, grown.reason) == (2, 2, "2 of 4 shards were missing")
+    again = run(store, a_stage(shards=2))  # its manifest is no longer the newest, but it stands under its digest
+    assert again.skipped and again.manifest == small.manifest
+    assert set(attempts(store).values()) == {1}
+
+
+def test_poison_shards_are_named_after_all_others_are_done(store):
+    with pytest.raises(StageFailed, match=r"text: 1 of 4 shards could not be made: .*00001.*row 1 is poison, 3 attempts"):
+        run(store, a_stage(), poison=(1,))
+    assert recall_stage(store, "r", "text") is None
+    mended = run(store, a_stage())
+    assert (mended.made, mended.done_before, mended.reason) == (1, 3, "1 of 4 shards were missing")
+
+
+def test_a_worker_killed_in_its_shard_costs_only_that_shard(store):
+    result = run(store, a_stage(), die_once_at=2)
+    assert result.made == 4 and result.rows == 12
+    assert attempts(store) == {"00000": 1, "00001": 1, "00002": 2, "00003": 1}
+
+
+def test_several_stages_share_workers_and_each_commits_its_manifest(store):
+    stages = [a_stage(16, name="latents.pretrain"), a_stage(20, name="latents.finetune.0")]
+    results = run_shard_stages(store, "r", stages, Worker, {"url": store.url}, COMPUTE, ignore_progress)
+    assert [r.stage for r in results] == ["latents.pretrain", "latents.finetune.0"]
+    assert [r.made for r in results] == [4, 4] and results[0].manifest.folder != results[1].manifest.folder
+
+
+def test_a_lost_file_that_the_stage_needs_brings_one_shard_back(store):
+    stage = a_stage(needs=("NULL.safetensors",))
+    run(store, stage)
+    store.put(f"{stage.folder}/NULL.safetensors", b"x")
+    assert run(store, stage).skipped
+    store.delete(f"{stage.folder}/NULL.safetensors")
+    assert run(store, stage).made == 1

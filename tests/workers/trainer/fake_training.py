@@ -1,0 +1,100 @@
+"""A synthetic data set with the loader's interface: every batch is a function of the step, as the real plan's are."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sd3core.conditioning import TextFeatures
+from sd3core.mmdit import MMDiTConfig
+from sd3core.recipe import Text, Training
+from workers.trainer.job import DataRef, TrainingJob
+
+IMAGES = 40
+TOKENS, CLIP_WIDTH, T5_WIDTH = 4, 8, 24
+MODEL = MMDiTConfig.from_depth(2, context_dim=24, pooled_dim=16, position_base=4, position_side=4, position_max=8)
+
+
+@dataclass(frozen=True)
+class FakeBatch:
+    latent: torch.Tensor
+    text: TextFeatures
+    sample_ids: np.ndarray
+    epochs: np.ndarray
+    keys: list[str]
+    bucket: str = "64x64"
+
+
+@dataclass(frozen=True)
+class FakeLoader:
+    """`nan_steps`: steps (from 0) whose first sample has a NaN in its latent. `slow_s`: seconds a batch takes."""
+
+    global_batch: int
+    rank: int
+    world: int
+    nan_steps: tuple[int, ...] = ()
+    slow_s: float = 0.0
+
+    def batch(self, step: int) -> FakeBatch:
+        time.sleep(self.slow_s)
+        part = self.global_batch // self.world
+        positions = step * self.global_batch + np.arange(self.rank * part, (self.rank + 1) * part)
+        ids = positions % IMAGES
+        images = torch.stack([torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(int(i))) for i in ids])
+        if step in self.nan_steps and self.rank == 0:
+            images[0, 0, 0, 0] = float("nan")
+        text = [_features(int(i)) for i in ids]
+        return FakeBatch(images, TextFeatures.stack(text), ids, positions // IMAGES, [f"image-{i}" for i in ids])
+
+
+def _features(image: int) -> TextFeatures:
+    generator = torch.Generator().manual_seed(1000 + image)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(1, *shape, generator=generator)
+
+    return TextFeatures(
+        clip_l=draw(TOKENS, CLIP_WIDTH),
+        clip_g=draw(TOKENS, CLIP_WIDTH),
+        t5=draw(TOKENS, T5_WIDTH),
+        clip_l_pooled=draw(CLIP_WIDTH),
+        clip_g_pooled=draw(CLIP_WIDTH),
+        lengths=torch.full((1, 3), TOKENS),
+    )
+
+
+def make_training(**changes) -> Training:
+    fields = {
+        "side_px": 64,
+        "samples": 96,
+        "global_batch": 8,
+        "micro_batch": 2,
+        "checkpoint_every_samples": 32,
+        "learning_rate": 1e-3,
+        "warmup_samples": 16,
+        "ema_every_steps": 2,
+        "precision": "bf16",
+        "zero_stage": 2,
+    }
+    return Training(**fields | changes)
+
+
+def make_job(store: Path, *, phase: str = "pretrain", spec: str = "0123456789ab", model: MMDiTConfig = MODEL, **changes):
+    top = {key: changes.pop(key) for key in ("init", "seed", "log_dir") if key in changes}
+    return TrainingJob(
+        **{"seed": 7, "log_dir": str(store.parent / f"logs-{store.name}")} | top,
+        store=str(store),
+        run="test",
+        phase=phase,
+        spec=spec,
+        fields={},
+        model=model.to_dict(),
+        training=make_training(**changes),
+        text=Text(),
+        latents=DataRef(folder="datasets/none/latents/0", digest="0" * 64),
+        text_features=DataRef(folder="datasets/none/text/0", digest="0" * 64),
+    )

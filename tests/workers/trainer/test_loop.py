@@ -1,0 +1,201 @@
+"""The loop on real ranks (DeepSpeed over gloo, no Ray): steps that are not finite, fencing, the start of a later phase."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from fake_training import MODEL, FakeLoader, make_job
+from rank_processes import run_ranks
+
+from sd3core.checkpoint import assemble, list_checkpoints, load_model, read_done
+from sd3core.data.store import open_store
+from sd3core.errors import CheckpointError
+from sd3core.mmdit import MMDiTConfig
+from workers.trainer.checkpointing import begin_attempt, read_metrics
+from workers.trainer.job import TrainingFailed, TrainingSuperseded
+from workers.trainer.loop import Place, draw_inputs, train_rank
+from workers.trainer.start import start_model
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Notebook:
+    began_at: list[int] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def began(self, attempt: int, samples: int) -> None:
+        self.began_at.append(samples)
+
+    def progress(self, samples: int, note: str) -> None:
+        pass
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def _train(rank, world, job, loader_changes=None):
+    """(error or None, notebook) of one attempt on this rank."""
+    notebook = Notebook()
+    try:
+        train_rank(
+            job,
+            Place(rank, world, CPU, threads=1),
+            notebook,
+            lambda job, store, place, warn: FakeLoader(job.training.global_batch, rank, world, **(loader_changes or {})),
+        )
+    except (TrainingFailed, CheckpointError) as error:
+        return error, notebook
+    return None, notebook
+
+
+@dataclass(frozen=True)
+class Usurper:
+    """A loader during whose batch of step 5 a newer attempt registers."""
+
+    loader: FakeLoader
+    store: str
+    folder: str
+
+    def batch(self, step: int):
+        if step == 5:
+            begin_attempt(open_store(self.store), self.folder)
+        return self.loader.batch(step)
+
+
+def _single_rank_stories(rank, world, root: Path):
+    """Several trainings one after the other in one process: importing DeepSpeed costs more than all of them."""
+    stories = {}
+    job = make_job(root / "one-nan")
+    stories["one-nan"] = _train(rank, world, job, {"nan_steps": (5,)})
+    stories["clean"] = _train(rank, world, make_job(root / "clean"))
+    stories["average"] = _train(rank, world, make_job(root / "average", samples=48, checkpoint_every_samples=16, ema_decay=0.9))
+    stories["always-nan"] = _train(rank, world, make_job(root / "always-nan"), {"nan_steps": tuple(range(6, 12))})
+
+    job, notebook = make_job(root / "usurped"), Notebook()
+    try:
+        usurped = Usurper(FakeLoader(8, 0, 1), job.store, job.folder)
+        train_rank(job, Place(0, 1, CPU, threads=1), notebook, lambda *_: usurped)
+        stories["usurped"] = None, notebook
+    except TrainingSuperseded as error:
+        stories["usurped"] = error, notebook
+
+    [*_, last] = list_checkpoints(open_store(str(root / "clean")), make_job(root / "clean").folder)
+    config = MMDiTConfig.from_dict(MODEL.to_dict() | {"qk_norm": "rms", "position_side": 8})
+    tuned = make_job(
+        root / "clean", phase="finetune.0", model=config, init=last.folder, zero_stage=3, samples=16, learning_rate=1e-12
+    )
+    stories["finetune"] = _train(rank, world, tuned)
+    wrong = make_job(root / "clean", phase="finetune.1", model=MMDiTConfig.from_depth(3), init=last.folder)
+    stories["wrong-init"] = _train(rank, world, wrong)
+    return stories
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("loop")
+
+
+@pytest.fixture(scope="module")
+def stories(root):
+    return run_ranks(1, _single_rank_stories, root)[0]
+
+
+def rows_of(root: Path, name: str):
+    return read_metrics(open_store(str(root / name)), make_job(root / name).folder)
+
+
+def test_checkpoints_and_rows_follow_the_clock(root, stories):
+    error, notebook = stories["clean"]
+    job, store = make_job(root / "clean"), open_store(str(root / "clean"))
+    assert error is None and notebook.began_at == [0] and notebook.warnings == []
+    assert [ref.samples for ref in list_checkpoints(store, job.folder)] == [32, 64, 96]
+    rows = rows_of(root, "clean")
+    assert [row["samples"] for row in rows] == list(range(8, 97, 8))
+    assert rows[-1]["loss"] < rows[0]["loss"] and rows[0]["lr"] < rows[3]["lr"] == 1e-3
+    assert all(0 < row["mfu"] and len(row["loss_by_t"]) == 8 for row in rows)
+    assert [row["samples"] for row in rows if "attention_logit_max" in row] == [32, 64, 96]
+    done = read_done(store, f"{job.folder}/000000000096")
+    assert (done.steps, done.optimizer_step, done.attempt, done.null) == (12, 12, 1, "zeros")
+    assert list(Path(job.log_dir).glob("events*")) and store.list(job.logs_folder + "/")
+
+
+def test_ema_is_the_average_of_the_weights(root, stories):
+    """ema <- 0.9 ema + 0.1 weights every 2nd step, from the start weights, in fp32 although the model is bf16."""
+    job, store = make_job(root / "average"), open_store(str(root / "average"))
+    average = {name: p.detach() for name, p in start_model(job, store).named_parameters()}
+    assert stories["average"][0] is None
+    for samples in (16, 32, 48):
+        live, ema = (assemble(store, f"{job.folder}/{samples:012d}", kind) for kind in ("weights", "ema"))
+        average = {name: tensor + 0.1 * (live[name] - tensor) for name, tensor in average.items()}
+        for name, tensor in average.items():
+            torch.testing.assert_close(ema[name], tensor, rtol=0, atol=1e-7)
+    assert load_model(str(root / "average" / job.folder / "000000000048"), weights="ema").config == MODEL
+
+
+def test_a_step_that_is_not_finite_is_named_and_left_out(root, stories):
+    error, notebook = stories["one-nan"]
+    assert error is None
+    [warning] = notebook.warnings
+    assert warning == "pretrain: step 6: loss not finite, update left out; samples: image-0"
+    rows = rows_of(root, "one-nan")
+    assert rows[5]["loss"] is None and rows[5]["keys"] == ["image-0"] and "warning" not in rows[6]
+    assert [row["loss"] for row in rows[:5]] == [row["loss"] for row in rows_of(root, "clean")[:5]]
+    done = read_done(open_store(str(root / "one-nan")), f"{make_job(root / 'one-nan').folder}/000000000096")
+    assert (done.steps, done.optimizer_step) == (12, 11)
+
+
+def test_many_of_them_go_back_to_the_last_checkpoint_and_then_fail(root, stories):
+    error, notebook = stories["always-nan"]
+    assert notebook.began_at == [0, 32, 32]
+    assert sum("going back" in warning for warning in notebook.warnings) == 2
+    assert str(error).startswith("pretrain: 5 steps in a row without a finite gradient up to step 11, again after")
+    assert "\n" not in str(error)
+
+
+def test_an_older_attempt_cannot_commit_after_a_newer_one(root, stories):
+    error, _ = stories["usurped"]
+    assert isinstance(error, TrainingSuperseded) and "attempt 2" in str(error)
+    job, store = make_job(root / "usurped"), open_store(str(root / "usurped"))
+    assert [ref.samples for ref in list_checkpoints(store, job.folder)] == [32]
+    assert any("000000000064" in entry.path for entry in store.list(job.folder + "/"))
+    assert begin_attempt(store, job.folder) == 3
+    assert not any("000000000064" in entry.path for entry in store.list(job.folder + "/"))
+
+
+def test_a_later_phase_starts_exactly_from_the_averaged_weights(root, stories):
+    """With a rate of almost nothing the trained weights are still the start: EMA of the phase before, scales of one."""
+    error, _ = stories["finetune"]
+    assert error is None
+    store = open_store(str(root / "clean"))
+    before = assemble(store, f"{make_job(root / 'clean').folder}/000000000096", "ema")
+    after = assemble(store, f"{make_job(root / 'clean', phase='finetune.0').folder}/000000000016", "weights")
+    new = sorted(after.keys() - before.keys())
+    assert len(new) == 8 and all(torch.allclose(after[name], torch.ones(64)) for name in new)
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-10)
+
+
+def test_a_start_that_does_not_fit_is_named(stories):
+    error, _ = stories["wrong-init"]
+    assert isinstance(error, CheckpointError) and "finetune.1 starts from" in str(error)
+
+
+def test_draws_do_not_depend_on_the_number_of_ranks(tmp_path):
+    job = make_job(tmp_path / "store", shift=3.0)
+    whole = draw_inputs(FakeLoader(8, 0, 1).batch(2), job, None, CPU)
+    parts = [draw_inputs(FakeLoader(8, rank, 2).batch(2), job, None, CPU) for rank in range(2)]
+    for name in ("x0", "noise", "t", "context", "pooled"):
+        torch.testing.assert_close(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name), rtol=0, atol=0)
+    unshifted = draw_inputs(FakeLoader(8, 0, 1).batch(2), make_job(tmp_path / "store"), None, CPU)
+    torch.testing.assert_close(whole.t, 3 * unshifted.t / (1 + 2 * unshifted.t))
+
+
+def test_rows_are_json(root, stories):
+    path = root / "one-nan" / make_job(root / "one-nan").folder / "000000000064" / "metrics.jsonl"
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [5, 6, 7, 8]

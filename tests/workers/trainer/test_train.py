@@ -1,0 +1,151 @@
+"""A phase through Ray Train and DeepSpeed on two real ranks: a killed rank, another world size, a stall, an error."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+import time
+
+import fake_training
+import psutil
+import pytest
+import torch
+from fake_training import FakeLoader, make_job
+from ray import cloudpickle
+
+from sd3core.checkpoint import assemble, list_checkpoints, read_done
+from sd3core.data.store import open_store
+from sd3core.errors import DataError
+from sd3core.recipe import Compute
+from workers.pool import start_ray
+from workers.trainer import TrainingFailed, train
+from workers.trainer.checkpointing import read_metrics
+
+for module in (fake_training, sys.modules[__name__]):  # ranks do not have the tests on their path
+    cloudpickle.register_pickle_by_value(module)
+COMPUTE = Compute(train_ranks=2, cpus_per_rank=1)
+UNTIMED = ("samples_per_s", "mfu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray():
+    with start_ray(COMPUTE):
+        yield
+
+
+def open_fake(job, store, place, warn):
+    return FakeLoader(job.training.global_batch, place.rank, place.world)
+
+
+def open_slow_fake(job, store, place, warn):
+    return FakeLoader(job.training.global_batch, place.rank, place.world, slow_s=0.3)
+
+
+def rows_of(job):
+    rows = read_metrics(open_store(job.store), job.folder)
+    return [{key: value for key, value in row.items() if key not in UNTIMED} for row in rows]
+
+
+def kill_a_rank_after(samples: int):
+    """(report callback, list of killed pids): kills -9 the younger rank process once so many samples are seen."""
+    killed: list[int] = []
+
+    def report(progress) -> None:
+        if progress.done >= samples and not killed:
+            ranks = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+            victim = max(ranks, key=lambda p: p.create_time())
+            killed.append(victim.pid)
+            victim.kill()
+
+    return report, killed
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    job = make_job(tmp_path_factory.mktemp("undisturbed") / "store")
+    seen = []
+    result = train(job, COMPUTE, seen.append, open_fake)
+    return job, result, seen
+
+
+def test_an_undisturbed_phase(undisturbed):
+    job, result, seen = undisturbed
+    assert result.samples == 96 and result.attempts == 1 and result.resumed_from is None and result.warnings == []
+    assert [folder[-12:] for folder in result.checkpoints] == ["000000000032", "000000000064", "000000000096"]
+    assert seen[-1].done == 96 and seen[-1].total == 96 and seen[-1].note.startswith("loss ")
+    assert len(rows_of(job)) == 12
+
+
+def test_a_finished_phase_returns_at_once(undisturbed):
+    job, before, _ = undisturbed
+    started = time.monotonic()
+    again = train(job, COMPUTE)
+    assert time.monotonic() - started < 1
+    assert again.checkpoints == before.checkpoints and again.resumed_from == 96 and again.attempts == 1
+
+
+def test_a_killed_rank_changes_nothing(undisturbed, tmp_path):
+    """The restart goes on from the last checkpoint; losses and weights are those of the undisturbed run, bit by bit."""
+    calm_job, _, _ = undisturbed
+    job = make_job(tmp_path / "store")
+    report, killed = kill_a_rank_after(48)
+    result = train(job, COMPUTE, report, open_slow_fake)
+    assert killed and result.attempts == 2
+    assert result.warnings == ["pretrain: a rank was lost; attempt 2 went on from 32 samples"]
+    assert rows_of(job) == rows_of(calm_job)
+    for kind in ("weights", "exp_avg", "exp_avg_sq", "ema"):
+        ours = assemble(open_store(job.store), result.checkpoints[-1], kind)
+        calm = assemble(open_store(calm_job.store), result.checkpoints[-1], kind)
+        assert all(torch.equal(ours[name], calm[name]) for name in calm)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 3), (2, 1)])
+def test_going_on_elsewhere(undisturbed, tmp_path, ranks, stage):
+    """A checkpoint of 2 ranks at ZeRO 2 goes on at another world size and stage; bf16 sums in another order differ slightly."""
+    calm_job, _, _ = undisturbed
+    shutil.copytree(calm_job.store.removeprefix("file://"), tmp_path / "store")
+    job = make_job(tmp_path / "store", zero_stage=stage)
+    shutil.rmtree(tmp_path / "store" / job.folder / "000000000096")
+    result = train(job, COMPUTE.model_copy(update={"train_ranks": ranks}), open_loader=open_fake)
+    assert result.resumed_from == 64 and result.attempts == 2
+    for ours, calm in zip(rows_of(job)[8:], rows_of(calm_job)[8:], strict=True):
+        assert ours["loss"] == pytest.approx(calm["loss"], rel=1e-3)
+    done = read_done(open_store(job.store), result.checkpoints[-1])
+    assert len(done.rank_files) == ranks and done.optimizer_step == 12
+
+
+def test_a_stall_is_an_error_that_says_so(tmp_path):
+    def open_stuck(job, store, place, warn):
+        return FakeLoader(job.training.global_batch, place.rank, place.world, slow_s=3600)
+
+    started = time.monotonic()
+    with pytest.raises(TrainingFailed, match="no progress for 12 s"):
+        train(make_job(tmp_path / "store"), COMPUTE.model_copy(update={"stall_timeout_s": 12}), open_loader=open_stuck)
+    assert time.monotonic() - started < 40
+
+
+def test_an_error_of_the_user_is_not_tried_again(tmp_path):
+    def open_nothing(job, store, place, warn):
+        raise DataError("datasets/none/latents/0: no manifest; run the encode stage")
+
+    job = make_job(tmp_path / "store")
+    with pytest.raises(TrainingFailed, match="^datasets/none/latents/0: no manifest"):
+        train(job, COMPUTE, open_loader=open_nothing)
+    store = open_store(job.store)
+    assert len(store.list(f"{job.folder}/attempts/")) == 1 and list_checkpoints(store, job.folder) == []
+
+
+def test_more_ranks_than_the_machine_has(tmp_path):
+    with pytest.raises(TrainingFailed, match="compute.train_ranks 8 x compute.cpus_per_rank 1 is more than the 2 CPUs"):
+        train(make_job(tmp_path / "store"), COMPUTE.model_copy(update={"train_ranks": 8}))
+
+
+def test_works_outside_the_main_thread(undisturbed):
+    """Prefect runs tasks in threads."""
+    job, result, _ = undisturbed
+    again = []
+    thread = threading.Thread(target=lambda: again.append(train(job, COMPUTE)))
+    thread.start()
+    thread.join()
+    assert again[0].checkpoints == result.checkpoints

@@ -1,0 +1,103 @@
+"""Captioning: a synthetic caption for every raw image, beside the original ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pyarrow as pa
+from PIL.Image import Image
+
+from sd3core.data.images import decode_image
+from sd3core.data.manifest import ManifestRef, read_manifest
+from sd3core.data.shards import DoneRecord, FailedRow, write_table
+from sd3core.data.store import Store, open_store
+from sd3core.errors import UserError
+from sd3core.progress import ProgressCallback
+from sd3core.recipe import Caption, Recipe
+from sd3core.specs import captions_fields, captions_folder
+from workers.inputs import actor_device, input_shards, read_images
+from workers.shard_stage import ShardStage, ShardTask, StageResult, run_shard_stage
+
+SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "caption", "model", "prompt")])
+Captioner = Callable[[Sequence[Image]], list[str]]
+
+
+def caption_stage(recipe: Recipe, store: Store, raw: ManifestRef, report: ProgressCallback) -> StageResult | None:
+    """Captions parquets, a row a key. None where the recipe names no captioner: then only original captions are used."""
+    if recipe.caption.captioner == "none":
+        return None
+    folder = captions_folder(recipe)
+    tasks = [
+        ShardTask(number, shard.digest[:12], folder, shard.rows, shard)
+        for number, shard in input_shards(read_manifest(store, raw.folder, raw.digest)).items()
+    ]
+    stage = ShardStage("caption", "captions", folder, captions_fields(recipe), {"raw": raw.digest}, tasks)
+    worker = {
+        "store_url": store.url,
+        "caption": recipe.caption,
+        "max_image_pixels": recipe.data.max_image_pixels,
+        "device": actor_device(recipe.compute),
+    }
+    return run_shard_stage(store, recipe.run, stage, CaptionWorker, worker, recipe.compute, report)
+
+
+class CaptionWorker:
+    """Raw shard -> captions parquet. An image that cannot be captioned becomes a failed row with its reason."""
+
+    def __init__(self, store_url: str, caption: Caption, max_image_pixels: int, device: str) -> None:
+        self.store = open_store(store_url)
+        self.caption = caption
+        self.max_image_pixels = max_image_pixels
+        self.captioner = _load_captioner(caption, device)
+        self.is_model = caption.captioner == "vision_language_model"
+        self.progress = 0  # rows
+
+    def __call__(self, task: ShardTask) -> DoneRecord:
+        self.progress = 0
+        rows: list[dict[str, str]] = []
+        failed: list[FailedRow] = []
+        batch: list[tuple[str, Image]] = []
+        for key, data in read_images(self.store, task.source):
+            try:
+                batch.append((key, decode_image(data, self.max_image_pixels)))
+            except UserError as error:
+                failed.append(FailedRow(key=key, reason=str(error)))
+            if len(batch) == self.caption.batch:
+                self._write_captions(batch, rows, failed)
+                batch = []
+        self._write_captions(batch, rows, failed)
+        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        return write_table(self.store, task.folder, task.stem, table, failed)
+
+    def _write_captions(self, batch: list[tuple[str, Image]], rows: list[dict[str, str]], failed: list[FailedRow]) -> None:
+        for (key, _), caption in zip(batch, self._captions([image for _, image in batch]), strict=True):
+            if isinstance(caption, Exception):
+                failed.append(FailedRow(key=key, reason=f"captioner: {' '.join(str(caption).split())[:200]}"))
+            elif not caption:
+                failed.append(FailedRow(key=key, reason="captioner: it wrote nothing"))
+            else:
+                model, prompt = (self.caption.model, self.caption.prompt) if self.is_model else ("small_world", "")
+                rows.append({"key": key, "caption": caption, "model": model, "prompt": prompt})
+        self.progress += len(batch)
+
+    def _captions(self, images: list[Image]) -> list[str | Exception]:
+        """A batch that fails is tried image by image, so that one bad image costs no other its caption."""
+        if not images:
+            return []
+        try:
+            return list(self.captioner(images))
+        except Exception as error:
+            if len(images) == 1:
+                return [error]
+            return [caption for image in images for caption in self._captions([image])]
+
+
+def _load_captioner(caption: Caption, device: str) -> Captioner:
+    if caption.captioner == "vision_language_model":
+        from sd3core.captioners import VisionLanguageCaptioner  # loads transformers, which the small world does not need
+
+        return VisionLanguageCaptioner(caption.model, caption.prompt, caption.max_new_tokens, device=device)
+    from sd3core.small_world.captioner import caption_from_pixels
+
+    return lambda images: [caption_from_pixels(np.asarray(image)) for image in images]

@@ -1,0 +1,195 @@
+"""Evaluation: every checkpoint kept, live and EMA weights, scored in parts that are each done once.
+
+A part is the unit of work and of resume: PART.<fingerprint>.json under runs/RUN/evaluations/PHASE/SAMPLES-WEIGHTS, written after
+its pictures. The fingerprint covers the protocol and the checkpoint's content, so a changed setting or checkpoint makes a new
+part and nothing else. runs/RUN/evaluations/scores.json is a function of the parts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sd3core.checkpoint import read_done
+from sd3core.data.buckets import bucket_sides
+from sd3core.data.manifest import ManifestRef
+from sd3core.data.store import Store, canonical_json
+from sd3core.errors import UserError
+from sd3core.generate import SampleSettings
+from sd3core.metrics.held_out import reference_fields
+from sd3core.metrics.validation_loss import LEVELS
+from sd3core.progress import Progress, ProgressCallback, ProgressMeter
+from sd3core.recipe import Recipe, Training
+from sd3core.small_world import shapes_bench
+from sd3core.specs import FORMATS, fingerprint
+from sd3core.towers import read_towers
+from workers.evaluate_parts import EvaluationInputs, EvaluationTask, EvaluationWorker
+from workers.inputs import actor_device
+from workers.pool import Outcome, PoolSettings, map_over_actors, start_ray
+
+WEIGHTS = ("ema", "live")
+
+
+class EvaluationFailed(UserError):
+    """Parts that could not be made, after all others were."""
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """`scores` rows: checkpoint, phase, samples, weights, protocol, metric, value, count. `protocols`: readable, by fingerprint.
+
+    `pictures`: phase, samples, weights, name, uri, thumbnail (paths in the store). `left_out`: which score, and why there is none.
+    """
+
+    path: str  # of scores.json
+    digest: str
+    scores: list[dict[str, Any]]
+    left_out: list[dict[str, Any]]
+    pictures: list[dict[str, Any]]
+    protocols: dict[str, dict[str, Any]]
+    made: int  # parts
+    done_before: int
+    seconds: float
+
+    @property
+    def skipped(self) -> bool:
+        return self.made == 0
+
+
+def evaluate_stage(
+    recipe: Recipe,
+    store: Store,
+    checkpoints: dict[str, list[str]],
+    inputs: EvaluationInputs,
+    report: ProgressCallback,
+) -> EvaluationResult:
+    """checkpoints: phase key -> finished checkpoint folders of the store, oldest first.
+
+    Raises EvaluationFailed naming the parts given up and why; the finished ones stay.
+    """
+    started = time.monotonic()
+    tasks = plan_tasks(recipe, store, checkpoints, inputs)
+    standing = {entry.path for entry in store.list(_folder(recipe))}
+    missing = [task for task in tasks if task.path not in standing]
+    meter = ProgressMeter(len(tasks), "parts", report, already_done=len(tasks) - len(missing))
+    if missing:
+        with start_ray(recipe.compute):
+            _run_tasks(recipe, store, inputs, missing, meter)
+    parts = [store.get_json(task.path) for task in tasks]
+    path = f"{_folder(recipe)}/scores.json"
+    summary = summarise(tasks, parts)
+    data = canonical_json(summary)
+    if not store.exists(path) or store.get(path) != data:
+        store.put(path, data)
+    seconds = time.monotonic() - started
+    return EvaluationResult(path, fingerprint(summary), **summary, made=len(missing), done_before=meter.already_done, seconds=seconds)
+
+
+def _run_tasks(
+    recipe: Recipe, store: Store, inputs: EvaluationInputs, tasks: list[EvaluationTask], meter: ProgressMeter
+) -> None:
+    def ended(outcome: Outcome[EvaluationTask], done: int, total: int) -> None:
+        state = "" if outcome.error is None else f" failed: {outcome.error}"
+        meter.advance(note=f"{outcome.task.title}{state}")
+
+    def working(task: EvaluationTask, progress: Progress) -> None:
+        meter.update(meter.done, f"{task.title}: {progress.done}/{progress.total} {progress.unit}")
+
+    worker = {"store_url": store.url, "recipe": recipe, "inputs": inputs, "device": actor_device(recipe.compute)}
+    outcomes = map_over_actors(EvaluationWorker, worker, tasks, PoolSettings.of(recipe.compute), ended, working)
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    if failed:
+        named = "; ".join(f"{outcome.task.title}: {outcome.error}" for outcome in failed[:5])
+        raise EvaluationFailed(f"{len(failed)} of {len(tasks)} parts could not be scored: {named}; run the stage again for these only")
+
+
+def plan_tasks(
+    recipe: Recipe, store: Store, checkpoints: dict[str, list[str]], inputs: EvaluationInputs
+) -> list[EvaluationTask]:
+    """Every part of every checkpoint, in the order of the table. A pure function of its arguments and the manifests' digests."""
+    phases = dict(recipe.phases())
+    towers = read_towers(store, inputs.towers)
+    digests = {name: tower.digest for name, tower in towers.towers.items()}
+    tasks = []
+    for phase, folders in checkpoints.items():
+        chosen = folders[-1:] if recipe.evaluate.checkpoints == "last" else folders
+        for folder in chosen:
+            done = read_done(store, folder)
+            for weights in WEIGHTS:
+                for part, protocol in _protocols(recipe, phase, phases[phase], inputs, digests, last=folder == folders[-1]):
+                    spec = fingerprint({"protocol": protocol, "checkpoint": done.digest})
+                    place = f"{_folder(recipe)}/{phase}/{done.samples:012d}-{weights}/{part}.{spec}"
+                    tasks.append(EvaluationTask(part, phase, folder, done.samples, weights, protocol, place))
+    return tasks
+
+
+def _protocols(
+    recipe: Recipe, phase_key: str, phase: Training, inputs: EvaluationInputs, towers: dict[str, str], *, last: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(part, protocol): whatever a score depends on besides the checkpoint, so that equal fingerprints are comparable scores."""
+    evaluate = recipe.evaluate
+    common = {"format": FORMATS["evaluations"], "precision": evaluate.precision, "seed": evaluate.seed, "raw": inputs.raw.digest}
+    latents = inputs.latents[phase_key].digest
+    yield "validation", common | {
+        "kind": "validation_loss",
+        "levels": list(LEVELS),
+        "images": evaluate.validation_images,
+        "latents": latents,
+        "text": inputs.text.digest,
+    }
+
+    def sampled(height: int, width: int) -> dict[str, Any]:
+        settings = SampleSettings(height, width, evaluate.num_steps, evaluate.guidance_scale, phase.shift)
+        used = {name: towers[name] for name in ("vae", "clip_l", "clip_g", "t5")}
+        return common | {"settings": settings.to_dict(), "towers": fingerprint(used)}
+
+    square = sampled(phase.side_px, phase.side_px)
+    reference = reference_fields(inputs.raw, towers["judge"], phase.side_px, evaluate.reference_images)
+    yield "pictures", square | {
+        "kind": "clip_and_fid",
+        "images": evaluate.scored_images,
+        "grid": evaluate.grid_prompts,
+        "reference": reference,
+        "reference_set": fingerprint(reference),
+    }
+    per_task = evaluate.bench_prompts_per_task
+    if not last and evaluate.earlier_bench_prompts_per_task is not None:
+        per_task = evaluate.earlier_bench_prompts_per_task
+    if recipe.data.source == "small_world" and per_task:
+        for task in shapes_bench.TASKS:
+            bench = {"kind": "shapes_bench", "prompts_per_task": per_task, "images_per_prompt": evaluate.bench_images_per_prompt}
+            yield f"bench-{task}", square | bench
+    for height, width in bucket_sides(phase.side_px, phase.aspect_ratios):
+        if len(phase.aspect_ratios) > 1 and height != width and evaluate.bucket_grid_prompts:
+            yield f"grid-{height}x{width}", sampled(height, width) | {"kind": "grid", "grid": evaluate.bucket_grid_prompts}
+
+
+def summarise(tasks: Sequence[EvaluationTask], parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The tables over all parts, with ShapesBench's overall where all of its tasks stand."""
+    scores, left_out, pictures, protocols = [], [], [], {}
+    bench: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for task, part in zip(tasks, parts, strict=True):
+        own = {"checkpoint": task.checkpoint, "phase": task.phase, "samples": task.samples, "weights": task.weights}
+        protocol = fingerprint(task.protocol)
+        protocols[protocol] = task.protocol
+        scores += [own | {"protocol": protocol} | score for score in part["scores"]]
+        left_out += [own | {"protocol": protocol} | missing for missing in part["left_out"]]
+        pictures += [own | picture for picture in part["pictures"]]
+        if task.part.startswith("bench-"):
+            unit = bench.setdefault((task.checkpoint, task.weights, protocol), {})
+            unit |= {task.part.removeprefix("bench-"): own | part["scores"][0]}
+    for (_, _, protocol), unit in bench.items():
+        first = next(iter(unit.values()))
+        value = shapes_bench.overall({name: row["value"] for name, row in unit.items()})
+        count = sum(row["count"] for row in unit.values())
+        scores.append(first | {"protocol": protocol, "metric": "shapes_bench/overall", "value": value, "count": count})
+    return {"scores": scores, "left_out": left_out, "pictures": pictures, "protocols": protocols}
+
+
+def _folder(recipe: Recipe) -> str:
+    return f"runs/{recipe.run}/evaluations"
+
+
+__all__ = ["EvaluationFailed", "EvaluationInputs", "EvaluationResult", "ManifestRef", "evaluate_stage", "plan_tasks", "summarise"]

@@ -1,0 +1,324 @@
+"""Tasks over Ray actors: retries with a cap, quarantine with the reason, dead workers replaced, a watchdog on progress.
+
+A worker is a plain class without a ray import: `__init__` loads what it needs once, `__call__(task)` returns a result. It may
+keep an attribute `progress` (any comparable value, usually sd3core.progress.Progress): the watchdog then counts a long task
+as alive while that value changes. Tasks and results travel through Ray, so they hold paths and counts, never tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import tempfile
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import psutil
+import ray
+from ray._private import ray_constants
+from ray.exceptions import RayActorError, RayError
+
+from sd3core.errors import UserError
+from sd3core.recipe import Compute
+
+Task = TypeVar("Task")
+POLL_S = 1.0  # how often workers are asked for their progress
+LONGEST_TEMP_DIR = 40  # Ray adds up to 65 characters for its sockets, whose paths may have 107
+
+
+class PoolFailed(UserError):
+    """No worker could be started or kept."""
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    actors: int
+    cpus_per_actor: float = 1.0
+    gpus_per_actor: float = 0.0
+    max_attempts: int = 3  # of one task, and of loading one worker
+    stall_timeout_s: float = 600.0  # without a result or a change of the worker's `progress`
+    load_timeout_s: float = 1800.0  # for a worker's process to be placed and its __init__ to end
+
+    @classmethod
+    def of(cls, compute: Compute, **changes: Any) -> PoolSettings:
+        chosen = {
+            "actors": compute.actors,
+            "cpus_per_actor": compute.cpus_per_actor,
+            "gpus_per_actor": compute.gpus_per_actor,
+            "stall_timeout_s": compute.stall_timeout_s,
+        }
+        return cls(**chosen | changes)
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Task]):
+    """What became of one task: a result, or the reason of its last attempt (quarantined)."""
+
+    task: Task
+    result: Any = None
+    error: str | None = None
+    attempts: int = 1
+
+
+@contextmanager
+def start_ray(compute: Compute, temp_dir: Path | None = None) -> Iterator[None]:
+    """Ray for the duration of the block: this machine on loopback, or the cluster at compute.ray_address.
+
+    A Ray that the process has already is used and left as it is. CPUs are Ray's scheduling units: as many as the recipe asks for,
+    whatever the machine has. `temp_dir` holds Ray's sessions; one too long for socket paths gives way to a short one.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    clusters_allowed = ray_constants.ENABLE_RAY_CLUSTER
+    try:
+        if compute.ray_address:
+            ray.init(address=compute.ray_address, **quiet)
+        else:
+            ray_constants.ENABLE_RAY_CLUSTER = False  # else ray.init turns 127.0.0.1 into the address that others reach
+            cpus = max(compute.actors * compute.cpus_per_actor, compute.train_ranks * compute.cpus_per_rank)
+            ray.init(
+                address="local",  # also where RAY_ADDRESS names a cluster, or an older session left its traces
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(_short_temp_dir(temp_dir)),
+                num_cpus=max(1, math.ceil(cpus)),
+                object_store_memory=compute.object_store_mb * 1024**2,
+                include_dashboard=False,
+                **quiet,
+            )
+    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+        where = f"at compute.ray_address {compute.ray_address!r}" if compute.ray_address else "on this machine"
+        raise PoolFailed(f"Ray {where} cannot be reached or started: {_one_line(error)}") from None
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters_allowed
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _short_temp_dir(wanted: Path | None) -> Path:
+    candidates = [wanted.absolute()] if wanted else []
+    candidates += [Path(root) / f"sd3-ray-{os.getuid()}" for root in (tempfile.gettempdir(), "/tmp")]
+    folder = next((c for c in candidates if len(str(c)) <= LONGEST_TEMP_DIR), candidates[-1])
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for session in folder.glob("session_*_*_*_*"):
+        owner = session.name.rpartition("_")[2]  # Ray ends a session's name with the driver's process id
+        if session.is_dir() and not session.is_symlink() and owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(session, ignore_errors=True)
+    return folder
+
+
+def map_over_actors(
+    worker_class: type,
+    worker_kwargs: dict[str, Any],
+    tasks: Sequence[Task],
+    settings: PoolSettings,
+    report: Callable[[Outcome[Task], int, int], None] | None = None,
+    watch: Callable[[Task, Any], None] | None = None,
+) -> list[Outcome[Task]]:
+    """worker_class(**worker_kwargs)(task) for every task; outcomes in the order of the tasks.
+
+    Each actor loads once and has one task at a time. A task that raises, whose process dies or that stalls is tried again, up to
+    settings.max_attempts, then given up with its reason (a UserError keeps its message). `report(outcome, done, total)` is called
+    as each task ends; `watch(task, progress)` about once a second with what a busy worker shows.
+    Raises PoolFailed when no worker can be loaded, and at once when loading raises a UserError.
+    """
+    if not tasks:
+        return []
+    return _Pool(worker_class, worker_kwargs, tasks, settings, report, watch).run()
+
+
+class _ActorHost:
+    """The only class that is a Ray actor: it loads a plain worker, and returns failures as values."""
+
+    def load(self, worker_class: type, worker_kwargs: dict[str, Any]) -> _Answer:
+        self.worker = None
+        return _answer(lambda: setattr(self, "worker", worker_class(**worker_kwargs)))
+
+    def call(self, task: Any) -> _Answer:
+        return _answer(lambda: self.worker(task))
+
+    def progress(self) -> Any:  # in a thread of its own, so that it answers while `call` works
+        return getattr(getattr(self, "worker", None), "progress", None)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    result: Any = None
+    error: str | None = None
+    is_user_error: bool = False
+
+
+def _answer(work: Callable[[], Any]) -> _Answer:
+    try:
+        return _Answer(work())
+    except UserError as error:
+        return _Answer(error=str(error), is_user_error=True)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return _Answer(error=f"{type(error).__name__}: {_one_line(error)} ({Path(place.filename).name}:{place.lineno})")
+
+
+@dataclass
+class _Seat:
+    """One place in the pool: the actor that sits there now, and what it is doing."""
+
+    actor: Any
+    pending: Any  # reference of the running load or call
+    task: int | None = None  # position of the task; None while loading
+    failed_loads: int = 0
+    progress: Any = None
+    progress_pending: Any = None
+    alive_at: float = field(default_factory=time.monotonic)
+
+
+class _Pool(Generic[Task]):
+    def __init__(self, worker_class, worker_kwargs, tasks, settings, report, watch) -> None:
+        self.load_arguments = (worker_class, worker_kwargs)
+        self.name = worker_class.__name__
+        self.tasks: Sequence[Task] = tasks
+        self.settings: PoolSettings = settings
+        self.report, self.watch = report, watch
+        self.waiting = deque(range(len(tasks)))
+        self.attempts = [0] * len(tasks)
+        self.outcomes: dict[int, Outcome[Task]] = {}
+        self.seats: list[_Seat] = []
+        self.last_load_error = ""
+        threads = str(max(1, int(settings.cpus_per_actor)))
+        self.actor_class = ray.remote(
+            num_cpus=settings.cpus_per_actor,
+            num_gpus=settings.gpus_per_actor,
+            max_restarts=0,  # replaced here, where the attempt is counted
+            concurrency_groups={"watch": 1},
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
+        )(_ActorHost)
+
+    def run(self) -> list[Outcome[Task]]:
+        try:
+            self.seats = [self._seated() for _ in range(min(self.settings.actors, len(self.tasks)))]
+            while len(self.outcomes) < len(self.tasks):
+                busy = {seat.pending: seat for seat in self.seats if seat.pending is not None}
+                ready, _ = ray.wait(list(busy), num_returns=1, timeout=POLL_S)
+                for reference in ready:
+                    self._take(busy[reference])
+                self._look_at_progress()
+                self._give_out()
+        finally:
+            for seat in self.seats:
+                ray.kill(seat.actor)
+        return [self.outcomes[i] for i in range(len(self.tasks))]
+
+    def _seated(self, failed_loads: int = 0) -> _Seat:
+        actor = self.actor_class.remote()
+        return _Seat(actor, actor.load.remote(*self.load_arguments), failed_loads=failed_loads)
+
+    def _take(self, seat: _Seat) -> None:
+        """The running load or call of this seat has ended: with an answer, or with the actor's death."""
+        try:
+            answer = ray.get(seat.pending)
+        except RayActorError as error:
+            memory = " (out of memory)" if "memory" in str(error).lower() else ""
+            self._lost(seat, f"the worker process died{memory}")
+            return
+        except RayError as error:  # a task or result that cannot be pickled, a lost object
+            answer = _Answer(error=_one_line(error))
+        loading, position = seat.task is None, seat.task
+        if loading and answer.error is not None:
+            if answer.is_user_error:
+                raise PoolFailed(answer.error)
+            self._lost(seat, answer.error)
+            return
+        seat.pending, seat.task = None, None
+        if loading:
+            seat.failed_loads = 0
+        elif answer.error is None:
+            self._finish(position, Outcome(self.tasks[position], result=answer.result, attempts=self.attempts[position]))
+        else:
+            self._failed(position, answer.error)
+
+    def _lost(self, seat: _Seat, reason: str) -> None:
+        """The actor is dead, stuck or could not load: its task's attempt is counted, and another actor takes the seat."""
+        ray.kill(seat.actor)
+        self.seats.remove(seat)
+        failed_loads = 0
+        if seat.task is None:
+            failed_loads = seat.failed_loads + 1
+            self.last_load_error = reason
+        else:
+            self._failed(seat.task, reason)
+        if failed_loads < self.settings.max_attempts:
+            self.seats.append(self._seated(failed_loads))
+        elif not self.seats:
+            raise PoolFailed(
+                f"no {self.name} could be started, after {self.settings.max_attempts} attempts each: {self.last_load_error}"
+            )
+
+    def _failed(self, position: int, reason: str) -> None:
+        attempts = self.attempts[position]
+        if attempts < self.settings.max_attempts:
+            self.waiting.append(position)  # behind all others: a passing fault may be over by then
+        else:
+            self._finish(position, Outcome(self.tasks[position], error=reason, attempts=attempts))
+
+    def _finish(self, position: int, outcome: Outcome[Task]) -> None:
+        self.outcomes[position] = outcome
+        if self.report:
+            self.report(outcome, len(self.outcomes), len(self.tasks))
+
+    def _give_out(self) -> None:
+        for seat in self.seats:
+            if seat.pending is None and self.waiting:
+                seat.task = self.waiting.popleft()
+                self.attempts[seat.task] += 1
+                seat.alive_at, seat.progress = time.monotonic(), None
+                seat.pending = seat.actor.call.remote(self.tasks[seat.task])
+
+    def _look_at_progress(self) -> None:
+        now = time.monotonic()
+        for seat in [seat for seat in self.seats if seat.pending is not None]:
+            if seat.task is not None:
+                self._ask(seat, now)
+            waited = now - seat.alive_at
+            if seat.task is None and waited > self.settings.load_timeout_s:
+                self._lost(seat, f"not loaded after {self.settings.load_timeout_s:g} s ({_resources_left()})")
+            elif seat.task is not None and waited > self.settings.stall_timeout_s:
+                self._lost(seat, f"no progress for {self.settings.stall_timeout_s:g} s")
+
+    def _ask(self, seat: _Seat, now: float) -> None:
+        if seat.progress_pending is None:
+            if now - seat.alive_at < POLL_S:
+                return
+            seat.progress_pending = seat.actor.progress.options(concurrency_group="watch").remote()
+            return
+        if not ray.wait([seat.progress_pending], timeout=0)[0]:
+            return
+        try:
+            progress = ray.get(seat.progress_pending)
+        except RayError:
+            progress = None  # its death shows in the call
+        seat.progress_pending = None
+        if progress is not None and progress != seat.progress:
+            seat.progress, seat.alive_at = progress, now
+            if self.watch:
+                self.watch(self.tasks[seat.task], progress)
+
+
+def _resources_left() -> str:
+    free = ray.available_resources()
+    return f"free in Ray: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs; compute.actors may ask for more"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -1,0 +1,296 @@
+"""A stage that makes one shard from one shard: what is missing is made on actors, then the manifest is committed.
+
+The store decides what is done: a stage whose manifest stands and matches is skipped, on any machine and in any run; otherwise
+one listing tells which shards are missing, and only those are made. What a run used last is noted at runs/RUN/stages/STAGE.json,
+so that a stage that is made again can say which field of the recipe is the cause. The note decides nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sd3core.data.manifest import Manifest, ManifestRef, ShardEntry, commit_manifest, explain_difference, manifest_ref, read_manifest
+from sd3core.data.shards import INDEX, DoneRecord, finished_stems, read_done, shard_stem
+from sd3core.data.store import Store
+from sd3core.errors import DataError, StoreError, UserError
+from sd3core.progress import ProgressCallback, ProgressMeter
+from sd3core.recipe import Compute
+from sd3core.specs import fingerprint
+from workers.pool import Outcome, PoolSettings, map_over_actors, start_ray
+
+NOTHING_TO_DO = "finished before, nothing to do"
+NAMED_FAILURES = 5  # shards that an error names
+
+
+class StageFailed(UserError):
+    """Shards that could not be made, after every other shard was."""
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to be made. `digest` (12 hex) names the content it is made from; `source` is what the worker finds that by."""
+
+    number: int
+    digest: str
+    folder: str  # of the output, in the store
+    rows: int  # for progress
+    source: Any = None
+
+    @property
+    def stem(self) -> str:
+        return shard_stem(self.number, self.digest)
+
+
+@dataclass(frozen=True)
+class ShardStage:
+    """What a stage makes: `tasks` in order of their numbers; `needs` are further files of the folder, written by any worker."""
+
+    name: str  # the stage in this run, e.g. "latents.finetune.0"
+    kind: str  # what the manifest calls it, e.g. "latents": two phases or runs that agree share it
+    folder: str
+    fields: dict[str, Any]  # what its spec is the fingerprint of
+    inputs: dict[str, str]  # name -> manifest digest
+    tasks: Sequence[ShardTask]
+    needs: tuple[str, ...] = ()
+
+    @property
+    def stems(self) -> list[str]:
+        return [task.stem for task in self.tasks]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage ended with, for the flow that called it."""
+
+    stage: str
+    manifest: ManifestRef
+    skipped: bool
+    reason: str  # why it was skipped or what made it work
+    seconds: float
+    done_before: int = 0  # shards
+    made: int = 0  # shards
+    rows: int = 0
+    bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+
+class StageNote(BaseModel):
+    """What a run last used for a stage."""
+
+    model_config = ConfigDict(frozen=True)
+
+    folder: str
+    digest: str
+    fields: dict[str, Any]
+
+
+def recall_stage(store: Store, run: str, stage: str) -> StageNote | None:
+    path = _note_path(run, stage)
+    try:
+        return StageNote.model_validate(store.get_json(path)) if store.exists(path) else None
+    except (ValidationError, ValueError):
+        return None  # written by another version: it explains nothing, and decides nothing
+
+
+def remember_stage(store: Store, run: str, stage: str, folder: str, digest: str, fields: dict[str, Any]) -> None:
+    note = StageNote(folder=folder, digest=digest, fields=fields)
+    if recall_stage(store, run, stage) != note:
+        store.put_json(_note_path(run, stage), note.model_dump(mode="json"))
+
+
+def _note_path(run: str, stage: str) -> str:
+    return f"runs/{run}/stages/{stage}.json"
+
+
+def reason_to_work(note: StageNote | None, folder: str, fields: dict[str, Any], missing: int, total: int, unit: str) -> str:
+    """Why a stage has something to do: which field changed since this run last used the stage, and how much is missing."""
+    causes = []
+    if note is not None and note.fields != fields:
+        causes = [_readable(line) for line in explain_difference(note.fields, fields)]
+    elif note is not None and note.folder != folder:
+        causes = [f"{note.folder} -> {folder}"]
+    elif note is None and missing == total:
+        causes = ["first run"]
+    if missing and causes != ["first run"]:
+        causes.append(f"{missing} of {total} {unit} were missing")
+    return "; ".join(causes) or "its inputs or its list of shards changed"
+
+
+def _readable(difference: str) -> str:
+    """A fingerprint says nothing to a reader: "raw: 0123456789ab -> ba9876543210" becomes "raw changed"."""
+    return re.sub(r"^(\S+): [0-9a-f]{12,64} -> [0-9a-f]{12,64}$", r"\1 changed", difference)
+
+
+def run_shard_stage(
+    store: Store,
+    run: str,
+    stage: ShardStage,
+    worker_class: type,
+    worker_kwargs: dict[str, Any],
+    compute: Compute,
+    report: ProgressCallback,
+) -> StageResult:
+    """Makes what is missing of one stage. The worker is called with a ShardTask and returns the shard's DoneRecord.
+
+    Raises StageFailed naming the shards given up and why, when all others are done; then no manifest is committed.
+    """
+    return run_shard_stages(store, run, [stage], worker_class, worker_kwargs, compute, report)[0]
+
+
+def run_shard_stages(
+    store: Store,
+    run: str,
+    stages: Sequence[ShardStage],
+    worker_class: type,
+    worker_kwargs: dict[str, Any],
+    compute: Compute,
+    report: ProgressCallback,
+) -> list[StageResult]:
+    """Several stages by the same workers, which load once and take their shards together."""
+    started = time.monotonic()
+    states = [_look(store, run, stage) for stage in stages]
+    todo = [task for state in states for task in state.missing]
+    total_rows = sum(task.rows for stage in stages for task in stage.tasks)
+    meter = ProgressMeter(total_rows, "rows", report, already_done=total_rows - sum(task.rows for task in todo))
+    failures: list[str] = []
+    if todo:
+        tally = _Tally(meter)
+        with start_ray(compute):
+            outcomes = map_over_actors(
+                worker_class, worker_kwargs, todo, PoolSettings.of(compute), tally.finished, tally.working
+            )
+        made = {(o.task.folder, o.task.stem): o.result for o in outcomes if o.error is None}
+        failures = [f"{o.task.folder}/{o.task.stem} ({o.error}, {o.attempts} attempts)" for o in outcomes if o.error is not None]
+    else:
+        made = {}
+    if failures:
+        more = f" and {len(failures) - NAMED_FAILURES} more" if len(failures) > NAMED_FAILURES else ""
+        raise StageFailed(
+            f"{', '.join(stage.name for stage in stages)}: {len(failures)} of {len(todo)} shards could not be made:"
+            f" {'; '.join(failures[:NAMED_FAILURES])}{more}; put that right and run it again: the other shards are kept"
+        )
+    return [_conclude(store, run, state, made, started) for state in states]
+
+
+class _Tally:
+    """Rows of finished shards plus those that busy workers say they have done."""
+
+    def __init__(self, meter: ProgressMeter) -> None:
+        self.meter = meter
+        self.finished_rows = meter.already_done
+        self.busy: dict[str, int] = {}
+
+    def working(self, task: ShardTask, rows: int) -> None:
+        self.busy[task.folder + task.stem] = min(rows, task.rows)
+        self._show("")
+
+    def finished(self, outcome: Outcome[ShardTask], done: int, total: int) -> None:
+        task = outcome.task
+        self.busy.pop(task.folder + task.stem, None)
+        self.finished_rows += task.rows
+        self._show(f"shard {task.stem} given up: {outcome.error}" if outcome.error else f"shard {done}/{total}")
+
+    def _show(self, note: str) -> None:
+        self.meter.update(self.finished_rows + sum(self.busy.values()), note)
+
+
+@dataclass(frozen=True)
+class _State:
+    """What stands of a stage before anything is made."""
+
+    stage: ShardStage
+    note: StageNote | None
+    standing: Manifest | None  # the folder's manifest, or the one this run used, matching or not
+    missing: list[ShardTask]
+    matches: bool
+
+
+def _look(store: Store, run: str, stage: ShardStage) -> _State:
+    note = recall_stage(store, run, stage.name)
+    finished = finished_stems(store, stage.folder)
+    missing = [task for task in stage.tasks if task.stem not in finished]
+    if not missing and stage.tasks and not all(store.exists(f"{stage.folder}/{name}") for name in stage.needs):
+        missing = list(stage.tasks[:1])  # its worker writes them
+    candidates = [_manifest_or_none(store, stage.folder, None)]
+    if note is not None and note.folder == stage.folder:
+        candidates.append(_manifest_or_none(store, stage.folder, note.digest))
+    standing = [manifest for manifest in candidates if manifest is not None]
+    matching = [manifest for manifest in standing if _matches(manifest, stage)]
+    return _State(stage, note, (matching or standing or [None])[0], missing, bool(matching))
+
+
+def _matches(manifest: Manifest, stage: ShardStage) -> bool:
+    return (
+        manifest.spec == fingerprint(stage.fields)
+        and manifest.inputs == stage.inputs
+        and [entry.stem for entry in manifest.shards] == stage.stems
+    )
+
+
+def _manifest_or_none(store: Store, folder: str, digest: str | None) -> Manifest | None:
+    try:
+        return read_manifest(store, folder, digest)
+    except (DataError, StoreError):
+        return None
+
+
+def _conclude(
+    store: Store, run: str, state: _State, made: dict[tuple[str, str], DoneRecord], started: float
+) -> StageResult:
+    stage = state.stage
+    made_here = [task for task in state.missing if (stage.folder, task.stem) in made]
+    if state.matches and not made_here:
+        manifest, reason = state.standing, NOTHING_TO_DO
+        reference = manifest_ref(stage.folder, manifest.digest)
+    else:
+        reason = reason_to_work(state.note, stage.folder, stage.fields, len(made_here), len(stage.tasks), "shards")
+        manifest = _build_manifest(store, state, made)
+        reference = commit_manifest(store, stage.folder, manifest)
+    remember_stage(store, run, stage.name, stage.folder, reference.digest, stage.fields)
+    return StageResult(
+        stage=stage.name,
+        manifest=reference,
+        skipped=reason == NOTHING_TO_DO,
+        reason=reason,
+        seconds=time.monotonic() - started,
+        done_before=len(stage.tasks) - len(made_here),
+        made=len(made_here),
+        rows=manifest.rows,
+        bytes=manifest.bytes,
+        warnings=[f"{count} rows left out: {why}" for why, count in sorted(manifest.failed_reasons.items())],
+    )
+
+
+def _build_manifest(store: Store, state: _State, made: dict[tuple[str, str], DoneRecord]) -> Manifest:
+    """From the done records just made, the standing manifest's entries, and only then the records in the store."""
+    stage = state.stage
+    known: dict[str, ShardEntry] = {entry.stem: entry for entry in state.standing.shards} if state.standing else {}
+    records = {stem: record for (folder, stem), record in made.items() if folder == stage.folder}
+    unknown = [stem for stem in stage.stems if stem not in records and stem not in known]
+    with ThreadPoolExecutor(16) as threads:
+        records |= dict(zip(unknown, threads.map(lambda stem: read_done(store, stage.folder, stem), unknown), strict=True))
+    shards = [_entry(records[stem]) if stem in records else known[stem] for stem in stage.stems]
+    return Manifest(
+        stage=stage.kind, spec=fingerprint(stage.fields), fields=stage.fields, inputs=stage.inputs, folder=stage.folder, shards=shards
+    )
+
+
+def _entry(record: DoneRecord) -> ShardEntry:
+    return ShardEntry(
+        number=record.number,
+        stem=record.stem,
+        rows=record.rows,
+        failed=dict(sorted(Counter(row.reason for row in record.failed).items())),
+        bytes=record.bytes,
+        digest=record.digest,
+        index_digest=record.files.get(INDEX),
+        buckets=record.extra,
+    )

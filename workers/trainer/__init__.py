@@ -1,0 +1,6 @@
+"""Training of one phase: Ray Train starts and restarts the ranks, DeepSpeed shards the state, the model knows neither."""
+
+from workers.trainer.job import TrainingFailed, TrainingJob, TrainingResult, TrainingSuperseded
+from workers.trainer.launch import train
+
+__all__ = ["TrainingFailed", "TrainingJob", "TrainingResult", "TrainingSuperseded", "train"]

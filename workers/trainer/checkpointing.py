@@ -1,0 +1,176 @@
+"""Checkpoints of a running phase: what ranks write and read. The format is sd3core.checkpoint's.
+
+PHASE/SPEC/attempts/0001.json is registered by every start of the training; only the newest attempt may commit, and its number is
+in the names of its rank files, so that a late writer of an older attempt cannot touch a newer one's bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sd3core.checkpoint import (
+    DONE_FILE,
+    METRICS_FILE,
+    CheckpointDone,
+    FileRecord,
+    checkpoint_folder,
+    list_checkpoints,
+    piece_name,
+    rank_file,
+    read_done,
+    read_pieces,
+    record_file,
+)
+from sd3core.data.store import Store
+from sd3core.errors import CheckpointError
+from workers.trainer.engine import ShardedTrainer
+from workers.trainer.job import TrainingJob, TrainingSuperseded
+
+
+def begin_attempt(store: Store, folder: str) -> int:
+    """Registers the next attempt and removes what older ones left unfinished. One rank calls it, before anything is read."""
+    attempt = newest_attempt(store, folder) + 1
+    store.put_json(f"{folder}/attempts/{attempt:04d}.json", {"attempt": attempt, "host": socket.gethostname(), "pid": os.getpid()})
+    finished = {ref.folder for ref in list_checkpoints(store, folder)}
+    for entry in store.list(f"{folder}/"):
+        parent, name = entry.path.rsplit("/", 1)
+        if re.fullmatch(r"\d{12}", parent.rsplit("/", 1)[-1]) and parent not in finished and name != DONE_FILE:
+            store.delete(entry.path)
+    return attempt
+
+
+def newest_attempt(store: Store, folder: str) -> int:
+    numbers = (Path(entry.path).stem for entry in store.list(f"{folder}/attempts/"))
+    return max((int(number) for number in numbers if number.isdigit()), default=0)
+
+
+def save_checkpoint(
+    store: Store, job: TrainingJob, trainer: ShardedTrainer, *, attempt: int, step: int, rows: list[dict[str, Any]]
+) -> str:
+    """Writes a checkpoint from all ranks, DONE.json last, and returns its folder. `rows` (rank 0): the loss rows since the last.
+
+    Raises TrainingSuperseded, on all ranks, where a newer attempt is registered.
+    """
+    folder = checkpoint_folder(job.folder, job.samples_at(step))
+    name = rank_file(trainer.rank, trainer.world).replace(".safetensors", f".attempt-{attempt:04d}.safetensors")
+    with tempfile.TemporaryDirectory() as scratch:
+        local = Path(scratch) / name
+        save_file({piece_name(s.kind, s.name, s.start): s.values for s in trainer.slices(own=True)}, local)
+        record = record_file(local)
+        store.put_file(f"{folder}/{name}", local)
+    written: list[tuple[str, FileRecord]] = [None] * trainer.world  # type: ignore[list-item]
+    dist.all_gather_object(written, (name, record))  # every file stands from here on
+
+    outcome: list[str | None] = [None]
+    if trainer.rank == 0:
+        newest = newest_attempt(store, job.folder)
+        if newest > attempt:
+            outcome[0] = f"{job.phase}: attempt {newest} of run {job.run} has begun elsewhere; attempt {attempt} stops at {folder}"
+        else:
+            _commit(store, job, trainer, folder, attempt, step, rows, dict(written))
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0]:
+        raise TrainingSuperseded(outcome[0])
+    return folder
+
+
+def _commit(
+    store: Store,
+    job: TrainingJob,
+    trainer: ShardedTrainer,
+    folder: str,
+    attempt: int,
+    step: int,
+    rows: list[dict[str, Any]],
+    files: dict[str, FileRecord],
+) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        local = Path(scratch) / METRICS_FILE
+        local.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        store.put_file(f"{folder}/{METRICS_FILE}", local)
+        files[METRICS_FILE] = record_file(local)
+    done = CheckpointDone(
+        samples=job.samples_at(step),
+        steps=step,
+        attempt=attempt,
+        optimizer_step=trainer.optimizer_step,
+        config=job.model,
+        training=job.training.model_dump(mode="json"),
+        parameters=trainer.shapes,
+        files=files,
+        specs={"train": job.spec, "latents": job.latents.digest, "text": job.text_features.digest},
+        null=job.text.null,
+        recipe=job.recipe,
+    )
+    store.put_json(f"{folder}/{DONE_FILE}", done.model_dump(mode="json"))
+
+
+def load_checkpoint(store: Store, folder: str, trainer: ShardedTrainer) -> CheckpointDone:
+    """Fills this rank's state from a checkpoint of any world size and ZeRO stage, bit by bit. All ranks call it.
+
+    Reads the file of the same place first and stops when nothing is missing, so at the same world size one file is read.
+    """
+    done = read_done(store, folder)
+    _check_same_shapes(store.uri(folder), done.parameters, trainer.shapes)
+    wanted: dict[tuple[str, str], list[tuple[int, Tensor]]] = defaultdict(list)
+    missing = 0
+    for s in trainer.slices():
+        wanted[s.kind, s.name].append((s.start, s.values))
+        missing += len(s.values)
+
+    def overlaps(kind: str, name: str, start: int, stop: int) -> bool:
+        return any(start < at + len(values) and at < stop for at, values in wanted.get((kind, name), ()))
+
+    files, place = done.rank_files, trainer.rank / trainer.world
+    for _, name in sorted((abs(number / len(files) - place), name) for number, name in enumerate(files)):
+        if not missing:
+            break
+        for piece in read_pieces(store, folder, done.model_copy(update={"files": {name: done.files[name]}}), overlaps):
+            for at, values in wanted[piece.kind, piece.parameter]:
+                low, high = max(at, piece.start), min(at + len(values), piece.start + len(piece.values))
+                if low < high:
+                    values[low - at : high - at].copy_(piece.values[low - piece.start : high - piece.start])
+                    missing -= high - low
+    if missing:
+        raise CheckpointError(f"{store.uri(folder)}: {missing} elements are in none of its files; take another checkpoint")
+    trainer.loaded(done.optimizer_step)
+    return done
+
+
+@torch.no_grad()
+def load_start_weights(weights: dict[str, Tensor], trainer: ShardedTrainer) -> None:
+    """A fresh start from whole fp32 tensors: exact masters, the EMA equal to them, zero moments."""
+    for s in trainer.slices():
+        if s.kind in ("weights", "ema"):
+            s.values.copy_(weights[s.name].reshape(-1)[s.start : s.start + len(s.values)])
+        else:
+            s.values.zero_()
+    trainer.loaded(0)
+
+
+def read_metrics(store: Store, folder: str) -> list[dict[str, Any]]:
+    """The loss rows of a phase, from its first step to its last checkpoint."""
+    rows = []
+    for ref in list_checkpoints(store, folder):
+        rows += [json.loads(line) for line in store.get(f"{ref.folder}/{METRICS_FILE}").decode().splitlines()]
+    return rows
+
+
+def _check_same_shapes(where: str, stored: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+    for name in sorted(stored.keys() | wanted.keys()):
+        if stored.get(name) != wanted.get(name):
+            raise CheckpointError(
+                f"{where}: {name} is {stored.get(name, 'absent')} in the checkpoint and {wanted.get(name, 'absent')} in the model"
+            )

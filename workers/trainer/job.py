@@ -1,0 +1,79 @@
+"""What a training phase is asked to do and what it hands back: plain JSON values, so that they travel to any machine."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from sd3core.errors import UserError
+from sd3core.recipe import Text, Training
+
+
+class TrainingFailed(UserError):
+    """Training cannot go on; the message says where it stopped and what to do."""
+
+
+class TrainingSuperseded(TrainingFailed):
+    """A newer attempt of the same phase has begun: this one must not commit anything any more."""
+
+
+class DataRef(BaseModel):
+    """A stage's output pinned by content: its folder in the store and its manifest's digest (64 hex digits)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    folder: str
+    digest: str
+
+
+class TrainingJob(BaseModel):
+    """One phase of one run. Equal jobs give equal checkpoints, whatever the number of ranks or restarts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    store: str  # URL
+    run: str
+    phase: str  # "pretrain", "finetune.0": also the recipe's key, for messages
+    spec: str  # fingerprint of `fields`
+    fields: dict[str, Any]
+    model: dict[str, Any]  # MMDiTConfig
+    training: Training
+    seed: int
+    text: Text
+    latents: DataRef
+    text_features: DataRef
+    init: str | None = None  # a checkpoint folder in the store: its EMA weights are the start
+    recipe: dict[str, Any] | None = None  # kept with every checkpoint
+    log_dir: str | None = None  # local folder for TensorBoard files; None: a temporary one
+
+    @property
+    def folder(self) -> str:
+        return f"runs/{self.run}/checkpoints/{self.phase}/{self.spec}"
+
+    @property
+    def logs_folder(self) -> str:
+        return f"runs/{self.run}/logs/{self.phase}-{self.spec}"
+
+    @property
+    def total_steps(self) -> int:
+        return math.ceil(self.training.samples / self.training.global_batch)
+
+    def samples_at(self, step: int) -> int:
+        """Samples seen after `step` steps: the clock."""
+        return step * self.training.global_batch
+
+    def is_checkpoint_step(self, step: int) -> bool:
+        """True for the first step at or past each multiple of checkpoint_every_samples, and for the last step."""
+        every = self.training.checkpoint_every_samples
+        return step == self.total_steps or self.samples_at(step) // every > self.samples_at(step - 1) // every
+
+
+class TrainingResult(BaseModel):
+    """A finished phase. `checkpoints`: finished folders in the store, oldest first."""
+
+    checkpoints: list[str]
+    samples: int
+    resumed_from: int | None  # samples that stood finished when this call began
+    attempts: int  # registered for this phase, over all calls
+    warnings: list[str]
+    metrics: list[str]  # paths of the checkpoints' loss rows; one after the other they are the phase's curve

@@ -1,0 +1,248 @@
+"""One training phase over Ray Train: starts the ranks, restarts them, watches their progress. The only file that knows ray.train."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import uuid
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayActorError, RayError
+
+from sd3core.checkpoint import METRICS_FILE, list_checkpoints
+from sd3core.data.store import open_store
+from sd3core.errors import UserError
+from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
+from sd3core.recipe import Compute
+from workers.pool import start_ray
+from workers.trainer.checkpointing import newest_attempt, read_metrics
+from workers.trainer.job import TrainingFailed, TrainingJob, TrainingResult, TrainingSuperseded
+
+POLL_S = 0.3
+TELL_S = 0.25  # a rank tells its progress at most so often
+
+# Ray Train's controller: notice a dead rank at once, write nothing, and leave the ranks in the caller's folder.
+CONTROLLER_ENV = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+
+def train(
+    job: TrainingJob, compute: Compute, report: ProgressCallback = ignore_progress, open_loader: Any = None
+) -> TrainingResult:
+    """Trains a phase to its end, from its last finished checkpoint; a finished phase returns at once.
+
+    Uses the Ray that runs in this process, else starts one. `open_loader(job, store, place, warn)` replaces the loader of shards.
+    Raises TrainingFailed: one line that says why it stopped. The same call goes on afterwards.
+    """
+    job = job.model_copy(update={"store": open_store(job.store).url})
+    stands = _samples_that_stand(job)
+    warnings: list[str] = []
+    if stands < job.samples_at(job.total_steps):
+        with nullcontext() if ray.is_initialized() else start_ray(compute):
+            _check_resources(compute)
+            warnings = _Supervisor(job, compute, report, stands).run(open_loader)
+        if _samples_that_stand(job) < job.samples_at(job.total_steps):
+            raise TrainingFailed(f"{job.phase}: the ranks ended before the last checkpoint was written; run it again")
+    store = open_store(job.store)
+    folders = [ref.folder for ref in list_checkpoints(store, job.folder)]
+    stored = [f"{job.phase}: {row['warning']}" for row in read_metrics(store, job.folder) if "warning" in row]
+    return TrainingResult(
+        checkpoints=folders,
+        samples=_samples_that_stand(job),
+        resumed_from=stands or None,
+        attempts=newest_attempt(store, job.folder),
+        warnings=list(dict.fromkeys(stored + warnings)),
+        metrics=[f"{folder}/{METRICS_FILE}" for folder in folders],
+    )
+
+
+def _samples_that_stand(job: TrainingJob) -> int:
+    finished = list_checkpoints(open_store(job.store), job.folder)
+    return finished[-1].samples if finished else 0
+
+
+def _check_resources(compute: Compute) -> None:
+    """Ray would wait for ever for what the cluster does not have."""
+    have = ray.cluster_resources()
+    for unit, key, needed in (("CPU", "cpus_per_rank", compute.cpus_per_rank), ("GPU", "gpus_per_rank", compute.gpus_per_rank)):
+        if compute.train_ranks * needed > have.get(unit, 0):
+            raise TrainingFailed(
+                f"compute.train_ranks {compute.train_ranks} x compute.{key} {needed:g} is more than the {have.get(unit, 0):g}"
+                f" {unit}s that Ray has; lower one of them"
+            )
+
+
+@dataclass(frozen=True)
+class _News:
+    """What the ranks have told so far; `version` grows with every word."""
+
+    version: int = 0
+    samples: int = 0
+    note: str = ""
+    began: tuple[tuple[int, int], ...] = ()  # (attempt, samples it went on from)
+    warnings: tuple[str, ...] = ()
+    fatal: tuple[bool, str] | None = None  # (superseded, message): no restart can mend it
+
+
+@dataclass
+class _Desk:
+    """A Ray actor that runs Ray Train's `fit` in one thread and takes the ranks' messages in others.
+
+    Everything of Ray Train belongs to this actor: killing it ends controller and ranks.
+    """
+
+    news: _News = field(default_factory=_News)
+
+    def tell(self, **changes: Any) -> None:
+        merged = {key: getattr(self.news, key) + value if isinstance(value, tuple) and key != "fatal" else value
+                  for key, value in changes.items()}
+        self.news = _News(**{**self.news.__dict__, **merged, "version": self.news.version + 1})
+
+    def read(self) -> _News:
+        return self.news
+
+    def fit(self, job: TrainingJob, compute: Compute, open_loader: Any) -> str | None:
+        """Runs the ranks to their end; returns the reason where Ray Train gave up."""
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        gpu = compute.gpus_per_rank > 0
+        threads = max(1, int(compute.cpus_per_rank))
+        desk = ray.get_runtime_context().current_actor
+
+        def rank() -> None:
+            _run_rank(job, threads, compute.cache_gb * 1e9, desk, open_loader)
+
+        environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        if not gpu:
+            environment["DS_ACCELERATOR"] = "cpu"
+        with tempfile.TemporaryDirectory(prefix="sd3-train-") as ray_only:
+            trainer = TorchTrainer(
+                rank,
+                torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+                scaling_config=ScalingConfig(
+                    num_workers=compute.train_ranks,
+                    use_gpu=gpu,
+                    resources_per_worker={"CPU": compute.cpus_per_rank} | ({"GPU": compute.gpus_per_rank} if gpu else {}),
+                ),
+                run_config=RunConfig(
+                    name=uuid.uuid4().hex,  # a known name would make Ray Train resume by its own state
+                    storage_path=ray_only,
+                    failure_config=FailureConfig(max_failures=compute.max_restarts),
+                    worker_runtime_env={"env_vars": environment},
+                ),
+            )
+            try:
+                trainer.fit()
+            except ray.train.TrainingFailedError as error:
+                return _last_cause(error)
+        return None
+
+
+def _run_rank(job: TrainingJob, threads: int, cache_bytes: float, desk: Any, open_loader: Any) -> None:
+    """Runs in each rank's process."""
+    import ray.train
+
+    from workers.trainer.loop import Place, train_rank
+
+    if open_loader is None:
+        from workers.trainer.shards import open_shards as open_loader
+    context = ray.train.get_context()
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    place = Place(context.get_world_rank(), context.get_world_size(), device, threads, cache_bytes)
+    try:
+        train_rank(job, place, _DeskWatcher(desk), open_loader)
+    except UserError as error:  # no restart would mend it: the desk is told before Ray Train hears of it
+        ray.get(desk.tell.remote(fatal=(isinstance(error, TrainingSuperseded), str(error))))
+        raise
+
+
+class _DeskWatcher:
+    """Hands a rank's news to the desk without waiting for it."""
+
+    def __init__(self, desk: Any):
+        self._desk, self._told_at = desk, 0.0
+
+    def began(self, attempt: int, samples: int) -> None:
+        self._desk.tell.remote(began=((attempt, samples),), samples=samples, note=f"attempt {attempt}")
+
+    def progress(self, samples: int, note: str) -> None:
+        now = time.monotonic()
+        if now - self._told_at >= TELL_S:
+            self._told_at = now
+            self._desk.tell.remote(samples=samples, note=note)
+
+    def warn(self, message: str) -> None:
+        self._desk.tell.remote(warnings=(message,))
+
+
+class _Supervisor:
+    """The driver's side: shows what the desk hears, and ends everything on a fatal word, a stall or an interrupt."""
+
+    def __init__(self, job: TrainingJob, compute: Compute, report: ProgressCallback, stands: int):
+        self.job, self.compute = job, compute
+        self.meter = ProgressMeter(job.samples_at(job.total_steps), "samples", report, already_done=stands)
+
+    def run(self, open_loader: Any) -> list[str]:
+        """Returns the warnings of this call."""
+        threads = {"num_cpus": 0, "max_concurrency": 8, "runtime_env": {"env_vars": CONTROLLER_ENV}}
+        desk = ray.remote(**threads)(_Desk).remote()
+        finished = desk.fit.remote(self.job, self.compute, open_loader)
+        try:
+            news = self._watch(desk, finished)
+            reason = ray.get(finished)
+            if reason is not None:
+                raise TrainingFailed(
+                    f"{self.job.phase}: the ranks failed {self.compute.max_restarts + 1} times"
+                    f" (compute.max_restarts {self.compute.max_restarts}); last: {reason}"
+                )
+            self.meter.update(self.meter.total, news.note)
+            return [*news.warnings, *self._restarts(news)]
+        except RayActorError:
+            raise TrainingFailed(f"{self.job.phase}: Ray Train's controlling process died; run it again to go on") from None
+        finally:
+            ray.kill(desk)
+
+    def _watch(self, desk: Any, finished: Any) -> _News:
+        news, heard_at = _News(), time.monotonic()
+        while True:
+            ended, _ = ray.wait([finished], timeout=POLL_S)
+            latest = ray.get(desk.read.remote())
+            if latest.version > news.version:
+                heard_at = time.monotonic()
+            elif time.monotonic() - heard_at > self.compute.stall_timeout_s:
+                raise TrainingFailed(
+                    f"{self.job.phase}: no progress for {self.compute.stall_timeout_s:g} s (compute.stall_timeout_s)"
+                    f" after {news.samples} samples; last word: {news.note or 'none'}; run it again to go on from its checkpoint"
+                )
+            news = latest
+            if news.fatal is not None:
+                superseded, message = news.fatal
+                raise (TrainingSuperseded if superseded else TrainingFailed)(message)
+            self.meter.update(news.samples or self.meter.done, news.note or "starting the ranks")
+            if ended:
+                return news
+
+    def _restarts(self, news: _News) -> list[str]:
+        return [
+            f"{self.job.phase}: a rank was lost; attempt {attempt} went on from {samples} samples"
+            for attempt, samples in news.began[1:]
+        ]
+
+
+def _last_cause(error: BaseException) -> str:
+    """The last line of what a rank raised."""
+    failures = getattr(error, "worker_failures", None)
+    cause = next(iter(failures.values())) if failures else getattr(error, "controller_failure", error)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[-1] if lines else type(cause).__name__

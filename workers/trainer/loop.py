@@ -1,0 +1,265 @@
+"""The training loop of one rank. Step N is a function of the job and N alone: data, timesteps, noise and dropout are drawn by
+(seed, epoch, sample), so a restart, or another number of ranks, changes nothing but the order of summation.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sd3core import conditioning, randomness, rectified_flow
+from sd3core.checkpoint import list_checkpoints
+from sd3core.conditioning import TextFeatures
+from sd3core.data.store import Store, open_store
+from sd3core.formulations import find_formulation
+from sd3core.mmdit import MMDiT, MMDiTConfig, max_attention_logit
+from workers.trainer import engine
+from workers.trainer.checkpointing import begin_attempt, load_checkpoint, load_start_weights, save_checkpoint
+from workers.trainer.engine import ShardedTrainer
+from workers.trainer.job import TrainingFailed, TrainingJob
+from workers.trainer.metrics import StepLoss, flops_per_sample, learning_rate, peak_flops
+from workers.trainer.records import Records
+from workers.trainer.start import start_model
+
+NON_FINITE_IN_A_ROW = 5  # then training goes back to the last checkpoint
+GO_BACKS = 2  # then it fails
+LOGIT_SAMPLES = 2  # of a rank's micro batch, for the attention-logit maximum
+
+
+class Batch(Protocol):
+    """This rank's contiguous part of a global batch: one bucket, B samples."""
+
+    latent: Tensor  # (B, 16, h, w) float32
+    text: TextFeatures
+    sample_ids: np.ndarray  # (B,) int64
+    epochs: np.ndarray  # (B,)
+    keys: list[str]
+    bucket: str
+
+
+class Loader(Protocol):
+    def batch(self, step: int) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs."""
+
+    rank: int
+    world: int
+    device: torch.device
+    threads: int
+    cache_bytes: float = 2e9  # of stored shards, on this machine
+
+
+class Watcher(Protocol):
+    """Who is told how training goes; rank 0 tells."""
+
+    def began(self, attempt: int, samples: int) -> None: ...
+    def progress(self, samples: int, note: str) -> None: ...
+    def warn(self, message: str) -> None: ...
+
+
+Warn = Callable[[str], None]
+OpenLoader = Callable[[TrainingJob, Store, Place, Warn], Loader]
+
+
+class NonFiniteStreak(Exception):
+    """Too many steps in a row whose loss or gradient was not finite."""
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """One rank's part of a step, on its device."""
+
+    x0: Tensor  # (B, 16, h, w)
+    noise: Tensor  # (B, 16, h, w)
+    t: Tensor  # (B,) in [0, 1], 1 = noise; shifted
+    context: Tensor  # (B, L, context_dim)
+    pooled: Tensor  # (B, pooled_dim)
+    batch: Batch
+
+    def micro_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        yield from zip(*(z.split(size) for z in (self.x0, self.noise, self.t, self.context, self.pooled)), strict=True)
+
+
+def draw_inputs(batch: Batch, job: TrainingJob, null: TextFeatures | None, device: torch.device) -> StepInputs:
+    """t = shift(quantile(u)), noise ~ N(0, 1), each encoder dropped with probability text_dropout; all by (seed, epoch, sample)."""
+    training, drawn_by = job.training, (job.seed, batch.epochs, batch.sample_ids)
+    u = torch.from_numpy(randomness.uniform(*drawn_by, "timestep"))  # float64
+    t = rectified_flow.resolution_shift(find_formulation(training.formulation).quantile(u), training.shift)
+    noise = torch.from_numpy(randomness.normal(*drawn_by, "noise", batch.latent.shape[1:]))
+    keep = ~conditioning.drop_mask(*drawn_by, training.text_dropout)
+    context, pooled = conditioning.assemble(batch.text.to(torch.float32), keep, null, job.model["context_dim"])
+    x0, noise, t, context, pooled = (z.to(device) for z in (batch.latent.float(), noise, t.float(), context, pooled))
+    return StepInputs(x0, noise, t, context, pooled, batch)
+
+
+class PhaseTraining:
+    """One attempt at one phase, on one rank. The process group stands already."""
+
+    def __init__(self, job: TrainingJob, place: Place, watcher: Watcher, open_loader: OpenLoader):
+        self.job, self.place, self.watcher = job, place, watcher
+        self.store = open_store(job.store)
+        self.attempt = self._from_first_rank(lambda: begin_attempt(self.store, job.folder))
+        self.config = MMDiTConfig.from_dict(job.model)
+        self.formulation = find_formulation(job.training.formulation)
+        self.null = read_null(self.store, job)
+        self.loader = open_loader(job, self.store, place, self._warn)
+        model = MMDiT(self.config).to(place.device)  # its weights do not matter: `_restore` sets them
+        self.trainer = ShardedTrainer(model, job.training, place.rank, place.world)
+        dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
+        self.peak, self.peak_source = peak_flops(place.device, dtype)
+
+    def run(self) -> None:
+        """Trains from the last checkpoint to the end of the phase."""
+        for go_back in range(GO_BACKS + 1):
+            step = self._restore()
+            try:
+                with Records(self.job, self.store, self.place.rank, self.attempt, step) as self.records:
+                    self._train_from(step)
+                return
+            except NonFiniteStreak as streak:
+                if go_back == GO_BACKS:
+                    raise TrainingFailed(
+                        f"{self.job.phase}: {streak}, again after going back {GO_BACKS} times;"
+                        f" lower {self.job.phase}.learning_rate or look at the batches named in the warnings"
+                    ) from None
+                self._warn(f"{streak}; going back to the last checkpoint")
+
+    def _restore(self) -> int:
+        """Loads the last finished checkpoint, or the start weights; returns the number of steps taken until then."""
+        finished = self._from_first_rank(lambda: list_checkpoints(self.store, self.job.folder))
+        if finished:
+            step = load_checkpoint(self.store, finished[-1].folder, self.trainer).steps
+        else:
+            step = 0
+            load_start_weights(dict(start_model(self.job, self.store).named_parameters()), self.trainer)
+        if self.place.rank == 0:
+            self.watcher.began(self.attempt, self.job.samples_at(step))
+        return step
+
+    def _train_from(self, first: int) -> None:
+        job, streak, checkpoint_due = self.job, 0, False
+        for step, inputs in enumerate(self._inputs_from(first), start=first + 1):
+            row = self._take_step(step, inputs)
+            streak = streak + 1 if "warning" in row else 0
+            if step % job.training.ema_every_steps == 0:
+                self.trainer.update_ema(job.training.ema_decay)
+            checkpoint_due |= job.is_checkpoint_step(step)
+            ends_here = checkpoint_due and (not streak or step == job.total_steps)
+            if ends_here:
+                row["attention_logit_max"] = self._attention_logit_max(inputs)
+            self.records.add(row)
+            if streak == NON_FINITE_IN_A_ROW:
+                raise NonFiniteStreak(f"{streak} steps in a row without a finite gradient up to step {step}")
+            if ends_here:
+                self._tell(row, ", writing a checkpoint")
+                save_checkpoint(
+                    self.store, job, self.trainer, attempt=self.attempt, step=step, rows=self.records.since_checkpoint
+                )
+                self.records.checkpoint_stands()
+                checkpoint_due = False
+            self._tell(row)
+
+    def _inputs_from(self, first: int) -> Iterator[StepInputs]:
+        """The inputs of every step after `first`, drawn one step ahead in a thread."""
+
+        def draw(step: int) -> StepInputs:
+            return draw_inputs(self.loader.batch(step), self.job, self.null, self.place.device)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="inputs") as ahead:
+            following = ahead.submit(draw, first)
+            for step in range(first, self.job.total_steps):
+                inputs = following.result()
+                if step + 1 < self.job.total_steps:
+                    following = ahead.submit(draw, step + 1)
+                yield inputs
+
+    def _take_step(self, step: int, inputs: StepInputs) -> dict[str, Any]:
+        """One update of the weights; returns its row. Where the gradient is not finite the update is left out."""
+        training, started = self.job.training, time.perf_counter()
+        lr = learning_rate(training, self.job.samples_at(step - 1))
+        step_loss, norm = StepLoss(self.place.device), None
+        for x0, noise, t, context, pooled in inputs.micro_batches(training.micro_batch):
+            losses = self.formulation.loss(lambda z, t, c=context, p=pooled: self.trainer(z, t, c, p), x0, noise, t)  # (B,)
+            self.trainer.backward(losses.mean())
+            norm = self.trainer.step(lr)
+            step_loss.add(losses, t)
+        assert norm is not None, "the micro batches of a step end on an accumulation boundary"
+        dist.all_reduce(step_loss.totals)
+
+        row: dict[str, Any] = {"samples": self.job.samples_at(step), "step": step, "lr": lr, "bucket": inputs.batch.bucket}
+        if math.isfinite(norm):
+            row |= step_loss.row() | {"grad_norm": norm}
+        else:
+            row |= self._name_bad_samples(step, inputs, losses_finite=bool(step_loss.totals.isfinite().all()))
+        rate = training.global_batch / (time.perf_counter() - started)
+        tokens = inputs.x0[0, 0].numel() // self.config.patch_size**2
+        flops = flops_per_sample(self.config, tokens, inputs.context.shape[1])
+        return row | {"samples_per_s": rate, "mfu": rate * flops / (self.peak * self.place.world)}
+
+    def _name_bad_samples(self, step: int, inputs: StepInputs, losses_finite: bool) -> dict[str, Any]:
+        """The part of a row that says which samples gave a step without a finite gradient. All ranks call it."""
+        keys = np.array(inputs.batch.keys)
+        if not losses_finite:
+            with torch.no_grad():
+                outputs = [
+                    self.formulation.loss(lambda z, t, c=c, p=p: self.trainer(z, t, c, p), x0, noise, t)
+                    for x0, noise, t, c, p in inputs.micro_batches(self.job.training.micro_batch)
+                ]
+            keys = keys[~torch.cat(outputs).isfinite().cpu().numpy()]
+        gathered: list[list[str]] = [[]] * self.place.world
+        dist.all_gather_object(gathered, [str(key) for key in keys])
+        named = [key for part in gathered for key in part]
+        what = "gradient" if losses_finite else "loss"
+        warning = f"step {step}: {what} not finite, update left out; samples: {', '.join(named[:8])}"
+        warning += f" and {len(named) - 8} more" if len(named) > 8 else ""
+        self._warn(warning)
+        return {"loss": None, "grad_norm": None, "warning": warning, "keys": named}
+
+    @torch.no_grad()
+    def _attention_logit_max(self, inputs: StepInputs) -> float:
+        x0, noise, t, context, pooled = (z[:LOGIT_SAMPLES] for z in next(inputs.micro_batches(self.job.training.micro_batch)))
+        z_t = self.formulation.add_noise(x0, noise, t)
+        return float(max_attention_logit(self.trainer.model, z_t, t, context, pooled).max())
+
+    def _tell(self, row: dict[str, Any], doing: str = "") -> None:
+        if self.place.rank == 0:
+            loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
+            self.watcher.progress(row["samples"], f"loss {loss}, {row['samples_per_s']:,.0f} img/s{doing}")
+
+    def _warn(self, message: str) -> None:
+        if self.place.rank == 0:
+            self.watcher.warn(f"{self.job.phase}: {message}")
+
+    def _from_first_rank(self, call: Callable[[], Any]) -> Any:
+        """What `call` gives on rank 0, on all ranks: a store that is being written may look different to each."""
+        answer = [call() if self.place.rank == 0 else None]
+        dist.broadcast_object_list(answer, src=0)
+        return answer[0]
+
+
+def read_null(store: Store, job: TrainingJob) -> TextFeatures | None:
+    """The features of the empty string where they stand for "no prompt", else None: zeros."""
+    if job.text.null == "zeros":
+        return None
+    data = store.get(f"{job.text_features.folder}/NULL.safetensors")
+    null = TextFeatures.from_bytes(data, clip_tokens=job.text.clip_tokens, t5_tokens=job.text.t5_tokens)
+    return null.to(torch.float32)
+
+
+def train_rank(job: TrainingJob, place: Place, watcher: Watcher, open_loader: OpenLoader) -> None:
+    """A rank's whole life."""
+    torch.set_num_threads(place.threads)
+    engine.prepare(use_gpu=place.device.type == "cuda")
+    PhaseTraining(job, place, watcher, open_loader).run()

@@ -1,0 +1,92 @@
+"""What a training step is measured by: loss by timestep, learning rate, FLOPs and the share of the machine's peak."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from sd3core.mmdit import MMDiTConfig
+from sd3core.recipe import Training
+
+TIMESTEP_BINS = 8  # equal parts of t in [0, 1]
+SINUSOID_CHANNELS = 256
+MLP_RATIO = 4
+
+# Dense bf16 FLOP/s as the vendor declares them, by a part of the device's name; other devices are measured.
+DECLARED_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12}
+
+
+def learning_rate(training: Training, samples_seen: int) -> float:
+    """Linear warm-up, then constant, or a cosine that ends at a tenth of the rate. A function of samples seen before the step."""
+    warmup = training.warmup_samples
+    if samples_seen < warmup:
+        return training.learning_rate * (samples_seen + training.global_batch) / (warmup + training.global_batch)
+    if training.schedule == "constant":
+        return training.learning_rate
+    progress = min(1.0, (samples_seen - warmup) / max(1, training.samples - warmup))
+    return training.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+class StepLoss:
+    """Sums of a step's losses, in all and by timestep bin; `totals` of all ranks add up to the global batch's."""
+
+    def __init__(self, device: torch.device):
+        self.totals = torch.zeros(2, TIMESTEP_BINS, dtype=torch.float64, device=device)  # sums, counts
+
+    def add(self, losses: Tensor, t: Tensor) -> None:
+        """losses (B,), t (B,) in [0, 1]."""
+        bins = (t * TIMESTEP_BINS).long().clamp(0, TIMESTEP_BINS - 1)
+        self.totals[0].index_add_(0, bins, losses.detach().double())
+        self.totals[1].index_add_(0, bins, torch.ones_like(t, dtype=torch.float64))
+
+    def row(self) -> dict[str, float | list[float | None]]:
+        sums, counts = self.totals.tolist()
+        by_bin = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
+        return {"loss": sum(sums) / sum(counts), "loss_by_t": by_bin}
+
+
+def flops_per_sample(config: MMDiTConfig, image_tokens: int, text_tokens: int) -> float:
+    """FLOPs of one training sample: forward and backward (twice the forward), 2 per multiply-add.
+
+    Counts the linear maps of both streams, the modulations and q k^T and its product with v; norms and activations are left out.
+    """
+    width = config.hidden_size
+    patch = config.patch_size**2 * config.latent_channels
+    stream = (3 + 1 + 2 * MLP_RATIO) * width**2  # qkv, proj, MLP: multiply-adds a token
+    tokens = image_tokens + text_tokens
+    block = stream * tokens + 2 * tokens**2 * width + 2 * 6 * width**2
+    last_text_saved = (1 + 2 * MLP_RATIO) * width**2 * text_tokens + 4 * width**2  # it only gives q, k and v
+    embed = (
+        image_tokens * patch * width
+        + text_tokens * config.context_dim * width
+        + (SINUSOID_CHANNELS + config.pooled_dim + 2 * width) * width
+    )
+    final = image_tokens * width * patch + 2 * width**2
+    return 3 * 2.0 * (config.depth * block - last_text_saved + embed + final)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """(FLOP/s of one rank, "declared" or "measured"): the vendor's figure, else the best of a few matrix products (about 0.1 s)."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, peak in DECLARED_PEAKS.items():
+            if part in name and dtype == torch.bfloat16:
+                return peak, "declared"
+    side = 4096 if device.type == "cuda" else 512
+    a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    best = math.inf
+    for _ in range(6):
+        _wait(device)
+        started = time.perf_counter()
+        a @ b
+        _wait(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best, "measured"
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
