@@ -6,14 +6,15 @@ import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
-import click
 import typer
 from rich.console import Console
 
 from sd3core.errors import UserError
 
+LOG_WIDTH = 160
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Training of SD3-class models.")
-console = Console()
+console = Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)  # tables in logs and pipes keep their columns
 errors = Console(stderr=True)
 
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="A shipped recipe's name, or a path that ends in .yaml.")]
@@ -157,17 +158,10 @@ def photographs(folder: Annotated[Path, typer.Argument(help="Where to write them
 
 def main() -> None:
     try:
-        code = app(standalone_mode=False)
+        app()
     except UserError as error:
         errors.print(f"sd3: {error}", soft_wrap=True, highlight=False, markup=False)
-        code = 1
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        errors.print("sd3: stopped; the services and the run go on (`sd3 down` ends them)", soft_wrap=True, highlight=False)
-        code = 130
-    sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from flows.services import ServiceError, up
 from sd3core.errors import DataError, UserError
 from sd3core.recipe import Recipe, load_recipe
 
+EXAMPLE_PROMPT = "a red circle to the left of a blue square"
 RUN_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -65,8 +67,18 @@ def demo(recipe_name: str, folder: Path | None, overrides: list[str], console: C
         raise RunFailed(f"{failed[0] if failed else view.message or view.state.value.lower()} (the same command goes on from there)")
     store = run_store(recipe)
     summary = store.get_json(summary_path(recipe))
-    print_summary(summary, store, recipe, services, console)
+    print_summary(summary, store, recipe, services, console, sample_command(recipe_name, recipe, overrides))
     return summary
+
+
+def sample_command(recipe_name: str, recipe: Recipe, overrides: list[str]) -> list[str]:
+    """The command that draws from what this run made, ready to paste."""
+    command = [".venv/bin/sd3", "sample", shlex.quote(EXAMPLE_PROMPT)]
+    if recipe_name != "mini":
+        command += ["--recipe", shlex.quote(recipe_name)]
+    for override in overrides:
+        command += ["--set", shlex.quote(override)]
+    return command
 
 
 def start_run(deployment: str, overrides: list[str], console: Console) -> UUID:
@@ -74,7 +86,7 @@ def start_run(deployment: str, overrides: list[str], console: Console) -> UUID:
     command = ["prefect", "--no-prompt", "deployment", "run", deployment]
     if overrides:
         command += ["--param", f"overrides={json.dumps(overrides)}"]
-    console.print(f"$ {' '.join(part if part.isprintable() and ' ' not in part and chr(34) not in part else repr(part) for part in command)}", soft_wrap=True, highlight=False)
+    console.print(f"$ {shlex.join(command)}", soft_wrap=True, highlight=False)
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=PROJECT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120, check=False
     )

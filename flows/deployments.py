@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterParentFlowRunId, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.states import Crashed
@@ -26,6 +28,7 @@ from sd3core.specs import fingerprint
 
 STAGES = ("ingest", "towers", "caption", "encode", "pretrain", "finetune", "evaluate", "export")
 FLOWS = (*STAGES, "pipeline")
+RUNS_READ = 200
 UNFINISHED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED]
 
 
@@ -101,13 +104,19 @@ def fail_dead_runs() -> list[str]:
     return failed
 
 
+def read_runs_of(flow_run_id: UUID) -> list[FlowRun]:
+    """The stage runs that a run started, in their order."""
+    with get_client(sync_client=True) as client:
+        return _read_runs(client, FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run_id])))
+
+
 def live_run(deployment: str) -> FlowRun | None:
     """The unfinished run of a deployment whose process lives, if there is one."""
     with get_client(sync_client=True) as client:
         for record in sorted((home() / "live").glob("*.json")):
             if not Process(**json.loads(record.read_text())).alive():
                 continue
-            runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[UUID(record.stem)])))
+            runs = _read_runs(client, FlowRunFilter(id=FlowRunFilterId(any_=[UUID(record.stem)])))
             for run in runs:
                 if run.deployment_id and run.state_type in UNFINISHED:
                     found = client.read_deployment(run.deployment_id)
@@ -117,22 +126,20 @@ def live_run(deployment: str) -> FlowRun | None:
     return None
 
 
+def _read_runs(client: Any, wanted: FlowRunFilter) -> list[FlowRun]:
+    return client.read_flow_runs(flow_run_filter=wanted, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=RUNS_READ)
+
+
 def unfinished_runs() -> list[str]:
     """A line for every flow run that has not ended."""
     wanted = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=UNFINISHED)))
     with get_client(sync_client=True) as client:
-        runs = client.read_flow_runs(flow_run_filter=wanted)
+        runs = _read_runs(client, wanted)
         return [f"run {run.name}: {client.read_flow(run.flow_id).name}, {(run.state_name or 'waiting').lower()}" for run in runs]
 
 
 def _family(flow_run_id: UUID) -> list[FlowRun]:
     """A run and the stage runs it started."""
     with get_client(sync_client=True) as client:
-        own = client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])))
-        children = client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(
-                parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run_id]),
-                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=UNFINISHED)),
-            )
-        )
-    return [*children, *own]
+        own = _read_runs(client, FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])))
+    return [*read_runs_of(flow_run_id), *own]

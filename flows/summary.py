@@ -7,8 +7,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from flows.scores import score_rows
+from flows.services import Services
 from sd3core.data.store import Store
 from sd3core.recipe import Recipe
+
+TASKS_PREFIX = "shapes_bench/"
 
 
 def summary_path(recipe: Recipe) -> str:
@@ -16,7 +20,7 @@ def summary_path(recipe: Recipe) -> str:
 
 
 def write_summary(store: Store, recipe: Recipe, stages: list[dict[str, Any]], scores: dict[str, Any]) -> dict[str, Any]:
-    """`stages`: name, manifest, digest, seconds, state (done or skipped), reason. `scores`: see workers.evaluate."""
+    """`stages`: name, manifest, digest, seconds, state (done or skipped), reason. `scores`: as in evaluations/scores.json."""
     summary = {
         "recipe": recipe.name,
         "run": recipe.run,
@@ -24,7 +28,52 @@ def write_summary(store: Store, recipe: Recipe, stages: list[dict[str, Any]], sc
         "scores": scores["scores"],
         "left_out": scores["left_out"],
         "pictures": scores["pictures"],
-        "export": stages[-1]["manifest"],
+        "export": stages[-1]["manifest"].rpartition("/")[0],
     }
     store.put_json(summary_path(recipe), summary)
     return summary
+
+
+def print_summary(summary: dict[str, Any], store: Store, recipe: Recipe, services: Services, console: Console, command: list[str]) -> None:
+    """Where the pictures are, the scores, the UI, the command that samples."""
+    _print_stages(summary["stages"], console)
+    _print_scores(summary["scores"], console)
+    for line in sorted({f"{row['metric']} left out: {row['reason']}" for row in summary["left_out"]}):
+        console.print(line, soft_wrap=True, highlight=False)
+    say = lambda label, text: console.print(f"{label:<10}{text}", soft_wrap=True, highlight=False)  # noqa: E731
+    last = [picture for picture in summary["pictures"] if picture["weights"] == "ema"]
+    for picture in last[-3:]:
+        say("pictures", _shown(store, picture["uri"]))
+    say("all", _shown(store, f"runs/{recipe.run}/evaluations"))
+    say("export", summary["export"].removeprefix("file://"))
+    say("summary", _shown(store, summary_path(recipe)))
+    say("UI", services.ui_url)
+    say("sample", " ".join(command))
+
+
+def _shown(store: Store, path: str) -> str:
+    """A path a person can open: of this machine where the store is a folder."""
+    return store.uri(path).removeprefix("file://")
+
+
+def _print_stages(stages: list[dict[str, Any]], console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "state", "seconds", "manifest", "why"):
+        table.add_column(column, justify="right" if column == "seconds" else "left")
+    for stage in stages:
+        table.add_row(stage["name"], stage["state"], f"{stage['seconds']:.1f}", stage["digest"][:12], stage["reason"])
+    console.print(table)
+
+
+def _print_scores(scores: list[dict[str, Any]], console: Console) -> None:
+    rows = score_rows(scores)
+    if not rows:
+        return
+    console.print()
+    table = Table(box=None, pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column.removeprefix(TASKS_PREFIX).replace("_", " "), justify="left" if column in ("phase", "weights") else "right")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    console.print(table)
+    console.print()

@@ -12,21 +12,14 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    ArtifactFilter,
-    ArtifactFilterFlowRunId,
-    ArtifactFilterType,
-    FlowRunFilter,
-    FlowRunFilterId,
-    FlowRunFilterParentFlowRunId,
-)
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterType
 from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.exceptions import PrefectException
+from prefect.client.schemas.sorting import ArtifactSort
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from flows.deployments import STAGES, fail_dead_runs
+from flows.deployments import RUNS_READ, STAGES, fail_dead_runs, read_runs_of
 from flows.services import Services, ServiceError, server_answers
 from sd3core.progress import format_seconds
 
@@ -68,17 +61,16 @@ def look(flow_run_id: UUID) -> RunView:
     """One look at a run and the stage runs it started (a stage run on its own is its own only stage)."""
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(flow_run_id)
-        children = client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run_id]))
-        )
-        runs = sorted(children, key=lambda child: child.expected_start_time) or [run]
+        runs = read_runs_of(flow_run_id) or [run]
         flows = {child.flow_id: client.read_flow(child.flow_id).name for child in runs}
         artifacts = client.read_artifacts(
             artifact_filter=ArtifactFilter(
                 flow_run_id=ArtifactFilterFlowRunId(any_=[child.id for child in runs]), type=ArtifactFilterType(any_=["progress"])
-            )
+            ),
+            sort=ArtifactSort.UPDATED_DESC,
+            limit=RUNS_READ,
         )
-    lines = {artifact.flow_run_id: artifact.description or "" for artifact in artifacts}
+    lines = {artifact.flow_run_id: artifact.description or "" for artifact in reversed(artifacts)}
     stages = [
         StageView(
             flows[child.flow_id],
@@ -103,7 +95,7 @@ def follow(flow_run_id: UUID, services: Services, console: Console) -> RunView:
             try:
                 view = look(flow_run_id)
                 last_answer = time.monotonic()
-            except (httpx.HTTPError, PrefectException):
+            except httpx.TransportError:
                 if time.monotonic() - last_answer > SERVER_AWAY_SECONDS and not server_answers(services):
                     raise ServiceError("the Prefect server has been away for a minute; the same command starts it and goes on") from None
                 time.sleep(POLL_SECONDS)

@@ -2,13 +2,11 @@
 
 Plain folder:         model.safetensors, then config.json (sizes, digest) last.
 Training checkpoint:  FOLDER/000000012800/ (samples seen)
-                          rank-000-of-002.safetensors    flat fp32 slices "KIND/PARAMETER/START" of the tensors, each
-                          element once metrics.jsonl                  a row per logged step since the checkpoint before
-                          DONE.json                      `CheckpointDone`, last: without it the checkpoint does not
-                          exist
+    rank-000-of-002.safetensors    flat fp32 slices "KIND/PARAMETER/START" of the tensors, each element once
+    metrics.jsonl                  a row per logged step since the checkpoint before
+    DONE.json                      `CheckpointDone`, last: without it the checkpoint does not exist
 
-The format knows neither world size nor ZeRO stage, so it loads under any other. safetensors and JSON only: nothing is
-unpickled.
+The format knows neither world size nor ZeRO stage, so it loads under any other. safetensors and JSON only, no pickle.
 """
 
 from __future__ import annotations

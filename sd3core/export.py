@@ -13,25 +13,25 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPTextModelWithProjection
 
 from sd3core.checkpoint import load_model, record_file
+from sd3core.checkpoint_facts import CheckpointFacts, read_facts
 from sd3core.checkpoint_formats import diffusers_config, to_diffusers_tensors
 from sd3core.data.store import Store
 from sd3core.errors import CheckpointError, UserError
 from sd3core.export_readme import readme
-from sd3core.generate import CheckpointFacts, read_facts
 from sd3core.mmdit import MMDiT
 from sd3core.recipe import Recipe
 from sd3core.specs import FORMATS, fingerprint
-from sd3core.text_encoders import FOLDERS, load_tokenizer
+from sd3core.towers import TOWER_FOLDERS
 
+TEXT_TOWERS = {name: TOWER_FOLDERS[name] for name in ("clip_l", "clip_g", "t5")}  # folders of model and tokenizer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MANIFEST_FILE = "MANIFEST.json"
 
@@ -80,7 +80,7 @@ def export_stage(recipe: Recipe, store: Store, checkpoint: str, towers: Path, to
         "format": FORMATS["export"],
         "checkpoint": facts.digest,
         "towers": {name: tower_digests[name] for name in ("vae", "clip_l", "clip_g", "t5")},
-        "diffusers": diffusers.__version__,
+        "diffusers": version("diffusers"),
     }
     spec = fingerprint(fields)
     folder = f"runs/{recipe.run}/export/{spec}"
@@ -132,11 +132,13 @@ def _write_transformer(folder: Path, model: MMDiT, dtype: torch.dtype) -> None:
 
 
 def _write_towers(folder: Path, towers: Path, facts: CheckpointFacts) -> None:
-    for name in ("vae", *(model for model, _ in FOLDERS.values())):
+    from sd3core.text_encoders import load_tokenizer  # loads transformers, which an export that stands does not need
+
+    for name in ("vae", *(model for model, _ in TEXT_TOWERS.values())):
         shutil.copytree(towers / name, folder / name, copy_function=shutil.copyfile)
-    _make_projection_identity(folder / FOLDERS["clip_l"][0])
+    _make_projection_identity(folder / TEXT_TOWERS["clip_l"][0])
     tokens = {"clip_l": facts.text.clip_tokens, "clip_g": facts.text.clip_tokens, "t5": facts.text.t5_tokens}
-    for name, (_, tokenizer_folder) in FOLDERS.items():
+    for name, (_, tokenizer_folder) in TEXT_TOWERS.items():
         tokenizer = load_tokenizer(towers / tokenizer_folder)
         tokenizer.model_max_length = tokens[name]  # the pipeline pads CLIP prompts to this
         tokenizer.save_pretrained(folder / tokenizer_folder)
@@ -144,6 +146,8 @@ def _write_towers(folder: Path, towers: Path, facts: CheckpointFacts) -> None:
 
 def _make_projection_identity(folder: Path) -> None:
     """The pipeline reads CLIP-L's pooled vector behind the projection, SD3 was made with the one before it."""
+    from transformers import CLIPTextModelWithProjection
+
     model = CLIPTextModelWithProjection.from_pretrained(folder, local_files_only=True, dtype="auto")
     identity = torch.eye(model.config.hidden_size)
     if torch.equal(model.text_projection.weight.float().cpu(), identity):
@@ -162,6 +166,8 @@ def _write_scheduler(folder: Path, facts: CheckpointFacts) -> None:
 
 
 def _write_index(folder: Path) -> None:
+    from sd3core.text_encoders import load_tokenizer
+
     fields: dict[str, Any] = {
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
@@ -169,7 +175,7 @@ def _write_index(folder: Path) -> None:
         "transformer": ["diffusers", "SD3Transformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    for name, (model_folder, tokenizer_folder) in FOLDERS.items():
+    for name, (model_folder, tokenizer_folder) in TEXT_TOWERS.items():
         model_class = "T5EncoderModel" if name == "t5" else "CLIPTextModelWithProjection"
         fields[model_folder] = ["transformers", model_class]
         fields[tokenizer_folder] = ["transformers", type(load_tokenizer(folder / tokenizer_folder)).__name__]
@@ -177,5 +183,5 @@ def _write_index(folder: Path) -> None:
 
 
 def _write_config(path: Path, class_name: str, fields: dict[str, Any]) -> None:
-    named = {"_class_name": class_name, "_diffusers_version": diffusers.__version__} | fields
+    named = {"_class_name": class_name, "_diffusers_version": version("diffusers")} | fields
     path.write_text(json.dumps(named, indent=2) + "\n")

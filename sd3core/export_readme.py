@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sd3core.generate import CheckpointFacts
+from sd3core.checkpoint_facts import CheckpointFacts
 
 HEAD = """\
 # A Stable-Diffusion-3-class pipeline

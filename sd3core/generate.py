@@ -5,101 +5,27 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from sd3core.autoencoder import DOWNSAMPLING, Autoencoder, load_autoencoder
-from sd3core.checkpoint import CONFIG_FILE, DONE_FILE, load_model, read_done
+from sd3core.checkpoint import load_model
+from sd3core.checkpoint_facts import Null, read_facts
 from sd3core.conditioning import ENCODERS, TextFeatures, assemble
-from sd3core.data.store import open_store
-from sd3core.errors import CheckpointError, UserError
+from sd3core.errors import UserError
 from sd3core.mmdit import MMDiT
 from sd3core.pictures import encode_png, make_grid, to_uint8
-from sd3core.recipe import Text
+from sd3core.sample_settings import SampleSettings
 from sd3core.sampling import sample_euler, sigma_schedule
 from sd3core.text_encoders import TextEncoders, load_text_encoders
 
-Null = Literal["zeros", "empty"]
 Pair = tuple[Tensor, Tensor]  # context (B, L, D), pooled (B, P)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class SampleSettings:
-    """How pictures are drawn; as a dict it is the sampler's part of a score's protocol."""
-
-    height: int  # px
-    width: int
-    num_steps: int = 28
-    guidance_scale: float = 5.0
-    shift: float = 1.0
-    drop: tuple[str, ...] = ()  # encoders left out, of clip_l, clip_g and t5
-    convention: Literal["reference", "textbook"] = "reference"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"sampler": "euler"} | asdict(self) | {"drop": sorted(self.drop)}
-
-
-@dataclass(frozen=True)
-class CheckpointFacts:
-    """What a checkpoint says about how it wants to be sampled from."""
-
-    null: Null
-    text: Text
-    side_px: int
-    shift: float
-    digest: str  # of the checkpoint's content
-    samples: int | None = None  # seen in training
-
-    def settings(self, **changes: Any) -> SampleSettings:
-        """A square of the trained size at the trained shift."""
-        return replace(SampleSettings(self.side_px, self.side_px, shift=self.shift), **changes)
-
-    def to_extra(self) -> dict[str, Any]:
-        """For save_model's `extra`, from which a plain model folder is read again."""
-        return {
-            "null": self.null,
-            "text": self.text.model_dump(mode="json"),
-            "side_px": self.side_px,
-            "shift": self.shift,
-            "samples": self.samples,
-        }
-
-
-def read_facts(checkpoint: str) -> CheckpointFacts:
-    """From a training checkpoint's DONE.json, or from the `extra` of a model folder's config.json.
-
-    Raises CheckpointError that names what is missing.
-    """
-    store = open_store(checkpoint)
-    if store.exists(DONE_FILE):
-        done = read_done(store, "")
-        if done.recipe is None:
-            raise CheckpointError(f"{store.url}: {DONE_FILE} holds no recipe, so its text lengths are unknown")
-        fields = {"null": done.null, "text": done.recipe["text"], "side_px": done.training["side_px"]}
-        fields |= {"shift": done.training["shift"], "samples": done.samples}
-        digest = done.digest
-    elif store.exists(CONFIG_FILE):
-        config = store.get_json(CONFIG_FILE)
-        fields, digest = config.get("extra", {}), config["files"]["model.safetensors"]["sha256"]
-    else:
-        raise CheckpointError(f"{store.url}: neither {CONFIG_FILE} (a model) nor {DONE_FILE} (a training checkpoint) is there")
-    try:
-        text = Text.model_validate(fields["text"])
-        return CheckpointFacts(
-            fields["null"], text, fields["side_px"], fields["shift"], digest=digest, samples=fields.get("samples")
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{store.url}: its config's extra does not say {error}; save it with CheckpointFacts.to_extra()") from None
-    except ValidationError as error:
-        raise CheckpointError(f"{store.url}: text: {error.errors()[0]['msg']}") from None
 
 
 class Generator:

@@ -1,7 +1,7 @@
 """Real photographs that installed packages carry: a small folder data set, with captions, that needs no download.
 
-The files lie inside the wheels of scikit-learn, scikit-image and matplotlib. They come in several sizes, in portrait, square and
-landscape, in colour and in grey.
+The files lie inside the wheels of scikit-learn, scikit-image and matplotlib. They come in several sizes, in portrait,
+square and landscape, in colour and in grey.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ _SCIKIT_LEARN, _SCIKIT_IMAGE, _MATPLOTLIB = "sklearn/datasets/images", "skimage/
 
 # name -> (folder, file, caption)
 PHOTOGRAPHS: dict[str, tuple[str, str, str]] = {
-    "pagoda": (_SCIKIT_LEARN, "china.jpg", "A red Chinese pagoda with green and orange roofs rises above trees beside a wide lake."),
+    "pagoda": (
+        _SCIKIT_LEARN,
+        "china.jpg",
+        "A red Chinese pagoda with green and orange roofs rises above trees beside a wide lake.",
+    ),
     "dahlia": (_SCIKIT_LEARN, "flower.jpg", "A close-up of a round orange dahlia in bloom before dark green leaves."),
     "officer": (
         _MATPLOTLIB,
@@ -30,8 +34,16 @@ PHOTOGRAPHS: dict[str, tuple[str, str, str]] = {
     ),
     "cat": (_SCIKIT_IMAGE, "chelsea.png", "A close-up of the face of a ginger tabby cat with green eyes."),
     "coffee": (_SCIKIT_IMAGE, "coffee.png", "A cup of espresso on a red saucer with a spoon on a wooden table."),
-    "rocket": (_SCIKIT_IMAGE, "rocket.jpg", "A white rocket stands on a launch pad between steel towers at dusk, lit by bright lamps."),
-    "motorcycle": (_SCIKIT_IMAGE, "motorcycle_left.png", "A red motorcycle is parked in a garage in front of shelves with boxes."),
+    "rocket": (
+        _SCIKIT_IMAGE,
+        "rocket.jpg",
+        "A white rocket stands on a launch pad between steel towers at dusk, lit by bright lamps.",
+    ),
+    "motorcycle": (
+        _SCIKIT_IMAGE,
+        "motorcycle_left.png",
+        "A red motorcycle is parked in a garage in front of shelves with boxes.",
+    ),
     "cameraman": (
         _SCIKIT_IMAGE,
         "camera.png",
@@ -40,16 +52,29 @@ PHOTOGRAPHS: dict[str, tuple[str, str, str]] = {
     "coins": (_SCIKIT_IMAGE, "coins.png", "A black and white photograph of four rows of old coins on a dark surface."),
     "bricks": (_SCIKIT_IMAGE, "brick.png", "A black and white photograph of a wall of bricks with pale joints."),
     "gravel": (_SCIKIT_IMAGE, "gravel.png", "A black and white photograph of gravel seen from above."),
-    "grass": (_SCIKIT_IMAGE, "grass.png", "A black and white photograph of a tangle of grass and straw seen from above."),
-    "galaxies": (_SCIKIT_IMAGE, "hubble_deep_field.jpg", "Hundreds of small coloured galaxies scattered over a black sky."),
+    "grass": (
+        _SCIKIT_IMAGE,
+        "grass.png",
+        "A black and white photograph of a tangle of grass and straw seen from above.",
+    ),
+    "galaxies": (
+        _SCIKIT_IMAGE,
+        "hubble_deep_field.jpg",
+        "Hundreds of small coloured galaxies scattered over a black sky.",
+    ),
     "moon": (_SCIKIT_IMAGE, "moon.png", "A grey photograph of the surface of the moon with craters and dark patches."),
-    "retina": (_SCIKIT_IMAGE, "retina.jpg", "A round orange photograph of the back of a human eye with branching red blood vessels."),
+    "retina": (
+        _SCIKIT_IMAGE,
+        "retina.jpg",
+        "A round orange photograph of the back of a human eye with branching red blood vessels.",
+    ),
 }
 _DISTRIBUTIONS = {"sklearn": "scikit-learn", "skimage": "scikit-image", "matplotlib": "matplotlib"}
 
 
 def write_photographs(folder: Path) -> list[Path]:
-    """Copies the photographs as they are to NAME.jpg or NAME.png in `folder`, each with NAME.txt; returns the pictures' paths.
+    """Copies the photographs as they are to NAME.jpg or NAME.png in `folder`, each with NAME.txt; returns the pictures'
+    paths.
 
     DataError if a package, or a file of it, is missing.
     """
@@ -59,7 +84,9 @@ def write_photographs(folder: Path) -> list[Path]:
         source = _installed(inside) / file
         if not source.is_file():
             distribution = _DISTRIBUTIONS[inside.split("/")[0]]
-            raise DataError(f"{source} is missing; reinstall it with: pip install --force-reinstall --no-deps {distribution}")
+            raise DataError(
+                f"{source} is missing; reinstall it with: pip install --force-reinstall --no-deps {distribution}"
+            )
         path = folder / f"{name}{source.suffix}"
         shutil.copyfile(source, path)
         path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
@@ -72,5 +99,7 @@ def _installed(inside: str) -> Path:
     package, *rest = inside.split("/")
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise DataError(f"the photographs need the package {package}; install it with: pip install {_DISTRIBUTIONS[package]}")
+        raise DataError(
+            f"the photographs need the package {package}; install it with: pip install {_DISTRIBUTIONS[package]}"
+        )
     return Path(spec.origin).parent.joinpath(*rest)

@@ -67,8 +67,8 @@ class SmallVae(Section):
     crop_px: int = Field(64, ge=16)
     batch: int = Field(16, ge=1)
     steps: int = Field(800, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    kl_weight: float = Field(1e-6, ge=0)
+    learning_rate: float = Field(0.01, gt=0)  # of Muon; biases and norms learn at a tenth of it
+    kl_weight: float = Field(0.01, ge=0)  # on the KL per latent number, against the mean error per colour value
 
 
 class SmallClip(Section):
@@ -102,7 +102,7 @@ class SmallTowers(Section):
     clip_g: SmallClip = SmallClip(seed=2)
     t5: SmallT5 = SmallT5(seed=3)
     judge: SmallClip = SmallClip(seed=4)
-    vocabulary: int = Field(512, ge=300)  # tokens at most, for each tokenizer
+    vocabulary: int = Field(1_024, ge=600)  # tokens at most, for each tokenizer; 514 of CLIP's are bytes and marks
     images: int = Field(2_048, ge=1)  # how many training images the towers see at most
 
 

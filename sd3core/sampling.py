@@ -21,8 +21,7 @@ def sigma_schedule(
 
     textbook   shift(1 - i / num_steps): the paper's formula (5.3.2) on an even grid.
     reference  what the released code does: an even grid from 1 to shift(1/1000), shifted once more, then 0. Its last
-    step, from
-               about 0.009 at shift 3, is nearly free, so it works like num_steps - 1.
+               step, from about 0.009 at shift 3, is nearly free, so it works like num_steps - 1.
     """
     if num_steps < 1 or not shift > 0:
         raise UserError(f"sigma_schedule: num_steps must be at least 1 and shift positive, not {num_steps} and {shift}")

@@ -7,7 +7,8 @@ pad token; no attention mask reaches any encoder (a CLIP is causal). T5: the fin
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     T5EncoderModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from sd3core.conditioning import ENCODERS, TextFeatures
 from sd3core.errors import DataError
@@ -118,9 +120,10 @@ def load_model_folder(model_class: type[PreTrainedModel], folder: Path, dtype: t
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder}: no config.json; this is what {model_class.__name__}.save_pretrained writes")
     try:
-        model, info = model_class.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        with without_progress_bars():
+            model, info = model_class.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{folder}: not a {model_class.__name__} in safetensors ({str(error).splitlines()[0]})") from None
     if info["missing_keys"]:
@@ -129,6 +132,18 @@ def load_model_folder(model_class: type[PreTrainedModel], folder: Path, dtype: t
             f" {sorted(info['missing_keys'])[0]} among them; save the model again with that class"
         )
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """transformers draws bars of its own while it reads and writes weights; ours is the only progress a person sees."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

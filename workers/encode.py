@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save as save_tensors
 
 from sd3core.conditioning import ENCODERS, TextFeatures
-from sd3core.data.buckets import bucket_sides, nearest_bucket
+from sd3core.data.buckets import Side, bucket_name, bucket_sides, nearest_bucket
 from sd3core.data.images import Crop, crop_to, decode_image, to_model_range
 from sd3core.data.manifest import ManifestRef, read_manifest
 from sd3core.data.shards import (
@@ -67,7 +67,7 @@ class TextSource:
 @dataclass(frozen=True)
 class LatentsSource:
     raw: InputShard
-    buckets: tuple[tuple[int, int], ...]  # (height, width) px
+    buckets: tuple[Side, ...]  # (height, width) px
 
 
 def encode_stage(
@@ -82,7 +82,7 @@ def encode_stage(
 
     Raises StageFailed when shards could not be made, DataError when an input is missing or not what its manifest says.
     """
-    digests = {name: tower.digest for name, tower in read_towers(store, towers.folder).towers.items()}
+    digests = read_towers(store, towers.folder, towers.digest).digests
     raw_shards = input_shards(read_manifest(store, raw.folder, raw.digest))
     caption_shards = input_shards(read_manifest(store, captions.folder, captions.digest)) if captions else {}
     stages = {"text": _text_stage(recipe, digests, raw, raw_shards, captions, caption_shards)}
@@ -101,7 +101,7 @@ def encode_stage(
             stages[name] = ShardStage(name, "latents", folder, fields, {"raw": raw.digest}, tasks)
     worker = {
         "store_url": store.url,
-        "towers_folder": towers.folder,
+        "towers": towers,
         "text": recipe.text,
         "dtypes": {"text": recipe.encode.text_dtype, "latents": recipe.encode.latent_dtype},
         "batch": recipe.encode.batch,
@@ -143,7 +143,7 @@ class EncodeWorker:
     def __init__(
         self,
         store_url: str,
-        towers_folder: str,
+        towers: ManifestRef,
         text: Text,
         dtypes: dict[str, str],
         batch: int,
@@ -153,9 +153,9 @@ class EncodeWorker:
     ) -> None:
         store = open_store(store_url)
         self.make = {
-            TextSource: lambda: TextWorker(store, towers_folder, text, dtypes["text"], batch, device),
+            TextSource: lambda: TextWorker(store, towers, text, dtypes["text"], batch, device),
             LatentsSource: lambda: LatentsWorker(
-                store, towers_folder, dtypes["latents"], batch, max_image_pixels, threads, device
+                store, towers, dtypes["latents"], batch, max_image_pixels, threads, device
             ),
         }
         self.loaded_for: type | None = None
@@ -177,14 +177,14 @@ class EncodeWorker:
 class TextWorker:
     """Raw shard and its captions -> text tar: each distinct caption once, an index row for each (key, kind)."""
 
-    def __init__(self, store: Store, towers_folder: str, text: Text, dtype: str, batch: int, device: str) -> None:
+    def __init__(self, store: Store, towers: ManifestRef, text: Text, dtype: str, batch: int, device: str) -> None:
         from sd3core.text_encoders import load_text_encoders  # here, so that a latents worker does not import transformers
 
         self.store, self.text, self.batch = store, text, batch
         self.dtype = getattr(torch, dtype)
-        local = fetch_towers(store, towers_folder, towers_cache(), only=ENCODERS)
+        local = fetch_towers(store, towers.folder, towers_cache(), ENCODERS, towers.digest)
         self.encoders = load_text_encoders(local, text, torch.float32, device)
-        self.progress = 0  # captions
+        self.progress = 0  # rows, by the share of the shard's captions that is done
 
     def __call__(self, task: ShardTask) -> DoneRecord:
         self.progress = 0
@@ -192,7 +192,7 @@ class TextWorker:
         if not self.store.exists(null):
             self.store.put(null, self._encode([""])[0].to_bytes(self.text.padding))
         failed: list[FailedRow] = []
-        samples = self._samples(_distinct(self._captions(task.source)), failed)
+        samples = self._samples(_distinct(self._captions(task.source)), task.rows, failed)
         return write_shard(self.store, task.folder, task.stem, samples, failed, TEXT_SCHEMA)
 
     def _captions(self, source: TextSource) -> Iterator[tuple[str, str, str]]:
@@ -208,8 +208,8 @@ class TextWorker:
             if synthetic.get(key):
                 yield key, SYNTHETIC, synthetic[key]
 
-    def _samples(self, uses: dict[str, list[tuple[str, str]]], failed: list[FailedRow]) -> Iterator[Sample]:
-        offset = 0
+    def _samples(self, uses: dict[str, list[tuple[str, str]]], rows: int, failed: list[FailedRow]) -> Iterator[Sample]:
+        offset = encoded = 0
         for captions in batched(uses, self.batch):
             for caption, features in zip(captions, self._encode(list(captions)), strict=True):
                 if not _finite(features):
@@ -226,7 +226,8 @@ class TextWorker:
                     row = {"key": key, "kind": kind, "caption_id": name, "offset": offset, "length": length, **lengths}
                     yield Sample(name, {"safetensors": data} if position == 0 else {}, row)
                 offset += length
-            self.progress += len(captions)
+            encoded += len(captions)
+            self.progress = rows * encoded // len(uses)
 
     def _encode(self, captions: list[str]) -> list[TextFeatures]:
         features = self.encoders.encode(captions).to("cpu").to(self.dtype)
@@ -255,7 +256,7 @@ class Prepared:
     """A decoded and cropped image, or why there is none."""
 
     key: str
-    bucket: tuple[int, int] | None = None
+    bucket: Side | None = None
     pixels: np.ndarray | None = None  # (H, W, 3) uint8
     crop: Crop | None = None
     error: str | None = None
@@ -265,14 +266,14 @@ class LatentsWorker:
     """Raw shard -> latents tar, in batches of one bucket; threads decode ahead of the encoding."""
 
     def __init__(
-        self, store: Store, towers_folder: str, dtype: str, batch: int, max_image_pixels: int, threads: int, device: str
+        self, store: Store, towers: ManifestRef, dtype: str, batch: int, max_image_pixels: int, threads: int, device: str
     ) -> None:
         from sd3core.autoencoder import load_autoencoder  # here, so that a text worker does not import diffusers
 
         self.store, self.batch, self.threads = store, batch, threads
         self.max_image_pixels = max_image_pixels
         self.dtype = getattr(torch, dtype)
-        local = fetch_towers(store, towers_folder, towers_cache(), only=("vae",))
+        local = fetch_towers(store, towers.folder, towers_cache(), ("vae",), towers.digest)
         self.autoencoder = load_autoencoder(local, torch.float32, device)
         self.progress = 0  # images
 
@@ -285,7 +286,7 @@ class LatentsWorker:
         return write_shard(self.store, task.folder, task.stem, samples, failed, LATENTS_SCHEMA, count_by="bucket")
 
     def _samples(self, source: LatentsSource, splits: dict[str, str], failed: list[FailedRow]) -> Iterator[Sample]:
-        waiting: dict[tuple[int, int], list[Prepared]] = {}
+        waiting: dict[Side, list[Prepared]] = {}
         images = read_images(self.store, source.raw)
         for item in map_ahead(
             lambda image: self._prepare(*image, source.buckets), images, self.threads, ahead=2 * self.batch
@@ -301,7 +302,7 @@ class LatentsWorker:
         for batch in waiting.values():
             yield from self._encoded(batch, splits, failed)
 
-    def _prepare(self, key: str, data: bytes, buckets: tuple[tuple[int, int], ...]) -> Prepared:
+    def _prepare(self, key: str, data: bytes, buckets: tuple[Side, ...]) -> Prepared:
         try:
             image = decode_image(data, self.max_image_pixels)
         except UserError as error:
@@ -321,10 +322,9 @@ class LatentsWorker:
         self.progress += len(batch)
 
     def _row(self, item: Prepared, splits: dict[str, str]) -> dict[str, Any]:
-        height, width = item.bucket
         crop = item.crop
         return {
-            "bucket": f"{height}x{width}",
+            "bucket": bucket_name(item.bucket),
             "crop_top": crop.top,
             "crop_left": crop.left,
             "crop_height": crop.height,

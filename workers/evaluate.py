@@ -10,22 +10,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sd3core.checkpoint import read_done
 from sd3core.data.buckets import bucket_sides
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.store import Store, canonical_json
 from sd3core.errors import UserError
-from sd3core.generate import SampleSettings
 from sd3core.metrics.held_out import reference_fields
 from sd3core.metrics.validation_loss import LEVELS
 from sd3core.progress import Progress, ProgressCallback, ProgressMeter
 from sd3core.recipe import Recipe, Training
-from sd3core.small_world import shapes_bench
+from sd3core.sample_settings import SampleSettings
+from sd3core.small_world.world import TASKS
 from sd3core.specs import FORMATS, fingerprint
 from sd3core.towers import read_towers
-from workers.evaluate_parts import EvaluationInputs, EvaluationTask, EvaluationWorker
 from workers.inputs import actor_device
 from workers.pool import Outcome, PoolSettings, map_over_actors, start_ray
 
@@ -34,6 +33,35 @@ WEIGHTS = ("ema", "live")
 
 class EvaluationFailed(UserError):
     """Parts that could not be made, after all others were."""
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """What scores are made from besides checkpoints: pinned manifests, and the folder of the towers in the store."""
+
+    raw: ManifestRef
+    text: ManifestRef
+    latents: dict[str, ManifestRef]  # by phase key
+    towers: str
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    part: str  # "validation", "pictures", "bench-TASK", "grid-HxW"
+    phase: str
+    checkpoint: str  # folder in the store
+    samples: int
+    weights: Literal["ema", "live"]
+    protocol: dict[str, Any]
+    place: str  # path in the store, without an ending
+
+    @property
+    def path(self) -> str:
+        return f"{self.place}.json"
+
+    @property
+    def title(self) -> str:
+        return f"{self.phase} {self.samples:,} {self.weights} {self.part}"
 
 
 @dataclass(frozen=True)
@@ -97,6 +125,8 @@ def _run_tasks(
     def working(task: EvaluationTask, progress: Progress) -> None:
         meter.update(meter.done, f"{task.title}: {progress.done}/{progress.total} {progress.unit}")
 
+    from workers.evaluate_parts import EvaluationWorker  # here, so that a stage with nothing to do loads no models' libraries
+
     worker = {"store_url": store.url, "recipe": recipe, "inputs": inputs, "device": actor_device(recipe.compute)}
     outcomes = map_over_actors(EvaluationWorker, worker, tasks, PoolSettings.of(recipe.compute), ended, working)
     failed = [outcome for outcome in outcomes if outcome.error is not None]
@@ -110,8 +140,7 @@ def plan_tasks(
 ) -> list[EvaluationTask]:
     """Every part of every checkpoint, in the order of the table. A pure function of its arguments and the manifests' digests."""
     phases = dict(recipe.phases())
-    towers = read_towers(store, inputs.towers)
-    digests = {name: tower.digest for name, tower in towers.towers.items()}
+    digests = read_towers(store, inputs.towers).digests
     tasks = []
     for phase, folders in checkpoints.items():
         chosen = folders[-1:] if recipe.evaluate.checkpoints == "last" else folders
@@ -158,7 +187,7 @@ def _protocols(
     if not last and evaluate.earlier_bench_prompts_per_task is not None:
         per_task = evaluate.earlier_bench_prompts_per_task
     if recipe.data.source == "small_world" and per_task:
-        for task in shapes_bench.TASKS:
+        for task in TASKS:
             bench = {"kind": "shapes_bench", "prompts_per_task": per_task, "images_per_prompt": evaluate.bench_images_per_prompt}
             yield f"bench-{task}", square | bench
     for height, width in bucket_sides(phase.side_px, phase.aspect_ratios):
@@ -167,9 +196,9 @@ def _protocols(
 
 
 def summarise(tasks: Sequence[EvaluationTask], parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The tables over all parts, with ShapesBench's overall where all of its tasks stand."""
+    """The tables over all parts, and ShapesBench's overall: all six tasks of a checkpoint have a score or none has."""
     scores, left_out, pictures, protocols = [], [], [], {}
-    bench: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    bench: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for task, part in zip(tasks, parts, strict=True):
         own = {"checkpoint": task.checkpoint, "phase": task.phase, "samples": task.samples, "weights": task.weights}
         protocol = fingerprint(task.protocol)
@@ -178,18 +207,13 @@ def summarise(tasks: Sequence[EvaluationTask], parts: Sequence[dict[str, Any]]) 
         left_out += [own | {"protocol": protocol} | missing for missing in part["left_out"]]
         pictures += [own | picture for picture in part["pictures"]]
         if task.part.startswith("bench-"):
-            unit = bench.setdefault((task.checkpoint, task.weights, protocol), {})
-            unit |= {task.part.removeprefix("bench-"): own | part["scores"][0]}
-    for (_, _, protocol), unit in bench.items():
-        first = next(iter(unit.values()))
-        value = shapes_bench.overall({name: row["value"] for name, row in unit.items()})
-        count = sum(row["count"] for row in unit.values())
-        scores.append(first | {"protocol": protocol, "metric": "shapes_bench/overall", "value": value, "count": count})
+            bench.setdefault((task.checkpoint, task.weights), []).extend(scores[len(scores) - len(part["scores"]) :])
+    for rows in bench.values():
+        if rows:  # GenEval: the plain mean of the six
+            overall = {"value": sum(row["value"] for row in rows) / len(rows), "count": sum(row["count"] for row in rows)}
+            scores.append(rows[0] | {"metric": "shapes_bench/overall"} | overall)
     return {"scores": scores, "left_out": left_out, "pictures": pictures, "protocols": protocols}
 
 
 def _folder(recipe: Recipe) -> str:
     return f"runs/{recipe.run}/evaluations"
-
-
-__all__ = ["EvaluationFailed", "EvaluationInputs", "EvaluationResult", "ManifestRef", "evaluate_stage", "plan_tasks", "summarise"]

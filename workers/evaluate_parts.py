@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,54 +15,28 @@ import torch
 from sd3core.autoencoder import load_autoencoder
 from sd3core.checkpoint import load_model, read_done
 from sd3core.conditioning import assemble
-from sd3core.data.loader import load_split
-from sd3core.data.manifest import Manifest, ManifestRef, read_manifest
+from sd3core.data.loader import Batch, ShardCache, ShardReader, load_split
+from sd3core.data.manifest import Manifest, read_manifest
 from sd3core.data.store import open_store
-from sd3core.generate import DTYPES, Generator, SampleSettings, grid_columns
+from sd3core.generate import DTYPES, Generator, grid_columns
+from sd3core.judge import Judge, load_judge
 from sd3core.metrics import LeftOut, Score
-from sd3core.metrics.clip_score import Judge, clip_score, load_judge
+from sd3core.metrics.clip_score import clip_score, image_embeddings
 from sd3core.metrics.frechet import frechet_score
 from sd3core.metrics.held_out import read_rows, reference_features
 from sd3core.metrics.validation_loss import LEVELS, level_losses, validation_loss
 from sd3core.pictures import encode_png, make_grid, thumbnail_jpeg
 from sd3core.progress import Progress
 from sd3core.recipe import Recipe
+from sd3core.sample_settings import SampleSettings
 from sd3core.small_world import shapes_bench
+from sd3core.small_world.detector import MIN_SIDE_PX
 from sd3core.text_encoders import load_text_encoders
 from sd3core.towers import fetch_towers
+from workers.evaluate import EvaluationInputs, EvaluationTask
+from workers.towers import towers_cache
 
-
-@dataclass(frozen=True)
-class EvaluationInputs:
-    """What scores are made from besides checkpoints: pinned manifests, and the folder of the towers in the store."""
-
-    raw: ManifestRef
-    text: ManifestRef
-    latents: dict[str, ManifestRef]  # by phase key
-    towers: str
-
-
-@dataclass(frozen=True)
-class EvaluationTask:
-    part: str  # "validation", "pictures", "bench-TASK", "grid-HxW"
-    phase: str
-    checkpoint: str  # folder in the store
-    samples: int
-    weights: Literal["ema", "live"]
-    protocol: dict[str, Any]
-    place: str  # path in the store, without an ending
-
-    @property
-    def path(self) -> str:
-        return f"{self.place}.json"
-
-    @property
-    def title(self) -> str:
-        return f"{self.phase} {self.samples:,} {self.weights} {self.part}"
-
-    def settings(self) -> SampleSettings:
-        fields = {key: value for key, value in self.protocol["settings"].items() if key != "sampler"}
-        return SampleSettings(**fields | {"drop": tuple(fields["drop"])})
+Draw = tuple[str, int]  # prompt and seed
 
 
 class EvaluationWorker:
@@ -72,11 +45,12 @@ class EvaluationWorker:
     def __init__(self, store_url: str, recipe: Recipe, inputs: EvaluationInputs, device: str = "cpu") -> None:
         self.store, self.recipe, self.inputs, self.device = open_store(store_url), recipe, inputs, device
         self.progress = Progress(0, 0, "images")
-        self._cache = tempfile.TemporaryDirectory(prefix="sd3-towers-")
-        self.towers = fetch_towers(self.store, inputs.towers, Path(self._cache.name))
+        self._cache = tempfile.TemporaryDirectory(prefix="sd3-shards-")  # gone with the worker
+        self.towers = fetch_towers(self.store, inputs.towers, towers_cache())
         self.encoders = load_text_encoders(self.towers, recipe.text, device=device)
         self.autoencoder = load_autoencoder(self.towers, device=device)
         self._loaded: tuple[tuple[str, str], Generator] | None = None
+        self._batches: dict[str, list[Batch]] = {}
 
     def __call__(self, task: EvaluationTask) -> str:
         parts = {"validation_loss": self._validate, "clip_and_fid": self._score_pictures, "grid": self._draw_grid}
@@ -103,87 +77,107 @@ class EvaluationWorker:
             self._loaded = (key, Generator(model, self.encoders, self.autoencoder, null))
         return self._loaded[1]
 
-    def _sample(self, task: EvaluationTask, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+    def _sample(self, task: EvaluationTask, drawn: list[Draw]) -> Sequence[np.ndarray]:
         def count(done: int, total: int) -> None:
             self.progress = Progress(done, total, "sampler steps")
 
-        return self._generator(task).sample(
-            prompts, seeds, task.settings(), batch=self.recipe.evaluate.batch, on_step=count
-        )
+        if not drawn:
+            return []
+        prompts, seeds = zip(*drawn, strict=True)
+        return self._generator(task).sample(prompts, seeds, SampleSettings.from_dict(task.protocol["settings"]), batch=self.recipe.evaluate.batch, on_step=count)
 
     @torch.inference_mode()
     def _validate(self, task: EvaluationTask, result: _Part) -> None:
-        model, limit = self._generator(task).model, task.protocol["images"]
-        latents = self.inputs.latents[task.phase]
-        manifests = (read_manifest(self.store, ref.folder, ref.digest) for ref in (latents, self.inputs.text))
+        model = self._generator(task).model
         losses = torch.zeros(0, len(LEVELS), dtype=torch.float64)
-        for batch in load_split(self.store, *manifests, "held_out"):
-            take = min(limit - len(losses), len(batch.latent))
-            if take <= 0:
-                break
-            context, pooled = assemble(batch.text.to(self.device), context_dim=model.config.context_dim)
-            rows = slice(0, take)
-            condition = (context[rows], pooled[rows])
-            x0 = batch.latent[rows].to(self.device)
-            part = level_losses(lambda z, t, c=condition: model(z, t, *c), x0, np.asarray(batch.sample_ids)[rows], task.protocol["seed"])
+        for batch in self._held_out_batches(task.phase):
+            condition = assemble(batch.text.to(self.device), context_dim=model.config.context_dim)
+            x0 = batch.latent.to(self.device)
+            part = level_losses(lambda z, t, c=condition: model(z, t, *c), x0, batch.sample_ids, task.protocol["seed"])
             losses = torch.cat([losses, part])
-            self.progress = Progress(len(losses), limit, "images")
+            self.progress = Progress(len(losses), task.protocol["images"], "images")
         result.add("validation_loss", validation_loss(losses))
         if len(losses):
             result.details["loss_by_level"] = dict(zip(map(str, LEVELS), losses.mean(dim=0).tolist(), strict=True))
 
+    def _held_out_batches(self, phase: str) -> list[Batch]:
+        """Kept for all checkpoints of a phase: they are few, and the shards that hold them are many."""
+        if phase not in self._batches:
+            evaluate, text = self.recipe.evaluate, self.recipe.text
+            references = (self.inputs.latents[phase], self.inputs.text)
+            manifests = (read_manifest(self.store, ref.folder, ref.digest) for ref in references)
+            cache = ShardCache(self.store, Path(self._cache.name), self.recipe.compute.cache_gb * 1e9)
+            reader = ShardReader(self.store, *manifests, cache, clip_tokens=text.clip_tokens, t5_tokens=text.t5_tokens)
+            self._batches[phase] = list(load_split(reader, "held_out", evaluate.batch, evaluate.validation_images))
+        return self._batches[phase]
+
     def _score_pictures(self, task: EvaluationTask, result: _Part) -> None:
-        """CLIP score and FID over pictures of held-out prompts, the first of which are the grid."""
-        protocol, seed = task.protocol, task.protocol["seed"]
-        prompts = [row.caption for row in read_rows(self.store, self.raw, "held_out", protocol["images"], captioned=True)]
-        scored = len(prompts)
-        prompts += self._training_prompts(protocol["grid"] - scored)
-        if not prompts:
-            result.left_out.append({"metric": "grid", "reason": "no image of the data set has a caption to draw from"})
-            return
-        images = self._sample(task, prompts, range(seed, seed + len(prompts)))
-        features = self.judge.image_features(images[:scored]) if scored else np.zeros((0, self.judge.dimensions))
-        texts = self.judge.text_features(prompts[:scored]) if scored else features
-        reference = reference_features(
-            self.store, self.recipe.data.name, self.raw, self.judge, protocol["reference"], self.recipe.data.max_image_pixels, self._show_images
-        )
+        """CLIP score and FID over pictures of held-out prompts, and the grid."""
+        protocol = task.protocol
+        scored = self._numbered(self._captions("held_out", protocol["images"]), protocol["seed"])
+        grid = self._grid_prompts(task)
+        drawn = list(dict.fromkeys([*scored, *grid]))
+        images = dict(zip(drawn, self._sample(task, drawn), strict=True))
+        features = image_embeddings(self.judge, [images[pair] for pair in scored])
+        texts = self.judge.text_features([prompt for prompt, _ in scored]).cpu().numpy() if scored else features
+        max_pixels, name = self.recipe.data.max_image_pixels, self.recipe.data.name
+        reference = reference_features(self.store, name, self.raw, self.judge, protocol["reference"], max_pixels, self._show_images)
         result.add("clip_score", clip_score(features, texts))
         result.add("clip_fid", frechet_score(features, reference))
         result.details["reference_images"] = len(reference)
-        self._write_grid(task, result, images[: protocol["grid"]], prompts, seed)
+        self._write_grid(task, result, grid, [images[pair] for pair in grid])
 
     def _draw_grid(self, task: EvaluationTask, result: _Part) -> None:
-        count, seed = task.protocol["grid"], task.protocol["seed"]
-        prompts = [row.caption for row in read_rows(self.store, self.raw, "held_out", count, captioned=True)]
-        prompts += self._training_prompts(count - len(prompts))
-        if prompts:
-            self._write_grid(task, result, self._sample(task, prompts, range(seed, seed + len(prompts))), prompts, seed)
+        grid = self._grid_prompts(task)
+        self._write_grid(task, result, grid, self._sample(task, grid))
 
     def _bench(self, task: EvaluationTask, result: _Part) -> None:
         """Every prompt keeps its seeds, whichever of the prompts are taken."""
         protocol, name = task.protocol, task.part.removeprefix("bench-")
+        side = protocol["settings"]["height"]
+        if side < MIN_SIDE_PX:
+            reason = f"its detector needs pictures of at least {MIN_SIDE_PX} px; this phase makes {side} px"
+            result.left_out.append({"metric": "shapes_bench", "reason": reason})
+            return
         prompts, copies = shapes_bench.load_prompts(name), protocol["images_per_prompt"]
         count = min(protocol["prompts_per_task"], len(prompts))
         chosen = [position * len(prompts) // count for position in range(count)]
-        repeated = [prompts[position] for position in chosen for _ in range(copies)]
-        seeds = [protocol["seed"] + position * copies + copy for position in chosen for copy in range(copies)]
-        images = self._sample(task, [prompt.text for prompt in repeated], seeds)
-        right = [shapes_bench.judge(image, prompt) for image, prompt in zip(images, repeated, strict=True)]
+        drawn = [(prompts[position], protocol["seed"] + position * copies + copy) for position in chosen for copy in range(copies)]
+        images = self._sample(task, [(prompt.text, seed) for prompt, seed in drawn])
+        right = [shapes_bench.judge(image, prompt).correct for image, (prompt, _) in zip(images, drawn, strict=True)]
         result.add(f"shapes_bench/{name}", Score(sum(right) / len(right), len(right)))
+        for seen in (True, False):
+            group = [correct for correct, (prompt, _) in zip(right, drawn, strict=True) if prompt.seen is seen]
+            result.details["seen" if seen else "unseen"] = {"right": sum(group), "pictures": len(group)}
 
-    def _training_prompts(self, count: int) -> list[str]:
-        """For the grid of a data set whose held-out part has too few captions."""
-        rows = read_rows(self.store, self.raw, "train", count, captioned=True) if count > 0 else []
+    def _grid_prompts(self, task: EvaluationTask) -> list[Draw]:
+        """The small world's own grid; else captions of the held-out part, filled up from the training part."""
+        count, seed = task.protocol["grid"], task.protocol["seed"]
+        if self.recipe.data.source == "small_world":
+            fixed = shapes_bench.GRID_PROMPTS
+            count = min(count, len(fixed))
+            return self._numbered([fixed[position * len(fixed) // count] for position in range(count)], seed)
+        captions = self._captions("held_out", count)
+        return self._numbered(captions + self._captions("train", count - len(captions)), seed)
+
+    def _captions(self, split: Literal["held_out", "train"], limit: int) -> list[str]:
+        rows = read_rows(self.store, self.raw, split, limit, captioned=True) if limit > 0 else []
         return [row.caption for row in rows]
+
+    def _numbered(self, prompts: Sequence[str], seed: int) -> list[Draw]:
+        return [(prompt, seed + position) for position, prompt in enumerate(prompts)]
 
     def _show_images(self, done: int, total: int) -> None:
         self.progress = Progress(done, total, "reference images")
 
-    def _write_grid(self, task: EvaluationTask, result: _Part, images: np.ndarray, prompts: Sequence[str], seed: int) -> None:
+    def _write_grid(self, task: EvaluationTask, result: _Part, drawn: list[Draw], images: Sequence[np.ndarray]) -> None:
+        if not drawn:
+            result.left_out.append({"metric": "grid", "reason": "no image of the data set has a caption to draw from"})
+            return
         grid = make_grid(list(images), grid_columns(len(images)))
         settings = {
-            "prompts": json.dumps(list(prompts[: len(images)]), ensure_ascii=False),
-            "seeds": json.dumps([seed + i for i in range(len(images))]),
+            "prompts": json.dumps([prompt for prompt, _ in drawn], ensure_ascii=False),
+            "seeds": json.dumps([seed for _, seed in drawn]),
             "settings": json.dumps(task.protocol["settings"], sort_keys=True),
             "checkpoint": self.store.uri(task.checkpoint),
             "weights": task.weights,
@@ -191,7 +185,7 @@ class EvaluationWorker:
         }
         self.store.put(f"{task.place}.png", encode_png(grid, settings))
         self.store.put(f"{task.place}.jpg", thumbnail_jpeg(grid))
-        name = f"{images.shape[1]}x{images.shape[2]}"
+        name = f"{images[0].shape[0]}x{images[0].shape[1]}"
         result.pictures.append({"name": name, "path": f"{task.place}.png", "thumbnail": f"{task.place}.jpg"})
 
 

@@ -30,8 +30,9 @@ class IngestShard:
         self.worker = IngestWorker(**settings)
 
     def __call__(self, task: ShardTask) -> DoneRecord:
+        self.worker.progress = 0
         return self.worker(task.source)
 
     @property
     def progress(self) -> int:
-        return getattr(self.worker, "progress", 0)
+        return self.worker.progress

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +17,9 @@ from sd3core.data.manifest import Manifest
 from sd3core.data.shards import INDEX, read_raw_samples
 from sd3core.data.store import Store
 from sd3core.errors import DataError
-from sd3core.recipe import Compute
+
+if TYPE_CHECKING:
+    from sd3core.recipe import Compute
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 Item, Result = TypeVar("Item"), TypeVar("Result")

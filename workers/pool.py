@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import psutil
 import ray
@@ -27,7 +27,9 @@ from ray._private import ray_constants
 from ray.exceptions import RayActorError, RayError
 
 from sd3core.errors import UserError
-from sd3core.recipe import Compute
+
+if TYPE_CHECKING:  # the recipe brings torch, which not every worker needs
+    from sd3core.recipe import Compute
 
 Task = TypeVar("Task")
 POLL_S = 1.0  # how often workers are asked for their progress
@@ -282,7 +284,7 @@ class _Pool(Generic[Task]):
             if seat.pending is None and self.waiting:
                 seat.task = self.waiting.popleft()
                 self.attempts[seat.task] += 1
-                seat.alive_at, seat.progress = time.monotonic(), None
+                seat.alive_at, seat.progress, seat.progress_pending = time.monotonic(), None, None
                 seat.pending = seat.actor.call.remote(self.tasks[seat.task])
 
     def _look_at_progress(self) -> None:

@@ -211,6 +211,7 @@ class _State:
     standing: Manifest | None  # the folder's manifest, or the one this run used, matching or not
     missing: list[ShardTask]
     matches: bool
+    is_newest: bool  # `standing` is what MANIFEST.json says
 
 
 def _look(store: Store, run: str, stage: ShardStage) -> _State:
@@ -219,12 +220,14 @@ def _look(store: Store, run: str, stage: ShardStage) -> _State:
     missing = [task for task in stage.tasks if task.stem not in finished]
     if not missing and stage.tasks and not all(store.exists(f"{stage.folder}/{name}") for name in stage.needs):
         missing = list(stage.tasks[:1])  # its worker writes them
-    candidates = [_manifest_or_none(store, stage.folder, None)]
+    newest = _manifest_or_none(store, stage.folder, None)
+    candidates = [newest]
     if note is not None and note.folder == stage.folder:
         candidates.append(_manifest_or_none(store, stage.folder, note.digest))
     standing = [manifest for manifest in candidates if manifest is not None]
     matching = [manifest for manifest in standing if _matches(manifest, stage)]
-    return _State(stage, note, (matching or standing or [None])[0], missing, bool(matching))
+    chosen = (matching or standing or [None])[0]
+    return _State(stage, note, chosen, missing, bool(matching), chosen is newest)
 
 
 def _matches(manifest: Manifest, stage: ShardStage) -> bool:
@@ -250,6 +253,8 @@ def _conclude(
     if state.matches and not made_here:
         manifest, reason = state.standing, NOTHING_TO_DO
         reference = manifest_ref(stage.folder, manifest.digest)
+        if not state.is_newest:  # another run has added shards to the folder: let later stages find this one first
+            commit_manifest(store, stage.folder, manifest)
     else:
         reason = reason_to_work(state.note, stage.folder, stage.fields, len(made_here), len(stage.tasks), "shards")
         manifest = _build_manifest(store, state, made)

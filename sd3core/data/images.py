@@ -1,24 +1,24 @@
-"""Bytes from outside into 8-bit RGB pictures, and pictures into what the VAE takes. Anything odd is a DataError with a short reason."""
+"""From the bytes of any image file to the pixels of one bucket."""
 
 from __future__ import annotations
 
 import io
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from sd3core.errors import DataError
 
-SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-STORED_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # kept as they came
+# Raster formats only: PIL's others call programs (EPS) or are not pictures. A phone's MPO opens as JPEG.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
 
 @dataclass(frozen=True)
 class Crop:
-    """The window taken from the resized image, in its pixels."""
+    """Where a bucket's pixels lie in the resized image, in its px."""
 
     top: int
     left: int
@@ -27,65 +27,93 @@ class Crop:
 
 
 def decode_image(data: bytes, max_pixels: int) -> Image.Image:
-    """8-bit RGB: turned as EXIF says, 16-bit scaled, CMYK and palettes converted, transparency laid over white.
+    """The picture a viewer shows, as RGB: turned by its EXIF orientation, transparency over white, 16 bits cut to 8.
 
-    Raises DataError for bytes that are no image, are cut off, are animated, or hold more than `max_pixels`, which is read from
-    the header before anything is unpacked.
+    Raises DataError with a short reason that names no file, so that rejects can be counted by reason.
     """
-    if not data:
-        raise DataError("the file is empty")
-    Image.MAX_IMAGE_PIXELS = None  # the limit is ours, checked below
-    try:
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > max_pixels:
-            raise DataError(f"{image.width} x {image.height} pixels are more than data.max_image_pixels {max_pixels}")
-        if getattr(image, "n_frames", 1) > 1:
-            raise DataError(f"animated ({image.n_frames} frames)")
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except UnidentifiedImageError:
-        raise DataError("not an image in a known format") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what PIL's decoders raise for broken files
-        raise DataError(f"unreadable image ({' '.join(str(error).split()) or type(error).__name__})") from None
+    return _upright_rgb(_open(data, max_pixels))
 
 
-def stored_extension(data: bytes) -> str | None:
-    """`jpg`, `png` or `webp` for an image that is stored as it came; None for other formats."""
-    with Image.open(io.BytesIO(data)) as image:
-        return STORED_FORMATS.get(image.format or "")
-
-
-def encode_png_lossless(image: Image.Image) -> bytes:
-    sink = io.BytesIO()
-    image.save(sink, format="PNG", compress_level=4)
-    return sink.getvalue()
+def decode_image_and_format(data: bytes, max_pixels: int) -> tuple[Image.Image, str]:
+    """decode_image, and the format of the bytes as PIL names it ("JPEG", "PNG", "WEBP", ...)."""
+    image = _open(data, max_pixels)
+    name = "JPEG" if image.format == "MPO" else image.format  # an MPO file is a JPEG with more pictures behind it
+    return _upright_rgb(image), str(name)
 
 
 def crop_to(image: Image.Image, height: int, width: int) -> tuple[np.ndarray, Crop]:
-    """Resized (Lanczos) until it just covers height x width, then cropped at the centre. -> uint8 (height, width, 3)."""
+    """Resizes (Lanczos) until the image covers height x width, and takes the centre. -> uint8 (height, width, 3), Crop.
+
+    Only the part of the source that is kept is resampled, so an extreme aspect costs no memory.
+    """
     scale = max(height / image.height, width / image.width)
-    resized_height, resized_width = max(height, math.ceil(image.height * scale - 1e-6)), max(width, math.ceil(image.width * scale - 1e-6))
-    if (resized_width, resized_height) != image.size:
-        image = image.resize((resized_width, resized_height), Image.Resampling.LANCZOS)
-    top, left = (resized_height - height) // 2, (resized_width - width) // 2
-    pixels = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.uint8)
-    return pixels, Crop(top, left, height, width)
+    resized_height = max(height, round(image.height * scale))
+    resized_width = max(width, round(image.width * scale))
+    crop = Crop((resized_height - height) // 2, (resized_width - width) // 2, height, width)
+    across, down = image.width / resized_width, image.height / resized_height
+    box = (crop.left * across, crop.top * down, (crop.left + width) * across, (crop.top + height) * down)
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box)), crop
 
 
-def to_model_range(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1], as the VAE takes it."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+def to_model_range(images: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """Reads the header only, and refuses by what it says."""
+    if not data:
+        raise DataError("empty file")
+    if Image.MAX_IMAGE_PIXELS is not None and Image.MAX_IMAGE_PIXELS < max_pixels:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # PIL's own limit must not be below the recipe's
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    except UnidentifiedImageError:
+        raise DataError("not an image that can be read") from None
+    except Image.DecompressionBombError:
+        raise DataError(_too_many(max_pixels)) from None
+    except Exception:  # plugins raise what they like on damaged headers
+        raise DataError("damaged image") from None
+    if image.width * image.height > max_pixels:
+        raise DataError(_too_many(max_pixels))
+    if frames > 1:
+        raise DataError("animated, or several pictures in one file")
+    return image
+
+
+def _too_many(max_pixels: int) -> str:
+    return f"more than {max_pixels} pixels"
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+    except Exception:  # OSError, SyntaxError, zlib.error, struct.error: by the plugin
+        raise DataError("truncated or damaged image") from None
+    try:
+        return _to_rgb(_turned(image))
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"pixels of mode {image.mode} cannot be read as RGB ({type(error).__name__})") from None
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF beside good pixels: viewers show such an image as it is stored
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in SIXTEEN_BIT_MODES:
-        wide = np.asarray(image).astype(np.int64)
-        scale = 257 if wide.max(initial=0) > 255 else 1  # 65535 / 255
-        image = Image.fromarray(np.clip(wide // scale, 0, 255).astype(np.uint8), mode="L")
-    if image.mode == "F":
-        raise DataError("floating-point pixels: their range is not known")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        with_alpha = image.convert("RGBA")
-        image = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image.alpha_composite(with_alpha)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        high_bytes = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
+        return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise DataError("32-bit pixels, whose range is not known")
+    if image.mode in ("RGBA", "LA", "La", "PA", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from sd3core.data.store import Store, canonical_json
-from sd3core.errors import DataError
+from sd3core.errors import DataError, StoreError
 
 DONE, INDEX = ".done.json", ".index.parquet"
 BLOCK = tarfile.BLOCKSIZE
@@ -93,14 +93,17 @@ def write_shard(
     """Writes FOLDER/STEM.tar, STEM.index.parquet, then STEM.done.json.
 
     `samples` may append to `failed` while it is iterated. `schema` fixes the index's own columns (needed where a shard can be
-    empty). `count_by` names an index column whose values are counted into the record's `extra`.
+    empty). `count_by` names an index column whose values are counted into the record's `extra`. A sample without files is an
+    index row only; its `row` says where its bytes are.
     """
     rows: list[dict[str, Any]] = []
+    written: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="sd3-shard-") as scratch:
         local = Path(scratch, "shard.tar")
         with local.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for sample in samples:
                 offset = tar.offset
+                _check_key(sample, written)
                 for extension, data in sample.files.items():
                     _add(tar, f"{sample.key}.{extension}", data)
                 rows.append({"key": sample.key, "offset": offset, "length": tar.offset - offset, **sample.row})
@@ -138,42 +141,73 @@ def read_done(store: Store, folder: str, stem: str) -> DoneRecord:
         raise DataError(f"{store.uri(path)}: not a done record of this version; delete it and run the stage again") from None
 
 
-def read_index(store: Store, folder: str, stem: str) -> pa.Table:
-    return _read_parquet(store, f"{folder}/{stem}{INDEX}")
+def read_index(store: Store, folder: str, stem: str, digest: str | None = None) -> pa.Table:
+    """A shard's index, after its SHA-256 is checked against `digest` where one is given."""
+    return _read_parquet(store, f"{folder}/{stem}{INDEX}", digest)
 
 
-def read_table(store: Store, folder: str, stem: str) -> pa.Table:
-    return _read_parquet(store, f"{folder}/{stem}.parquet")
+def read_table(store: Store, folder: str, stem: str, digest: str | None = None) -> pa.Table:
+    return _read_parquet(store, f"{folder}/{stem}.parquet", digest)
+
+
+def check_digest(data: bytes, digest: str, uri: str) -> None:
+    """Raises DataError unless these are the bytes that a manifest names."""
+    if hashlib.sha256(data).hexdigest() != digest:
+        stem = uri.rpartition("/")[2].removesuffix(".tar").removesuffix(INDEX).removesuffix(".parquet")
+        raise DataError(f"{uri}: its bytes are not those of its manifest; delete {stem}{DONE} beside it and run the stage again")
 
 
 def read_samples(data: bytes) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Every sample of a whole tar: key, and bytes by extension. The key ends at the first dot of the name."""
     key, files = None, {}
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        for member in tar:
-            stem, _, extension = member.name.partition(".")
-            if stem != key:
-                if key is not None:
-                    yield key, files
-                key, files = stem, {}
-            files[extension] = tar.extractfile(member).read()
+    for name, content in _members(data):
+        stem, _, extension = name.partition(".")
+        if stem != key:
+            if key is not None:
+                yield key, files
+            key, files = stem, {}
+        files[extension] = content
     if key is not None:
         yield key, files
+
+
+def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for member in tar:
+                content = tar.extractfile(member).read()
+                if len(content) != member.size:
+                    raise DataError(f"tar: ends in the middle of {member.name}; make its shard again")
+                yield member.name, content
+    except tarfile.TarError as error:
+        raise DataError(f"tar: {error}; make its shard again") from None
 
 
 def read_raw_samples(store: Store, folder: str, stem: str, digest: str | None = None) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The samples of a stored tar, after its SHA-256 is checked against `digest`."""
     path = f"{folder}/{stem}.tar"
     data = store.get(path)
-    if digest is not None and hashlib.sha256(data).hexdigest() != digest:
-        raise DataError(f"{store.uri(path)}: its bytes are not those of its manifest; delete {stem}{DONE} and run the stage again")
+    if digest is not None:
+        check_digest(data, digest, store.uri(path))
     yield from read_samples(data)
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)  # its defaults: time 0, owner 0, mode 644
     member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+    try:
+        tar.addfile(member, io.BytesIO(data))
+    except OSError as error:
+        raise StoreError(f"temporary folder {tempfile.gettempdir()} (TMPDIR): {error.strerror or error}") from None
+
+
+def _check_key(sample: Sample, written: set[str]) -> None:
+    """Readers take a key up to the first dot, and neighbours of one key as one sample."""
+    if not sample.files:
+        return
+    if not sample.key or set("./\\") & set(sample.key) or sample.key in written:
+        raise ValueError(f"sample key {sample.key!r}: a key is used once in a shard, and has no dot and no slash")
+    written.add(sample.key)
 
 
 def _file_digest(path: Path) -> str:
@@ -196,10 +230,13 @@ def _parquet_bytes(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def _read_parquet(store: Store, path: str) -> pa.Table:
+def _read_parquet(store: Store, path: str, digest: str | None) -> pa.Table:
+    data = store.get(path)
+    if digest is not None:
+        check_digest(data, digest, store.uri(path))
     try:
-        return pq.read_table(io.BytesIO(store.get(path)))
-    except pa.ArrowInvalid:
+        return pq.read_table(io.BytesIO(data))
+    except (pa.ArrowInvalid, OSError):
         raise DataError(f"{store.uri(path)}: not a parquet file; delete the shard's done record and run the stage again") from None
 
 
@@ -211,10 +248,19 @@ def _count(rows: list[dict[str, Any]], column: str) -> dict[str, int]:
 
 
 def _finish(
-    store: Store, folder: str, stem: str, rows: int, failed: list[FailedRow], size: int, files: dict[str, str], digest: str, extra: dict[str, int]
+    store: Store,
+    folder: str,
+    stem: str,
+    rows: int,
+    failed: list[FailedRow],
+    size: int,
+    files: dict[str, str],
+    digest: str,
+    extra: dict[str, int],
 ) -> DoneRecord:
+    number = int(stem.partition(".")[0])
     record = DoneRecord(
-        number=int(stem.partition(".")[0]), stem=stem, rows=rows, failed=list(failed), bytes=size, files=files, digest=digest, extra=extra
+        number=number, stem=stem, rows=rows, failed=list(failed), bytes=size, files=files, digest=digest, extra=extra
     )
     store.put(f"{folder}/{stem}{DONE}", canonical_json(json.loads(record.model_dump_json())))
     return record

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
+import threading
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlparse
+from typing import Any, BinaryIO
+from urllib.parse import quote, unquote, urlparse
 
 from sd3core.errors import StoreError
 
 PARTIAL = ".partial-"  # names of files being written; never listed
 COPY_BYTES = 1 << 20
+S3_ATTEMPTS = 5  # of one request, by botocore, and of one body that breaks off
 
 
 class StoreNotFound(StoreError):
@@ -47,17 +53,20 @@ class Store(ABC):
     def get(self, path: str) -> bytes: ...
 
     @abstractmethod
-    def get_range(self, path: str, offset: int, length: int) -> bytes: ...
+    def get_range(self, path: str, offset: int, length: int) -> bytes:
+        """Just those bytes; StoreError where the object ends before them."""
 
     @abstractmethod
     def put(self, path: str, data: bytes) -> None:
         """Whole or not at all; replaces what stood there."""
 
     @abstractmethod
-    def put_file(self, path: str, local: Path) -> None: ...
+    def put_file(self, path: str, local: Path) -> None:
+        """As put, for files larger than memory."""
 
     @abstractmethod
-    def get_file(self, path: str, local: Path) -> None: ...
+    def get_file(self, path: str, local: Path) -> None:
+        """Replaces `local` when all of it is here."""
 
     @abstractmethod
     def size(self, path: str) -> int: ...
@@ -92,6 +101,7 @@ class Store(ABC):
         self.put(path, canonical_json(value))
 
     def uri(self, path: str) -> str:
+        """The object's full URL, which split_uri takes apart again."""
         return f"{self.url}/{_checked(path)}"
 
 
@@ -101,19 +111,25 @@ def canonical_json(value: Any) -> bytes:
 
 
 def open_store(url: str) -> Store:
-    """Opens `file:///abs/path`, a plain path, or `s3://bucket/prefix`."""
-    scheme = urlparse(url).scheme if "://" in url or url.startswith("file:") else ""
-    if scheme in ("", "file"):
-        return FileStore(url)
-    if scheme == "s3":
+    """Opens `file:///abs/path`, a plain path, or `s3://bucket/prefix`. Touches nothing yet."""
+    scheme, colon, _ = url.partition(":")
+    if not colon or "/" in scheme:
+        if not url:
+            raise StoreError("store '': name a path, file:///path or s3://bucket/prefix")
+        return FileStore(Path(url))
+    if url.startswith("file:///"):
+        return FileStore(Path(unquote(url.removeprefix("file://"))))
+    if url.startswith("s3://"):
         return S3Store(url)
-    raise StoreError(f"store {url!r}: {scheme}:// is not known; a store is a path, file:///path or s3://bucket/prefix")
+    raise StoreError(f"store {url!r}: a store is a path, file:///path or s3://bucket/prefix")
 
 
 def split_uri(uri: str) -> tuple[str, str]:
     """The URL of the folder an object lies in, as a store, and the object's name there."""
     parent, slash, name = uri.rstrip("/").rpartition("/")
-    return (parent if slash else ".", name)
+    if uri.startswith("file:"):
+        name, parent = unquote(name), parent + "/" * (parent == "file://")
+    return (parent or "/" if slash else "."), name
 
 
 def read_uri(uri: str) -> bytes:
@@ -127,60 +143,68 @@ def download_uri(uri: str, local: Path) -> None:
 
 
 def _checked(path: str) -> str:
-    if not path or path.startswith("/") or "\\" in path or any(part in ("", ".", "..") for part in path.split("/")):
+    if not path or path.startswith("/") or "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
         raise StoreError(f"store path {path!r}: it must be relative and stay inside the store")
+    if PARTIAL in path:
+        raise StoreError(f"store path {path!r}: {PARTIAL!r} marks files being written; take another name")
     return path
+
+
+def _too_short(uri: str, end: int) -> StoreError:
+    return StoreError(f"{uri}: ends before byte {end}; it is not the file that its index describes")
 
 
 class FileStore(Store):
     """A folder. Objects are written beside their place and renamed into it."""
 
-    def __init__(self, url: str) -> None:
-        path = unquote(urlparse(url).path) if url.startswith("file:") else url
-        self.root = Path(path).expanduser().resolve()
-        super().__init__(f"file://{self.root}")
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().resolve()
+        super().__init__(self.root.as_uri())
+
+    def uri(self, path: str) -> str:
+        return f"{self.url.rstrip('/')}/{quote(_checked(path))}"
 
     def local_path(self, path: str) -> Path:
         return self.root / _checked(path)
 
     def get(self, path: str) -> bytes:
-        with self._reading(path) as file:
-            return file.read()
+        with self._reading(path):
+            return self.local_path(path).read_bytes()
 
     def get_range(self, path: str, offset: int, length: int) -> bytes:
-        with self._reading(path) as file:
+        with self._reading(path), self.local_path(path).open("rb") as file:
             file.seek(offset)
             data = file.read(length)
         if len(data) != length:
-            raise StoreError(f"{self.uri(path)}: ends before byte {offset + length}; it is not the file that its index describes")
+            raise _too_short(self.uri(path), offset + length)
         return data
 
     def put(self, path: str, data: bytes) -> None:
-        self._write(path, lambda file: file.write(data))
+        with self._replacing(path) as file:
+            file.write(data)
 
     def put_file(self, path: str, local: Path) -> None:
-        def copy(file) -> None:
-            with local.open("rb") as source:
-                while chunk := source.read(COPY_BYTES):
-                    file.write(chunk)
-
-        self._write(path, copy)
+        with local.open("rb") as source, self._replacing(path) as file:
+            shutil.copyfileobj(source, file, COPY_BYTES)
 
     def get_file(self, path: str, local: Path) -> None:
-        with self._reading(path) as source, local.open("wb") as file:
-            while chunk := source.read(COPY_BYTES):
-                file.write(chunk)
+        with self._reading(path):
+            source = self.local_path(path).open("rb")
+        with source, _replaced(local, str(local)) as file:
+            shutil.copyfileobj(source, file, COPY_BYTES)
 
     def size(self, path: str) -> int:
-        target = self.local_path(path)
+        with self._reading(path):
+            target = self.local_path(path)
+            status = target.stat()
         if not target.is_file():
             raise StoreNotFound(f"{self.uri(path)}: no such object")
-        return target.stat().st_size
+        return status.st_size
 
     def list(self, prefix: str = "") -> list[StoreEntry]:
         start = self.root / _checked(prefix.rstrip("/")) if prefix else self.root
         entries = []
-        for folder, _, names in os.walk(start):
+        for folder, _, names in os.walk(start, onerror=self._cannot_list):
             for name in names:
                 if PARTIAL not in name:
                     full = Path(folder, name)
@@ -191,34 +215,49 @@ class FileStore(Store):
         return sorted(entries)
 
     def delete(self, path: str) -> None:
-        self.local_path(path).unlink(missing_ok=True)
-
-    def _reading(self, path: str):
         try:
-            return self.local_path(path).open("rb")
+            self.local_path(path).unlink(missing_ok=True)
+        except NotADirectoryError:
+            return
+        except OSError as error:
+            raise StoreError(f"{self.uri(path)}: cannot be deleted: {error.strerror or error}") from None
+
+    def _cannot_list(self, error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # those are folders without objects
+            raise StoreError(f"{self.url}: {error.filename} cannot be listed: {error.strerror}") from None
+
+    @contextmanager
+    def _reading(self, path: str) -> Iterator[None]:
+        try:
+            yield
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise StoreNotFound(f"{self.uri(path)}: no such object") from None
-        except PermissionError:
-            raise StoreError(f"{self.uri(path)}: not readable for this user") from None
-
-    def _write(self, path: str, write) -> None:
-        target = self.local_path(path)
-        partial = None
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(prefix=PARTIAL, dir=target.parent)
-            with os.fdopen(handle, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(partial, 0o644)
-            os.replace(partial, target)
-            partial = None
         except OSError as error:
-            raise StoreError(f"{self.uri(path)}: cannot be written: {error.strerror or error}") from None
-        finally:
-            if partial:
-                Path(partial).unlink(missing_ok=True)
+            raise StoreError(f"{self.uri(path)}: cannot be read: {error.strerror or error}") from None
+
+    def _replacing(self, path: str):
+        return _replaced(self.local_path(path), self.uri(path))
+
+
+@contextmanager
+def _replaced(target: Path, shown: str) -> Iterator[BinaryIO]:
+    """A file that takes the place of `target` when all of it is on disk; killed before, only a hidden name is left."""
+    partial = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=PARTIAL, dir=target.parent)
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o644)
+        os.replace(partial, target)
+        partial = None
+    except OSError as error:
+        raise StoreError(f"{shown}: cannot be written: {error.strerror or error}") from None
+    finally:
+        if partial:
+            Path(partial).unlink(missing_ok=True)
 
 
 class S3Store(Store):
@@ -226,75 +265,133 @@ class S3Store(Store):
 
     def __init__(self, url: str) -> None:
         parsed = urlparse(url)
-        if not parsed.netloc:
-            raise StoreError(f"store {url!r}: name the bucket as s3://bucket/prefix")
+        if not parsed.netloc or parsed.query or parsed.fragment:
+            raise StoreError(f"store {url!r}: write it as s3://bucket/prefix, without ? and #")
         self.bucket, self.prefix = parsed.netloc, parsed.path.strip("/")
         super().__init__(f"s3://{self.bucket}" + (f"/{self.prefix}" if self.prefix else ""))
         self._made: Any = None
+        self._lock = threading.Lock()
 
-    @property
     def _client(self) -> Any:
-        if self._made is None:
-            import boto3
-            from botocore.config import Config
+        with self._lock:
+            if self._made is None:
+                import boto3
+                from botocore.config import Config
 
-            retries = {"max_attempts": 6, "mode": "standard"}
-            self._made = boto3.client("s3", config=Config(retries=retries, connect_timeout=10, read_timeout=60))
-        return self._made
+                # A session of its own: boto3's default one is not safe for threads and keeps the credentials it saw first.
+                self._made = boto3.session.Session().client("s3", config=Config(
+                    retries={"max_attempts": S3_ATTEMPTS, "mode": "standard"},
+                    connect_timeout=10,
+                    read_timeout=60,
+                    max_pool_connections=32,
+                    request_checksum_calculation="when_required",  # trailing checksums are not known to every S3 server
+                    response_checksum_validation="when_required",
+                ))
+            return self._made
 
     def _key(self, path: str) -> str:
         return f"{self.prefix}/{_checked(path)}" if self.prefix else _checked(path)
 
-    def _call(self, path: str, operation, *arguments: Any, **keywords: Any) -> Any:
-        from boto3.exceptions import S3UploadFailedError
-        from botocore.exceptions import BotoCoreError, ClientError
+    def _call(self, path: str, request: Callable[[Any], Any]) -> Any:
+        """request(client), with every failure told in one line."""
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
         try:
-            return operation(*arguments, **keywords)
-        except ClientError as error:
-            code = error.response.get("Error", {}).get("Code", "")
-            if code in ("404", "NoSuchKey", "NotFound"):
-                raise StoreNotFound(f"{self.url}/{path}: no such object") from None
-            if code == "NoSuchBucket":
-                raise StoreError(f"{self.url}: there is no bucket {self.bucket!r}; create it, or mend the recipe's store") from None
-            if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
-                raise StoreError(f"{self.url}/{path}: access denied ({code}); check the credentials in the environment") from None
-            raise StoreError(f"{self.url}/{path}: {code or error}") from None
-        except (BotoCoreError, S3UploadFailedError) as error:
-            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the default endpoint"
-            raise StoreError(f"{self.url}: cannot be reached at {endpoint}: {' '.join(str(error).split())}") from None
+            return request(self._client())
+        except (ClientError, Boto3Error) as error:
+            cause = error if isinstance(error, ClientError) else error.__context__  # uploads wrap the cause
+            if not isinstance(cause, ClientError):
+                raise self._unreachable(cause or error) from None
+            raise self._refused(path, cause) from None
+        except (NoCredentialsError, PartialCredentialsError):
+            raise StoreError(f"{self.url}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
+        except (BotoCoreError, ValueError) as error:  # ValueError: an endpoint that is no URL
+            raise self._unreachable(error) from None
+        except OSError as error:
+            raise StoreError(f"{self.url}/{path}: {error.filename or 'local disk'}: {error.strerror or error}") from None
+
+    def _unreachable(self, error: BaseException) -> StoreError:
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the default endpoint"
+        return StoreError(f"{self.url}: cannot be reached at {endpoint} (AWS_ENDPOINT_URL): {' '.join(str(error).split())}")
+
+    def _refused(self, path: str, error: Any) -> StoreError:
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        if code == "NoSuchBucket" or (code == "404" and error.operation_name != "HeadBucket" and not self._bucket_is_there()):
+            return StoreError(f"{self.url}: there is no bucket {self.bucket!r}; create it, or mend the recipe's store")
+        if code in ("404", "NoSuchKey", "NotFound"):
+            return StoreNotFound(f"{self.url}/{path}: no such object")
+        if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
+            return StoreError(f"{self.url}/{path}: access denied ({code}); check the credentials in the environment")
+        return StoreError(f"{self.url}/{path}: {code}: {error.response.get('Error', {}).get('Message', error)}")
+
+    def _bucket_is_there(self) -> bool:
+        """A HEAD answers 404 without saying whether the object or its bucket is missing."""
+        try:
+            self._call("", lambda s3: s3.head_bucket(Bucket=self.bucket))
+        except StoreNotFound:
+            return False
+        except StoreError:  # a user who may read objects only
+            return True
+        return True
+
+    def _read(self, path: str, **wanted: str) -> bytes:
+        """botocore retries requests, not bodies that break off; this does."""
+        from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
+        def read(s3: Any) -> bytes:
+            for attempt in range(1, S3_ATTEMPTS + 1):
+                try:
+                    return s3.get_object(Bucket=self.bucket, Key=self._key(path), **wanted)["Body"].read()
+                except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+                    if attempt == S3_ATTEMPTS:
+                        raise
+                    time.sleep(0.1 * 2**attempt)
+            raise AssertionError("not reached")
+
+        return self._call(path, read)
 
     def get(self, path: str) -> bytes:
-        return self._call(path, lambda: self._client.get_object(Bucket=self.bucket, Key=self._key(path))["Body"].read())
+        return self._read(path)
 
     def get_range(self, path: str, offset: int, length: int) -> bytes:
-        if length == 0:
-            return b""
-        wanted = f"bytes={offset}-{offset + length - 1}"
-        data = self._call(path, lambda: self._client.get_object(Bucket=self.bucket, Key=self._key(path), Range=wanted)["Body"].read())
+        if length > 0:
+            try:
+                data = self._read(path, Range=f"bytes={offset}-{offset + length - 1}")
+            except StoreNotFound:
+                raise
+            except StoreError as error:
+                raise (_too_short(self.uri(path), offset + length) if "InvalidRange" in str(error) else error) from None
+        else:
+            self.size(path)
+            data = b""
         if len(data) != length:
-            raise StoreError(f"{self.uri(path)}: ends before byte {offset + length}; it is not the file that its index describes")
+            raise _too_short(self.uri(path), offset + length)
         return data
 
     def put(self, path: str, data: bytes) -> None:
-        self._call(path, self._client.put_object, Bucket=self.bucket, Key=self._key(path), Body=data)
+        self._call(path, lambda s3: s3.put_object(Bucket=self.bucket, Key=self._key(path), Body=data))
 
     def put_file(self, path: str, local: Path) -> None:
-        self._call(path, self._client.upload_file, str(local), self.bucket, self._key(path))
+        """Large files go in parts (boto3's transfer); nothing shows until the last one is there."""
+        self._call(path, lambda s3: s3.upload_file(str(local), self.bucket, self._key(path)))
 
     def get_file(self, path: str, local: Path) -> None:
-        self._call(path, self._client.download_file, self.bucket, self._key(path), str(local))
+        local.parent.mkdir(parents=True, exist_ok=True)
+        self._call(path, lambda s3: s3.download_file(self.bucket, self._key(path), str(local)))
 
     def size(self, path: str) -> int:
-        return self._call(path, self._client.head_object, Bucket=self.bucket, Key=self._key(path))["ContentLength"]
+        return self._call(path, lambda s3: s3.head_object(Bucket=self.bucket, Key=self._key(path)))["ContentLength"]
 
     def list(self, prefix: str = "") -> list[StoreEntry]:
         folder = "/".join(part for part in (self.prefix, _checked(prefix.rstrip("/")) if prefix else "") if part)
-        start = f"{folder}/" if folder else ""
         cut = len(self.prefix) + 1 if self.prefix else 0
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=start)
-        found = self._call(prefix, lambda: [item for page in pages for item in page.get("Contents", [])])
-        return sorted(StoreEntry(item["Key"][cut:], item["Size"]) for item in found)
+
+        def pages(s3: Any) -> list[StoreEntry]:
+            found = s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=f"{folder}/" if folder else "")
+            return [StoreEntry(item["Key"][cut:], item["Size"]) for page in found for item in page.get("Contents", [])]
+
+        return sorted(self._call(prefix, pages))
 
     def delete(self, path: str) -> None:
-        self._call(path, self._client.delete_object, Bucket=self.bucket, Key=self._key(path))
+        self._call(path, lambda s3: s3.delete_object(Bucket=self.bucket, Key=self._key(path)))

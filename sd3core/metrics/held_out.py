@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors.numpy import load as load_arrays
@@ -14,8 +15,10 @@ from sd3core.data.images import crop_to, decode_image
 from sd3core.data.manifest import Manifest
 from sd3core.data.shards import read_index, read_samples, sample_id
 from sd3core.data.store import Store
-from sd3core.metrics.clip_score import Judge
 from sd3core.specs import fingerprint
+
+if TYPE_CHECKING:
+    from sd3core.judge import Judge
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 REFERENCE_FORMAT = 1  # of the stored features; raise it when preprocessing changes
@@ -82,13 +85,15 @@ def reference_features(
     folder = f"references/{name}/{fingerprint(fields)}"
     if store.exists(f"{folder}/DONE.json"):
         return load_arrays(store.get(f"{folder}/features.safetensors"))["features"]
-    rows = read_rows(store, raw, "held_out", int(fields["limit"]))
-    features = np.zeros((len(rows), judge.dimensions), dtype=np.float32)
+    from sd3core.metrics.clip_score import image_embeddings  # loads transformers, which planning does not need
+
+    rows, parts = read_rows(store, raw, "held_out", int(fields["limit"])), []
     for start in range(0, len(rows), DECODE_BATCH):
-        part = rows[start : start + DECODE_BATCH]
-        features[start : start + len(part)] = judge.image_features(read_images(store, raw, part, int(fields["side_px"]), max_pixels))
+        images = read_images(store, raw, rows[start : start + DECODE_BATCH], int(fields["side_px"]), max_pixels)
+        parts.append(image_embeddings(judge, images))
         if on_images is not None:
-            on_images(start + len(part), len(rows))
+            on_images(start + len(images), len(rows))
+    features = np.concatenate(parts) if parts else image_embeddings(judge, [])
     data = save_arrays({"features": features})
     store.put(f"{folder}/features.safetensors", data)
     keys = [row.key for row in rows]

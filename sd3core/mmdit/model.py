@@ -52,7 +52,7 @@ class MMDiTConfig:
         if self.qk_norm not in (None, "rms"):
             raise CheckpointError(f"model config: qk_norm is {self.qk_norm!r}; it is null or 'rms'")
         if self.clip_tokens is not None:
-            raise CheckpointError("model config: clip_tokens asks for three streams; there are two so far: leave it null")
+            raise CheckpointError("model config: clip_tokens asks for three streams; there are only two: leave it null")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise CheckpointError(f"model config: hidden_size {self.hidden_size} is no multiple of 4 and of num_heads")
         if min(self.depth, self.num_heads, self.position_base, self.position_side, self.position_max) < 1:

@@ -1,6 +1,7 @@
 """The synthetic captioner of the small world: it sees pixels only, through the detector, and leaves nothing out.
 
-It plays the part that a vision-language model has on real data: counts, colours, shapes and the relation, in one short sentence.
+It plays the part that a vision-language model has on real data: counts, colours, shapes and the relation, in one short
+sentence.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from sd3core.small_world.world import COLOURS, NUMBERS, SHAPES, clear_relation, 
 def caption_from_pixels(image: np.ndarray) -> str:
     """One complete sentence for a uint8 (H, W, 3) picture; 'an empty picture' where no whole object stands.
 
-    Of two objects either may come first. Which one hangs on the pixels alone, so the same picture always has the same caption.
+    Of two objects either may come first. Which one hangs on the pixels alone, so the same picture always has the same
+    caption.
     """
     objects = [item for item in detect(image) if UNKNOWN not in (item.shape, item.colour)]
     turned = bool(zlib.crc32(np.ascontiguousarray(image).tobytes()) & 1)

@@ -1,8 +1,9 @@
 """The exact detector: which shapes in which colours stand where in a picture of the small world.
 
-Backgrounds are near grey, so objects are the pixels with chroma. Pixels are labelled by the nearest hue, connected pixels of one
-hue form a blob, and the blob's soft coverage is compared with each shape drawn at the blob's own area and centroid. A blob that
-looks like no shape of the world (half drawn, merged, noise) comes back with the shape UNKNOWN, so that a judge can refuse it.
+Backgrounds are near grey, so objects are the pixels with chroma. Pixels are labelled by the nearest hue, connected
+pixels of one hue form a blob, and the blob's soft coverage is compared with each shape drawn at the blob's own area and
+centroid. A blob that looks like no shape of the world (half drawn, merged, noise) comes back with the shape UNKNOWN, so
+that a judge can refuse it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ _MAX_SIDE_PX = 128  # larger pictures are read at this size
 _MIN_BLOB = 0.003  # of the central square: smaller specks are no objects (12 pixels at 64 px)
 _MIN_OBJECT = 0.012  # smaller blobs are no whole objects (49 pixels at 64 px)
 _MIN_CHROMA = 0.42  # of the palette's chroma: where an object begins
-_MIN_IOU = 0.84  # whole shapes reach 0.88 at 64 px, a three-quarter one 0.8, a diamond against a circle 0.83
+_MIN_IOU = 0.84  # whole shapes reach 0.92, three quarters of one 0.8, a diamond against a circle 0.83
+_BLURS = (0.5, 1.0, 1.5, 2.0)  # standard deviations, pixels at 64 px, that a shape may have been blurred by
 _MAX_HUE_ERROR = 26.0  # degrees
-_PLANE = np.array([[1 / 2**0.5, -1 / 2**0.5, 0], [1 / 6**0.5, 1 / 6**0.5, -2 / 6**0.5]]).T  # (3, 2): colour without its grey
+_PLANE = np.array(
+    [[1 / 2**0.5, -1 / 2**0.5, 0], [1 / 6**0.5, 1 / 6**0.5, -2 / 6**0.5]]
+).T  # (3, 2): colour without its grey
 _NAMES = tuple(COLOURS)
 _PALETTE = np.array([COLOURS[name] for name in _NAMES], dtype=np.float64) @ _PLANE  # (6, 2)
 _CHROMA = np.hypot(*_PALETTE.T)  # (6,)
@@ -36,7 +40,7 @@ class Detection:
     shape: str  # one of SHAPES, or UNKNOWN
     colour: str  # one of COLOURS, or UNKNOWN
     centre: tuple[float, float]  # x, y in pixels of the picture given
-    size: float  # width = height in pixels
+    size: float  # width of the shape in pixels
     box: tuple[float, float, float, float]  # left, top, right, bottom
     area: float  # pixels
     fit: float  # intersection over union with the shape's outline
@@ -50,7 +54,9 @@ def detect(image: np.ndarray) -> list[Detection]:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"detect takes uint8 (H, W, 3), got {image.dtype} {image.shape}")
     if min(image.shape[:2]) < MIN_SIDE_PX:
-        raise ValueError(f"detect needs a shorter side of at least {MIN_SIDE_PX} px, got {image.shape[1]}x{image.shape[0]}")
+        raise ValueError(
+            f"detect needs a shorter side of at least {MIN_SIDE_PX} px, got {image.shape[1]}x{image.shape[0]}"
+        )
     scale = min(image.shape[:2]) / _MAX_SIDE_PX
     if scale > 1:
         size = round(image.shape[1] / scale), round(image.shape[0] / scale)
@@ -79,23 +85,27 @@ def _blobs(hue: np.ndarray) -> list[tuple[np.ndarray, tuple[slice, slice]]]:
         areas = np.bincount(labels.ravel(), minlength=count + 1)
         for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
             if areas[label] >= smallest:
-                window = tuple(slice(max(edge.start - 3, 0), min(edge.stop + 3, side)) for edge, side in zip((rows, columns), hue.shape))
+                window = tuple(
+                    slice(max(edge.start - 3, 0), min(edge.stop + 3, side))
+                    for edge, side in zip((rows, columns), hue.shape)
+                )
                 blobs.append((labels[window] == label, window))
     return blobs
 
 
-def _read_blob(chroma: np.ndarray, hue: np.ndarray, mask: np.ndarray, window: tuple[slice, slice], scale: float) -> Detection:
+def _read_blob(
+    chroma: np.ndarray, hue: np.ndarray, mask: np.ndarray, window: tuple[slice, slice], scale: float
+) -> Detection:
     colour = int(hue[window][mask][0])
     inside = chroma[window][mask]  # (n, 2)
     strength = inside @ _HUES[colour]
     body = np.median(inside[strength >= np.quantile(strength, 0.4)], axis=0)  # the blob's colour, away from its edge
     near = ndimage.binary_dilation(mask, iterations=2) & (mask | (hue[window] < 0))
-    cover = np.clip((chroma[window] @ body) / (body @ body), 0, 1) * near
-    cover = np.clip(1.25 * cover - 0.125, 0, 1)  # background texture is no coverage
+    cover = _sharpened((chroma[window] @ body) / (body @ body)) * near
     y, x = np.mgrid[window] + 0.5
     area = float(cover.sum())
     centroid = np.array([(cover * x).sum(), (cover * y).sum()]) / area
-    shape, fit, centre, size = _fit_shape(cover, x, y, area, centroid)
+    shape, fit, centre, size = _fit_shape(cover, x, y, area, centroid, min(hue.shape))
     error = np.degrees(np.arccos(np.clip(body @ _HUES[colour] / np.hypot(*body), -1, 1)))
     whole = fit >= _MIN_IOU and area >= _MIN_OBJECT * min(hue.shape) ** 2
     rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
@@ -112,15 +122,24 @@ def _read_blob(chroma: np.ndarray, hue: np.ndarray, mask: np.ndarray, window: tu
     )
 
 
-def _fit_shape(cover, x, y, area: float, centroid: np.ndarray) -> tuple[str, float, np.ndarray, float]:
+def _sharpened(cover: np.ndarray) -> np.ndarray:
+    """Coverage in [0, 1] with a tenth cut off at both ends: texture of the background is no coverage."""
+    return np.clip(1.25 * cover - 0.125, 0, 1)
+
+
+def _fit_shape(cover, x, y, area: float, centroid: np.ndarray, side: int) -> tuple[str, float, np.ndarray, float]:
     """(shape, intersection over union, centre, size) of the shape that fits best at the blob's area and centroid."""
-    best = (UNKNOWN, -1.0, centroid, 0.0)
-    for shape in SHAPES:
-        size = (area / AREAS[shape]) ** 0.5
-        centre = centroid - np.array([0.0, CENTROIDS_Y[shape] * size])
-        distance = signed_distance(shape, (x - centre[0]) / size, (y - centre[1]) / size) * size
-        drawn = np.clip(0.5 - distance / 1.6, 0, 1)
-        fit = float(np.minimum(cover, drawn).sum() / np.maximum(cover, drawn).sum())
-        if fit > best[1]:
-            best = (shape, fit, centre, size)
-    return best
+    sizes = [(area / AREAS[shape]) ** 0.5 for shape in SHAPES]
+    centres = [centroid - np.array([0.0, CENTROIDS_Y[shape] * size]) for shape, size in zip(SHAPES, sizes)]
+    outlines = [
+        signed_distance(shape, (x - centre[0]) / size, (y - centre[1]) / size) * size
+        for shape, size, centre in zip(SHAPES, sizes, centres)
+    ]
+    drawn = np.clip(0.5 - np.stack(outlines), 0, 1)  # (shapes, h, w)
+    fits = []
+    for blur in _BLURS:  # blur changes neither area nor centroid
+        soft = _sharpened(ndimage.gaussian_filter(drawn, blur * side / 64, axes=(1, 2), mode="constant", truncate=3.0))
+        fits.append(np.minimum(cover, soft).sum((1, 2)) / np.maximum(cover, soft).sum((1, 2)))
+    fit = np.max(fits, axis=0)  # (shapes,)
+    best = int(fit.argmax())
+    return SHAPES[best], float(fit[best]), centres[best], sizes[best]

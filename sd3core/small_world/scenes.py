@@ -1,8 +1,8 @@
 """Scenes of the small world: drawn, rendered and described as pure functions of (seed, index).
 
-The six GenEval tasks are covered evenly. Objects lie within the central square, do not touch, and keep a gap, so that a square
-centre crop loses none and the detector can tell them apart at 64 px. Words are off by default; they are drawn in grey, which the
-detector, going by chroma, does not see.
+The six GenEval tasks are covered evenly. Objects lie within the central square, do not touch, and keep a gap, so that a
+square centre crop loses none and the detector can tell them apart at 64 px. Words are off by default; they are drawn in
+grey, which the detector, going by chroma, does not see.
 """
 
 from __future__ import annotations
@@ -14,11 +14,20 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sd3core.errors import RecipeError
 from sd3core.small_world.world import (
-    COLOURS, MAX_COUNT, NUMBERS, RELATIONS, SHAPES, TASKS, count_is_reserved, pair_is_reserved, plural, signed_distance,
+    COLOURS,
+    MAX_COUNT,
+    NUMBERS,
+    RELATIONS,
+    SHAPES,
+    TASKS,
+    count_is_reserved,
+    pair_is_reserved,
+    plural,
+    signed_distance,
 )
 
 # All lengths below are in 64ths of the central square, that is in pixels at the demo's base size.
-WIDTHS = {1: (19.0, 36.0), 2: (16.0, 26.0), 3: (15.0, 21.0), 4: (14.0, 18.0)}  # by the number of objects
+WIDTHS = {1: (24.0, 38.0), 2: (20.0, 27.0), 3: (18.0, 23.0), 4: (17.0, 21.0)}  # by the number of objects
 MARGIN = 2.5
 GAP = 4.0
 COLOUR_JITTER = 8  # of 255
@@ -33,7 +42,7 @@ class SceneObject:
     shape: str
     colour: str
     centre: tuple[float, float]  # x, y in pixels
-    size: float  # width = height, in pixels
+    size: float  # width, in pixels; placed in a square of that side
     rgb: tuple[int, int, int]  # the colour as drawn
 
 
@@ -43,7 +52,9 @@ class Background:
     first: tuple[int, int, int]
     second: tuple[int, int, int]
     angle: float  # of the gradient or the waves
-    waves: tuple[tuple[float, float, float, float], ...] = ()  # periods along x and y per square side, phase, amplitude of 255
+    waves: tuple[
+        tuple[float, float, float, float], ...
+    ] = ()  # periods along x and y per square side, phase, amplitude of 255
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,9 @@ def scene_size(side_px: int, aspect: float) -> tuple[int, int]:
     return max(1, round(side_px * aspect**0.5)), max(1, round(side_px / aspect**0.5))
 
 
-def draw_scene(seed: int, index: int, side_px: int = 128, aspect: float = 1.0, max_objects: int = MAX_COUNT, words: float = 0.0) -> Scene:
+def draw_scene(
+    seed: int, index: int, side_px: int = 128, aspect: float = 1.0, max_objects: int = MAX_COUNT, words: float = 0.0
+) -> Scene:
     """The scene `index` of the world `seed`, never one of the reserved combinations.
 
     `words` is the probability of a short word in grey. RecipeError if `max_objects` lies outside 1 to 4.
@@ -117,29 +130,37 @@ def _draw_kinds(task: str, max_objects: int, rng: np.random.Generator) -> list[t
 
 
 def _place(count: int, relation: str | None, rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """(x, y, width) of each object in the central square of side 64, by rejection; widths shrink if it takes long."""
+    """(x, y, width) of each object in the central square of side 64: the first fitting one of many layouts drawn at
+    once.
+    """
     low, high = WIDTHS[count]
-    for attempt in range(10_000):
-        shrink = 1 - min(attempt / 400, 1)
-        sizes = rng.uniform(low, low + (high - low) * shrink, count)
+    for attempt in range(100):
+        top = low + (high - low) * max(1 - attempt / 20, 0)  # smaller, should no layout fit
+        sizes = rng.uniform(low, top, (256, count))
         edge = MARGIN + sizes / 2
         x, y = rng.uniform(edge, 64 - edge), rng.uniform(edge, 64 - edge)
-        if all(_apart(x, y, sizes, i, j) for i in range(count) for j in range(i)) and _related(x, y, relation):
-            return [(float(a), float(b), float(c)) for a, b, c in zip(x, y, sizes)]
+        fits = _apart(x, y, sizes) & _related(x, y, relation)
+        if fits.any():
+            first = int(fits.argmax())
+            return [(float(a), float(b), float(c)) for a, b, c in zip(x[first], y[first], sizes[first])]
     raise AssertionError(f"no room for {count} objects")
 
 
-def _apart(x: np.ndarray, y: np.ndarray, sizes: np.ndarray, i: int, j: int) -> bool:
-    return max(abs(x[i] - x[j]), abs(y[i] - y[j])) >= (sizes[i] + sizes[j]) / 2 + GAP
+def _apart(x: np.ndarray, y: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """For each layout (row): whether the squares that hold the objects keep the gap."""
+    first, second = np.triu_indices(x.shape[1], 1)
+    distance = np.maximum(np.abs(x[:, first] - x[:, second]), np.abs(y[:, first] - y[:, second]))
+    return (distance >= (sizes[:, first] + sizes[:, second]) / 2 + GAP).all(1)
 
 
-def _related(x: np.ndarray, y: np.ndarray, relation: str | None) -> bool:
-    """The step from the second to the first object lies within about 35 degrees of the relation's axis."""
+def _related(x: np.ndarray, y: np.ndarray, relation: str | None) -> np.ndarray:
+    """For each layout: whether the step from the second to the first object lies within 35 degrees of the relation's
+    axis.
+    """
     if relation is None:
-        return True
-    step, axis = np.array([x[0] - x[1], y[0] - y[1]]), np.array(RELATIONS[relation])
-    along, across = step @ axis, abs(step @ axis[::-1])
-    return bool(along > 0 and across < 0.7 * along)
+        return np.ones(len(x), bool)
+    step, axis = np.stack([x[:, 0] - x[:, 1], y[:, 0] - y[:, 1]], axis=1), np.array(RELATIONS[relation])
+    return np.abs(step @ axis[::-1]) < 0.7 * (step @ axis)
 
 
 def _jitter(rgb: tuple[int, int, int], rng: np.random.Generator) -> tuple[int, int, int]:
@@ -160,9 +181,12 @@ def _draw_background(rng: np.random.Generator) -> Background:
         return Background(kind, first, first, 0.0)
     angle = float(rng.uniform(0, 2 * np.pi))
     if kind == "gradient":
-        return Background(kind, first, _near_grey(rng, float(np.clip(np.mean(first) + rng.uniform(-60, 60), 70, 246))), angle)
+        return Background(
+            kind, first, _near_grey(rng, float(np.clip(np.mean(first) + rng.uniform(-60, 60), 70, 246))), angle
+        )
     waves = tuple(
-        (*map(float, rng.uniform(-9, 9, 2)), float(rng.uniform(0, 2 * np.pi)), float(rng.uniform(2, 6))) for _ in range(3)
+        (*map(float, rng.uniform(-5, 5, 2)), float(rng.uniform(0, 2 * np.pi)), float(rng.uniform(2, 5)))
+        for _ in range(3)
     )
     return Background(kind, first, first, angle, waves)
 
@@ -172,7 +196,10 @@ def _draw_word(boxes: list, unit: float, left: float, top: float, rng: np.random
     text, height, grey = str(rng.choice(WORDS)), 9.0, int(rng.choice((20, 250)))
     length = height * 0.75 * len(text)
     for x, y in rng.uniform(MARGIN, (64 - MARGIN - length, 64 - MARGIN - height), (60, 2)):
-        if all(abs(x + length / 2 - bx) > (length + size) / 2 or abs(y + height / 2 - by) > (height + size) / 2 for bx, by, size in boxes):
+        if all(
+            abs(x + length / 2 - bx) > (length + size) / 2 or abs(y + height / 2 - by) > (height + size) / 2
+            for bx, by, size in boxes
+        ):
             return Word(text, (left + x * unit, top + y * unit), height * unit, grey)
     return None
 
@@ -182,9 +209,11 @@ def render(scene: Scene) -> np.ndarray:
     y, x = np.mgrid[0 : scene.height, 0 : scene.width] + 0.5
     canvas = _render_background(scene, x, y)
     for item in scene.objects:
-        distance = signed_distance(item.shape, (x - item.centre[0]) / item.size, (y - item.centre[1]) / item.size) * item.size
-        cover = np.clip(0.5 - distance, 0, 1)[..., None]
-        canvas = (1 - cover) * canvas + cover * np.array(item.rgb)
+        low = [max(int(c - item.size / 2) - 2, 0) for c in item.centre]
+        window = tuple(slice(start, int(start + item.size) + 6) for start in reversed(low))
+        u, v = (x[window] - item.centre[0]) / item.size, (y[window] - item.centre[1]) / item.size
+        cover = np.clip(0.5 - signed_distance(item.shape, u, v) * item.size, 0, 1)[..., None]
+        canvas[window] = (1 - cover) * canvas[window] + cover * np.array(item.rgb)
     picture = np.clip(canvas.round(), 0, 255).astype(np.uint8)
     return picture if scene.word is None else _write_word(picture, scene.word)
 
@@ -209,15 +238,25 @@ def _write_word(picture: np.ndarray, word: Word) -> np.ndarray:
 def describe(scene: Scene, rng: np.random.Generator) -> str:
     """An original caption: short and true, but, as people write them, not always complete.
 
-    A lone object of the single_object task has no colour; so have many pairs and counts; a relation is at times left out.
+    A lone object of the single_object task has no colour; so have many pairs and counts; a relation is at times left
+    out.
     """
-    coloured = {"single_object": 0.0, "two_objects": 0.4, "counting": 0.5, "colors": 1.0, "position": 0.5, "color_attribution": 1.0}
+    coloured = {
+        "single_object": 0.0,
+        "two_objects": 0.4,
+        "counting": 0.5,
+        "colors": 1.0,
+        "position": 0.5,
+        "color_attribution": 1.0,
+    }
     with_colour = rng.random() < coloured[scene.task]
     first = scene.objects[0]
     if scene.task == "counting":
         text = phrase(first.shape, first.colour if with_colour else None, len(scene.objects))
     elif len(scene.objects) == 1:
-        text = phrase(first.shape, first.colour if with_colour else None, 1, str(rng.choice(("a", "a", "a", "one", "a single"))))
+        text = phrase(
+            first.shape, first.colour if with_colour else None, 1, str(rng.choice(("a", "a", "a", "one", "a single")))
+        )
     else:
         article = "one" if scene.relation is None and rng.random() < 0.2 else "a"
         a, b = (phrase(item.shape, item.colour if with_colour else None, 1, article) for item in scene.objects)
@@ -230,7 +269,11 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
 
 def phrase(shape: str, colour: str | None, count: int, article: str = "a") -> str:
     """'a red circle', 'one circle', 'three blue squares'."""
-    words = [article if count == 1 else NUMBERS[count], *([colour] if colour else []), shape if count == 1 else plural(shape)]
+    words = [
+        article if count == 1 else NUMBERS[count],
+        *([colour] if colour else []),
+        shape if count == 1 else plural(shape),
+    ]
     return " ".join(words)
 
 

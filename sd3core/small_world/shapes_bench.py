@@ -1,12 +1,15 @@
-"""ShapesBench: does a picture show what its prompt asks for? GenEval's six tasks in the small world, judged by the exact detector.
+"""ShapesBench: does a picture show what its prompt asks for? GenEval's six tasks in the small world, judged by the
+exact detector.
 
 A picture counts when its objects are the asked ones and nothing else, whole, and the relation holds beyond a margin
-(world.relation_holds). Where the prompt names colours, the multiset of (shape, colour) must be the asked one; where it names none,
-as in GenEval's single object, two objects and part of counting and position, the multiset of shapes must be, in any colours.
+(world.relation_holds). Where the prompt names colours, the multiset of (shape, colour) must be the asked one; where it
+names none, as in GenEval's single object, two objects and part of counting and position, the multiset of shapes must
+be, in any colours.
 
-The prompts are fixed files. Four shapes allow few distinct colourless prompts, so these come in the phrasings that training
-captions use. `seen` is false for combinations that training scenes never show: pairs of coloured objects (position, color_attribution)
-and coloured counts (counting). The other tasks have no combination to hold out that would leave every coloured shape seen.
+The prompts are fixed files. Four shapes allow few distinct colourless prompts, so these come in the phrasings that
+training captions use. `seen` is false for combinations that training scenes never show: pairs of coloured objects
+(position, color_attribution) and coloured counts (counting). The other tasks have no combination to hold out that would
+leave every coloured shape seen.
 """
 
 from __future__ import annotations
@@ -24,16 +27,24 @@ from PIL import Image
 
 from sd3core.small_world.detector import UNKNOWN, Detection, detect
 from sd3core.small_world.scenes import PREFIXES, draw_scene, phrase, render
-from sd3core.small_world.world import COLOURS, RELATIONS, SHAPES, TASKS, count_is_reserved, pair_is_reserved, relation_holds
+from sd3core.small_world.world import (
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    TASKS,
+    count_is_reserved,
+    pair_is_reserved,
+    relation_holds,
+)
 
 PROMPTS = Path(__file__).parent / "prompts"
 GRID_PROMPTS: tuple[str, ...] = (
-    "a red circle", "a blue square", "a yellow triangle", "a purple cross",
-    "two green triangles", "three cyan circles", "four red squares", "two yellow crosses",
-    "a blue circle and a yellow square", "a green cross and a red triangle",
-    "a purple square and a cyan circle", "a yellow triangle and a blue cross",
+    "a red circle", "a blue square", "a yellow triangle", "a purple bar",
+    "two green triangles", "three cyan circles", "four red squares", "two yellow bars",
+    "a blue circle and a yellow square", "a green bar and a red triangle",
+    "a purple square and a cyan circle", "a yellow triangle and a blue bar",
     "a red square to the left of a green circle", "a cyan triangle to the right of a purple square",
-    "a yellow circle above a blue triangle", "a green square below a red cross",
+    "a yellow circle above a blue triangle", "a green square below a red bar",
 )  # fmt: skip
 
 
@@ -100,7 +111,9 @@ def judge_detections(found: Sequence[Detection], prompt: BenchPrompt) -> Verdict
     kinds = Counter((item.shape, item.colour) for item in found)
     for required in prompt.objects:
         if required.colour is not None and kinds[required.shape, required.colour] < required.count:
-            return Verdict(False, f"asked for {phrase(required.shape, required.colour, required.count)}, shows {_listed(kinds)}")
+            return Verdict(
+                False, f"asked for {phrase(required.shape, required.colour, required.count)}, shows {_listed(kinds)}"
+            )
     if prompt.relation is not None:
         first, second = (next(item for item in found if _is(item, required)) for required in prompt.objects)
         if not relation_holds(prompt.relation, first.centre, second.centre, (first.size, second.size)):
@@ -109,7 +122,9 @@ def judge_detections(found: Sequence[Detection], prompt: BenchPrompt) -> Verdict
 
 
 def score(results: Iterable[tuple[BenchPrompt, Verdict]]) -> BenchScore:
-    """Share of pictures that count: per task, overall, and on seen against unseen combinations. ValueError if a task has none."""
+    """Share of pictures that count: per task, overall, and on seen against unseen combinations. ValueError if a task
+    has none.
+    """
     results = list(results)
     groups = {task: [(prompt, verdict.correct) for prompt, verdict in results if prompt.task == task] for task in TASKS}
     missing = [task for task, group in groups.items() if not group]
@@ -118,7 +133,9 @@ def score(results: Iterable[tuple[BenchPrompt, Verdict]]) -> BenchScore:
     tasks = {task: _share([correct for _, correct in group]) for task, group in groups.items()}
     split: dict[bool, dict[str, float]] = {True: {}, False: {}}
     for task, group in groups.items():
-        by_seen = {seen: [ok for prompt, ok in group if prompt.coloured and prompt.seen is seen] for seen in (True, False)}
+        by_seen = {
+            seen: [ok for prompt, ok in group if prompt.coloured and prompt.seen is seen] for seen in (True, False)
+        }
         if by_seen[True] and by_seen[False]:
             for seen, oks in by_seen.items():
                 split[seen][task] = _share(oks)
@@ -127,7 +144,8 @@ def score(results: Iterable[tuple[BenchPrompt, Verdict]]) -> BenchScore:
 
 
 def chance_levels(seed: int, n: int = 500, side_px: int = 64) -> dict[str, float]:
-    """Rate at which a random scene, drawn as training's are and seen through the detector, satisfies a random prompt, per task.
+    """Rate at which a random scene, drawn as training's are and seen through the detector, satisfies a random prompt,
+    per task.
 
     Measured over `n` scenes and every prompt of the task.
     """
@@ -142,7 +160,9 @@ def chance_levels(seed: int, n: int = 500, side_px: int = 64) -> dict[str, float
 
 
 def write_prompts(folder: Path) -> list[Path]:
-    """Writes the prompt files, TASK.jsonl, 60 prompts each. The same bytes each time; the package holds what this wrote."""
+    """Writes the prompt files, TASK.jsonl, 60 prompts each. The same bytes each time; the package holds what this
+    wrote.
+    """
     made = {
         "single_object": _single_object(),
         "two_objects": _two_objects(),
@@ -171,7 +191,10 @@ def _single_object() -> list[BenchPrompt]:
 def _two_objects() -> list[BenchPrompt]:
     texts = [(f"{prefix}a {a} and a {b}", a, b) for prefix, (a, b) in product(("", *PREFIXES), permutations(SHAPES, 2))]
     texts += [(f"one {a} and one {b}", a, b) for a, b in permutations(SHAPES, 2)]
-    return [BenchPrompt(text, "two_objects", (Required(a, None, 1), Required(b, None, 1)), None, True) for text, a, b in texts]
+    return [
+        BenchPrompt(text, "two_objects", (Required(a, None, 1), Required(b, None, 1)), None, True)
+        for text, a, b in texts
+    ]
 
 
 def _counting() -> list[BenchPrompt]:
@@ -204,7 +227,9 @@ def _position() -> list[BenchPrompt]:
         colourless = [_pair("position", (a, None), (b, None), relation) for a, b in permutations(SHAPES, 2)]
         prompts += _pick(colourless, 5)
     for seen, relation in product((True, False), RELATIONS):
-        coloured = [_pair("position", *kinds, relation) for kinds in _coloured_pairs() if pair_is_reserved(*kinds) is not seen]
+        coloured = [
+            _pair("position", *kinds, relation) for kinds in _coloured_pairs() if pair_is_reserved(*kinds) is not seen
+        ]
         prompts += _pick(coloured, 5)
     return prompts
 
@@ -212,7 +237,9 @@ def _position() -> list[BenchPrompt]:
 def _color_attribution() -> list[BenchPrompt]:
     prompts = []
     for seen, shapes in product((True, False), combinations(SHAPES, 2)):
-        pairs = [(a, b) for a, b in _coloured_pairs() if {a[0], b[0]} == set(shapes) and pair_is_reserved(a, b) is not seen]
+        pairs = [
+            (a, b) for a, b in _coloured_pairs() if {a[0], b[0]} == set(shapes) and pair_is_reserved(a, b) is not seen
+        ]
         prompts += _pick([_pair("color_attribution", *kinds, None) for kinds in pairs], 5)
     return prompts
 
@@ -221,20 +248,30 @@ def _coloured_pairs() -> list[tuple[tuple[str, str], tuple[str, str]]]:
     return [((a, c), (b, d)) for (a, b), (c, d) in product(permutations(SHAPES, 2), permutations(COLOURS, 2))]
 
 
-def _pair(task: str, first: tuple[str, str | None], second: tuple[str, str | None], relation: str | None) -> BenchPrompt:
+def _pair(
+    task: str, first: tuple[str, str | None], second: tuple[str, str | None], relation: str | None
+) -> BenchPrompt:
     text = f"{phrase(*first, 1)} {relation or 'and'} {phrase(*second, 1)}"
     seen = None in (first[1], second[1]) or not pair_is_reserved(first, second)
     return BenchPrompt(text, task, (Required(*first, 1), Required(*second, 1)), relation, seen)
 
 
 def _pick(prompts: list[BenchPrompt], count: int) -> list[BenchPrompt]:
-    """`count` of the prompts, chosen by the hash of their text: arbitrary, and the same with any version of any library."""
+    """`count` of the prompts, chosen by the hash of their text: arbitrary, and the same with any version of any
+    library.
+    """
     return sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.text.encode()).digest())[:count]
 
 
 def _to_json(prompt: BenchPrompt) -> str:
     objects = [[item.shape, item.colour, item.count] for item in prompt.objects]
-    fields = {"prompt": prompt.text, "task": prompt.task, "objects": objects, "relation": prompt.relation, "seen": prompt.seen}
+    fields = {
+        "prompt": prompt.text,
+        "task": prompt.task,
+        "objects": objects,
+        "relation": prompt.relation,
+        "seen": prompt.seen,
+    }
     return json.dumps(fields)
 
 

@@ -1,6 +1,7 @@
 """What the small world is made of: colours, shapes, relations, counts, and the combinations reserved for the bench.
 
-Lengths of shapes are in units of the shape's width; x points right, y points down, the origin is the centre of the shape's box.
+Lengths of shapes are in units of the shape's width (its size); x points right, y points down, the origin is the centre
+of the shape's box.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "blue": (42, 70, 218),
     "purple": (162, 50, 196),
 }
-SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "bar")
 RELATIONS: dict[str, tuple[int, int]] = {
     "to the left of": (-1, 0),
     "to the right of": (1, 0),
@@ -29,35 +30,33 @@ NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 MAX_COUNT = 4
 TASKS: tuple[str, ...] = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
 
-_ARM = 0.19  # half the width of a cross's arm
-AREAS: dict[str, float] = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5, "cross": 4 * _ARM - 4 * _ARM**2}
-CENTROIDS_Y: dict[str, float] = {"circle": 0.0, "square": 0.0, "triangle": 1 / 6, "cross": 0.0}
+_BAR = 0.4  # height of a bar of width 1: a square cut in half (0.5) is no bar
+AREAS: dict[str, float] = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5, "bar": _BAR}
+CENTROIDS_Y: dict[str, float] = {"circle": 0.0, "square": 0.0, "triangle": 1 / 6, "bar": 0.0}
 
 
 def plural(shape: str) -> str:
-    return "crosses" if shape == "cross" else shape + "s"
+    return shape + "s"
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance to the outline of a shape of width and height 1: negative inside. Exact near edges, a bound near corners."""
+    """Signed distance to the outline of a shape of width 1: negative inside. Exact near edges, a bound near corners."""
     if shape == "circle":
         return np.hypot(x, y) - 0.5
     if shape == "square":
         return np.maximum(np.abs(x), np.abs(y)) - 0.5
     if shape == "triangle":  # apex up, base down
         return np.maximum((np.abs(x) - (y + 0.5) / 2) / np.sqrt(1.25), y - 0.5)
-    if shape == "cross":
-        across = np.maximum(np.abs(x) - 0.5, np.abs(y) - _ARM)
-        upright = np.maximum(np.abs(x) - _ARM, np.abs(y) - 0.5)
-        return np.minimum(across, upright)
+    if shape == "bar":  # lies flat
+        return np.maximum(np.abs(x) - 0.5, np.abs(y) - _BAR / 2)
     raise ValueError(f"unknown shape {shape!r}; the world has {', '.join(SHAPES)}")
 
 
 def pair_is_reserved(first: tuple[str, str], second: tuple[str, str]) -> bool:
     """True for the pairs of (shape, colour) that training scenes never show: 36 of the 216 pairs of different shapes.
 
-    A Latin square per pair of shapes: each coloured shape loses one of six colours of each other shape, so that every coloured
-    shape, every pair of shapes and every pair of colours is still seen. The order of the two does not matter.
+    A Latin square per pair of shapes: each coloured shape loses one of six colours of each other shape, so that every
+    coloured shape, every pair of shapes and every pair of colours is still seen. The order of the two does not matter.
     """
     (shape_a, colour_a), (shape_b, colour_b) = sorted((first, second), key=lambda item: SHAPES.index(item[0]))
     if shape_a == shape_b:
@@ -75,8 +74,9 @@ def count_is_reserved(shape: str, colour: str, count: int) -> bool:
 def relation_holds(relation: str, first: Sequence[float], second: Sequence[float], sizes: tuple[float, float]) -> bool:
     """Whether `first` (centre x, y) stands in `relation` to `second`, beyond a margin.
 
-    The step between the centres along the relation's axis must exceed half the mean width of the two objects, and the direction
-    must lie within 60 degrees of the axis (as in GenEval, an object up and to the left is both above and left).
+    The step between the centres along the relation's axis must exceed half the mean width of the two objects, and the
+    direction must lie within 60 degrees of the axis (as in GenEval, an object up and to the left is both above and
+    left).
     """
     step = np.subtract(first, second)
     along = float(step @ np.array(RELATIONS[relation]))

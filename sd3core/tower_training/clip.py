@@ -13,12 +13,11 @@ from itertools import combinations
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
-from sd3core.metrics.clip_score import CLIP_MEAN, CLIP_STD
+from sd3core.judge import clip_pixels
 from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
 from sd3core.recipe import SmallClip
 from sd3core.tower_training.schedule import ramp_and_fade, split_held_apart
@@ -80,7 +79,7 @@ def train_clip(
     """
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
-    pixels = _pixels(images, small.image_px)  # (N, 3, image_px, image_px)
+    pixels = clip_pixels(images, small.image_px)  # (N, 3, image_px, image_px)
     rivals = WordSwaps(captions)
     training, held = split_held_apart(len(captions), at_most=128)
     batch = min(small.batch, len(training))
@@ -209,19 +208,3 @@ def _equalise(clip: CLIPModel, tokenizer: CLIPTokenizer, captions: Sequence[str]
         clip.text_projection.weight.div_(clip.text_projection(states.pooler_output).square().mean().sqrt())
     pooled = clip.get_text_features(encoded.input_ids).pooler_output
     return {"hidden_rms_before": round(size.item(), 3), "pooled_rms": round(pooled.square().mean().sqrt().item(), 3)}
-
-
-def _pixels(images: Sequence[np.ndarray], side: int) -> Tensor:
-    """uint8 (H, W, 3) pictures of any sizes -> (N, 3, side, side) as the judge prepares them: middle square, CLIP's normalisation."""
-    squares = torch.from_numpy(np.stack([_middle_square(image, side) for image in images]))
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    return (squares.permute(0, 3, 1, 2).float() / 255.0 - mean) / std
-
-
-def _middle_square(image: np.ndarray, side: int) -> np.ndarray:
-    height, width = image.shape[:2]
-    factor = side / min(height, width)
-    size = max(side, round(width * factor)), max(side, round(height * factor))
-    resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
-    top, left = (resized.shape[0] - side) // 2, (resized.shape[1] - side) // 2
-    return resized[top : top + side, left : left + side]

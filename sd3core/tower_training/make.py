@@ -18,6 +18,7 @@ from sd3core.data.store import Store
 from sd3core.errors import DataError
 from sd3core.progress import Progress, ProgressCallback, ignore_progress
 from sd3core.recipe import SmallTowers
+from sd3core.text_encoders import without_progress_bars
 from sd3core.tower_training.clip import build_clip, train_clip
 from sd3core.tower_training.t5 import train_t5
 from sd3core.tower_training.tokenizers import make_clip_tokenizer, make_t5_tokenizer
@@ -64,7 +65,7 @@ def make_small_tower(
     """Trains one tower into its folders under `out` (TOWER_FOLDERS) and returns its figures. A function of its arguments."""
     if not images:
         raise DataError("towers.small: the data set has no picture to train on")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), without_progress_bars():
         if name == "vae":
             vae, figures = train_vae(small.vae, images, 1000 * seed, report)
             vae.save_pretrained(out / "vae")

@@ -98,7 +98,9 @@ def _build(small: SmallT5, vocabulary: int) -> T5ForConditionalGeneration:
         eos_token_id=1,
         decoder_start_token_id=0,
     )
-    return T5ForConditionalGeneration(config)
+    model = T5ForConditionalGeneration(config)
+    model.lm_head.weight.data.mul_(small.width**-0.5)  # an untied head starts so loud that its loss is all there is to see
+    return model
 
 
 def _loss(

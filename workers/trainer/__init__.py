@@ -1,4 +1,4 @@
-"""Training of one phase: Ray Train starts and restarts the ranks, DeepSpeed shards the state, the model knows neither."""
+"""Training of one phase: Ray Train starts the ranks, DeepSpeed shards the state, the model knows neither."""
 
 from workers.trainer.job import TrainingFailed, TrainingJob, TrainingResult, TrainingSuperseded
 from workers.trainer.launch import train

@@ -1,7 +1,7 @@
 """Checkpoints of a running phase: what ranks write and read. The format is sd3core.checkpoint's.
 
-PHASE/SPEC/attempts/0001.json is registered by every start of the training; only the newest attempt may commit, and its number is
-in the names of its rank files, so that a late writer of an older attempt cannot touch a newer one's bytes.
+PHASE/SPEC/attempts/0001.json is registered by every start of the training. Only the newest attempt may commit, and its
+number is in the names of its rank files, so that a late writer of an older attempt cannot touch a newer one's bytes.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ from workers.trainer.job import TrainingJob, TrainingSuperseded
 
 
 def begin_attempt(store: Store, folder: str) -> int:
-    """Registers the next attempt and removes what older ones left unfinished. One rank calls it, before anything is read."""
+    """Registers the next attempt, removes what older ones left unfinished. One rank calls it, before anything is read."""
     attempt = newest_attempt(store, folder) + 1
-    store.put_json(f"{folder}/attempts/{attempt:04d}.json", {"attempt": attempt, "host": socket.gethostname(), "pid": os.getpid()})
+    who = {"attempt": attempt, "host": socket.gethostname(), "pid": os.getpid()}
+    store.put_json(f"{folder}/attempts/{attempt:04d}.json", who)
     finished = {ref.folder for ref in list_checkpoints(store, folder)}
     for entry in store.list(f"{folder}/"):
         parent, name = entry.path.rsplit("/", 1)
@@ -59,7 +60,7 @@ def newest_attempt(store: Store, folder: str) -> int:
 def save_checkpoint(
     store: Store, job: TrainingJob, trainer: ShardedTrainer, *, attempt: int, step: int, rows: list[dict[str, Any]]
 ) -> str:
-    """Writes a checkpoint from all ranks, DONE.json last, and returns its folder. `rows` (rank 0): the loss rows since the last.
+    """Writes a checkpoint from all ranks, DONE.json last; returns its folder. `rows` (rank 0): loss rows since the last.
 
     Raises TrainingSuperseded, on all ranks, where a newer attempt is registered.
     """
@@ -77,7 +78,9 @@ def save_checkpoint(
     if trainer.rank == 0:
         newest = newest_attempt(store, job.folder)
         if newest > attempt:
-            outcome[0] = f"{job.phase}: attempt {newest} of run {job.run} has begun elsewhere; attempt {attempt} stops at {folder}"
+            outcome[0] = (
+                f"{job.phase}: attempt {newest} of run {job.run} has begun elsewhere; attempt {attempt} stops at {folder}"
+            )
         else:
             _commit(store, job, trainer, folder, attempt, step, rows, dict(written))
     dist.broadcast_object_list(outcome, src=0)
@@ -120,7 +123,7 @@ def _commit(
 def load_checkpoint(store: Store, folder: str, trainer: ShardedTrainer) -> CheckpointDone:
     """Fills this rank's state from a checkpoint of any world size and ZeRO stage, bit by bit. All ranks call it.
 
-    Reads the file of the same place first and stops when nothing is missing, so at the same world size one file is read.
+    Reads the file of the same place first and stops when nothing is missing: at the same world size that is one file.
     """
     done = read_done(store, folder)
     _check_same_shapes(store.uri(folder), done.parameters, trainer.shapes)
@@ -144,7 +147,8 @@ def load_checkpoint(store: Store, folder: str, trainer: ShardedTrainer) -> Check
                     values[low - at : high - at].copy_(piece.values[low - piece.start : high - piece.start])
                     missing -= high - low
     if missing:
-        raise CheckpointError(f"{store.uri(folder)}: {missing} elements are in none of its files; take another checkpoint")
+        where = store.uri(folder)
+        raise CheckpointError(f"{where}: {missing} elements are in none of its files; take another checkpoint")
     trainer.loaded(done.optimizer_step)
     return done
 
@@ -171,6 +175,5 @@ def read_metrics(store: Store, folder: str) -> list[dict[str, Any]]:
 def _check_same_shapes(where: str, stored: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
     for name in sorted(stored.keys() | wanted.keys()):
         if stored.get(name) != wanted.get(name):
-            raise CheckpointError(
-                f"{where}: {name} is {stored.get(name, 'absent')} in the checkpoint and {wanted.get(name, 'absent')} in the model"
-            )
+            here, there = stored.get(name, "absent"), wanted.get(name, "absent")
+            raise CheckpointError(f"{where}: {name} is {here} in the checkpoint and {there} in the model")

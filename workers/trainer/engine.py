@@ -1,7 +1,7 @@
-"""DeepSpeed behind one small interface: the only file that imports it, and the only one that knows its private attributes.
+"""DeepSpeed behind one small interface: the only file that imports it and knows its private attributes.
 
-Pinned to deepspeed 0.19.8. ZeRO 1 and 2 keep one flat fp32 partition per parameter group, ZeRO 3 one per sub-group, ZeRO 0
-whole parameters; `Piece` is the common view of all of them: a part of one parameter, as slices of flat fp32 tensors.
+Pinned to deepspeed 0.19.8. ZeRO 1 and 2 keep one flat fp32 partition per parameter group, ZeRO 3 one per sub-group,
+ZeRO 0 whole parameters; `Piece` is the common view of them: a part of one parameter, as a slice of a flat fp32 tensor.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Slice:
-    """One kind of state of elements [start, start + len(values)) of a parameter; `values` is the state itself, not a copy."""
+    """One kind of state of elements [start, start + len(values)) of a parameter; `values` is the state, not a copy."""
 
     kind: str
     name: str
@@ -164,7 +164,7 @@ class ShardedTrainer:
                     yield Piece(name, self.rank * width, length, flat, offset)
 
     def _refresh_forward_weights(self) -> None:
-        """Masters -> the weights of the forward pass, on all ranks (never `refresh_fp32_params`, which goes the other way)."""
+        """Masters -> the weights of the forward pass, on all ranks (`refresh_fp32_params` would go the other way)."""
         optimizer = self.engine.optimizer
         if self.training.zero_stage in (1, 2):
             optimizer.update_lp_params()

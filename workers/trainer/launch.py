@@ -1,12 +1,12 @@
-"""One training phase over Ray Train: starts the ranks, restarts them, watches their progress. The only file that knows ray.train."""
+"""One training phase over Ray Train: starts the ranks, restarts them, watches them. The only file with ray.train."""
 
 from __future__ import annotations
 
-import os
+import itertools
 import tempfile
 import time
 import uuid
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from workers.trainer.checkpointing import newest_attempt, read_metrics
 from workers.trainer.job import TrainingFailed, TrainingJob, TrainingResult, TrainingSuperseded
 
 POLL_S = 0.3
+ABORT_S = 5.0
 TELL_S = 0.25  # a rank tells its progress at most so often
 
 # Ray Train's controller: notice a dead rank at once, write nothing, and leave the ranks in the caller's folder.
@@ -41,7 +42,7 @@ def train(
 ) -> TrainingResult:
     """Trains a phase to its end, from its last finished checkpoint; a finished phase returns at once.
 
-    Uses the Ray that runs in this process, else starts one. `open_loader(job, store, place, warn)` replaces the loader of shards.
+    Uses this process's Ray, else starts one. `open_loader(job, store, place, warn)` replaces the loader of shards.
     Raises TrainingFailed: one line that says why it stopped. The same call goes on afterwards.
     """
     job = job.model_copy(update={"store": open_store(job.store).url})
@@ -74,11 +75,13 @@ def _samples_that_stand(job: TrainingJob) -> int:
 def _check_resources(compute: Compute) -> None:
     """Ray would wait for ever for what the cluster does not have."""
     have = ray.cluster_resources()
-    for unit, key, needed in (("CPU", "cpus_per_rank", compute.cpus_per_rank), ("GPU", "gpus_per_rank", compute.gpus_per_rank)):
+    for unit in ("CPU", "GPU"):
+        key = f"{unit.lower()}s_per_rank"
+        needed = getattr(compute, key)
         if compute.train_ranks * needed > have.get(unit, 0):
             raise TrainingFailed(
-                f"compute.train_ranks {compute.train_ranks} x compute.{key} {needed:g} is more than the {have.get(unit, 0):g}"
-                f" {unit}s that Ray has; lower one of them"
+                f"compute.train_ranks {compute.train_ranks} x compute.{key} {needed:g} is more than"
+                f" the {have.get(unit, 0):g} {unit}s that Ray has; lower one of them"
             )
 
 
@@ -96,12 +99,10 @@ class _News:
 
 @dataclass
 class _Desk:
-    """A Ray actor that runs Ray Train's `fit` in one thread and takes the ranks' messages in others.
-
-    Everything of Ray Train belongs to this actor: killing it ends controller and ranks.
-    """
+    """A Ray actor that runs Ray Train's `fit` in one thread and takes the ranks' messages in others."""
 
     news: _News = field(default_factory=_News)
+    controller: Any = None
 
     def tell(self, **changes: Any) -> None:
         merged = {key: getattr(self.news, key) + value if isinstance(value, tuple) and key != "fatal" else value
@@ -111,17 +112,36 @@ class _Desk:
     def read(self) -> _News:
         return self.news
 
-    def fit(self, job: TrainingJob, compute: Compute, open_loader: Any) -> str | None:
-        """Runs the ranks to their end; returns the reason where Ray Train gave up."""
+    def know(self, controller: Any) -> None:
+        self.controller = controller
+
+    def abort(self) -> None:
+        """Ends the ranks the way Ray Train does it on an interrupt; while they start it cannot."""
+        if self.controller is not None:
+            with suppress(RayError):
+                ray.get(self.controller.abort.remote(), timeout=ABORT_S)
+
+    def fit(self, job: TrainingJob, compute: Compute, label: str, open_loader: Any) -> str | None:
+        """Runs the ranks to their end; returns the reason where Ray Train gave up. `label` names its placement groups."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
+        # Private, and pinned with Ray.
+        from ray.train.v2._internal.execution.callback import ControllerCallback
+        from ray.train.v2._internal.execution.worker_group import worker_group
 
         gpu = compute.gpus_per_rank > 0
+        resources = {"CPU": compute.cpus_per_rank} | ({"GPU": compute.gpus_per_rank} if gpu else {})
         threads = max(1, int(compute.cpus_per_rank))
         desk = ray.get_runtime_context().current_actor
 
         def rank() -> None:
             _run_rank(job, threads, compute.cache_gb * 1e9, desk, open_loader)
+
+        class Introduce(ControllerCallback):
+            def after_controller_start(self, train_run_context: Any) -> None:
+                desk.know.remote(ray.get_runtime_context().current_actor)
+                make, number = worker_group.placement_group, itertools.count()
+                worker_group.placement_group = lambda *a, **k: make(*a, **k, name=f"{label}-{next(number)}")
 
         environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TF_CPP_MIN_LOG_LEVEL": "3"}
         if not gpu:
@@ -133,13 +153,14 @@ class _Desk:
                 scaling_config=ScalingConfig(
                     num_workers=compute.train_ranks,
                     use_gpu=gpu,
-                    resources_per_worker={"CPU": compute.cpus_per_rank} | ({"GPU": compute.gpus_per_rank} if gpu else {}),
+                    resources_per_worker=resources,
                 ),
                 run_config=RunConfig(
-                    name=uuid.uuid4().hex,  # a known name would make Ray Train resume by its own state
+                    name=label,  # a known name would make Ray Train resume by its own state
                     storage_path=ray_only,
                     failure_config=FailureConfig(max_failures=compute.max_restarts),
                     worker_runtime_env={"env_vars": environment},
+                    callbacks=[Introduce()],
                 ),
             )
             try:
@@ -197,7 +218,8 @@ class _Supervisor:
         """Returns the warnings of this call."""
         threads = {"num_cpus": 0, "max_concurrency": 8, "runtime_env": {"env_vars": CONTROLLER_ENV}}
         desk = ray.remote(**threads)(_Desk).remote()
-        finished = desk.fit.remote(self.job, self.compute, open_loader)
+        label = f"sd3-train-{uuid.uuid4().hex}"
+        finished = desk.fit.remote(self.job, self.compute, label, open_loader)
         try:
             news = self._watch(desk, finished)
             reason = ray.get(finished)
@@ -209,9 +231,9 @@ class _Supervisor:
             self.meter.update(self.meter.total, news.note)
             return [*news.warnings, *self._restarts(news)]
         except RayActorError:
-            raise TrainingFailed(f"{self.job.phase}: Ray Train's controlling process died; run it again to go on") from None
+            raise TrainingFailed(f"{self.job.phase}: Ray Train's own process died; run it again to go on") from None
         finally:
-            ray.kill(desk)
+            _end(desk, finished, label)
 
     def _watch(self, desk: Any, finished: Any) -> _News:
         news, heard_at = _News(), time.monotonic()
@@ -223,7 +245,7 @@ class _Supervisor:
             elif time.monotonic() - heard_at > self.compute.stall_timeout_s:
                 raise TrainingFailed(
                     f"{self.job.phase}: no progress for {self.compute.stall_timeout_s:g} s (compute.stall_timeout_s)"
-                    f" after {news.samples} samples; last word: {news.note or 'none'}; run it again to go on from its checkpoint"
+                    f" after {news.samples} samples; last word: {news.note or 'none'}; run it again to go on"
                 )
             news = latest
             if news.fatal is not None:
@@ -238,6 +260,20 @@ class _Supervisor:
             f"{self.job.phase}: a rank was lost; attempt {attempt} went on from {samples} samples"
             for attempt, samples in news.began[1:]
         ]
+
+
+def _end(desk: Any, finished: Any, label: str) -> None:
+    """Ends whatever of this training still runs, and gives its resources back.
+
+    Ray Train's own cleaner of placement groups needs the dashboard; without it a killed controller's groups would stay.
+    """
+    with suppress(RayError):
+        if not ray.wait([finished], timeout=0)[0]:
+            ray.get(desk.abort.remote(), timeout=ABORT_S)
+    ray.kill(desk)
+    for group in ray.util.placement_group_table().values():
+        if group["name"].startswith(label) and group["state"] != "REMOVED":
+            ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
 
 
 def _last_cause(error: BaseException) -> str:

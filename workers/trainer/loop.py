@@ -1,5 +1,5 @@
-"""The training loop of one rank. Step N is a function of the job and N alone: data, timesteps, noise and dropout are drawn by
-(seed, epoch, sample), so a restart, or another number of ranks, changes nothing but the order of summation.
+"""The training loop of one rank. Step N is a function of the job and N alone: data, timesteps, noise and dropout are
+drawn by (seed, epoch, sample), so a restart or another number of ranks changes nothing but the order of summation.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -93,7 +94,10 @@ class StepInputs:
 
 
 def draw_inputs(batch: Batch, job: TrainingJob, null: TextFeatures | None, device: torch.device) -> StepInputs:
-    """t = shift(quantile(u)), noise ~ N(0, 1), each encoder dropped with probability text_dropout; all by (seed, epoch, sample)."""
+    """t = shift(quantile(u)), noise ~ N(0, 1), each encoder dropped with probability text_dropout.
+
+    Every draw is by (seed, epoch, sample).
+    """
     training, drawn_by = job.training, (job.seed, batch.epochs, batch.sample_ids)
     u = torch.from_numpy(randomness.uniform(*drawn_by, "timestep"))  # float64
     t = rectified_flow.resolution_shift(find_formulation(training.formulation).quantile(u), training.shift)
@@ -118,7 +122,7 @@ class PhaseTraining:
         model = MMDiT(self.config).to(place.device)  # its weights do not matter: `_restore` sets them
         self.trainer = ShardedTrainer(model, job.training, place.rank, place.world)
         dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
-        self.peak, self.peak_source = peak_flops(place.device, dtype)
+        self.peak, _ = peak_flops(place.device, dtype)
 
     def run(self) -> None:
         """Trains from the last checkpoint to the end of the phase."""
@@ -191,14 +195,16 @@ class PhaseTraining:
         lr = learning_rate(training, self.job.samples_at(step - 1))
         step_loss, norm = StepLoss(self.place.device), None
         for x0, noise, t, context, pooled in inputs.micro_batches(training.micro_batch):
-            losses = self.formulation.loss(lambda z, t, c=context, p=pooled: self.trainer(z, t, c, p), x0, noise, t)  # (B,)
+            predict = partial(_predict, self.trainer, context, pooled)
+            losses = self.formulation.loss(predict, x0, noise, t)  # (B,)
             self.trainer.backward(losses.mean())
             norm = self.trainer.step(lr)
             step_loss.add(losses, t)
         assert norm is not None, "the micro batches of a step end on an accumulation boundary"
         dist.all_reduce(step_loss.totals)
 
-        row: dict[str, Any] = {"samples": self.job.samples_at(step), "step": step, "lr": lr, "bucket": inputs.batch.bucket}
+        row: dict[str, Any] = {"samples": self.job.samples_at(step), "step": step, "lr": lr}
+        row["bucket"] = inputs.batch.bucket
         if math.isfinite(norm):
             row |= step_loss.row() | {"grad_norm": norm}
         else:
@@ -214,8 +220,8 @@ class PhaseTraining:
         if not losses_finite:
             with torch.no_grad():
                 outputs = [
-                    self.formulation.loss(lambda z, t, c=c, p=p: self.trainer(z, t, c, p), x0, noise, t)
-                    for x0, noise, t, c, p in inputs.micro_batches(self.job.training.micro_batch)
+                    self.formulation.loss(partial(_predict, self.trainer, context, pooled), x0, noise, t)
+                    for x0, noise, t, context, pooled in inputs.micro_batches(self.job.training.micro_batch)
                 ]
             keys = keys[~torch.cat(outputs).isfinite().cpu().numpy()]
         gathered: list[list[str]] = [[]] * self.place.world
@@ -229,7 +235,7 @@ class PhaseTraining:
 
     @torch.no_grad()
     def _attention_logit_max(self, inputs: StepInputs) -> float:
-        x0, noise, t, context, pooled = (z[:LOGIT_SAMPLES] for z in next(inputs.micro_batches(self.job.training.micro_batch)))
+        x0, noise, t, context, pooled = next(inputs.micro_batches(min(LOGIT_SAMPLES, self.job.training.micro_batch)))
         z_t = self.formulation.add_noise(x0, noise, t)
         return float(max_attention_logit(self.trainer.model, z_t, t, context, pooled).max())
 
@@ -247,6 +253,10 @@ class PhaseTraining:
         answer = [call() if self.place.rank == 0 else None]
         dist.broadcast_object_list(answer, src=0)
         return answer[0]
+
+
+def _predict(model: Callable[..., Tensor], context: Tensor, pooled: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+    return model(z_t, t, context, pooled)
 
 
 def read_null(store: Store, job: TrainingJob) -> TextFeatures | None:

@@ -9,18 +9,17 @@ import torch
 from torch import Tensor
 
 from sd3core.mmdit import MMDiTConfig
+from sd3core.mmdit.layers import MLP_RATIO, SINUSOID_CHANNELS
 from sd3core.recipe import Training
 
 TIMESTEP_BINS = 8  # equal parts of t in [0, 1]
-SINUSOID_CHANNELS = 256
-MLP_RATIO = 4
 
 # Dense bf16 FLOP/s as the vendor declares them, by a part of the device's name; other devices are measured.
 DECLARED_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12}
 
 
 def learning_rate(training: Training, samples_seen: int) -> float:
-    """Linear warm-up, then constant, or a cosine that ends at a tenth of the rate. A function of samples seen before the step."""
+    """Linear warm-up, then constant, or a cosine that ends at a tenth. `samples_seen`: before the step."""
     warmup = training.warmup_samples
     if samples_seen < warmup:
         return training.learning_rate * (samples_seen + training.global_batch) / (warmup + training.global_batch)
@@ -51,7 +50,7 @@ class StepLoss:
 def flops_per_sample(config: MMDiTConfig, image_tokens: int, text_tokens: int) -> float:
     """FLOPs of one training sample: forward and backward (twice the forward), 2 per multiply-add.
 
-    Counts the linear maps of both streams, the modulations and q k^T and its product with v; norms and activations are left out.
+    Counts the linear maps of both streams, the modulations, q k^T and its product with v; no norms, no activations.
     """
     width = config.hidden_size
     patch = config.patch_size**2 * config.latent_channels
@@ -69,7 +68,7 @@ def flops_per_sample(config: MMDiTConfig, image_tokens: int, text_tokens: int) -
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """(FLOP/s of one rank, "declared" or "measured"): the vendor's figure, else the best of a few matrix products (about 0.1 s)."""
+    """(FLOP/s of one rank, "declared" or "measured"): the vendor's figure, else the best of a few matrix products."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, peak in DECLARED_PEAKS.items():

@@ -1,4 +1,4 @@
-"""A phase's loss rows and TensorBoard files; both reach the store with the checkpoints, so they tell only what stands."""
+"""A phase's loss rows and TensorBoard files. Both reach the store with the checkpoints: they tell only what stands."""
 
 from __future__ import annotations
 

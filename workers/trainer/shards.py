@@ -1,4 +1,4 @@
-"""The loader of a training rank: the phase's two manifests, checked, with the plan over their rows and a local shard cache."""
+"""The loader of a training rank: the phase's two manifests, the plan over their rows, a local cache of shards."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ def start_model(job: TrainingJob, store: Store) -> MMDiT:
         found = tuple(weights[name].shape) if name in weights else "absent"
         if found != wanted.get(name, "absent"):
             raise CheckpointError(
-                f"{job.phase} starts from {where}: {name} is {found} there and {wanted.get(name, 'absent')} in the recipe's model"
+                f"{job.phase} starts from {where}: {name} is {found} there and {wanted.get(name, 'absent')}"
+                " in the recipe's model"
             )
     model.load_state_dict({name: tensor.detach().float() for name, tensor in weights.items()}, strict=False)
     return model

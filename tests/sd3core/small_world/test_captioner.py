@@ -15,7 +15,7 @@ from sd3core.small_world.world import NUMBERS
     ("objects", "captions"),
     [
         ([("circle", "red", 32, 32, 20)], {"a red circle"}),
-        ([("cross", "blue", x, 32, 15) for x in (12, 32, 52)], {"three blue crosses"}),
+        ([("bar", "blue", x, 32, 15) for x in (12, 32, 52)], {"three blue bars"}),
         (
             [("circle", "red", 16, 30, 18), ("square", "green", 46, 34, 18)],
             {"a red circle to the left of a green square", "a green square to the right of a red circle"},

@@ -1,4 +1,6 @@
-"""Scenes are pure functions of (seed, index), cover the tasks evenly, keep their distance and never show a reserved combination."""
+"""Scenes are pure functions of (seed, index), cover the tasks evenly, keep their distance and never show a reserved
+combination.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,16 @@ from sd3core.errors import RecipeError
 from sd3core.small_world import shapes_bench
 from sd3core.small_world.scenes import describe, draw_scene, render, scene_rng
 from sd3core.small_world.world import (
-    AREAS, CENTROIDS_Y, COLOURS, RELATIONS, SHAPES, TASKS, clear_relation, count_is_reserved, pair_is_reserved, signed_distance,
+    AREAS,
+    CENTROIDS_Y,
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    TASKS,
+    clear_relation,
+    count_is_reserved,
+    pair_is_reserved,
+    signed_distance,
 )
 
 SCENES = [draw_scene(11, index) for index in range(3000)]
@@ -24,7 +35,7 @@ def test_a_scene_is_a_pure_function_of_seed_and_index():
     assert draw_scene(3, 7) != draw_scene(3, 8) and draw_scene(3, 7) != draw_scene(4, 7)
     np.testing.assert_array_equal(render(draw_scene(3, 7)), render(draw_scene(3, 7)))
     golden = hashlib.sha256(repr([draw_scene(0, index) for index in range(8)]).encode()).hexdigest()[:16]
-    assert golden == "f2c0d3d7d96f0a03", "scenes changed: raise the format of the raw stage (specs.FORMATS) with them"
+    assert golden == "5722893333cbed54", "scenes changed: raise the format of the raw stage (specs.FORMATS) with them"
 
 
 def test_tasks_counts_shapes_and_colours_are_even():
@@ -57,7 +68,7 @@ def test_objects_lie_in_the_central_square_and_keep_a_gap(aspect):
         side = min(scene.width, scene.height)
         unit, left, top = side / 64, (scene.width - side) / 2, (scene.height - side) / 2
         for item in scene.objects:
-            assert item.size >= 14 * unit - 1e-6
+            assert item.size >= 17 * unit - 1e-6
             for centre, low in zip(item.centre, (left, top)):
                 assert low + 2 * unit <= centre - item.size / 2 and centre + item.size / 2 <= low + side - 2 * unit
         for a, b in combinations(scene.objects, 2):
@@ -66,7 +77,9 @@ def test_objects_lie_in_the_central_square_and_keep_a_gap(aspect):
         if scene.relation:
             a, b = scene.objects
             assert clear_relation(a.centre, b.centre, (a.size, b.size)) == scene.relation
-    assert abs(scene.width / scene.height - aspect) < 0.02 * aspect and abs(scene.width * scene.height / 128**2 - 1) < 0.02
+    assert (
+        abs(scene.width / scene.height - aspect) < 0.02 * aspect and abs(scene.width * scene.height / 128**2 - 1) < 0.02
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -74,7 +87,9 @@ def test_area_and_centroid_are_those_of_the_outline(shape):
     y, x = np.mgrid[-0.6:0.6:0.002, -0.6:0.6:0.002]
     inside = signed_distance(shape, x, y) < 0
     assert inside.mean() * 1.2**2 == pytest.approx(AREAS[shape], abs=0.01)
-    assert y[inside].mean() == pytest.approx(CENTROIDS_Y[shape], abs=0.005) and x[inside].mean() == pytest.approx(0, abs=0.005)
+    assert y[inside].mean() == pytest.approx(CENTROIDS_Y[shape], abs=0.005) and x[inside].mean() == pytest.approx(
+        0, abs=0.005
+    )
 
 
 def test_fewer_objects_where_asked():

@@ -98,7 +98,9 @@ def test_nothing_more_and_nothing_less():
     prompt = BenchPrompt("a circle", "single_object", (Required("circle", None, 1),), None, True)
     circle, square = ("circle", "red", 18, 30, 20), ("square", "blue", 48, 34, 18)
     assert judge(render(scene_of(circle)), prompt).correct
-    assert judge(render(scene_of(circle, square)), prompt).reason == "asked for 1 x circle, shows 1 x circle, 1 x square"
+    assert (
+        judge(render(scene_of(circle, square)), prompt).reason == "asked for 1 x circle, shows 1 x circle, 1 x square"
+    )
     assert judge(render(scene_of()), prompt).reason == "asked for 1 x circle, shows nothing"
     picture = render(scene_of(circle, square))
     picture[:, 96:] = picture[0, 0]  # half of the square wiped away
@@ -118,7 +120,11 @@ def test_score_is_the_mean_of_six_tasks_and_splits_seen_from_unseen():
         for prompt in load_prompts(task):
             results.append((prompt, Verdict(prompt.seen and task != "two_objects", "")))
     found = score(results)
-    assert found.tasks["single_object"] == 1 and found.tasks["two_objects"] == 0 and found.tasks["counting"] == pytest.approx(0.8)
+    assert (
+        found.tasks["single_object"] == 1
+        and found.tasks["two_objects"] == 0
+        and found.tasks["counting"] == pytest.approx(0.8)
+    )
     assert found.overall == pytest.approx((1 + 0 + 0.8 + 1 + 2 / 3 + 0.5) / 6)
     assert found.seen == {"counting": 1, "position": 1, "color_attribution": 1}
     assert found.unseen == {"counting": 0, "position": 0, "color_attribution": 0}
@@ -136,8 +142,12 @@ def test_a_limit_spreads_over_the_file():
 
 
 def test_chance_levels():
-    """Measured; the shape tasks agree with what the scene distribution gives: 1/3 lone objects of 4 shapes, half pairs of 6 kinds."""
+    """Measured; the shape tasks agree with what the scene distribution gives: 1/3 lone objects of 4 shapes, half pairs
+    of 6 kinds.
+    """
     levels = shapes_bench.chance_levels(seed=5, n=200)
     assert levels == shapes_bench.chance_levels(seed=5, n=200)
-    assert levels["single_object"] == pytest.approx(1 / 12, abs=0.03) and levels["two_objects"] == pytest.approx(1 / 12, abs=0.03)
+    assert levels["single_object"] == pytest.approx(1 / 12, abs=0.03) and levels["two_objects"] == pytest.approx(
+        1 / 12, abs=0.03
+    )
     assert all(levels[task] < 0.03 for task in ("counting", "colors", "position", "color_attribution"))

@@ -83,14 +83,14 @@ def make_training(**changes) -> Training:
     return Training(**fields | changes)
 
 
-def make_job(store: Path, *, phase: str = "pretrain", spec: str = "0123456789ab", model: MMDiTConfig = MODEL, **changes):
+def make_job(store: Path, *, phase: str = "pretrain", model: MMDiTConfig = MODEL, **changes) -> TrainingJob:
     top = {key: changes.pop(key) for key in ("init", "seed", "log_dir") if key in changes}
     return TrainingJob(
         **{"seed": 7, "log_dir": str(store.parent / f"logs-{store.name}")} | top,
         store=str(store),
         run="test",
         phase=phase,
-        spec=spec,
+        spec="0123456789ab",
         fields={},
         model=model.to_dict(),
         training=make_training(**changes),

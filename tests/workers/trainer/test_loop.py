@@ -1,8 +1,9 @@
-"""The loop on real ranks (DeepSpeed over gloo, no Ray): steps that are not finite, fencing, the start of a later phase."""
+"""The loop on real ranks (DeepSpeed over gloo, no Ray): bad steps, fencing, other world sizes, a later phase."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def _train(rank, world, job, loader_changes=None):
             job,
             Place(rank, world, CPU, threads=1),
             notebook,
-            lambda job, store, place, warn: FakeLoader(job.training.global_batch, rank, world, **(loader_changes or {})),
+            lambda *_: FakeLoader(job.training.global_batch, rank, world, **(loader_changes or {})),
         )
     except (TrainingFailed, CheckpointError) as error:
         return error, notebook
@@ -73,7 +74,8 @@ def _single_rank_stories(rank, world, root: Path):
     job = make_job(root / "one-nan")
     stories["one-nan"] = _train(rank, world, job, {"nan_steps": (5,)})
     stories["clean"] = _train(rank, world, make_job(root / "clean"))
-    stories["average"] = _train(rank, world, make_job(root / "average", samples=48, checkpoint_every_samples=16, ema_decay=0.9))
+    often = make_job(root / "average", samples=48, checkpoint_every_samples=16, ema_decay=0.9)
+    stories["average"] = _train(rank, world, often)
     stories["always-nan"] = _train(rank, world, make_job(root / "always-nan"), {"nan_steps": tuple(range(6, 12))})
 
     job, notebook = make_job(root / "usurped"), Notebook()
@@ -86,9 +88,8 @@ def _single_rank_stories(rank, world, root: Path):
 
     [*_, last] = list_checkpoints(open_store(str(root / "clean")), make_job(root / "clean").folder)
     config = MMDiTConfig.from_dict(MODEL.to_dict() | {"qk_norm": "rms", "position_side": 8})
-    tuned = make_job(
-        root / "clean", phase="finetune.0", model=config, init=last.folder, zero_stage=3, samples=16, learning_rate=1e-12
-    )
+    changes = {"zero_stage": 3, "samples": 16, "learning_rate": 1e-12}
+    tuned = make_job(root / "clean", phase="finetune.0", model=config, init=last.folder, **changes)
     stories["finetune"] = _train(rank, world, tuned)
     wrong = make_job(root / "clean", phase="finetune.1", model=MMDiTConfig.from_depth(3), init=last.folder)
     stories["wrong-init"] = _train(rank, world, wrong)
@@ -122,6 +123,20 @@ def test_checkpoints_and_rows_follow_the_clock(root, stories):
     done = read_done(store, f"{job.folder}/000000000096")
     assert (done.steps, done.optimizer_step, done.attempt, done.null) == (12, 12, 1, "zeros")
     assert list(Path(job.log_dir).glob("events*")) and store.list(job.logs_folder + "/")
+
+
+def test_going_on_with_more_ranks(root, stories, tmp_path):
+    """A checkpoint of 1 rank at ZeRO 2 goes on at 2 ranks and ZeRO 1; bf16 sums in another order differ slightly."""
+    shutil.copytree(root / "clean", tmp_path / "store")
+    job = make_job(tmp_path / "store", zero_stage=1)
+    shutil.rmtree(tmp_path / "store" / job.folder / "000000000096")
+    (error, notebook), _ = run_ranks(2, _train, job)
+    assert error is None and notebook.began_at == [64]
+    rows = read_metrics(open_store(job.store), job.folder)
+    for ours, alone in zip(rows[8:], rows_of(root, "clean")[8:], strict=True):
+        assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-3)
+    done = read_done(open_store(job.store), f"{job.folder}/000000000096")
+    assert len(done.rank_files) == 2 and (done.attempt, done.optimizer_step) == (2, 12)
 
 
 def test_ema_is_the_average_of_the_weights(root, stories):

@@ -100,19 +100,18 @@ def test_a_killed_rank_changes_nothing(undisturbed, tmp_path):
         assert all(torch.equal(ours[name], calm[name]) for name in calm)
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 3), (2, 1)])
-def test_going_on_elsewhere(undisturbed, tmp_path, ranks, stage):
-    """A checkpoint of 2 ranks at ZeRO 2 goes on at another world size and stage; bf16 sums in another order differ slightly."""
+def test_going_on_with_fewer_ranks(undisturbed, tmp_path):
+    """A checkpoint of 2 ranks at ZeRO 2 goes on at 1 rank and ZeRO 3; bf16 sums in another order differ slightly."""
     calm_job, _, _ = undisturbed
     shutil.copytree(calm_job.store.removeprefix("file://"), tmp_path / "store")
-    job = make_job(tmp_path / "store", zero_stage=stage)
+    job = make_job(tmp_path / "store", zero_stage=3)
     shutil.rmtree(tmp_path / "store" / job.folder / "000000000096")
-    result = train(job, COMPUTE.model_copy(update={"train_ranks": ranks}), open_loader=open_fake)
+    result = train(job, COMPUTE.model_copy(update={"train_ranks": 1}), open_loader=open_fake)
     assert result.resumed_from == 64 and result.attempts == 2
     for ours, calm in zip(rows_of(job)[8:], rows_of(calm_job)[8:], strict=True):
         assert ours["loss"] == pytest.approx(calm["loss"], rel=1e-3)
     done = read_done(open_store(job.store), result.checkpoints[-1])
-    assert len(done.rank_files) == ranks and done.optimizer_step == 12
+    assert len(done.rank_files) == 1 and done.optimizer_step == 12
 
 
 def test_a_stall_is_an_error_that_says_so(tmp_path):

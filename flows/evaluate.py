@@ -1,0 +1,37 @@
+"""Stage 7, evaluate: every checkpoint kept, live and EMA weights, scored on workers beside training. Paper section 5, App. B.3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows import upstream
+from flows.scores import score_rows, thumbnails
+from flows.stage import FLOW_OPTIONS, stage
+from workers.evaluate import EvaluationInputs, evaluate_stage
+from workers.shard_stage import NOTHING_TO_DO
+
+
+@flow(name="evaluate", **FLOW_OPTIONS)
+def evaluate(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Validation loss, CLIP score, FID on CLIP features, ShapesBench where the world is the small one, and grids."""
+    with stage("evaluate", recipe, overrides) as run:
+        phases = run.recipe.phases()
+        checkpoints = {key: [ref.folder for ref in upstream.checkpoints(run.recipe, run.store, key)] for key, _ in phases}
+        inputs = EvaluationInputs(
+            raw=upstream.raw(run.recipe, run.store),
+            text=upstream.text(run.recipe, run.store),
+            latents={key: upstream.latents(run.recipe, run.store, phase) for key, phase in phases},
+            towers=upstream.towers(run.recipe, run.store).folder,
+        )
+        result = evaluate_stage(run.recipe, run.store, checkpoints, inputs, run.report)
+        return run.finish(
+            manifest=result.path,
+            digest=result.digest,
+            skipped=result.skipped,
+            reason=NOTHING_TO_DO if result.skipped else f"{result.made} of {result.made + result.done_before} parts were not scored yet",
+            table=score_rows(result.scores),
+            warnings=sorted({f"{row['metric']} is left out: {row['reason']}" for row in result.left_out}),
+            pictures=thumbnails(run.store, result.pictures),
+        )

@@ -1,0 +1,34 @@
+"""Stage 8, export: the last checkpoint's EMA weights as a folder that StableDiffusion3Pipeline.from_pretrained opens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows import upstream
+from flows.stage import FLOW_OPTIONS, stage
+from sd3core.export import export_stage
+from sd3core.progress import Progress
+from sd3core.towers import fetch_towers
+from workers.shard_stage import NOTHING_TO_DO
+from workers.towers import towers_cache
+
+
+@flow(name="export", **FLOW_OPTIONS)
+def export(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Transformer, VAE, text encoders, tokenizers, scheduler, and a README with the call that fits the null convention."""
+    with stage("export", recipe, overrides) as run:
+        last = upstream.last_checkpoint(run.recipe, run.store, run.recipe.phases()[-1][0])
+        manifest = upstream.towers_manifest(run.recipe, run.store)
+        towers = fetch_towers(run.store, manifest.folder, towers_cache())
+        run.report(Progress(0, 1, "folders"))
+        exported = export_stage(run.recipe, run.store, last.folder, towers, manifest.digests)
+        run.report(Progress(1, 1, "folders"))
+        return run.finish(
+            manifest=f"{exported.folder}/MANIFEST.json",
+            digest=exported.digest,
+            skipped=exported.skipped,
+            reason=NOTHING_TO_DO if exported.skipped else f"from {last.folder}",
+            table=[{"folder": run.store.uri(exported.folder), "checkpoint": last.folder}],
+        )

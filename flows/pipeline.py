@@ -1,0 +1,30 @@
+"""The whole chain, from images to an exported checkpoint. Each stage is a flow of its own; the store decides what is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows.caption import caption
+from flows.encode import encode
+from flows.evaluate import evaluate
+from flows.export import export
+from flows.finetune import finetune
+from flows.ingest import ingest
+from flows.pretrain import pretrain
+from flows.session import session
+from flows.stage import FLOW_OPTIONS
+from flows.summary import write_summary
+from flows.towers import towers
+
+STAGE_FLOWS = (ingest, towers, caption, encode, pretrain, finetune, evaluate, export)
+
+
+@flow(name="pipeline", **FLOW_OPTIONS)
+def pipeline(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
+    """A retry, a new run and a run on another machine all do the same: they go on where the work stopped."""
+    with session(recipe, overrides) as opened:
+        outcomes = [stage_flow(recipe, overrides) for stage_flow in STAGE_FLOWS]
+        scores = opened.store.get_json(f"runs/{opened.recipe.run}/evaluations/scores.json")
+        return write_summary(opened.store, opened.recipe, outcomes, scores)

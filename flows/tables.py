@@ -1,0 +1,52 @@
+"""The rows that stages show in the UI."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flows import upstream
+from sd3core.data.manifest import read_manifest
+from sd3core.data.shards import read_table
+from sd3core.data.store import Store
+from sd3core.recipe import Recipe
+
+CAPTIONS_SHOWN = 8
+
+
+def shard_table(store: Store, results: dict[str, Any]) -> list[dict[str, object]]:
+    """A row for each thing a stage makes: shards, rows, size, rows by bucket or split, rows left out."""
+    rows = []
+    for name, result in results.items():
+        manifest = read_manifest(store, result.manifest.folder, result.manifest.digest)
+        rows.append(
+            {
+                "what": name,
+                "shards": len(manifest.shards),
+                "made now": result.made,
+                "rows": f"{manifest.rows:,}",
+                "MB": f"{manifest.bytes / 1e6:,.1f}",
+                "by kind": ", ".join(f"{kind}: {count:,}" for kind, count in manifest.buckets.items()),
+                "left out": ", ".join(f"{reason}: {count}" for reason, count in manifest.failed_reasons.items()) or "none",
+                "seconds": f"{result.seconds:.1f}",
+            }
+        )
+    return rows
+
+
+def towers_table(recipe: Recipe, store: Store) -> list[dict[str, object]]:
+    """A row a tower: size, digest, and the last figures of its training where it was made here."""
+    rows = []
+    for name, tower in upstream.towers_manifest(recipe, store).towers.items():
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in tower.training.items() if isinstance(value, float))
+        size = sum(file.bytes for file in tower.files.values())
+        rows.append({"tower": name, "MB": f"{size / 1e6:,.1f}", "digest": tower.digest[:12], "training": figures or "released weights"})
+    return rows
+
+
+def caption_table(store: Store, result: Any) -> list[dict[str, object]]:
+    """The first captions, beside the original ones."""
+    manifest = read_manifest(store, result.manifest.folder, result.manifest.digest)
+    if not manifest.shards:
+        return []
+    made = read_table(store, manifest.folder, manifest.shards[0].stem).slice(0, CAPTIONS_SHOWN).to_pylist()
+    return [{"key": row["key"], "synthetic caption": row["caption"], "by": row["model"]} for row in made]

@@ -1,0 +1,113 @@
+"""A training phase as the two training flows run it: the job from the recipe, the curve and the checkpoints as its result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from flows import upstream
+from flows.home import ensure, home
+from flows.stage import StageRun
+from sd3core import specs
+from sd3core.checkpoint import CheckpointRef, read_done
+from sd3core.data.store import Store
+from sd3core.plots import loss_curve
+from sd3core.specs import fingerprint
+from workers.shard_stage import NOTHING_TO_DO, reason_to_work, recall_stage, remember_stage
+from workers.trainer.job import DataRef, TrainingJob, TrainingResult
+from workers.trainer.launch import train
+from workers.trainer.checkpointing import read_metrics
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """What a phase ended with, as StageRun.finish takes it."""
+
+    key: str
+    manifest: str  # DONE.json of the last checkpoint
+    digest: str
+    skipped: bool
+    reason: str
+    table: list[dict[str, object]]
+    warnings: list[str]
+    pictures: dict[str, bytes]
+
+    def shown(self) -> dict[str, Any]:
+        names = ("manifest", "digest", "skipped", "reason", "table", "warnings", "pictures")
+        return {name: getattr(self, name) for name in names}
+
+
+def train_phase(run: StageRun, key: str, init: CheckpointRef | None) -> PhaseResult:
+    """Trains one phase of the recipe to its end; a finished one returns at once."""
+    job = phase_job(run, key, init)
+    note = recall_stage(run.store, run.recipe.run, key)
+    result = train(job, run.recipe.compute, run.report)
+    last = result.checkpoints[-1]
+    skipped = result.resumed_from == result.samples
+    remember_stage(run.store, run.recipe.run, key, job.folder, read_done(run.store, last).digest, job.fields)
+    return PhaseResult(
+        key=key,
+        manifest=f"{last}/DONE.json",
+        digest=read_done(run.store, last).digest,
+        skipped=skipped,
+        reason=NOTHING_TO_DO if skipped else _reason(note, job, result),
+        table=checkpoint_table(run.store, key, result.checkpoints),
+        warnings=result.warnings,
+        pictures={f"loss, {key}": loss_curve(read_metrics(run.store, job.folder), key)},
+    )
+
+
+def phase_job(run: StageRun, key: str, init: CheckpointRef | None) -> TrainingJob:
+    recipe, store = run.recipe, run.store
+    phase = dict(recipe.phases())[key]
+    latents, text = upstream.latents(recipe, store, phase), upstream.text(recipe, store)
+    fields = specs.train_fields(
+        recipe, phase, latents=latents.digest, text=text.digest, init=read_done(store, init.folder).digest if init else None
+    )
+    spec = fingerprint(fields)
+    return TrainingJob(
+        store=store.url,
+        run=recipe.run,
+        phase=key,
+        spec=spec,
+        fields=fields,
+        model=recipe.model_config_for(phase).to_dict(),
+        training=phase,
+        seed=recipe.seed,
+        text=recipe.text,
+        latents=DataRef(folder=latents.folder, digest=latents.digest),
+        text_features=DataRef(folder=text.folder, digest=text.digest),
+        init=init.folder if init else None,
+        recipe=recipe.model_dump(mode="json"),
+        log_dir=str(ensure(home() / "logs" / recipe.run / f"{key}-{spec}")),
+    )
+
+
+def merge_phases(phases: list[PhaseResult]) -> PhaseResult:
+    """Several phases of one stage as one result: the last one's checkpoint, everybody's rows."""
+    if len(phases) == 1:
+        return phases[0]
+    return PhaseResult(
+        key="finetune",
+        manifest=phases[-1].manifest,
+        digest=fingerprint([phase.digest for phase in phases]),
+        skipped=all(phase.skipped for phase in phases),
+        reason="; ".join(f"{phase.key}: {phase.reason}" for phase in phases),
+        table=[row for phase in phases for row in phase.table],
+        warnings=[warning for phase in phases for warning in phase.warnings],
+        pictures={name: picture for phase in phases for name, picture in phase.pictures.items()},
+    )
+
+
+def checkpoint_table(store: Store, key: str, folders: list[str]) -> list[dict[str, object]]:
+    rows = []
+    for folder in folders:
+        done = read_done(store, folder)
+        rows.append({"phase": key, "samples": f"{done.samples:,}", "steps": f"{done.steps:,}", "attempt": done.attempt, "checkpoint": store.uri(folder)})
+    return rows
+
+
+def _reason(note: Any, job: TrainingJob, result: TrainingResult) -> str:
+    if result.resumed_from:
+        return f"went on from {result.resumed_from:,} samples"
+    return reason_to_work(note, job.folder, job.fields, 1, 1, "phases")

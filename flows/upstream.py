@@ -1,0 +1,101 @@
+"""What the stages before left in the store, found from the recipe alone: so any stage can be started on its own.
+
+A stage that is missing, or stands behind the one before it, is a DataError that names the deployment to run.
+"""
+
+from __future__ import annotations
+
+from sd3core import specs
+from sd3core.checkpoint import CheckpointRef, list_checkpoints, read_done
+from sd3core.data.manifest import MANIFEST, Manifest, ManifestRef, manifest_ref, read_manifest
+from sd3core.data.store import Store
+from sd3core.errors import DataError
+from sd3core.recipe import Recipe, Training
+from sd3core.towers import TowersManifest, read_towers
+
+
+def raw(recipe: Recipe, store: Store) -> ManifestRef:
+    return _ref(_newest(recipe, store, specs.raw_folder(recipe), "ingest"))
+
+
+def towers_manifest(recipe: Recipe, store: Store) -> TowersManifest:
+    folder = specs.towers_folder(recipe)
+    if not store.exists(f"{folder}/{MANIFEST}"):
+        raise _missing(recipe, "towers")
+    return read_towers(store, folder)
+
+
+def towers(recipe: Recipe, store: Store) -> ManifestRef:
+    manifest = towers_manifest(recipe, store)
+    return manifest_ref(manifest.folder, manifest.digest)
+
+
+def captions(recipe: Recipe, store: Store) -> ManifestRef | None:
+    """None where the recipe names no captioner."""
+    if recipe.caption.captioner == "none":
+        return None
+    manifest = _newest(recipe, store, specs.captions_folder(recipe), "caption")
+    return _ref(_up_to_date(recipe, manifest, "caption", raw=raw(recipe, store)))
+
+
+def text(recipe: Recipe, store: Store) -> ManifestRef:
+    manifest = _newest(recipe, store, specs.text_folder(recipe, towers_manifest(recipe, store).digests), "encode")
+    return _ref(_up_to_date(recipe, manifest, "encode", raw=raw(recipe, store), captions=captions(recipe, store)))
+
+
+def latents(recipe: Recipe, store: Store, phase: Training) -> ManifestRef:
+    manifest = _newest(recipe, store, specs.latents_folder(recipe, phase, towers_manifest(recipe, store).digests), "encode")
+    return _ref(_up_to_date(recipe, manifest, "encode", raw=raw(recipe, store)))
+
+
+def train_fields(recipe: Recipe, store: Store, phase_key: str) -> dict[str, object]:
+    """What the checkpoints of a phase depend on; finding them needs the phase before to be finished."""
+    keys = [key for key, _ in recipe.phases()]
+    position = keys.index(phase_key)
+    phase = dict(recipe.phases())[phase_key]
+    before = last_checkpoint(recipe, store, keys[position - 1]) if position else None
+    return specs.train_fields(
+        recipe,
+        phase,
+        latents=latents(recipe, store, phase).digest,
+        text=text(recipe, store).digest,
+        init=read_done(store, before.folder).digest if before else None,
+    )
+
+
+def checkpoints(recipe: Recipe, store: Store, phase_key: str) -> list[CheckpointRef]:
+    """The finished checkpoints of a phase that has been trained to its end, oldest first."""
+    folder = specs.checkpoints_folder(recipe, phase_key, train_fields(recipe, store, phase_key))
+    found = list_checkpoints(store, folder)
+    wanted = dict(recipe.phases())[phase_key].samples
+    if not found or found[-1].samples < wanted:
+        raise _missing(recipe, phase_key.partition(".")[0])
+    return found
+
+
+def last_checkpoint(recipe: Recipe, store: Store, phase_key: str) -> CheckpointRef:
+    return checkpoints(recipe, store, phase_key)[-1]
+
+
+def _newest(recipe: Recipe, store: Store, folder: str, stage: str) -> Manifest:
+    if not store.exists(f"{folder}/{MANIFEST}"):
+        raise _missing(recipe, stage)
+    return read_manifest(store, folder)
+
+
+def _up_to_date(recipe: Recipe, manifest: Manifest, stage: str, **inputs: ManifestRef | None) -> Manifest:
+    wanted = {name: ref.digest for name, ref in inputs.items() if ref is not None}
+    behind = [name for name, digest in wanted.items() if manifest.inputs.get(name) != digest]
+    if behind:
+        raise DataError(f"{stage}: what it made is older than {behind[0]}; run `prefect deployment run '{stage}/{recipe.name}'` first")
+    return manifest
+
+
+def _ref(manifest: Manifest) -> ManifestRef:
+    return manifest_ref(manifest.folder, manifest.digest)
+
+
+def _missing(recipe: Recipe, stage: str) -> DataError:
+    return DataError(
+        f"{stage} is not finished for this recipe; run `prefect deployment run '{stage}/{recipe.name}'` first, or 'pipeline/{recipe.name}' for all"
+    )

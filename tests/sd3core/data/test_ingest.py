@@ -1,0 +1,270 @@
+"""Ingest on real folders and on the small world: what is taken, what is rejected and why, and what stays stable."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import unicodedata
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sd3core.data.folder_source import clean_caption, image_key
+from sd3core.data.images import decode_image
+from sd3core.data.ingest import FolderChanged, IngestWorker, list_source
+from sd3core.data.shards import is_held_out, read_index, read_samples, shard_stem
+from sd3core.errors import DataError
+from sd3core.recipe import Data
+
+RNG = np.random.default_rng(0)
+
+
+def _image(size=(48, 40)) -> Image.Image:
+    return Image.fromarray(RNG.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def _save(path, image=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image or _image()).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    return tmp_path / "pictures"
+
+
+def _data(folder, **changes) -> Data:
+    return Data(**{"name": "pictures", "source": "folder", "folder": str(folder), "rows_per_shard": 4, "held_out_fraction": 0.5} | changes)
+
+
+def _ingest(store, data, captions_needed=False, folder="raw"):
+    """Rows by source path, failed reasons by name, and files by key."""
+    worker = IngestWorker(data, store.url, folder)
+    rows, failed, files = {}, {}, {}
+    for shard in list_source(data, 0, captions_needed):
+        record = worker(shard)
+        assert worker.progress == len(shard.items) == record.rows + len(record.failed)
+        failed |= {row.key: row.reason for row in record.failed}
+        rows |= {row["source"]: row for row in read_index(store, folder, record.stem).to_pylist()}
+        files |= dict(read_samples(store.get(f"{folder}/{record.stem}.tar")))
+    return rows, failed, files
+
+
+def test_images_are_kept_as_they_are_with_their_captions(folder, file_store):
+    _save(folder / "a.jpg")
+    _save(folder / "a.png")  # the same stem
+    _save(folder / "sub/a.webp")
+    _save(folder / "scan.TIF")
+    (folder / "a.txt").write_text("both are called a\n")
+    (folder / "sub/a.txt").write_bytes("\ufeffеж и 猫 \U0001f994".encode())
+    rows, failed, files = _ingest(file_store, _data(folder))
+    assert failed == {} and sorted(rows) == ["a.jpg", "a.png", "scan.TIF", "sub/a.webp"]
+    assert rows["a.jpg"]["caption"] == rows["a.png"]["caption"] == "both are called a"
+    assert rows["sub/a.webp"]["caption"] == "еж и 猫 \U0001f994" and rows["scan.TIF"]["caption"] == ""
+    assert len({row["key"] for row in rows.values()}) == 4 and all("." not in row["key"] for row in rows.values())
+    for name, extension in (("a.jpg", "jpg"), ("a.png", "png"), ("sub/a.webp", "webp")):
+        assert files[rows[name]["key"]][extension] == (folder / name).read_bytes()
+    scanned = decode_image(files[rows["scan.TIF"]["key"]]["png"], 10**6)
+    np.testing.assert_array_equal(np.asarray(scanned), np.asarray(Image.open(folder / "scan.TIF")))
+    for row in rows.values():
+        about = json.loads(files[row["key"]]["json"])
+        assert about == {name: row[name] for name in ("caption", "width", "height", "source")}
+        assert (row["width"], row["height"]) == (48, 40)
+        assert row["split"] == ("held_out" if is_held_out(row["key"], 0.5) else "train")
+
+
+def test_size_is_that_of_the_upright_image(folder, file_store):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    _save(folder / "turned.jpg", exif=exif.tobytes())
+    rows, _, _ = _ingest(file_store, _data(folder))
+    assert (rows["turned.jpg"]["width"], rows["turned.jpg"]["height"]) == (40, 48)
+
+
+def test_every_reject_is_named_with_its_reason(folder, file_store, tmp_path):
+    _save(folder / "good.png")
+    (folder / "good.txt").write_text("good")
+    _save(folder / "plain.png")
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("not an image")
+    (folder / "drawing.svg").write_text("<svg/>")
+    (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:500])
+    _save(folder / "small.png", _image((31, 90)))
+    _save(folder / "large.png", _image((90, 90)))
+    _save(folder / "film.gif", save_all=True, append_images=[_image()])
+    _save(folder / "latin.png")
+    for name in ("empty", "text", "drawing", "cut", "small", "large", "film"):
+        (folder / f"{name}.txt").write_text("x")
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    outside = _save(tmp_path / "outside/secret.png")
+    (folder / "link.png").symlink_to(outside)
+    (folder / "linked").symlink_to(outside.parent)
+    (folder / "inner.png").symlink_to("good.png")
+    (folder / "inner.txt").write_text("a link inside is fine")
+    (folder / "dangling.png").symlink_to("nowhere.png")
+    _save(folder / ".hidden.png")
+    _save(folder / ".cache/x.png")
+    (folder / "notes.md").write_text("ignored")
+    rows, failed, _ = _ingest(file_store, _data(folder, max_image_pixels=8000), captions_needed=True)
+    assert sorted(rows) == ["good.png", "inner.png"]
+    assert failed == {
+        "plain.png": "no caption (name a captioner in caption.captioner)",
+        "empty.jpg": "empty file",
+        "text.jpg": "not an image that can be read",
+        "drawing.svg": "not an image that can be read",
+        "cut.png": "truncated or damaged image",
+        "small.png": "a side is shorter than 32 px (data.min_side_px)",
+        "large.png": "more than 8000 pixels",
+        "film.gif": "animated, or several pictures in one file",
+        "latin.png": "its caption file is not UTF-8",
+        "link.png": "a link that leads out of the folder is not followed",
+        "linked": "a linked folder is not followed",
+        "dangling.png": "not a regular file",
+    }
+
+
+def test_metadata_lines(folder, file_store, tmp_path):
+    _save(folder / "a.png")
+    _save(folder / "sub/b.png")
+    _save(folder / "sub/c.png")
+    _save(folder / "d.png")
+    _save(tmp_path / "out.png")
+    (folder / "a.txt").write_text("metadata wins over this")
+    lines = [
+        json.dumps({"file_name": "a.png", "text": "ä from metadata", "more": 1}, ensure_ascii=False),
+        "",
+        "{broken",
+        json.dumps({"file_name": "sub/b.png", "text": "b"}),
+        json.dumps({"file_name": "../out.png", "text": "outside"}),
+        json.dumps({"file_name": "gone.png", "text": "x"}),
+        json.dumps({"file_name": "a.png", "text": "again"}),
+        json.dumps({"file_name": "d.png", "text": None}),
+        json.dumps(["file_name"]),
+        json.dumps({"text": "no name"}),
+    ]
+    (folder / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b'\n{"file_name": "\xff"}')
+    (folder / "sub/metadata.jsonl").write_text(json.dumps({"file_name": "c.png", "text": "c \ud800 lone"}))
+    rows, failed, _ = _ingest(file_store, _data(folder))
+    assert {name: row["caption"] for name, row in rows.items()} == {
+        "a.png": "ä from metadata", "sub/b.png": "b", "sub/c.png": "c lone", "d.png": "",
+    }  # fmt: skip
+    not_json, no_image = "not a JSON object with file_name and text", "its file_name is no image of the folder"
+    assert failed == {
+        "metadata.jsonl line 3": not_json,
+        "metadata.jsonl line 5": no_image,
+        "metadata.jsonl line 6": no_image,
+        "metadata.jsonl line 7": "its file_name stood in an earlier line",
+        "metadata.jsonl line 8": "file_name and text must be strings",
+        "metadata.jsonl line 9": not_json,
+        "metadata.jsonl line 10": not_json,
+        "metadata.jsonl line 11": not_json,
+    }
+
+
+@pytest.mark.parametrize("content, why", [
+    ({}, "it holds no image file"),
+    ({"a.jpg": b"", "b.jpg": b"x", "c.jpg": b"y"}, "2 rejected: not an image that can be read; 1 rejected: empty file"),
+])  # fmt: skip
+def test_a_folder_without_a_usable_image_is_an_error_of_one_line(folder, content, why):
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+    with pytest.raises(DataError) as error:
+        list_source(_data(folder), 0)
+    assert str(error.value) == f"data.folder {folder}: no usable image ({why}); name another folder, or mend that"
+    with pytest.raises(DataError, match="no such folder"):
+        list_source(_data(folder / "nowhere"), 0)
+
+
+def test_all_without_caption_is_an_error_where_captions_are_needed(folder):
+    _save(folder / "a.png")
+    assert list_source(_data(folder), 0)
+    with pytest.raises(DataError, match="1 rejected: no caption"):
+        list_source(_data(folder), 0, captions_needed=True)
+
+
+def test_shards_are_named_by_content(folder, tmp_path):
+    for number in range(10):
+        _save(folder / f"{number:03d}.png")
+        (folder / f"{number:03d}.txt").write_text(f"caption {number}")
+    first = list_source(_data(folder), 0)
+    assert [len(shard.items) for shard in first] == [4, 4, 2]
+    assert [shard.digest for shard in list_source(_data(folder), 0)] == [shard.digest for shard in first]
+    _save(folder / "010.png")  # a data set that grows at its end keeps its full shards
+    grown = list_source(_data(folder), 0)
+    assert [shard.digest for shard in grown[:2]] == [shard.digest for shard in first[:2]] and grown[2].digest != first[2].digest
+    (folder / "005.txt").write_text("another caption")
+    changed = list_source(_data(folder), 0)
+    assert [a.digest == b.digest for a, b in zip(changed, grown)] == [True, False, True]
+    folder.rename(tmp_path / "moved")
+    assert [shard.digest for shard in list_source(_data(tmp_path / "moved"), 0)] == [shard.digest for shard in changed]
+
+
+def test_a_file_that_changes_after_the_listing_fails_its_shard(folder, file_store):
+    _save(folder / "a.png")
+    (shard,) = list_source(_data(folder), 0)
+    _save(folder / "a.png")
+    with pytest.raises(FolderChanged, match="a.png changed since"):
+        IngestWorker(_data(folder), file_store.url, "raw")(shard)
+    (folder / "a.png").unlink()
+    with pytest.raises(FolderChanged):
+        IngestWorker(_data(folder), file_store.url, "raw")(shard)
+    assert file_store.list() == []
+
+
+def test_file_names_that_are_not_utf8(folder, file_store):
+    name = os.fsencode(str(folder)) + b"/caf\xe9.png"
+    sink = io.BytesIO()
+    _image().save(sink, "PNG")
+    with open(name, "wb") as file:
+        file.write(sink.getvalue())
+    rows, _, _ = _ingest(file_store, _data(folder))
+    assert list(rows) == ["caf\\xe9.png"]
+
+
+def test_keys():
+    paths = ["a.jpg", "a.png", "a/b.jpg", "a_b.jpg", "a.b.jpg", "猫.jpg", "犬.jpg", "x" * 240 + ".jpg", "x" * 241 + ".jpg", "A.jpg"]
+    keys = [image_key(path) for path in paths]
+    assert len({key.lower() for key in keys}) == len(keys)
+    assert all(key.isascii() and len(key) < 90 and set(key.lower()) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-") for key in keys)
+
+
+def test_captions_are_one_clean_line():
+    assert clean_caption("  a\tb\r\n c\x00\x1b[31m\x7f d\u2028e ", 99) == "a b c[31m d e"
+    assert clean_caption("one two three", 9) == "one two" and clean_caption("one two three", 7) == "one two"
+    assert clean_caption("unbroken" * 4, 10) == "unbrokenun" and clean_caption("猫" * 30, 10) == "猫" * 10
+    family = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # joined by zero-width joiners, which mean something
+    assert clean_caption(family, 99) == family and clean_caption("می\u200cخواهم", 99) == "می\u200cخواهم"
+    assert not any(unicodedata.category(c) == "Cc" for c in clean_caption("".join(map(chr, range(300))), 999))
+
+
+WORLD = Data(name="world", source="small_world", images=10, image_side_px=64, aspect_ratios=(1.0, 0.75, 1.3333), rows_per_shard=4, held_out_fraction=0.3)
+
+
+def test_small_world(file_store):
+    shards = list_source(WORLD, 3)
+    assert [(shard.number, list(shard.items)) for shard in shards] == [(0, [0, 1, 2, 3]), (1, [4, 5, 6, 7]), (2, [8, 9])]
+    rows, failed, files = {}, [], {}
+    for shard in shards:
+        record = IngestWorker(WORLD, file_store.url, "raw")(shard)
+        failed += record.failed
+        rows |= {row["key"]: row for row in read_index(file_store, "raw", record.stem).to_pylist()}
+        files |= dict(read_samples(file_store.get(f"raw/{record.stem}.tar")))
+        assert IngestWorker(WORLD, file_store.url, "again")(shard).digest == record.digest
+    assert len(rows) == 10 and failed == [] and len({row["width"] for row in rows.values()}) > 1
+    for key, row in rows.items():
+        image = decode_image(files[key]["png"], 10**6)
+        assert image.size == (row["width"], row["height"]) and abs(image.width * image.height - 64 * 64) < 400
+        assert row["caption"] and row["source"] == "small_world"
+
+
+def test_small_world_shards_are_named_by_seed_settings_and_range():
+    base = [shard.digest for shard in list_source(WORLD, 0)]
+    grown = [shard.digest for shard in list_source(WORLD.model_copy(update={"images": 15}), 0)]
+    assert grown[:2] == base[:2] and grown[2] != base[2] and len(grown) == 4
+    for seed, change in [(1, {}), (0, {"max_objects": 2}), (0, {"image_side_px": 96})]:
+        assert not set(base) & {shard.digest for shard in list_source(WORLD.model_copy(update=change), seed)}
+    assert shard_stem(7, base[0]) == f"00007.{base[0]}"

@@ -1,0 +1,69 @@
+"""A manifest says that a stage is done; each one that was ever committed can be read by its digest."""
+
+from __future__ import annotations
+
+import pytest
+
+from sd3core.data.manifest import Manifest, ManifestRef, ShardEntry, commit_manifest, explain_difference, manifest_ref, read_manifest
+from sd3core.errors import DataError
+
+FOLDER = "datasets/d/latents/spec"
+
+
+def _manifest(shards: int = 2) -> Manifest:
+    entries = [
+        ShardEntry(
+            number=n, stem=f"{n:05d}.aaaaaaaaaaaa", rows=10 + n, failed={"empty file": 1}, bytes=100, digest="d" * 64,
+            index_digest="e" * 64, buckets={"64x64": 6, "64x48": 4 + n},
+        )
+        for n in range(shards)
+    ]  # fmt: skip
+    return Manifest(stage="latents", spec="0" * 12, fields={"side_px": 64}, inputs={"raw": "f" * 64}, folder=FOLDER, shards=entries)
+
+
+def test_totals():
+    manifest = _manifest()
+    assert (manifest.rows, manifest.bytes) == (21, 200)
+    assert manifest.buckets == {"64x48": 9, "64x64": 12} and manifest.failed_reasons == {"empty file": 2}
+
+
+def test_digest_is_that_of_the_stored_bytes_and_fixed_for_ever():
+    assert _manifest().digest == "906261951ffa8a1bd411dc14ea35947f947e345d2fa2c90580ffb0f05acf508f"
+    assert _manifest(3).digest != _manifest().digest
+
+
+def test_commit_and_read(store):
+    first, second = _manifest(2), _manifest(3)
+    ref = commit_manifest(store, FOLDER, first)
+    assert ref == manifest_ref(FOLDER, first.digest) == ManifestRef(FOLDER, f"{FOLDER}/MANIFEST.{first.digest[:12]}.json", first.digest)
+    later = commit_manifest(store, FOLDER, second)
+    assert read_manifest(store, FOLDER) == second
+    assert read_manifest(store, FOLDER, ref.digest) == read_manifest(store, ref.path) == first  # whatever was added since
+    assert read_manifest(store, later.path, later.digest) == second
+    assert commit_manifest(store, FOLDER, first) == ref and read_manifest(store, FOLDER) == first
+
+
+def test_what_is_not_the_manifest_asked_for_is_refused(store):
+    with pytest.raises(DataError, match="no such manifest; the stage that makes it is not finished"):
+        read_manifest(store, FOLDER)
+    ref = commit_manifest(store, FOLDER, _manifest())
+    with pytest.raises(DataError, match="no such manifest"):
+        read_manifest(store, FOLDER, "0" * 64)
+    with pytest.raises(DataError, match="not the manifest that was asked for"):
+        read_manifest(store, f"{FOLDER}/MANIFEST.json", "0" * 64)
+    data = store.get(ref.path)
+    store.put(ref.path, data.replace(b'"rows": 10', b'"rows": 11'))
+    with pytest.raises(DataError, match=f"not the manifest that was asked for \\({ref.digest[:12]}\\)"):
+        read_manifest(store, FOLDER, ref.digest)
+    for damage in (data[:-10], b"", data.replace(b'"stage"', b'"staging"')):
+        store.put(ref.path, damage)
+        with pytest.raises(DataError, match="not a manifest of this version|not the manifest that was asked for"):
+            read_manifest(store, FOLDER, ref.digest)
+
+
+def test_differences_are_told_by_key():
+    old = {"format": 1, "text": {"t5_tokens": 16, "padding": "trimmed"}, "gone": 1, "same": [1, 2]}
+    new = {"format": 1, "text": {"t5_tokens": 20, "padding": "trimmed"}, "more": {"x": None}, "same": [1, 2]}
+    assert explain_difference(old, new) == ["gone: 1 -> unset", "more.x: unset -> None", "text.t5_tokens: 16 -> 20"]
+    assert explain_difference(old, old) == [] == explain_difference({"a": {}}, {"a": {}})
+    assert explain_difference({"a": {}}, {"a": {"b": 1}}) == ["a.b: unset -> 1"]

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sd3core.conditioning import ENCODERS, TextFeatures, assemble, drop_mask
+from sd3core.errors import DataError
+
+
+def features(batch: int = 3, seed: int = 0) -> TextFeatures:
+    torch.manual_seed(seed)
+    return TextFeatures(
+        clip_l=torch.randn(batch, 5, 4),
+        clip_g=torch.randn(batch, 5, 6),
+        t5=torch.randn(batch, 7, 12),
+        clip_l_pooled=torch.randn(batch, 4),
+        clip_g_pooled=torch.randn(batch, 3),
+        lengths=torch.tensor([[2, 3, 4]]).repeat(batch, 1),
+    )
+
+
+def equal(a: TextFeatures, b: TextFeatures) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in a.__dataclass_fields__)
+
+
+def test_clip_comes_first_and_channels_are_padded():
+    f = features()
+    context, pooled = assemble(f, context_dim=16)
+    assert context.shape == (3, 12, 16) and pooled.shape == (3, 7)
+    assert torch.equal(context[:, :5, :4], f.clip_l) and torch.equal(context[:, :5, 4:10], f.clip_g)
+    assert torch.equal(context[:, 5:, :12], f.t5)
+    assert not context[:, :5, 10:].any() and not context[:, 5:, 12:].any()
+    assert torch.equal(pooled, torch.cat([f.clip_l_pooled, f.clip_g_pooled], dim=1))
+
+
+@pytest.mark.parametrize("column", range(3))
+def test_a_dropped_encoder_is_zero_in_sequence_and_pooled_and_nothing_else_changes(column: int):
+    f = features()
+    keep = torch.ones(3, 3, dtype=torch.bool)
+    keep[1, column] = False
+    context, pooled = assemble(f, keep, None, 12)
+    whole, whole_pooled = assemble(f, context_dim=12)
+    parts = {0: (slice(0, 5), slice(0, 4)), 1: (slice(0, 5), slice(4, 10)), 2: (slice(5, 12), slice(0, 12))}
+    tokens, channels = parts[column]
+    expected, expected_pooled = whole.clone(), whole_pooled.clone()
+    expected[1, tokens, channels] = 0
+    if column < 2:
+        expected_pooled[1, slice(0, 4) if column == 0 else slice(4, 7)] = 0
+    assert torch.equal(context, expected) and torch.equal(pooled, expected_pooled)
+
+
+def test_with_null_features_a_wholly_dropped_row_is_the_null_row():
+    f, null = features(), features(1, seed=1)
+    keep = torch.tensor([[True] * 3, [False] * 3, [True] * 3])
+    context, pooled = assemble(f, keep, null, 12)
+    null_context, null_pooled = assemble(null, context_dim=12)
+    assert torch.equal(context[1], null_context[0]) and torch.equal(pooled[1], null_pooled[0])
+    assert torch.equal(context[0], assemble(f, context_dim=12)[0][0])
+
+
+def test_too_small_context_dim_is_refused():
+    with pytest.raises(ValueError, match="context_dim 10"):
+        assemble(features(), context_dim=10)
+
+
+def test_bytes_round_trip_in_both_paddings():
+    one = features().index(1)
+    assert equal(TextFeatures.from_bytes(one.to_bytes("reference"), clip_tokens=5, t5_tokens=7), one)
+    assert equal(TextFeatures.from_bytes(one.to_bytes("trimmed"), clip_tokens=5, t5_tokens=7), one.trimmed())
+    assert len(one.to_bytes("trimmed")) < len(one.to_bytes("reference"))
+
+
+def test_bytes_that_do_not_fit_are_a_data_error():
+    with pytest.raises(DataError, match="do not fit"):
+        TextFeatures.from_bytes(features().index(0).to_bytes("reference"), clip_tokens=4, t5_tokens=7)
+    with pytest.raises(DataError, match="cannot be read"):
+        TextFeatures.from_bytes(b"\0" * 64, clip_tokens=4, t5_tokens=7)
+
+
+def test_trimmed_keeps_real_tokens_only():
+    f = features().trimmed()
+    for name, length in zip(ENCODERS, (2, 3, 4), strict=True):
+        sequence = getattr(f, name)
+        assert sequence[:, :length].all() and not sequence[:, length:].any()
+
+
+def test_index_stack_and_to():
+    f = features()
+    assert equal(TextFeatures.stack([f.index(0), f.index(slice(1, 3))]), f)
+    assert equal(f.index(-1), f.index([2])) and len(f.index(torch.tensor([0, 2]))) == 2
+    half = f.to(torch.float16)
+    assert half.t5.dtype == torch.float16 and half.lengths.dtype == torch.int64
+
+
+def test_drop_mask_has_the_papers_rate_independently_and_is_a_function_of_its_arguments():
+    ids = np.arange(20_000, dtype=np.int64)
+    mask = drop_mask(0, 3, ids, 0.464)
+    assert mask.shape == (20_000, 3) and mask.dtype == torch.bool
+    assert torch.allclose(mask.float().mean(0), torch.full((3,), 0.464), atol=0.015)
+    assert abs(mask.all(1).float().mean() - 0.464**3) < 0.01  # about a tenth is wholly unconditional
+    assert torch.equal(drop_mask(0, 3, ids[777:900], 0.464), mask[777:900])
+    assert not torch.equal(drop_mask(0, 4, ids, 0.464), mask)

@@ -1,0 +1,128 @@
+"""The exported folder against diffusers itself: the pipeline is an independent implementation of everything but the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sd3core.errors import CheckpointError, UserError
+from sd3core.export import export_diffusers
+from sd3core.checkpoint_facts import CheckpointFacts
+from sd3core.generate import Generator
+from sd3core.recipe import Text
+from sd3core.sample_settings import SampleSettings
+from test_generate import FACTS, write_checkpoint
+
+diffusers = pytest.importorskip("diffusers")
+README_PROMPT = "a photo of a red apple on a wooden table"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@contextlib.contextmanager
+def inside(folder: Path):
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def test_the_pipeline_draws_the_picture_that_the_generator_draws(towers_folder, tmp_path):
+    """Same negative embeddings, T5 length, sigmas, seed, fp32: within 2 of 255 levels at every pixel."""
+    checkpoint = write_checkpoint(tmp_path / "model")
+    folder = export_diffusers(checkpoint, towers_folder, tmp_path / "exported")
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    generator = Generator.load(checkpoint, towers_folder)
+    settings = SampleSettings(48, 32, num_steps=5, guidance_scale=3.0, shift=FACTS.shift)
+    prompt = "a red square on the left"
+    _, (negative, negative_pooled) = generator.conditioning([prompt])
+    theirs = pipe(
+        prompt=prompt,
+        negative_prompt_embeds=negative,
+        negative_pooled_prompt_embeds=negative_pooled,
+        max_sequence_length=FACTS.text.t5_tokens,
+        height=48,
+        width=32,
+        num_inference_steps=5,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(11),
+    ).images[0]
+    ours = generator.sample([prompt], [11], settings)[0]
+    assert ours.std() > 5
+    assert np.abs(np.asarray(theirs).astype(int) - ours).max() <= 2
+
+
+@pytest.mark.parametrize("null", ["zeros", "empty"])
+@pytest.mark.parametrize("padding", ["reference", "trimmed"])
+def test_the_readme_shows_the_call_that_fits(towers_folder, tmp_path, null, padding):
+    """Its Python block is run as it stands, and must draw the generator's picture for each way to train."""
+    text = Text(clip_tokens=12, t5_tokens=10, padding=padding)
+    checkpoint = write_checkpoint(tmp_path / "model", CheckpointFacts(null, text, side_px=32, shift=1.5, digest="", samples=7))
+    folder = export_diffusers(checkpoint, towers_folder, tmp_path / "exported")
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    with inside(folder):
+        exec(compile(code, "README.md", "exec"), {})
+        theirs = np.asarray(diffusers.utils.load_image("picture.png"))
+    settings = SampleSettings(32, 32, num_steps=28, guidance_scale=5.0, shift=1.5)
+    generator = Generator.load(checkpoint, towers_folder)
+    ours = generator.sample([README_PROMPT], [0], settings)[0]
+    assert np.abs(theirs.astype(int) - ours).max() <= 2
+    other = Generator(generator.model, generator.encoders, generator.autoencoder, "empty" if null == "zeros" else "zeros")
+    assert np.abs(theirs.astype(int) - other.sample([README_PROMPT], [0], settings)[0]).max() > 2
+
+
+def test_is_there_whole_or_not_at_all(towers_folder, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "model")
+    out = tmp_path / "deep" / "exported"
+    incomplete = tmp_path / "towers"
+    incomplete.mkdir()
+    for name in ("text_encoder_3", "vae"):
+        (incomplete / name).symlink_to(towers_folder / name)
+    with pytest.raises(OSError):
+        export_diffusers(checkpoint, incomplete, out)
+    assert list(out.parent.iterdir()) == []
+    export_diffusers(checkpoint, towers_folder, out)
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        "README.md model_index.json scheduler text_encoder text_encoder_2 text_encoder_3"
+        " tokenizer tokenizer_2 tokenizer_3 transformer vae".split()
+    )
+    with pytest.raises(UserError, match="exists already"):
+        export_diffusers(checkpoint, towers_folder, out)
+
+
+def test_a_projection_of_clip_l_is_undone(towers_folder, tmp_path):
+    """A released CLIP-L has a projection that SD3 does not use, but the pipeline would."""
+    import shutil
+
+    from transformers import CLIPTextModelWithProjection
+
+    towers = tmp_path / "towers"
+    shutil.copytree(towers_folder, towers)
+    clip = CLIPTextModelWithProjection.from_pretrained(towers / "text_encoder")
+    torch.nn.init.normal_(clip.text_projection.weight)
+    clip.save_pretrained(towers / "text_encoder")
+    folder = export_diffusers(write_checkpoint(tmp_path / "model"), towers, tmp_path / "exported")
+    exported = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder")
+    assert torch.equal(exported.text_projection.weight, torch.eye(32))
+
+
+def test_towers_that_diffusers_would_join_otherwise_are_refused(towers_folder, tmp_path):
+    from sd3core.checkpoint import save_model
+    from sd3core.mmdit import MMDiT, MMDiTConfig
+
+    config = MMDiTConfig.from_depth(1, context_dim=96, pooled_dim=80, position_max=4)
+    save_model(tmp_path / "model", MMDiT(config), replace(FACTS).to_extra())
+    with pytest.raises(CheckpointError, match="T5 has 64, the model 96"):
+        export_diffusers(str(tmp_path / "model"), towers_folder, tmp_path / "exported")

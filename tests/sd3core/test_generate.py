@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sd3core.checkpoint import save_model
+from sd3core.conditioning import assemble
+from sd3core.errors import CheckpointError, UserError
+from sd3core.checkpoint_facts import CheckpointFacts, read_facts
+from sd3core.generate import Generator, grid_columns, sample_to_files
+from sd3core.mmdit import MMDiT, MMDiTConfig
+from sd3core.pictures import read_settings
+from sd3core.recipe import Text
+from sd3core.sample_settings import SampleSettings
+from sd3core.sampling import guided, sample_euler, sigma_schedule
+from small_models import randomise
+
+FACTS = CheckpointFacts("zeros", Text(clip_tokens=12, t5_tokens=10), side_px=32, shift=2.0, digest="")
+SETTINGS = SampleSettings(32, 48, num_steps=3, guidance_scale=3.0, shift=2.0)
+PROMPTS = ["a red square on the left", "a blue bar on the right", ""]
+
+
+def write_checkpoint(folder: Path, facts: CheckpointFacts = FACTS) -> str:
+    """A plain model folder for the tiny towers of conftest."""
+    sizes = {"hidden_size": 128, "num_heads": 2, "context_dim": 64, "pooled_dim": 80}
+    config = MMDiTConfig.from_depth(2, **sizes, position_base=2, position_side=2, position_max=4)
+    save_model(folder, randomise(MMDiT(config)), facts.to_extra())
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def generator(checkpoint, towers_folder) -> Generator:
+    return Generator.load(checkpoint, towers_folder)
+
+
+def test_facts_come_back_from_a_model_folder(checkpoint, tmp_path):
+    facts = read_facts(checkpoint)
+    assert replace(facts, digest="") == FACTS and len(facts.digest) == 64
+    assert facts.settings(num_steps=4) == SampleSettings(32, 32, num_steps=4, shift=2.0)
+    with pytest.raises(CheckpointError, match="neither config.json"):
+        read_facts(str(tmp_path))
+    with pytest.raises(CheckpointError, match="save it with"):
+        save_model(tmp_path, MMDiT(MMDiTConfig.from_depth(1, context_dim=8, pooled_dim=8, position_max=4)))
+        read_facts(str(tmp_path))
+
+
+def test_a_picture_is_a_function_of_its_prompt_and_seed_alone(generator):
+    whole = generator.sample(PROMPTS, [5, 6, 7], SETTINGS)
+    assert whole.shape == (3, 32, 48, 3) and whole.dtype == np.uint8
+    single = np.concatenate([generator.sample([p], [s], SETTINGS) for p, s in zip(PROMPTS, (5, 6, 7), strict=True)])
+    assert np.abs(whole.astype(int) - single).max() <= 1  # other sums in other batches
+    other = generator.sample(PROMPTS[:1], [6], SETTINGS)
+    assert (other != whole[:1]).mean() > 0.3
+
+
+def test_one_batch_for_both_halves_equals_the_guidance_of_two(generator):
+    cond, null = generator.conditioning(PROMPTS)
+    noise = torch.stack([torch.randn(16, 4, 6, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2, 3)])
+    model = generator.model
+    with torch.inference_mode():
+        for scale in (0.0, 1.0, 3.0):
+            predict = guided(lambda z, t: model(z, t, *cond), lambda z, t: model(z, t, *null), scale)
+            expected = sample_euler(predict, noise, sigma_schedule(3, shift=2.0))
+            found = generator.latents(PROMPTS, [1, 2, 3], replace(SETTINGS, guidance_scale=scale))
+            assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_no_prompt_is_what_the_checkpoint_says(checkpoint, towers_folder):
+    zeros = Generator.load(checkpoint, towers_folder)
+    empty = Generator(zeros.model, zeros.encoders, zeros.autoencoder, "empty")
+    _, (context, pooled) = zeros.conditioning(PROMPTS)
+    assert not context.any() and not pooled.any()
+    (cond, cond_pooled), (context, pooled) = empty.conditioning(PROMPTS)
+    assert torch.allclose(context[0], cond[2], atol=1e-5) and torch.allclose(pooled[0], cond_pooled[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("null", ["zeros", "empty"])
+def test_a_dropped_encoder_is_replaced_as_in_training(generator, null):
+    chosen = Generator(generator.model, generator.encoders, generator.autoencoder, null)
+    (context, pooled), (null_context, _) = chosen.conditioning(PROMPTS, drop=("t5",))
+    features = generator.encoders.encode(PROMPTS)
+    keep = torch.tensor([[True, True, False]]).expand(3, -1)
+    expected, _ = assemble(features, keep, generator.encoders.null() if null == "empty" else None, 64)
+    assert torch.allclose(context, expected, atol=1e-5)
+    assert torch.allclose(context[:, 12:], null_context[:, 12:]) and context[:, :12].any()
+
+
+def test_bad_requests_are_named(generator):
+    for settings, message in (
+        (replace(SETTINGS, height=40), "height 40 px: this model makes multiples of 16 px up to 64"),
+        (replace(SETTINGS, width=80), "width 80 px"),
+        (replace(SETTINGS, drop=("clip",)), "no encoder 'clip'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generator.sample(PROMPTS, [0, 1, 2], settings)
+    with pytest.raises(UserError, match="3 prompts and 1 seeds"):
+        generator.sample(PROMPTS, [0], SETTINGS)
+
+
+def test_steps_are_counted_over_all_batches(generator):
+    seen = []
+    generator.sample(PROMPTS, [0, 1, 2], SETTINGS, batch=2, on_step=lambda done, total: seen.append((done, total)))
+    assert seen == [(i, 6) for i in range(1, 7)]
+
+
+def test_files_carry_their_settings(checkpoint, towers_folder, tmp_path):
+    paths = sample_to_files(
+        checkpoint, towers_folder, PROMPTS[:2], tmp_path / "new" / "out", seed=3, pictures_per_prompt=2, num_steps=2, height=None
+    )
+    assert [path.name for path in paths] == ["00000.png", "00001.png", "00002.png", "00003.png", "grid.png"]
+    inside = read_settings(paths[2].read_bytes())
+    assert inside["prompt"] == PROMPTS[1] and inside["seed"] == "5" and inside["weights"] == "ema"
+    assert json.loads(inside["settings"]) | {"num_steps": 2, "shift": 2.0, "height": 32} == json.loads(inside["settings"])
+    assert json.loads(read_settings(paths[-1].read_bytes())["seeds"]) == [3, 4, 5, 6]
+
+
+def test_grid_columns():
+    assert [grid_columns(n) for n in (1, 2, 4, 5, 16, 17)] == [1, 2, 2, 3, 4, 5]

@@ -1,0 +1,129 @@
+"""Our encoders against an independent implementation: diffusers' own pipeline, opened on an exported folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from sd3core.conditioning import assemble
+from sd3core.errors import DataError
+from sd3core.recipe import Text
+from sd3core.text_encoders import load_text_encoders
+
+PROMPTS = ["a red square on the left", "", "a GREEN bar! on the right, ünïcode 東京 and many more words than there are tokens " * 8]
+TEXT = Text(clip_tokens=77, t5_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def encoders(towers_folder: Path):
+    return load_text_encoders(towers_folder, TEXT)
+
+
+@pytest.fixture(scope="module")
+def pipeline(towers_folder: Path, tmp_path_factory: pytest.TempPathFactory):
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    shutil.copytree(towers_folder, folder, dirs_exist_ok=True)
+    SD3Transformer2DModel(
+        sample_size=8,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        caption_projection_dim=16,
+        pooled_projection_dim=80,
+        pos_embed_max_size=8,
+    ).save_pretrained(folder / "transformer")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusion3Pipeline",
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_3": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "tokenizer_3": ["transformers", "T5TokenizerFast"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True)
+
+
+def test_equals_diffusers_encode_prompt(encoders, pipeline):
+    context, pooled = assemble(encoders.encode(PROMPTS), context_dim=64)
+    with torch.no_grad():
+        theirs, _, their_pooled, _ = pipeline.encode_prompt(
+            PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=TEXT.t5_tokens
+        )
+    assert context.shape == theirs.shape == (3, 77 + 24, 64)
+    assert torch.allclose(context, theirs, atol=1e-5) and torch.allclose(pooled, their_pooled, atol=1e-5)
+
+
+def test_the_pipeline_draws_a_picture(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a red square", height=64, width=64, num_inference_steps=1, output_type="pt").images
+    assert image.shape == (1, 3, 64, 64) and torch.isfinite(image).all()
+
+
+def test_pads_are_each_tokenizers_own(encoders):
+    ids_l, lengths = encoders._tokenize("clip_l", ["a red square"])
+    ids_g, _ = encoders._tokenize("clip_g", ["a red square"])
+    ids_t5, t5_lengths = encoders._tokenize("t5", ["a red square"])
+    end = encoders.tokenizers["clip_l"].eos_token_id
+    assert lengths.tolist() == [5] and (ids_l[0, 4:] == end).all()
+    assert ids_g[0, 4] == end and (ids_g[0, 5:] == 0).all()
+    assert t5_lengths.tolist() == [4] and ids_t5[0, 3] == 1 and (ids_t5[0, 4:] == 0).all()
+
+
+def test_clip_l_pooled_is_unprojected_even_where_the_folder_has_a_projection(towers_folder: Path, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "towers"
+    shutil.copytree(towers_folder, folder)
+    weights = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors | {"text_projection.weight": torch.randn(32, 32)}, weights, metadata={"format": "pt"})
+    changed, plain = (load_text_encoders(f, TEXT).encode(["a red bar"]) for f in (folder, towers_folder))
+    assert torch.equal(changed.clip_l_pooled, plain.clip_l_pooled)
+
+
+def test_shorter_clip_tokens_give_the_beginning_of_the_longer(towers_folder: Path, encoders):
+    short = load_text_encoders(towers_folder, Text(clip_tokens=16, t5_tokens=24)).encode(PROMPTS[:2])
+    whole = encoders.encode(PROMPTS[:2])
+    assert torch.allclose(short.clip_g, whole.clip_g[:, :16], atol=1e-5)
+    assert torch.allclose(short.clip_g_pooled, whole.clip_g_pooled, atol=1e-5)
+    assert torch.equal(short.lengths, whole.lengths)
+
+
+def test_trimmed_padding_has_zeros_after_the_real_tokens(towers_folder: Path, encoders):
+    trimmed = load_text_encoders(towers_folder, Text(clip_tokens=77, t5_tokens=24, padding="trimmed")).encode(PROMPTS[:1])
+    whole = encoders.encode(PROMPTS[:1])
+    length = int(whole.lengths[0, 2])
+    assert torch.equal(trimmed.t5[:, :length], whole.t5[:, :length]) and not trimmed.t5[:, length:].any()
+
+
+def test_dropped_encoders_are_zeros_of_the_same_shapes(encoders):
+    whole, dropped = encoders.encode(PROMPTS[:1]), encoders.encode(PROMPTS[:1], drop={"clip_g", "t5"})
+    assert torch.equal(dropped.clip_l, whole.clip_l)
+    for name in ("clip_g", "clip_g_pooled", "t5"):
+        assert getattr(dropped, name).shape == getattr(whole, name).shape and not getattr(dropped, name).any()
+    with pytest.raises(ValueError, match="t6"):
+        encoders.encode(["x"], drop={"t6"})
+
+
+def test_null_is_the_encoded_empty_string(encoders):
+    assert torch.allclose(encoders.null().t5[0], encoders.encode(PROMPTS[:2]).t5[1], atol=1e-6)
+
+
+def test_a_missing_encoder_is_named(towers_folder: Path, tmp_path: Path):
+    shutil.copytree(towers_folder, tmp_path / "t")
+    shutil.rmtree(tmp_path / "t" / "text_encoder_3")
+    with pytest.raises(DataError, match="text_encoder_3"):
+        load_text_encoders(tmp_path / "t", TEXT)

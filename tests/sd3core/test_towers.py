@@ -1,0 +1,136 @@
+"""The towers artifact: made one by one, resumed, committed, fetched with its digests checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_towers import TINY, drawings
+
+import sd3core.tower_training.make as make
+from sd3core.data.store import open_store
+from sd3core.errors import DataError
+from sd3core.judge import load_judge
+from sd3core.recipe import ReleasedTowers, Text
+from sd3core.released_towers import commit_released_towers
+from sd3core.text_encoders import load_text_encoders
+from sd3core.towers import TOWER_FOLDERS, commit_tower, commit_towers, fetch_towers, finished_towers, read_towers
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    return open_store(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def committed(store, towers_folder: Path):
+    for name in TOWER_FOLDERS:
+        commit_tower(store, "towers/t/0", name, towers_folder, {"steps": 1})
+    return commit_towers(store, "towers/t/0", {"towers": "tiny"})
+
+
+def test_a_kill_costs_the_tower_in_work_and_no_other(store, monkeypatch: pytest.MonkeyPatch):
+    pictures, captions = drawings(12)
+    made: list[str] = []
+    real = make.make_small_tower
+
+    def dies_in_t5_once(name, *rest):
+        if name == "t5" and "t5" not in made:
+            made.append(name)
+            raise KeyboardInterrupt
+        made.append(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(make, "make_small_tower", dies_in_t5_once)
+    arguments = (store, "towers/t/0", {"a": 1}, TINY, pictures, captions, 0)
+    with pytest.raises(KeyboardInterrupt):
+        make.make_small_towers(*arguments)
+    with pytest.raises(DataError, match="t5, judge"):
+        commit_towers(store, "towers/t/0", {"a": 1})
+    before = finished_towers(store, "towers/t/0")
+    manifest = make.make_small_towers(*arguments)
+    assert made == ["vae", "clip_l", "clip_g", "t5", "t5", "judge"]
+    assert all(manifest.towers[name] == entry for name, entry in before.items())
+    assert read_towers(store, "towers/t/0") == read_towers(store, "towers/t/0", manifest.digest) == manifest
+    figures = store.get_json("towers/t/0/training.json")
+    assert figures["vae"]["psnr_32px_db"] > 0 and set(figures) == set(TOWER_FOLDERS)
+
+
+def test_the_same_seed_makes_the_same_bytes(towers_folder: Path, tmp_path: Path, store, committed):
+    pictures, captions = drawings(16)
+    for name in TOWER_FOLDERS:
+        make.make_small_tower(name, TINY, pictures, captions, 0, tmp_path / "again")
+        assert commit_tower(store, "again", name, tmp_path / "again", {}).digest == committed.digests[name], name
+
+
+def test_fetch_gives_a_folder_that_opens_and_only_what_was_asked(store, committed, tmp_path: Path):
+    some = fetch_towers(store, "towers/t/0", tmp_path / "cache", only=("vae",))
+    assert sorted(p.name for p in some.iterdir() if p.name[0] != ".") == ["vae"]
+    folder = fetch_towers(store, "towers/t/0", tmp_path / "cache")
+    assert folder == some
+    assert len(load_text_encoders(folder, Text(clip_tokens=8, t5_tokens=8)).encode(["a red bar"])) == 1
+
+
+def test_a_damaged_file_is_found(store, committed, tmp_path: Path):
+    store.put("towers/t/0/vae/config.json", b"{}")
+    with pytest.raises(DataError, match="vae/config.json"):
+        fetch_towers(store, "towers/t/0", tmp_path / "cache", only=("vae",))
+
+
+def test_no_towers_says_which_stage_to_run(store):
+    with pytest.raises(DataError, match="run the towers stage"):
+        fetch_towers(store, "towers/none", Path("unused"))
+
+
+def test_the_judges_features_have_unit_length_for_any_sizes(towers_folder: Path):
+    judge = load_judge(towers_folder)
+    pictures, captions = drawings(5)
+    for features in (judge.image_features(pictures), judge.text_features(captions)):
+        assert features.shape == (5, 32) and np.allclose(features.norm(dim=1), 1, atol=1e-5)
+
+
+def test_ten_photographs_are_enough():
+    generator = np.random.default_rng(0)
+    photographs = [generator.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in [(97, 130), (64, 20), (33, 200)]]
+    assert make.train_vae(TINY.vae, photographs, 0)[1]["steps"] == 4
+
+
+@pytest.mark.parametrize(("count", "match"), [(0, "no picture"), (2, "no captions")])
+def test_nothing_to_learn_from_is_a_data_error(tmp_path: Path, count: int, match: str):
+    with pytest.raises(DataError, match=match):
+        make.make_small_tower("clip_l", TINY, drawings(count)[0], [""] * count, 0, tmp_path)
+
+
+def test_released_folders_become_the_same_artifact(store, committed, towers_folder: Path, tmp_path: Path):
+    judge = _whole_clip(tmp_path / "judge", towers_folder)
+    released = ReleasedTowers(
+        vae=str(towers_folder / "vae"),
+        clip_l=str(towers_folder / "text_encoder"),
+        clip_g=str(towers_folder / "text_encoder_2"),
+        t5=str(towers_folder / "text_encoder_3"),
+        judge=str(judge),
+        clip_l_tokenizer=str(towers_folder / "tokenizer"),
+        clip_g_tokenizer=str(towers_folder / "tokenizer_2"),
+        t5_tokenizer=str(towers_folder / "tokenizer_3"),
+    )
+    manifest = commit_released_towers(store, "towers/released", {}, released)
+    for name in ("vae", "clip_l", "clip_g", "t5"):
+        assert manifest.digests[name] == committed.digests[name]
+    folder = fetch_towers(store, "towers/released", tmp_path / "cache")
+    assert load_judge(folder).text_features(["a red bar"]).shape == (1, 32)
+    with pytest.raises(DataError, match="t5"):
+        commit_released_towers(store, "towers/wrong", {}, released.model_copy(update={"t5": released.clip_l}))
+
+
+def _whole_clip(folder: Path, towers_folder: Path) -> Path:
+    """A CLIP with both sides in one folder, as they are published."""
+    from transformers import CLIPConfig, CLIPModel
+
+    judge = load_judge(towers_folder)
+    config = CLIPConfig(
+        text_config=judge.text.config.to_dict(), vision_config=judge.vision.config.to_dict(), projection_dim=32
+    )
+    CLIPModel(config).save_pretrained(folder)
+    judge.tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,41 @@
+"""The data stages on a world as small as they take: what tests of single parts start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sd3core.data.store import Store
+from sd3core.progress import ignore_progress
+from sd3core.recipe import Recipe, load_recipe
+from workers.caption import caption_stage
+from workers.encode import encode_stage
+from workers.ingest import ingest_stage
+from workers.shard_stage import StageResult
+from workers.towers import towers_stage
+
+
+def small_recipe(*overrides: str) -> Recipe:
+    sizes = ["data.images=32", "data.rows_per_shard=16", "towers.small.images=16", "towers.small.vae.steps=2"]
+    return load_recipe("tiny-test", [*sizes, "compute.object_store_mb=80", *overrides])
+
+
+@dataclass(frozen=True)
+class Chain:
+    recipe: Recipe
+    store: Store
+    raw: StageResult
+    towers: StageResult
+    captions: StageResult | None
+    encoded: dict[str, StageResult]
+
+    @property
+    def results(self) -> list[StageResult]:
+        return [r for r in (self.raw, self.towers, self.captions, *self.encoded.values()) if r is not None]
+
+
+def run_chain(recipe: Recipe, store: Store, report=ignore_progress) -> Chain:
+    raw = ingest_stage(recipe, store, report)
+    towers = towers_stage(recipe, store, raw.manifest, report)
+    captions = caption_stage(recipe, store, raw.manifest, report)
+    encoded = encode_stage(recipe, store, raw.manifest, captions.manifest if captions else None, towers.manifest, report)
+    return Chain(recipe, store, raw, towers, captions, encoded)

@@ -1,0 +1,190 @@
+"""Ingest, towers, caption and encode with real Ray actors, real towers and the small world."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from data_chain import run_chain, small_recipe
+from PIL import Image
+from safetensors.torch import load as load_tensors
+
+from sd3core.autoencoder import load_autoencoder
+from sd3core.conditioning import TextFeatures
+from sd3core.data.buckets import bucket_sides, nearest_bucket
+from sd3core.data.images import crop_to, to_model_range
+from sd3core.data.loader import ShardCache, ShardReader, load_split
+from sd3core.data.manifest import read_manifest
+from sd3core.data.shards import read_index, read_samples, read_table
+from sd3core.data.store import open_store
+from sd3core.small_world.captioner import caption_from_pixels
+from sd3core.text_encoders import load_text_encoders
+from sd3core.towers import fetch_towers
+from workers.encode import TextWorker, caption_id
+from workers.inputs import input_shards, read_images
+from workers.shard_stage import NOTHING_TO_DO
+from workers.towers import training_rows
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, local_ray):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SD3_HOME", str(tmp_path_factory.mktemp("home")))
+        yield run_chain(small_recipe(), open_store(str(tmp_path_factory.mktemp("store"))))
+
+
+@pytest.fixture(scope="module")
+def towers_folder(chain, tmp_path_factory):
+    return fetch_towers(chain.store, chain.towers.manifest.folder, tmp_path_factory.mktemp("towers"))
+
+
+def pictures(chain) -> dict[str, Image.Image]:
+    shards = input_shards(read_manifest(chain.store, chain.raw.manifest.folder)).values()
+    return {key: Image.open(io.BytesIO(data)).convert("RGB") for shard in shards for key, data in read_images(chain.store, shard)}
+
+
+def rows(chain, result, read=read_index) -> list[dict]:
+    manifest = read_manifest(chain.store, result.manifest.folder, result.manifest.digest)
+    return [row for entry in manifest.shards for row in read(chain.store, manifest.folder, entry.stem).to_pylist()]
+
+
+def test_every_stage_makes_its_shards_and_a_second_run_makes_nothing(chain):
+    assert {r.stage: r.reason for r in chain.results} == dict.fromkeys(
+        ["ingest", "towers", "caption", "text", "latents.pretrain", "latents.finetune.0"], "first run"
+    )
+    before = chain.store.list()
+    again = run_chain(chain.recipe, chain.store)
+    assert {r.reason for r in again.results} == {NOTHING_TO_DO}
+    assert [r.manifest for r in again.results] == [r.manifest for r in chain.results]
+    assert chain.store.list() == before
+
+
+def test_a_changed_field_redoes_what_depends_on_it_and_says_why(chain):
+    changed = run_chain(small_recipe("text.t5_tokens=12"), chain.store)
+    assert {r.stage: r.reason for r in changed.results if not r.skipped} == {
+        "text": "text.t5_tokens: 16 -> 12; 2 of 2 shards were missing"
+    }
+    one_phase = run_chain(small_recipe("finetune=[]", "run=other"), chain.store)
+    assert all(r.skipped for r in one_phase.results)  # another run shares the bytes
+
+
+def test_captions_come_from_the_pixels_alone(chain):
+    captions = {row["key"]: row for row in rows(chain, chain.captions, read_table)}
+    images = pictures(chain)
+    assert captions.keys() == images.keys()
+    for key, image in images.items():
+        assert captions[key]["caption"] == caption_from_pixels(np.asarray(image))
+        assert (captions[key]["model"], captions[key]["prompt"]) == ("small_world", "")
+
+
+@pytest.mark.parametrize("stage", ["latents.pretrain", "latents.finetune.0"])
+def test_cached_latents_are_those_of_live_encoding(chain, towers_folder, stage):
+    autoencoder = load_autoencoder(towers_folder)
+    phase = dict(chain.recipe.phases())[stage.removeprefix("latents.")]
+    buckets = bucket_sides(phase.side_px, phase.aspect_ratios)
+    images, splits = pictures(chain), {row["key"]: row["split"] for row in rows(chain, chain.raw)}
+    index = {row["key"]: row for row in rows(chain, chain.encoded[stage])}
+    assert index.keys() == images.keys()
+    for key, image in images.items():
+        side = nearest_bucket(image.width, image.height, buckets)
+        pixels, crop = crop_to(image, *side)
+        live = autoencoder.encode(to_model_range(pixels[None]))[0]  # in a batch of its own
+        row = index[key]
+        torch.testing.assert_close(stored_latent(chain, stage, key), live, rtol=0, atol=2e-4)
+        assert (row["bucket"], row["split"]) == (f"{side[0]}x{side[1]}", splits[key])
+        assert [row[f"crop_{s}"] for s in ("top", "left", "height", "width")] == [crop.top, crop.left, crop.height, crop.width]
+    assert {row["bucket"] for row in index.values()} == {f"{height}x{width}" for height, width in buckets}
+
+
+def stored_latent(chain, stage, key):
+    manifest = read_manifest(chain.store, chain.encoded[stage].manifest.folder)
+    for entry in manifest.shards:
+        found = dict(read_samples(chain.store.get(f"{manifest.folder}/{entry.stem}.tar"))).get(key)
+        if found:
+            return load_tensors(found["safetensors"])["latent"]
+    raise AssertionError(key)
+
+
+def test_text_holds_each_caption_of_a_shard_once_and_both_kinds(chain, towers_folder):
+    encoders = load_text_encoders(towers_folder, chain.recipe.text)
+    original = {row["key"]: row["caption"] for row in rows(chain, chain.raw)}
+    synthetic = {row["key"]: row["caption"] for row in rows(chain, chain.captions, read_table)}
+    manifest = read_manifest(chain.store, chain.encoded["text"].manifest.folder)
+    seen = set()
+    for entry in manifest.shards:
+        path = f"{manifest.folder}/{entry.stem}.tar"
+        stored = list(read_samples(chain.store.get(path)))
+        index = read_index(chain.store, manifest.folder, entry.stem).to_pylist()
+        assert [key for key, _ in stored] == list(dict.fromkeys(row["caption_id"] for row in index))
+        for row in index:
+            caption = {"original": original, "synthetic": synthetic}[row["kind"]][row["key"]]
+            assert row["caption_id"] == caption_id(caption)
+            ((name, files),) = read_samples(chain.store.get_range(path, row["offset"], row["length"]))  # the range is one sample
+            assert name == row["caption_id"] and files == dict(stored)[name]
+            seen.add((row["key"], row["kind"]))
+        live = encoders.encode([original[index[0]["key"]]])
+        cached = from_bytes(chain, dict(stored)[index[0]["caption_id"]]["safetensors"])
+        for field in ("clip_l", "clip_g", "t5", "clip_l_pooled", "clip_g_pooled"):
+            torch.testing.assert_close(getattr(cached, field).float(), getattr(live, field), rtol=2e-3, atol=2e-3)  # float16
+        assert [index[0][f"{name}_len"] for name in ("clip_l", "clip_g", "t5")] == live.lengths[0].tolist()
+    assert seen == {(key, kind) for key in original for kind in ("original", "synthetic")}
+    null = from_bytes(chain, chain.store.get(f"{manifest.folder}/NULL.safetensors"))
+    torch.testing.assert_close(null.t5.float(), encoders.null().t5, rtol=2e-3, atol=2e-3)
+
+
+def from_bytes(chain, data) -> TextFeatures:
+    text = chain.recipe.text
+    return TextFeatures.from_bytes(data, clip_tokens=text.clip_tokens, t5_tokens=text.t5_tokens)
+
+
+def test_the_training_loader_reads_what_encode_wrote(chain, tmp_path):
+    manifests = [read_manifest(chain.store, chain.encoded[s].manifest.folder) for s in ("latents.finetune.0", "text")]
+    text = chain.recipe.text
+    cache = ShardCache(chain.store, tmp_path, 1e9)
+    reader = ShardReader(chain.store, *manifests, cache, clip_tokens=text.clip_tokens, t5_tokens=text.t5_tokens)
+    held_out = {row["key"] for row in rows(chain, chain.raw) if row["split"] == "held_out"}
+    batches = list(load_split(reader, "held_out", 4))
+    assert {key for batch in batches for key in batch.keys} == held_out and held_out
+    assert all(len(batch.text) == len(batch.latent) for batch in batches)
+
+
+def test_towers_learn_from_the_training_part_only(chain):
+    shards = list(input_shards(read_manifest(chain.store, chain.raw.manifest.folder)).values())
+    train = [row["caption"] for row in rows(chain, chain.raw) if row["split"] == "train"]
+    assert [caption for _, caption in training_rows(chain.store, shards, 1_000, 10**8)] == train
+    some = [caption for _, caption in training_rows(chain.store, shards, 5, 10**8)]
+    assert len(some) == 5 and some[0] == train[0] and some[-1] == train[-1]
+
+
+def test_a_finished_tower_is_not_made_again(chain):
+    recipe, folder = chain.recipe, chain.towers.manifest.folder
+    before = {e.path: chain.store.get(e.path) for e in chain.store.list(folder) if e.path.endswith("done.json")}
+    chain.store.delete(f"{folder}/t5.done.json")
+    result = run_chain(recipe, chain.store).towers
+    assert (result.made, result.done_before, result.skipped) == (1, 4, False)
+    assert result.reason == "1 of 5 towers were missing"
+    after = {path: chain.store.get(path) for path in before}
+    assert {path for path in before if before[path] != after[path]} <= {f"{folder}/t5.done.json"}
+
+
+def test_text_that_does_not_fit_its_dtype_is_a_failed_row(chain, monkeypatch):
+    worker = TextWorker(chain.store, chain.towers.manifest, chain.recipe.text, "float16", 4, "cpu")
+    encode = worker.encoders.encode
+
+    def too_large(captions):
+        features = encode(captions)
+        features.t5[[i for i, caption in enumerate(captions) if caption == "b"]] = 1e6
+        return features
+
+    monkeypatch.setattr(worker.encoders, "encode", too_large)
+    failed = []
+    samples = list(worker._samples({"a": [("k1", "original")], "b": [("k1", "synthetic"), ("k2", "original")]}, 2, failed))
+    assert [s.row["key"] for s in samples] == ["k1"]
+    assert [(f.key, f.reason) for f in failed] == [
+        ("k1", "synthetic caption: its features are not finite in torch.float16"),
+        ("k2", "original caption: its features are not finite in torch.float16"),
+    ]

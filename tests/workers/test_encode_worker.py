@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load as load_tensors
+
+from sd3core.data.shards import Sample, read_index, read_samples, write_shard
+from sd3core.data.store import open_store
+from sd3core.errors import DataError
+from workers.encode import LatentsSource, LatentsWorker
+from workers.inputs import InputShard, map_ahead
+from workers.shard_stage import ShardTask
+
+BUCKETS = ((32, 32), (32, 48))
+
+
+class MeanAutoencoder:
+    """Each latent value is the mean of the picture; a picture that is all white has none."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, ...]] = []
+
+    def encode(self, images):
+        self.batches.append(tuple(images.shape))
+        mean = images.mean(dim=(1, 2, 3))
+        mean = torch.where(mean > 0.99, torch.nan, mean)
+        return mean[:, None, None, None].expand(-1, 16, images.shape[2] // 8, images.shape[3] // 8)
+
+
+def worker(store, batch) -> LatentsWorker:
+    made = LatentsWorker.__new__(LatentsWorker)  # without towers: the autoencoder is given
+    made.store, made.batch, made.threads, made.max_image_pixels = store, batch, 2, 10**6
+    made.dtype, made.autoencoder, made.progress = torch.float32, MeanAutoencoder(), 0
+    return made
+
+
+@pytest.fixture
+def shard(tmp_path):
+    store = open_store(str(tmp_path))
+    sizes = [(40, 40), (60, 40), (50, 50), (96, 64), (33, 32)]
+    files = {f"k{i}": picture(size, shade=20 * i) for i, size in enumerate(sizes)}
+    files |= {"white": picture((40, 40), 255), "broken": b"no image"}
+    samples = [Sample(key, {"png": data}, {"split": "train"}) for key, data in files.items()]
+    record = write_shard(store, "raw", "00003.0123456789ab", samples, [], pa.schema([("split", pa.string())]))
+    return store, InputShard("raw", record.stem, record.digest, record.rows, record.files[".index.parquet"])
+
+
+def picture(size, shade):
+    sink = io.BytesIO()
+    Image.new("RGB", size, (shade, shade, shade)).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def encode(store, raw, folder, batch):
+    task = ShardTask(3, raw.digest[:12], folder, raw.rows, LatentsSource(raw, BUCKETS))
+    made = worker(store, batch)
+    record = made(task)
+    stored = read_samples(store.get(f"{folder}/{task.stem}.tar"))
+    latents = {key: load_tensors(files["safetensors"])["latent"] for key, files in stored}
+    return record, latents, made
+
+
+def test_batches_are_of_one_bucket_and_do_not_change_the_latents(shard):
+    store, raw = shard
+    record, latents, made = encode(store, raw, "a", batch=2)
+    _, one_by_one, _ = encode(store, raw, "b", batch=1)
+    assert all(shape[2:] in BUCKETS for shape in made.autoencoder.batches)
+    assert max(shape[0] for shape in made.autoencoder.batches) == 2
+    assert latents.keys() == one_by_one.keys() == {"k0", "k1", "k2", "k3", "k4"}
+    for key in latents:
+        torch.testing.assert_close(latents[key], one_by_one[key])
+    index = {row["key"]: row["bucket"] for row in read_index(store, "a", record.stem).to_pylist()}
+    assert index == {"k0": "32x32", "k1": "32x48", "k2": "32x32", "k3": "32x48", "k4": "32x32"}
+    assert record.extra == {"32x32": 3, "32x48": 2}
+    assert made.progress == 7
+
+
+def test_unreadable_pictures_and_non_finite_latents_are_failed_rows(shard):
+    record, _, _ = encode(*shard, "a", batch=4)
+    reasons = {row.key: row.reason for row in record.failed}
+    assert reasons.keys() == {"white", "broken"}
+    assert reasons["white"] == "its latent is not finite in torch.float32"
+
+
+def test_a_raw_shard_that_is_not_its_manifests_is_refused(shard):
+    store, raw = shard
+    store.put(f"raw/{raw.stem}.tar", store.get(f"raw/{raw.stem}.tar") + bytes(512))
+    with pytest.raises(DataError, match="not those of its manifest"):
+        encode(store, raw, "a", batch=4)
+
+
+def test_map_ahead_keeps_order_bounds_the_lead_and_passes_errors_on():
+    started = []
+
+    def work(item):
+        started.append(item)
+        if item == 9:
+            raise DataError("nine")
+        return -item
+
+    results = map_ahead(work, iter(range(10)), threads=2, ahead=3)
+    assert next(results) == 0 and len(started) <= 4
+    with pytest.raises(DataError, match="nine"):
+        assert [next(results) for _ in range(8)] == list(np.arange(-1, -9, -1))
+        list(results)

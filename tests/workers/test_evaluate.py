@@ -1,0 +1,236 @@
+"""Evaluation over real data stages, towers and a checkpoint, with the workers called in this process instead of on Ray."""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import workers.evaluate
+import workers.shard_stage
+import workers.towers
+from sd3core.checkpoint import DONE_FILE, CheckpointDone, checkpoint_folder, piece_name, rank_file, record_file
+from sd3core.data.manifest import read_manifest
+from sd3core.data.store import Store, open_store
+from sd3core.metrics.held_out import read_rows
+from sd3core.mmdit import MMDiT
+from sd3core.pictures import read_settings
+from sd3core.progress import Progress
+from sd3core.recipe import Recipe, load_recipe
+from workers.encode import encode_stage
+from workers.evaluate import EvaluationFailed, EvaluationInputs, evaluate_stage, plan_tasks
+from workers.ingest import ingest_stage
+from workers.pool import Outcome
+from workers.towers import towers_stage
+
+SETTINGS = [
+    "data.images=60", "data.held_out_fraction=0.3", "towers.small.vae.steps=2", "towers.small.clip_l.steps=2",
+    "towers.small.clip_g.steps=2", "towers.small.t5.steps=2", "towers.small.judge.steps=2", "evaluate.bench_prompts_per_task=2",
+    "evaluate.earlier_bench_prompts_per_task=1", "evaluate.scored_images=8", "evaluate.grid_prompts=4",
+    "evaluate.bucket_grid_prompts=2", "evaluate.num_steps=2", "evaluate.validation_images=10", "text.null=empty",
+]  # fmt: skip
+
+
+def in_this_process(worker_class, worker_kwargs, tasks, settings, report=None, watch=None):
+    worker, outcomes = worker_class(**worker_kwargs), []
+    for done, task in enumerate(tasks, start=1):
+        try:
+            outcomes.append(Outcome(task, worker(task)))
+        except Exception as error:
+            outcomes.append(Outcome(task, error=str(error)))
+        if report:
+            report(outcomes[-1], done, len(tasks))
+        if watch and isinstance(worker.progress, Progress):
+            watch(task, worker.progress)
+    return outcomes
+
+
+def write_checkpoint(store: Store, recipe: Recipe, phase_key: str, samples: int, seed: int) -> str:
+    """A training checkpoint of random weights, the live ones further out than the EMA."""
+    phase = dict(recipe.phases())[phase_key]
+    torch.manual_seed(seed)
+    model = MMDiT(recipe.model_config_for(phase))
+    folder = checkpoint_folder(f"runs/{recipe.run}/checkpoints/{phase_key}/spec", samples)
+    local = store.local_path(folder)
+    local.mkdir(parents=True)
+    trained = {name: torch.randn_like(p) * 0.05 for name, p in model.named_parameters()}
+    kinds = {"weights": 1.5, "ema": 1.0}
+    pieces = {piece_name(kind, name, 0): (p * scale).flatten() for kind, scale in kinds.items() for name, p in trained.items()}
+    save_file(pieces, local / rank_file(0, 1))
+    done = CheckpointDone(
+        samples=samples,
+        steps=1,
+        attempt=1,
+        optimizer_step=1,
+        config=model.config.to_dict(),
+        training=phase.model_dump(mode="json"),
+        parameters={name: list(p.shape) for name, p in trained.items()},
+        files={rank_file(0, 1): record_file(local / rank_file(0, 1))},
+        specs={},
+        null=recipe.text.null,
+        recipe=recipe.model_dump(mode="json"),
+    )
+    store.put_json(f"{folder}/{DONE_FILE}", done.model_dump(mode="json"))
+    return folder
+
+
+@dataclass
+class World:
+    recipe: Recipe
+    store: Store
+    checkpoints: dict[str, list[str]]
+    inputs: EvaluationInputs
+
+
+@pytest.fixture(scope="module")
+def patched():
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (workers.evaluate, workers.shard_stage, workers.towers):
+            patch.setattr(module, "map_over_actors", in_this_process)
+            patch.setattr(module, "start_ray", lambda *_: nullcontext())
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def world(patched, tmp_path_factory) -> World:
+    root = tmp_path_factory.mktemp("evaluate")
+    patched.setenv("SD3_HOME", str(root / "home"))
+    recipe, store = load_recipe("tiny-test", SETTINGS), open_store(str(root / "store"))
+    raw = ingest_stage(recipe, store, ignore).manifest
+    towers = towers_stage(recipe, store, raw, ignore).manifest
+    encoded = encode_stage(recipe, store, raw, None, towers, ignore)
+    checkpoints = {
+        "pretrain": [write_checkpoint(store, recipe, "pretrain", samples, samples) for samples in (32, 64)],
+        "finetune.0": [write_checkpoint(store, recipe, "finetune.0", 32, 5)],
+    }
+    latents = {key: encoded[f"latents.{key}"].manifest for key, _ in recipe.phases()}
+    return World(recipe, store, checkpoints, EvaluationInputs(raw, encoded["text"].manifest, latents, towers.folder))
+
+
+@pytest.fixture(scope="module")
+def result(world):
+    return evaluate(world)
+
+
+def ignore(progress: Progress) -> None:
+    pass
+
+
+def evaluate(world: World, recipe: Recipe | None = None, report=ignore):
+    return evaluate_stage(recipe or world.recipe, world.store, world.checkpoints, world.inputs, report)
+
+
+def test_every_checkpoint_has_every_score_for_both_weights(world, result):
+    for phase, folders in world.checkpoints.items():
+        for folder in folders:
+            for weights in ("ema", "live"):
+                rows = {r["metric"]: r for r in result.scores if (r["checkpoint"], r["weights"]) == (folder, weights)}
+                assert rows["validation_loss"]["count"] == 10 and rows["clip_score"]["count"] == 8
+                tasks = [name for name in rows if name.startswith("shapes_bench/") and name != "shapes_bench/overall"]
+                assert len(tasks) == (6 if phase == "finetune.0" else 0)
+                if tasks:
+                    assert all(rows[task]["count"] == 2 for task in tasks)
+                    assert rows["shapes_bench/overall"]["value"] == pytest.approx(np.mean([rows[t]["value"] for t in tasks]))
+    live, ema = ([r["value"] for r in result.scores if r["metric"] == "validation_loss" and r["weights"] == w] for w in ("live", "ema"))
+    assert all(a != b for a, b in zip(live, ema, strict=True))
+
+
+def test_earlier_checkpoints_get_fewer_bench_prompts(world):
+    tasks = plan_tasks(world.recipe, world.store, world.checkpoints, world.inputs)
+    counts = {(task.samples, task.protocol["prompts_per_task"]) for task in tasks if task.part == "bench-colors" and task.phase == "pretrain"}
+    assert counts == {(32, 1), (64, 2)}
+
+
+def test_bench_below_the_detectors_size_is_left_out(result):
+    assert {(row["phase"], row["reason"]) for row in result.left_out if row["metric"] == "shapes_bench"} == {
+        ("pretrain", "its detector needs pictures of at least 48 px; this phase makes 32 px")
+    }
+
+
+def test_scores_name_their_protocol(result):
+    assert {row["protocol"] for row in result.scores} <= result.protocols.keys()
+    pretrain = [r for r in result.scores if r["phase"] == "pretrain" and r["metric"] == "clip_score"]
+    assert len({row["protocol"] for row in pretrain}) == 1  # checkpoints and weights of a phase can be compared
+    protocol = result.protocols[pretrain[0]["protocol"]]
+    assert protocol["settings"] | {"sampler": "euler", "num_steps": 2, "height": 32, "shift": 1.0} == protocol["settings"]
+    assert len(protocol["reference_set"]) == 12 and protocol["reference"]["limit"] == 5_000
+
+
+def test_a_score_of_too_few_is_left_out_with_its_bound(result):
+    reasons = {row["reason"] for row in result.left_out if row["metric"] == "clip_fid"}
+    assert reasons == {"FID needs at least 33 generated images (the judge's features have 32 dimensions); there are 8"}
+    assert not any(row["metric"] == "clip_fid" for row in result.scores)
+
+
+def test_pictures_carry_their_settings_and_buckets_have_grids_of_their_own(world, result):
+    names = {(p["phase"], p["name"]) for p in result.pictures}
+    assert names == {("pretrain", "32x32"), ("finetune.0", "64x64"), ("finetune.0", "80x48")}
+    for picture in result.pictures:
+        png = world.store.get(picture["path"])
+        settings = read_settings(png)
+        assert len(json.loads(settings["prompts"])) == len(json.loads(settings["seeds"])) == (2 if picture["name"] == "80x48" else 4)
+        assert settings["weights"] == picture["weights"]
+        assert len(world.store.get(picture["thumbnail"])) < 20_000
+        assert Image.open(io.BytesIO(png)).width == (32 * 2 + 2 if picture["name"] == "32x32" else Image.open(io.BytesIO(png)).width)
+
+
+def test_a_second_call_changes_nothing(world, result):
+    before = {entry.path: world.store.local_path(entry.path).stat().st_mtime_ns for entry in world.store.list("")}
+    again = evaluate(world)
+    assert again.skipped and again.digest == result.digest and again.scores == result.scores
+    assert before == {entry.path: world.store.local_path(entry.path).stat().st_mtime_ns for entry in world.store.list("")}
+
+
+def test_only_missing_parts_are_made_again_and_give_the_same(world, result):
+    tasks = plan_tasks(world.recipe, world.store, world.checkpoints, world.inputs)
+    lost = [task for task in tasks if task.part in ("validation", "bench-colors") and task.weights == "ema"]
+    for task in lost:
+        world.store.delete(task.path)
+    seen = []
+    again = evaluate(world, report=seen.append)
+    assert (again.made, again.done_before) == (len(lost), len(tasks) - len(lost))
+    assert again.scores == result.scores and again.digest == result.digest
+    assert seen[-1].done == seen[-1].total == len(tasks) and "colors" in " ".join(p.note for p in seen)
+
+
+def test_a_changed_setting_redoes_what_depends_on_it(world, result):
+    """Another guidance scale: pictures and bench, not the validation loss."""
+    changed = world.recipe.model_copy(update={"evaluate": world.recipe.evaluate.model_copy(update={"guidance_scale": 1.0})})
+    before = plan_tasks(world.recipe, world.store, world.checkpoints, world.inputs)
+    after = plan_tasks(changed, world.store, world.checkpoints, world.inputs)
+    redone = {task.part.partition("-")[0] for old, task in zip(before, after, strict=True) if old.path != task.path}
+    assert redone == {"pictures", "bench", "grid"}
+
+
+def test_only_the_last_checkpoints_on_request(world):
+    last = world.recipe.model_copy(update={"evaluate": world.recipe.evaluate.model_copy(update={"checkpoints": "last"})})
+    assert {task.samples for task in plan_tasks(last, world.store, world.checkpoints, world.inputs) if task.phase == "pretrain"} == {64}
+
+
+def test_held_out_rows_are_held_out_and_fixed(world):
+    raw = read_manifest(world.store, world.inputs.raw.folder, world.inputs.raw.digest)
+    held_out, train = (read_rows(world.store, raw, split, 1_000) for split in ("held_out", "train"))
+    assert len(held_out) + len(train) == 60 and not {r.key for r in held_out} & {r.key for r in train}
+    assert [r.key for r in read_rows(world.store, raw, "held_out", 5)] == [r.key for r in read_rows(world.store, raw, "held_out", 5)]
+
+
+def test_a_part_that_fails_is_named_and_the_others_stay(world, result):
+    tasks = plan_tasks(world.recipe, world.store, world.checkpoints, world.inputs)
+    damaged = world.store.local_path(f"{world.checkpoints['pretrain'][0]}/{rank_file(0, 1)}")
+    lost = [task for task in tasks if task.part == "validation" and task.phase == "pretrain" and task.weights == "ema"]
+    for task in lost:
+        world.store.delete(task.path)
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-8])
+    with pytest.raises(EvaluationFailed, match=r"1 of 2 parts .* pretrain 32 ema validation: .* is damaged"):
+        evaluate(world)
+    damaged.write_bytes(content)
+    again = evaluate(world)
+    assert again.made == 1 and again.digest == result.digest

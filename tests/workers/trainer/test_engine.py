@@ -1,0 +1,95 @@
+"""DeepSpeed's sharding against plain torch: the same updates at every ZeRO stage, with accumulation and clipping."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from fake_training import MODEL, make_training
+from rank_processes import run_ranks
+
+from sd3core.mmdit import MMDiT
+from workers.trainer import engine
+from workers.trainer.checkpointing import load_start_weights
+from workers.trainer.engine import ShardedTrainer
+
+STEPS, RATE = 4, 1e-3
+
+
+def _model() -> MMDiT:
+    torch.manual_seed(0)
+    model = MMDiT(MODEL)
+    for p in model.parameters():  # a fresh model gives zero whatever it is shown
+        torch.nn.init.normal_(p, std=0.05)
+    return model
+
+
+def _batch(step: int):
+    generator = torch.Generator().manual_seed(step)
+    shapes = (8, 16, 8, 8), (8, 16, 8, 8), (8, 6, 24), (8, 16)
+    x, target, context, pooled = (torch.randn(*shape, generator=generator) for shape in shapes)
+    return x, target, torch.rand(8, generator=generator), context, pooled
+
+
+def _sharded(rank, world, stages):
+    """{stage: (gradient norms, weights, EMA)}, gathered from all ranks' slices."""
+    engine.prepare(use_gpu=False)
+    results = {}
+    for stage in stages:
+        training = make_training(
+            zero_stage=stage, precision="fp32", grad_clip=0.3, micro_batch=2, activation_checkpointing=stage == 3
+        )
+        model = _model()
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        trainer = ShardedTrainer(model, training, rank, world)
+        load_start_weights(start, trainer)
+        norms = []
+        for step in range(STEPS):
+            mine = (z.chunk(world)[rank].split(2) for z in _batch(step))
+            for x, target, t, context, pooled in zip(*mine, strict=True):
+                trainer.backward((trainer(x, t, context, pooled) - target).square().mean())
+                norm = trainer.step(RATE)
+            norms.append(norm)
+            trainer.update_ema(0.9)
+        results[stage] = norms, _gathered(trainer, "weights"), _gathered(trainer, "ema")
+    return results
+
+
+def _gathered(trainer: ShardedTrainer, kind: str):
+    mine = [(s.name, s.start, s.values.detach().clone()) for s in trainer.slices(own=True) if s.kind == kind]
+    parts = [None] * trainer.world
+    dist.all_gather_object(parts, mine)
+    whole = {name: torch.full((torch.Size(shape).numel(),), torch.nan) for name, shape in trainer.shapes.items()}
+    for name, start, values in (entry for part in parts for entry in part):
+        assert whole[name][start : start + len(values)].isnan().all()  # each element once
+        whole[name][start : start + len(values)] = values
+    return whole
+
+
+@pytest.fixture(scope="module")
+def plain():
+    model = _model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+    ema, norms = {name: p.detach().clone() for name, p in model.named_parameters()}, []
+    for step in range(STEPS):
+        x, target, t, context, pooled = _batch(step)
+        (model(x, t, context, pooled) - target).square().mean().backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)))
+        optimizer.step()
+        optimizer.zero_grad()
+        ema = {name: 0.9 * ema[name] + 0.1 * p.detach() for name, p in model.named_parameters()}
+    return norms, {name: p.detach().flatten() for name, p in model.named_parameters()}, ema
+
+
+@pytest.fixture(scope="module")
+def sharded():
+    return run_ranks(2, _sharded, (0, 1, 2, 3))[0]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_train_as_plain_torch(plain, sharded, stage):
+    norms, weights, ema = sharded[stage]
+    assert norms == pytest.approx(plain[0], rel=1e-5) and min(norms) > 0.3  # so clipping is at work
+    for name, tensor in plain[1].items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=2e-5)
+        torch.testing.assert_close(ema[name], plain[2][name].flatten(), rtol=0, atol=2e-5)

@@ -1,0 +1,88 @@
+"""The loader of real shards, as a rank opens it: the same global batch at any world size, held-out rows left out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from fake_training import TOKENS, FakeLoader, make_job
+from safetensors.torch import save
+
+from sd3core.data.manifest import Manifest, ShardEntry, commit_manifest
+from sd3core.data.shards import Sample, shard_stem, write_shard
+from sd3core.data.store import open_store
+from sd3core.errors import DataError
+from sd3core.recipe import Text
+from workers.trainer.job import DataRef
+from workers.trainer.loop import Place, draw_inputs, read_null
+from workers.trainer.shards import open_shards
+
+CPU = torch.device("cpu")
+TEXT_SCHEMA = pa.schema([("kind", pa.string()), ("caption_id", pa.string())])
+
+
+def _latents(numbers: range):
+    for i, image in zip(numbers, FakeLoader(40, 0, 1).batch(0).latent[numbers.start : numbers.stop], strict=True):
+        split = "held_out" if i % 5 == 0 else "train"
+        data = save({"latent": image.contiguous()})
+        yield Sample(f"k{i}", {"safetensors": data}, {"bucket": "64x64", "split": split})
+
+
+def _text(numbers: range):
+    features = FakeLoader(40, 0, 1).batch(0).text
+    for i in numbers:
+        if i != 7:  # an image without a caption
+            data = features.index(i).to_bytes("reference")
+            yield Sample(f"c{i}", {"safetensors": data}, {"key": f"k{i}", "kind": "original", "caption_id": f"c{i}"})
+
+
+def _write(store, stage, samples_of, schema):
+    folder, entries = f"datasets/d/{stage}/0", []
+    for number in range(2):
+        stem = shard_stem(number, f"{number:012d}")
+        done = write_shard(store, folder, stem, samples_of(range(20 * number, 20 * number + 20)), [], schema)
+        entries.append(ShardEntry(number=number, stem=stem, rows=done.rows, bytes=done.bytes, digest=done.digest))
+    ref = commit_manifest(
+        store, folder, Manifest(stage=stage, spec="0", fields={}, inputs={"raw": "r"}, folder=folder, shards=entries)
+    )
+    return DataRef(folder=folder, digest=ref.digest)
+
+
+@pytest.fixture
+def job(tmp_path):
+    store = open_store(str(tmp_path / "store"))
+    latents_schema = pa.schema([("bucket", pa.string()), ("split", pa.string())])
+    data = {
+        "latents": _write(store, "latents", _latents, latents_schema),
+        "text_features": _write(store, "text", _text, TEXT_SCHEMA),
+    }
+    null = FakeLoader(8, 0, 1).batch(0).text.index(0)
+    store.put(f"{data['text_features'].folder}/NULL.safetensors", null.to_bytes("reference"))
+    text = Text(clip_tokens=TOKENS, t5_tokens=TOKENS, null="empty")
+    return make_job(tmp_path / "store").model_copy(update=data | {"text": text})
+
+
+def test_every_world_size_reads_the_same_batches(job):
+    store, warnings = open_store(job.store), []
+    whole = open_shards(job, store, Place(0, 1, CPU, 1), warnings.append)
+    parts = [open_shards(job, store, Place(rank, 2, CPU, 1), warnings.append) for rank in range(2)]
+    assert warnings == ["1 images have no caption and are left out of training"] * 3
+    seen = []
+    for step in range(4):
+        batch, halves = whole.batch(step), [part.batch(step) for part in parts]
+        assert batch.keys == halves[0].keys + halves[1].keys
+        assert torch.equal(batch.latent, torch.cat([half.latent for half in halves]))
+        seen += batch.keys
+    assert sorted(set(seen[:31])) == sorted(f"k{i}" for i in range(40) if i % 5 and i != 7)
+
+    null = read_null(store, job)
+    inputs = draw_inputs(whole.batch(0), job, null, CPU)
+    dropped = np.flatnonzero((inputs.pooled[:, :8] == null.clip_l_pooled).all(1).numpy())
+    assert inputs.context.shape == (8, 2 * TOKENS, 24) and len(dropped) > 0  # "no prompt" is the encoded empty string
+
+
+def test_another_manifest_than_the_job_names_is_refused(job):
+    wrong = job.model_copy(update={"latents": DataRef(folder=job.latents.folder, digest="f" * 64)})
+    with pytest.raises(DataError, match="no such manifest"):
+        open_shards(wrong, open_store(job.store), Place(0, 1, CPU, 1), pytest.fail)
