@@ -14,10 +14,11 @@ from sd3core.errors import DataError
 
 
 class VisionLanguageCaptioner:
-    """captions = captioner(images): one line of text per RGB image, by greedy decoding, so the same image gives the same words.
+    """captions = captioner(images): one line of text per RGB image, by greedy decoding, so the same image gives the
+    same words.
 
-    Loads from `folder` only (safetensors and the processor's files), never from the network. Raises DataError where the folder
-    holds no such model.
+    Loads from `folder` only (safetensors and the processor's files), never from the network. Raises DataError where the
+    folder holds no such model.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class VisionLanguageCaptioner:
             )
         except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise DataError(f"caption.model {folder}: not a vision-language model that transformers loads ({reason})") from None
+            raise DataError(
+                f"caption.model {folder}: not a vision-language model that transformers loads ({reason})"
+            ) from None
         self.model = model.to(device).eval().requires_grad_(False)
         self.max_new_tokens = max_new_tokens
         self.prompt = self._framed(prompt)
@@ -49,7 +52,9 @@ class VisionLanguageCaptioner:
         """The prompt as the model was trained to see it, with the place of the one image marked."""
         if getattr(self.processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": prompt}]
-            return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            return self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
         image_token = getattr(self.processor, "image_token", None)
         return f"{image_token}\n{prompt}" if image_token else prompt
 

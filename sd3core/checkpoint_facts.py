@@ -59,13 +59,17 @@ def read_facts(checkpoint: str) -> CheckpointFacts:
         config = store.get_json(CONFIG_FILE)
         fields, digest = config.get("extra", {}), config["files"][MODEL_FILE]["sha256"]
     else:
-        raise CheckpointError(f"{store.url}: neither {CONFIG_FILE} (a model) nor {DONE_FILE} (a training checkpoint) is there")
+        raise CheckpointError(
+            f"{store.url}: neither {CONFIG_FILE} (a model) nor {DONE_FILE} (a training checkpoint) is there"
+        )
     try:
         text = Text.model_validate(fields["text"])
         return CheckpointFacts(
             fields["null"], text, fields["side_px"], fields["shift"], digest=digest, samples=fields.get("samples")
         )
     except KeyError as error:
-        raise CheckpointError(f"{store.url}: its config's extra does not say {error}; save it with CheckpointFacts.to_extra()") from None
+        raise CheckpointError(
+            f"{store.url}: its config's extra does not say {error}; save it with CheckpointFacts.to_extra()"
+        ) from None
     except ValidationError as error:
         raise CheckpointError(f"{store.url}: text: {error.errors()[0]['msg']}") from None

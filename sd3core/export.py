@@ -2,7 +2,8 @@
 
     model_index.json  scheduler/  transformer/  vae/  text_encoder{,_2,_3}/  tokenizer{,_2,_3}/  README.md
 
-The transformer's position table is stored with its weights, because diffusers' own constructor computes other positions.
+The transformer's position table is stored with its weights, because diffusers' own constructor computes other
+positions.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ class Exported:
     skipped: bool
 
 
-def export_stage(recipe: Recipe, store: Store, checkpoint: str, towers: Path, tower_digests: dict[str, str]) -> Exported:
+def export_stage(
+    recipe: Recipe, store: Store, checkpoint: str, towers: Path, tower_digests: dict[str, str]
+) -> Exported:
     """The checkpoint folder `checkpoint` of the store, exported to runs/RUN/export/SPEC with its MANIFEST.json last.
 
     `towers` is the local copy, `tower_digests` the digests of its manifest. Where a manifest stands, nothing is made.
@@ -94,7 +97,9 @@ def export_stage(recipe: Recipe, store: Store, checkpoint: str, towers: Path, to
                 name = path.relative_to(local).as_posix()
                 store.put_file(f"{folder}/{name}", path)
                 files[name] = record_file(path).model_dump()
-        store.put_json(manifest_path, {"stage": "export", "spec": spec, "fields": fields, "from": checkpoint, "files": files})
+        store.put_json(
+            manifest_path, {"stage": "export", "spec": spec, "fields": fields, "from": checkpoint, "files": files}
+        )
     return Exported(folder, fingerprint(store.get_json(manifest_path)), skipped)
 
 
@@ -132,7 +137,9 @@ def _write_transformer(folder: Path, model: MMDiT, dtype: torch.dtype) -> None:
 
 
 def _write_towers(folder: Path, towers: Path, facts: CheckpointFacts) -> None:
-    from sd3core.text_encoders import load_tokenizer  # loads transformers, which an export that stands does not need
+    from sd3core.text_encoders import (
+        load_tokenizer,  # loads transformers, which an export that stands does not need
+    )
 
     for name in ("vae", *(model for model, _ in TEXT_TOWERS.values())):
         shutil.copytree(towers / name, folder / name, copy_function=shutil.copyfile)

@@ -22,10 +22,18 @@ folder, prompt = ".", "{prompt}"
 pipe = StableDiffusion3Pipeline.from_pretrained(folder)
 """
 NULL = {
-    "zeros": "Without a prompt this model was given zeros, not the encoded empty string: pass zeros as the negative embeddings.",
-    "empty": 'Without a prompt this model was given the encoded empty string, which is the pipeline\'s own `negative_prompt=""`.',
+    "zeros": (
+        "Without a prompt this model was given zeros, not the encoded empty string: pass zeros as the negative embeddings."
+    ),
+    "empty": (
+        "Without a prompt this model was given the encoded empty string, which is what the pipeline makes of"
+        ' `negative_prompt=""`.'
+    ),
 }
-PROMPT = {"reference": "prompt=prompt, max_sequence_length={t5}", "trimmed": "prompt_embeds=embeds, pooled_prompt_embeds=pooled"}
+PROMPT = {
+    "reference": "prompt=prompt, max_sequence_length={t5}",
+    "trimmed": "prompt_embeds=embeds, pooled_prompt_embeds=pooled",
+}
 ZEROS = """\
 negative = torch.zeros(1, {tokens}, {width}, dtype=pipe.transformer.dtype, device=pipe.transformer.device)
 negative_pooled = torch.zeros(1, {pooled}, dtype=negative.dtype, device=negative.device)
@@ -35,7 +43,9 @@ TRIMMED = '''\
 
 def encode(text):
     """The features of a text with zeros after its real tokens: this model was trained on such."""
-    embeds, _, pooled, _ = pipe.encode_prompt(text, text, text, do_classifier_free_guidance=False, max_sequence_length={t5})
+    embeds, _, pooled, _ = pipe.encode_prompt(
+        text, text, text, do_classifier_free_guidance=False, max_sequence_length={t5}
+    )
     width_l, width_g = (e.config.hidden_size for e in (pipe.text_encoder, pipe.text_encoder_2))
     spans = (
         (pipe.tokenizer, 0, {clip}, slice(0, width_l)),

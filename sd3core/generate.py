@@ -29,7 +29,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Generator:
-    """Pictures from prompts. The noise of a picture is a function of its seed alone, so batches may be cut in any way."""
+    """Pictures from prompts. A picture's noise is a function of its seed alone, so batches may be cut in any way."""
 
     def __init__(self, model: MMDiT, encoders: TextEncoders, autoencoder: Autoencoder, null: Null) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -45,7 +45,9 @@ class Generator:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Generator:
-        """checkpoint: URL or path of a training checkpoint or a plain model folder. dtype: the transformer's; towers are fp32."""
+        """checkpoint: URL or path of a training checkpoint or a plain model folder. dtype: the transformer's; towers
+        are fp32.
+        """
         facts = read_facts(checkpoint)
         encoders = load_text_encoders(towers, facts.text, device=device)
         autoencoder = load_autoencoder(towers, device=device)
@@ -62,7 +64,8 @@ class Generator:
         batch: int = 64,
         on_step: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
-        """(n, height, width, 3) uint8, one picture for each prompt and its seed. on_step(steps done, steps in all) over all batches.
+        """(n, height, width, 3) uint8, one picture for each prompt and its seed. on_step(steps done, steps in all)
+        over all batches.
 
         Raises UserError where the size does not fit the model, or prompts and seeds do not pair.
         """
@@ -111,7 +114,9 @@ class Generator:
 
     def _check(self, prompts: Sequence[str], seeds: Sequence[int], settings: SampleSettings) -> None:
         if not prompts or len(prompts) != len(seeds):
-            raise UserError(f"{len(prompts)} prompts and {len(seeds)} seeds: give at least one prompt and one seed for each")
+            raise UserError(
+                f"{len(prompts)} prompts and {len(seeds)} seeds: give at least one prompt and one seed for each"
+            )
         unknown = sorted(set(settings.drop) - set(ENCODERS))
         if unknown:
             raise UserError(f"no encoder {unknown[0]!r} to drop; there are {', '.join(ENCODERS)}")
@@ -120,8 +125,6 @@ class Generator:
         for side, px in (("height", settings.height), ("width", settings.width)):
             if px % step or not step <= px <= largest:
                 raise UserError(f"{side} {px} px: this model makes multiples of {step} px up to {largest}")
-
-
 
 
 def _guided_in_one_batch(model: MMDiT, cond: Pair, null: Pair, scale: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -154,7 +157,8 @@ def sample_to_files(
     on_step: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> list[Path]:
-    """Draws every prompt and writes OUT/00000.png ... and OUT/grid.png, with the settings inside each file. -> paths, grid last.
+    """Draws every prompt and writes OUT/00000.png ... and OUT/grid.png, with the settings inside each file. -> paths,
+    grid last.
 
     `settings`: fields of SampleSettings; None takes the default, which for size and shift is the checkpoint's own.
     """

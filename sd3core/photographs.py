@@ -30,7 +30,7 @@ PHOTOGRAPHS: dict[str, tuple[str, str, str]] = {
     "astronaut": (
         _SCIKIT_IMAGE,
         "astronaut.png",
-        "A smiling astronaut in an orange space suit sits beside her helmet, with a flag and a model of a space shuttle behind her.",
+        "A smiling astronaut in an orange space suit sits beside her helmet before a flag and a model of a shuttle.",
     ),
     "cat": (_SCIKIT_IMAGE, "chelsea.png", "A close-up of the face of a ginger tabby cat with green eyes."),
     "coffee": (_SCIKIT_IMAGE, "coffee.png", "A cup of espresso on a red saucer with a spoon on a wooden table."),

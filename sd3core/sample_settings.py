@@ -24,4 +24,6 @@ class SampleSettings:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> SampleSettings:
         """Inverse of to_dict."""
-        return cls(**{key: value for key, value in fields.items() if key != "sampler"} | {"drop": tuple(fields["drop"])})
+        return cls(
+            **{key: value for key, value in fields.items() if key != "sampler"} | {"drop": tuple(fields["drop"])}
+        )

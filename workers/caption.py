@@ -24,7 +24,7 @@ Captioner = Callable[[Sequence[Image]], list[str]]
 
 
 def caption_stage(recipe: Recipe, store: Store, raw: ManifestRef, report: ProgressCallback) -> StageResult | None:
-    """Captions parquets, a row a key. None where the recipe names no captioner: then only original captions are used."""
+    """Captions parquets, a row a key. None where the recipe names no captioner: originals are used alone then."""
     if recipe.caption.captioner == "none":
         return None
     folder = captions_folder(recipe)
@@ -70,7 +70,9 @@ class CaptionWorker:
         table = pa.Table.from_pylist(rows, schema=SCHEMA)
         return write_table(self.store, task.folder, task.stem, table, failed)
 
-    def _write_captions(self, batch: list[tuple[str, Image]], rows: list[dict[str, str]], failed: list[FailedRow]) -> None:
+    def _write_captions(
+        self, batch: list[tuple[str, Image]], rows: list[dict[str, str]], failed: list[FailedRow]
+    ) -> None:
         for (key, _), caption in zip(batch, self._captions([image for _, image in batch]), strict=True):
             if isinstance(caption, Exception):
                 failed.append(FailedRow(key=key, reason=f"captioner: {' '.join(str(caption).split())[:200]}"))
@@ -95,7 +97,9 @@ class CaptionWorker:
 
 def _load_captioner(caption: Caption, device: str) -> Captioner:
     if caption.captioner == "vision_language_model":
-        from sd3core.captioners import VisionLanguageCaptioner  # loads transformers, which the small world does not need
+        from sd3core.captioners import (
+            VisionLanguageCaptioner,
+        )  # loads transformers, which the small world does not need
 
         return VisionLanguageCaptioner(caption.model, caption.prompt, caption.max_new_tokens, device=device)
     from sd3core.small_world.captioner import caption_from_pixels

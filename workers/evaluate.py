@@ -1,8 +1,8 @@
 """Evaluation: every checkpoint kept, live and EMA weights, scored in parts that are each done once.
 
-A part is the unit of work and of resume: PART.<fingerprint>.json under runs/RUN/evaluations/PHASE/SAMPLES-WEIGHTS, written after
-its pictures. The fingerprint covers the protocol and the checkpoint's content, so a changed setting or checkpoint makes a new
-part and nothing else. runs/RUN/evaluations/scores.json is a function of the parts.
+A part is the unit of work and of resume: PART.<fingerprint>.json under runs/RUN/evaluations/PHASE/SAMPLES-WEIGHTS,
+written after its pictures. The fingerprint covers the protocol and the checkpoint's content, so a changed setting or
+checkpoint makes a new part and nothing else. runs/RUN/evaluations/scores.json is a function of the parts.
 """
 
 from __future__ import annotations
@@ -66,9 +66,11 @@ class EvaluationTask:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """`scores` rows: checkpoint, phase, samples, weights, protocol, metric, value, count. `protocols`: readable, by fingerprint.
+    """`scores` rows: checkpoint, phase, samples, weights, protocol, metric, value, count. `protocols`: readable, by
+    fingerprint.
 
-    `pictures`: phase, samples, weights, name, uri, thumbnail (paths in the store). `left_out`: which score, and why there is none.
+    `pictures`: phase, samples, weights, name, uri, thumbnail (paths in the store). `left_out`: which score, and why
+    there is none.
     """
 
     path: str  # of scores.json
@@ -112,7 +114,9 @@ def evaluate_stage(
     if not store.exists(path) or store.get(path) != data:
         store.put(path, data)
     seconds = time.monotonic() - started
-    return EvaluationResult(path, fingerprint(summary), **summary, made=len(missing), done_before=meter.already_done, seconds=seconds)
+    return EvaluationResult(
+        path, fingerprint(summary), **summary, made=len(missing), done_before=meter.already_done, seconds=seconds
+    )
 
 
 def _run_tasks(
@@ -125,20 +129,26 @@ def _run_tasks(
     def working(task: EvaluationTask, progress: Progress) -> None:
         meter.update(meter.done, f"{task.title}: {progress.done}/{progress.total} {progress.unit}")
 
-    from workers.evaluate_parts import EvaluationWorker  # here, so that a stage with nothing to do loads no models' libraries
+    from workers.evaluate_parts import (
+        EvaluationWorker,
+    )  # here, so that a stage with nothing to do loads no models' libraries
 
     worker = {"store_url": store.url, "recipe": recipe, "inputs": inputs, "device": actor_device(recipe.compute)}
     outcomes = map_over_actors(EvaluationWorker, worker, tasks, PoolSettings.of(recipe.compute), ended, working)
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     if failed:
         named = "; ".join(f"{outcome.task.title}: {outcome.error}" for outcome in failed[:5])
-        raise EvaluationFailed(f"{len(failed)} of {len(tasks)} parts could not be scored: {named}; run the stage again for these only")
+        raise EvaluationFailed(
+            f"{len(failed)} of {len(tasks)} parts could not be scored: {named}; run the stage again for these only"
+        )
 
 
 def plan_tasks(
     recipe: Recipe, store: Store, checkpoints: dict[str, list[str]], inputs: EvaluationInputs
 ) -> list[EvaluationTask]:
-    """Every part of every checkpoint, in the order of the table. A pure function of its arguments and the manifests' digests."""
+    """Every part of every checkpoint, in the order of the table. A pure function of its arguments and the manifests'
+    digests.
+    """
     phases = dict(recipe.phases())
     digests = read_towers(store, inputs.towers).digests
     tasks = []
@@ -147,7 +157,9 @@ def plan_tasks(
         for folder in chosen:
             done = read_done(store, folder)
             for weights in WEIGHTS:
-                for part, protocol in _protocols(recipe, phase, phases[phase], inputs, digests, last=folder == folders[-1]):
+                for part, protocol in _protocols(
+                    recipe, phase, phases[phase], inputs, digests, last=folder == folders[-1]
+                ):
                     spec = fingerprint({"protocol": protocol, "checkpoint": done.digest})
                     place = f"{_folder(recipe)}/{phase}/{done.samples:012d}-{weights}/{part}.{spec}"
                     tasks.append(EvaluationTask(part, phase, folder, done.samples, weights, protocol, place))
@@ -157,17 +169,28 @@ def plan_tasks(
 def _protocols(
     recipe: Recipe, phase_key: str, phase: Training, inputs: EvaluationInputs, towers: dict[str, str], *, last: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(part, protocol): whatever a score depends on besides the checkpoint, so that equal fingerprints are comparable scores."""
+    """(part, protocol): whatever a score depends on besides the checkpoint, so that equal fingerprints are comparable
+    scores.
+    """
     evaluate = recipe.evaluate
-    common = {"format": FORMATS["evaluations"], "precision": evaluate.precision, "seed": evaluate.seed, "raw": inputs.raw.digest}
-    latents = inputs.latents[phase_key].digest
-    yield "validation", common | {
-        "kind": "validation_loss",
-        "levels": list(LEVELS),
-        "images": evaluate.validation_images,
-        "latents": latents,
-        "text": inputs.text.digest,
+    common = {
+        "format": FORMATS["evaluations"],
+        "precision": evaluate.precision,
+        "seed": evaluate.seed,
+        "raw": inputs.raw.digest,
     }
+    latents = inputs.latents[phase_key].digest
+    yield (
+        "validation",
+        common
+        | {
+            "kind": "validation_loss",
+            "levels": list(LEVELS),
+            "images": evaluate.validation_images,
+            "latents": latents,
+            "text": inputs.text.digest,
+        },
+    )
 
     def sampled(height: int, width: int) -> dict[str, Any]:
         settings = SampleSettings(height, width, evaluate.num_steps, evaluate.guidance_scale, phase.shift)
@@ -176,23 +199,34 @@ def _protocols(
 
     square = sampled(phase.side_px, phase.side_px)
     reference = reference_fields(inputs.raw, towers["judge"], phase.side_px, evaluate.reference_images)
-    yield "pictures", square | {
-        "kind": "clip_and_fid",
-        "images": evaluate.scored_images,
-        "grid": evaluate.grid_prompts,
-        "reference": reference,
-        "reference_set": fingerprint(reference),
-    }
+    yield (
+        "pictures",
+        square
+        | {
+            "kind": "clip_and_fid",
+            "images": evaluate.scored_images,
+            "grid": evaluate.grid_prompts,
+            "reference": reference,
+            "reference_set": fingerprint(reference),
+        },
+    )
     per_task = evaluate.bench_prompts_per_task
     if not last and evaluate.earlier_bench_prompts_per_task is not None:
         per_task = evaluate.earlier_bench_prompts_per_task
     if recipe.data.source == "small_world" and per_task:
         for task in TASKS:
-            bench = {"kind": "shapes_bench", "prompts_per_task": per_task, "images_per_prompt": evaluate.bench_images_per_prompt}
+            bench = {
+                "kind": "shapes_bench",
+                "prompts_per_task": per_task,
+                "images_per_prompt": evaluate.bench_images_per_prompt,
+            }
             yield f"bench-{task}", square | bench
     for height, width in bucket_sides(phase.side_px, phase.aspect_ratios):
         if len(phase.aspect_ratios) > 1 and height != width and evaluate.bucket_grid_prompts:
-            yield f"grid-{height}x{width}", sampled(height, width) | {"kind": "grid", "grid": evaluate.bucket_grid_prompts}
+            yield (
+                f"grid-{height}x{width}",
+                sampled(height, width) | {"kind": "grid", "grid": evaluate.bucket_grid_prompts},
+            )
 
 
 def summarise(tasks: Sequence[EvaluationTask], parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -210,7 +244,10 @@ def summarise(tasks: Sequence[EvaluationTask], parts: Sequence[dict[str, Any]]) 
             bench.setdefault((task.checkpoint, task.weights), []).extend(scores[len(scores) - len(part["scores"]) :])
     for rows in bench.values():
         if rows:  # GenEval: the plain mean of the six
-            overall = {"value": sum(row["value"] for row in rows) / len(rows), "count": sum(row["count"] for row in rows)}
+            overall = {
+                "value": sum(row["value"] for row in rows) / len(rows),
+                "count": sum(row["count"] for row in rows),
+            }
             scores.append(rows[0] | {"metric": "shapes_bench/overall"} | overall)
     return {"scores": scores, "left_out": left_out, "pictures": pictures, "protocols": protocols}
 

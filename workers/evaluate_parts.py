@@ -72,7 +72,9 @@ class EvaluationWorker:
         key = (task.checkpoint, task.weights)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # before the next one is loaded, so that only one is in memory
-            model = load_model(self.store.uri(task.checkpoint), task.weights).to(self.device, DTYPES[task.protocol["precision"]])
+            model = load_model(self.store.uri(task.checkpoint), task.weights).to(
+                self.device, DTYPES[task.protocol["precision"]]
+            )
             null = read_done(self.store, task.checkpoint).null
             self._loaded = (key, Generator(model, self.encoders, self.autoencoder, null))
         return self._loaded[1]
@@ -84,7 +86,13 @@ class EvaluationWorker:
         if not drawn:
             return []
         prompts, seeds = zip(*drawn, strict=True)
-        return self._generator(task).sample(prompts, seeds, SampleSettings.from_dict(task.protocol["settings"]), batch=self.recipe.evaluate.batch, on_step=count)
+        return self._generator(task).sample(
+            prompts,
+            seeds,
+            SampleSettings.from_dict(task.protocol["settings"]),
+            batch=self.recipe.evaluate.batch,
+            on_step=count,
+        )
 
     @torch.inference_mode()
     def _validate(self, task: EvaluationTask, result: _Part) -> None:
@@ -121,7 +129,9 @@ class EvaluationWorker:
         features = image_embeddings(self.judge, [images[pair] for pair in scored])
         texts = self.judge.text_features([prompt for prompt, _ in scored]).cpu().numpy() if scored else features
         max_pixels, name = self.recipe.data.max_image_pixels, self.recipe.data.name
-        reference = reference_features(self.store, name, self.raw, self.judge, protocol["reference"], max_pixels, self._show_images)
+        reference = reference_features(
+            self.store, name, self.raw, self.judge, protocol["reference"], max_pixels, self._show_images
+        )
         result.add("clip_score", clip_score(features, texts))
         result.add("clip_fid", frechet_score(features, reference))
         result.details["reference_images"] = len(reference)
@@ -142,7 +152,11 @@ class EvaluationWorker:
         prompts, copies = shapes_bench.load_prompts(name), protocol["images_per_prompt"]
         count = min(protocol["prompts_per_task"], len(prompts))
         chosen = [position * len(prompts) // count for position in range(count)]
-        drawn = [(prompts[position], protocol["seed"] + position * copies + copy) for position in chosen for copy in range(copies)]
+        drawn = [
+            (prompts[position], protocol["seed"] + position * copies + copy)
+            for position in chosen
+            for copy in range(copies)
+        ]
         images = self._sample(task, [(prompt.text, seed) for prompt, seed in drawn])
         right = [shapes_bench.judge(image, prompt).correct for image, (prompt, _) in zip(images, drawn, strict=True)]
         result.add(f"shapes_bench/{name}", Score(sum(right) / len(right), len(right)))

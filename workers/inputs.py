@@ -40,7 +40,9 @@ def input_shards(manifest: Manifest) -> dict[int, InputShard]:
 
 
 def read_images(store: Store, shard: InputShard) -> Iterator[tuple[str, bytes]]:
-    """(key, encoded image) of every sample of a raw shard. Raises DataError when it is not the shard its manifest names."""
+    """(key, encoded image) of every sample of a raw shard. Raises DataError when it is not the shard its manifest
+    names.
+    """
     for key, files in read_raw_samples(store, shard.folder, shard.stem, shard.digest):
         image = next((files[extension] for extension in IMAGE_EXTENSIONS if extension in files), None)
         if image is None:
@@ -59,7 +61,10 @@ def read_input_table(store: Store, shard: InputShard) -> pa.Table:
 def _read_checked(store: Store, path: str, digest: str | None) -> pa.Table:
     data = store.get(path)
     if digest is not None and hashlib.sha256(data).hexdigest() != digest:
-        raise DataError(f"{store.uri(path)}: its bytes are not those of its manifest; delete the shard's done record and run the stage again")
+        raise DataError(
+            f"{store.uri(path)}: its bytes are not those of its manifest;"
+            " delete the shard's done record and run the stage again"
+        )
     return pq.read_table(io.BytesIO(data))
 
 

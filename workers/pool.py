@@ -1,8 +1,9 @@
 """Tasks over Ray actors: retries with a cap, quarantine with the reason, dead workers replaced, a watchdog on progress.
 
-A worker is a plain class without a ray import: `__init__` loads what it needs once, `__call__(task)` returns a result. It may
-keep an attribute `progress` (any comparable value, usually sd3core.progress.Progress): the watchdog then counts a long task
-as alive while that value changes. Tasks and results travel through Ray, so they hold paths and counts, never tensors.
+A worker is a plain class without a ray import: `__init__` loads what it needs once, `__call__(task)` returns a result.
+It may keep an attribute `progress` (any comparable value, usually sd3core.progress.Progress): the watchdog then counts
+a long task as alive while that value changes. Tasks and results travel through Ray, so they hold paths and counts,
+never tensors.
 """
 
 from __future__ import annotations
@@ -74,8 +75,9 @@ class Outcome(Generic[Task]):
 def start_ray(compute: Compute, temp_dir: Path | None = None) -> Iterator[None]:
     """Ray for the duration of the block: this machine on loopback, or the cluster at compute.ray_address.
 
-    A Ray that the process has already is used and left as it is. CPUs are Ray's scheduling units: as many as the recipe asks for,
-    whatever the machine has. `temp_dir` holds Ray's sessions; one too long for socket paths gives way to a short one.
+    A Ray that the process has already is used and left as it is. CPUs are Ray's scheduling units: as many as the recipe
+    asks for, whatever the machine has. `temp_dir` holds Ray's sessions; one too long for socket paths gives way to a
+    short one.
     """
     if ray.is_initialized():
         yield
@@ -132,10 +134,10 @@ def map_over_actors(
 ) -> list[Outcome[Task]]:
     """worker_class(**worker_kwargs)(task) for every task; outcomes in the order of the tasks.
 
-    Each actor loads once and has one task at a time. A task that raises, whose process dies or that stalls is tried again, up to
-    settings.max_attempts, then given up with its reason (a UserError keeps its message). `report(outcome, done, total)` is called
-    as each task ends; `watch(task, progress)` about once a second with what a busy worker shows.
-    Raises PoolFailed when no worker can be loaded, and at once when loading raises a UserError.
+    Each actor loads once and has one task at a time. A task that raises, whose process dies or that stalls is tried
+    again, up to settings.max_attempts, then given up with its reason (a UserError keeps its message). `report(outcome,
+    done, total)` is called as each task ends; `watch(task, progress)` about once a second with what a busy worker
+    shows. Raises PoolFailed when no worker can be loaded, and at once when loading raises a UserError.
     """
     if not tasks:
         return []
@@ -246,12 +248,14 @@ class _Pool(Generic[Task]):
         if loading:
             seat.failed_loads = 0
         elif answer.error is None:
-            self._finish(position, Outcome(self.tasks[position], result=answer.result, attempts=self.attempts[position]))
+            self._finish(
+                position, Outcome(self.tasks[position], result=answer.result, attempts=self.attempts[position])
+            )
         else:
             self._failed(position, answer.error)
 
     def _lost(self, seat: _Seat, reason: str) -> None:
-        """The actor is dead, stuck or could not load: its task's attempt is counted, and another actor takes the seat."""
+        """The actor is dead, stuck or not loaded: its task's attempt is counted, and another actor takes the seat."""
         ray.kill(seat.actor)
         self.seats.remove(seat)
         failed_loads = 0
@@ -264,7 +268,8 @@ class _Pool(Generic[Task]):
             self.seats.append(self._seated(failed_loads))
         elif not self.seats:
             raise PoolFailed(
-                f"no {self.name} could be started, after {self.settings.max_attempts} attempts each: {self.last_load_error}"
+                f"no {self.name} could be started, after {self.settings.max_attempts} attempts each:"
+                f" {self.last_load_error}"
             )
 
     def _failed(self, position: int, reason: str) -> None:

@@ -1,23 +1,26 @@
 """A stage that makes one shard from one shard: what is missing is made on actors, then the manifest is committed.
 
-The store decides what is done: a stage whose manifest stands and matches is skipped, on any machine and in any run; otherwise
-one listing tells which shards are missing, and only those are made. What a run used last is noted at runs/RUN/stages/STAGE.json,
-so that a stage that is made again can say which field of the recipe is the cause. The note decides nothing.
+The store decides what is done: a stage whose manifest stands and matches is skipped, on any machine and in any run;
+otherwise one listing tells which shards are missing, and only those are made.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from sd3core.data.manifest import Manifest, ManifestRef, ShardEntry, commit_manifest, explain_difference, manifest_ref, read_manifest
+from sd3core.data.manifest import (
+    Manifest,
+    ManifestRef,
+    ShardEntry,
+    commit_manifest,
+    manifest_ref,
+    read_manifest,
+)
 from sd3core.data.shards import INDEX, DoneRecord, finished_stems, read_done, shard_stem
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError, UserError
@@ -25,8 +28,8 @@ from sd3core.progress import ProgressCallback, ProgressMeter
 from sd3core.recipe import Compute
 from sd3core.specs import fingerprint
 from workers.pool import Outcome, PoolSettings, map_over_actors, start_ray
+from workers.stage_notes import NOTHING_TO_DO, StageNote, reason_to_work, recall_stage, remember_stage
 
-NOTHING_TO_DO = "finished before, nothing to do"
 NAMED_FAILURES = 5  # shards that an error names
 
 
@@ -36,7 +39,9 @@ class StageFailed(UserError):
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to be made. `digest` (12 hex) names the content it is made from; `source` is what the worker finds that by."""
+    """One shard to be made. `digest` (12 hex) names the content it is made from; `source` is what the worker finds that
+    by.
+    """
 
     number: int
     digest: str
@@ -51,7 +56,9 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardStage:
-    """What a stage makes: `tasks` in order of their numbers; `needs` are further files of the folder, written by any worker."""
+    """What a stage makes: `tasks` in order of their numbers; `needs` are further files of the folder, written by any
+    worker.
+    """
 
     name: str  # the stage in this run, e.g. "latents.finetune.0"
     kind: str  # what the manifest calls it, e.g. "latents": two phases or runs that agree share it
@@ -80,53 +87,6 @@ class StageResult:
     rows: int = 0
     bytes: int = 0
     warnings: list[str] = field(default_factory=list)
-
-
-class StageNote(BaseModel):
-    """What a run last used for a stage."""
-
-    model_config = ConfigDict(frozen=True)
-
-    folder: str
-    digest: str
-    fields: dict[str, Any]
-
-
-def recall_stage(store: Store, run: str, stage: str) -> StageNote | None:
-    path = _note_path(run, stage)
-    try:
-        return StageNote.model_validate(store.get_json(path)) if store.exists(path) else None
-    except (ValidationError, ValueError):
-        return None  # written by another version: it explains nothing, and decides nothing
-
-
-def remember_stage(store: Store, run: str, stage: str, folder: str, digest: str, fields: dict[str, Any]) -> None:
-    note = StageNote(folder=folder, digest=digest, fields=fields)
-    if recall_stage(store, run, stage) != note:
-        store.put_json(_note_path(run, stage), note.model_dump(mode="json"))
-
-
-def _note_path(run: str, stage: str) -> str:
-    return f"runs/{run}/stages/{stage}.json"
-
-
-def reason_to_work(note: StageNote | None, folder: str, fields: dict[str, Any], missing: int, total: int, unit: str) -> str:
-    """Why a stage has something to do: which field changed since this run last used the stage, and how much is missing."""
-    causes = []
-    if note is not None and note.fields != fields:
-        causes = [_readable(line) for line in explain_difference(note.fields, fields)]
-    elif note is not None and note.folder != folder:
-        causes = [f"{note.folder} -> {folder}"]
-    elif note is None and missing == total:
-        causes = ["first run"]
-    if missing and causes != ["first run"]:
-        causes.append(f"{missing} of {total} {unit} were missing")
-    return "; ".join(causes) or "its inputs or its list of shards changed"
-
-
-def _readable(difference: str) -> str:
-    """A fingerprint says nothing to a reader: "raw: 0123456789ab -> ba9876543210" becomes "raw changed"."""
-    return re.sub(r"^(\S+): [0-9a-f]{12,64} -> [0-9a-f]{12,64}$", r"\1 changed", difference)
 
 
 def run_shard_stage(
@@ -168,7 +128,9 @@ def run_shard_stages(
                 worker_class, worker_kwargs, todo, PoolSettings.of(compute), tally.finished, tally.working
             )
         made = {(o.task.folder, o.task.stem): o.result for o in outcomes if o.error is None}
-        failures = [f"{o.task.folder}/{o.task.stem} ({o.error}, {o.attempts} attempts)" for o in outcomes if o.error is not None]
+        failures = [
+            f"{o.task.folder}/{o.task.stem} ({o.error}, {o.attempts} attempts)" for o in outcomes if o.error is not None
+        ]
     else:
         made = {}
     if failures:
@@ -281,10 +243,17 @@ def _build_manifest(store: Store, state: _State, made: dict[tuple[str, str], Don
     records = {stem: record for (folder, stem), record in made.items() if folder == stage.folder}
     unknown = [stem for stem in stage.stems if stem not in records and stem not in known]
     with ThreadPoolExecutor(16) as threads:
-        records |= dict(zip(unknown, threads.map(lambda stem: read_done(store, stage.folder, stem), unknown), strict=True))
+        records |= dict(
+            zip(unknown, threads.map(lambda stem: read_done(store, stage.folder, stem), unknown), strict=True)
+        )
     shards = [_entry(records[stem]) if stem in records else known[stem] for stem in stage.stems]
     return Manifest(
-        stage=stage.kind, spec=fingerprint(stage.fields), fields=stage.fields, inputs=stage.inputs, folder=stage.folder, shards=shards
+        stage=stage.kind,
+        spec=fingerprint(stage.fields),
+        fields=stage.fields,
+        inputs=stage.inputs,
+        folder=stage.folder,
+        shards=shards,
     )
 
 

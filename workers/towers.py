@@ -20,7 +20,8 @@ from sd3core.specs import towers_fields, towers_folder
 from sd3core.towers import TOWER_FOLDERS, TowerEntry, commit_tower, commit_towers, finished_towers, read_towers
 from workers.inputs import InputShard, input_shards, read_images, read_input_index
 from workers.pool import Outcome, PoolSettings, map_over_actors, start_ray
-from workers.shard_stage import NOTHING_TO_DO, StageFailed, StageResult, reason_to_work, recall_stage, remember_stage
+from workers.shard_stage import StageFailed, StageResult
+from workers.stage_notes import NOTHING_TO_DO, reason_to_work, recall_stage, remember_stage
 
 LONGEST_FIRST = ("vae", "judge", "clip_l", "clip_g", "t5")
 LEFT_BEHIND = (".bin", ".msgpack", ".h5", ".onnx", ".md")  # other forms of the weights that lie in released folders
@@ -33,9 +34,11 @@ def towers_cache() -> Path:
 
 
 def towers_stage(recipe: Recipe, store: Store, raw: ManifestRef | None, report: ProgressCallback) -> StageResult:
-    """Makes the towers that are not finished and commits their manifest. `raw` may be None where the towers are released.
+    """Makes the towers that are not finished and commits their manifest. `raw` may be None where the towers are
+    released.
 
-    Towers are pinned: once made they stay, however the data set grows. Raises StageFailed naming the towers that failed.
+    Towers are pinned: once made they stay, however the data set grows. Raises StageFailed naming the towers that
+    failed.
     """
     started = time.monotonic()
     folder, fields = towers_folder(recipe), towers_fields(recipe)
@@ -129,7 +132,13 @@ class SmallTowerWorker:
     """Trains one small tower a call, and commits it. The pictures are read once, when the worker is loaded."""
 
     def __init__(
-        self, store_url: str, folder: str, small: SmallTowers, shards: list[InputShard], max_image_pixels: int, seed: int
+        self,
+        store_url: str,
+        folder: str,
+        small: SmallTowers,
+        shards: list[InputShard],
+        max_image_pixels: int,
+        seed: int,
     ) -> None:
         self.store, self.folder = open_store(store_url), folder
         self.small, self.seed = small, seed
@@ -145,7 +154,13 @@ class SmallTowerWorker:
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f"tower-{name}-") as scratch:
             figures = make_small_tower(
-                name, self.small, self.images, self.captions, self.seed, Path(scratch), lambda p: setattr(self, "progress", p)
+                name,
+                self.small,
+                self.images,
+                self.captions,
+                self.seed,
+                Path(scratch),
+                lambda p: setattr(self, "progress", p),
             )
             seconds = round(time.monotonic() - started, 1)
             return commit_tower(self.store, self.folder, name, Path(scratch), figures | {"seconds": seconds})
@@ -189,7 +204,8 @@ class ReleasedTowerWorker:
 
 
 def lay_out_released(name: str, released: ReleasedTowers, local: Path) -> dict[str, Path]:
-    """Checks that a released tower loads, and links its files into `local` as an artifact has them. Returns its folders.
+    """Checks that a released tower loads, and links its files into `local` as an artifact has them. Returns its
+    folders.
 
     Raises DataError naming the recipe's key and the folder that is missing or cannot be loaded.
     """

@@ -1,4 +1,6 @@
-"""Aspect buckets: sides whose product is near a target area, both multiples of what a patch covers. Paper section 5.3.2."""
+"""Aspect buckets: sides whose product is near a target area, both multiples of what a patch covers. Paper section
+5.3.2.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ PATCH_PX = 16  # VAE 8 x patch 2
 
 
 def bucket_sides(side_px: int, aspect_ratios: Sequence[float], multiple: int = PATCH_PX) -> list[Side]:
-    """(height, width) for each width / height ratio, with height * width near side_px ** 2. Equal ones stand once, in order."""
+    """(height, width) for each width / height ratio, with height * width near side_px ** 2. Equal ones stand once, in
+    order.
+    """
     sides: list[Side] = []
     for ratio in aspect_ratios:
         height = max(multiple, round(side_px / math.sqrt(ratio) / multiple) * multiple)
@@ -21,7 +25,9 @@ def bucket_sides(side_px: int, aspect_ratios: Sequence[float], multiple: int = P
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[Side]) -> Side:
-    """The bucket whose aspect is nearest to the image's on a logarithmic scale, where 2:1 and 1:2 are equally far from 1:1."""
+    """The bucket whose aspect is nearest to the image's on a logarithmic scale, where 2:1 and 1:2 are equally far from
+    1:1.
+    """
     wanted = math.log(width / height)
     return min(buckets, key=lambda side: abs(math.log(side[1] / side[0]) - wanted))
 

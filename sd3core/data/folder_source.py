@@ -1,4 +1,5 @@
-"""A folder of images: NAME.jpg with NAME.txt beside it, or a metadata.jsonl with file_name and text in any of its folders.
+"""A folder of images: NAME.jpg with NAME.txt beside it, or a metadata.jsonl with file_name and text in any of its
+folders.
 
 Whatever is not taken is an item with a `problem`, so that it is counted and named where the shards are made.
 """
@@ -53,14 +54,18 @@ class _Metadata:
 
 
 def list_folder(data: Data, captions_needed: bool) -> list[FolderItem]:
-    """Every image of data.folder with its caption and digest, sorted by key. Hidden files are ignored, links out not followed."""
+    """Every image of data.folder with its caption and digest, by key. Hidden files are ignored, links out not
+    followed.
+    """
     root = Path(data.folder).expanduser().resolve()
     if not root.is_dir():
         raise DataError(f"data.folder {data.folder}: no such folder")
     images, metadata_files, problems = _walk(root)
     metadata = _read_metadata(root, metadata_files, set(images))
     with ThreadPoolExecutor(READ_THREADS) as threads:
-        found = list(threads.map(lambda path: _image_item(root, path, metadata, data.max_caption_chars, captions_needed), images))
+        found = list(
+            threads.map(lambda path: _image_item(root, path, metadata, data.max_caption_chars, captions_needed), images)
+        )
     return sorted(problems + metadata.problems + found, key=lambda item: item.key)
 
 
@@ -73,7 +78,9 @@ def image_key(path: str) -> str:
 
 def clean_caption(text: str, max_chars: int) -> str:
     """One line without control characters, cut at a word where it is longer than max_chars. Any script."""
-    kept = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs"))
+    kept = "".join(
+        " " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs")
+    )
     line = " ".join(kept.split())
     if len(line) <= max_chars:
         return line
@@ -90,7 +97,9 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[FolderItem]]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in folders:
             if Path(folder, name).is_symlink():
-                problems.append(_problem(Path(folder, name).relative_to(root).as_posix(), "a linked folder is not followed"))
+                problems.append(
+                    _problem(Path(folder, name).relative_to(root).as_posix(), "a linked folder is not followed")
+                )
         for name in sorted(names):
             path = Path(folder, name)
             is_image = path.suffix.lower() in IMAGE_SUFFIXES
@@ -107,7 +116,9 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[FolderItem]]:
 
 
 def _cannot_list(error: OSError) -> None:
-    raise DataError(f"data.folder: {error.filename} cannot be listed: {error.strerror}; make it readable, or take it out")
+    raise DataError(
+        f"data.folder: {error.filename} cannot be listed: {error.strerror}; make it readable, or take it out"
+    )
 
 
 def _inside(root: Path, path: Path) -> bool:

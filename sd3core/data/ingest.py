@@ -1,7 +1,7 @@
 """Ingest: where images and captions come from, cut into shards of raw samples.
 
-A source is listed once, on one machine; each shard is then written by any worker. A shard's digest names its content, so a
-changed image or caption gives another shard, and one that stands is not made again.
+A source is listed once, on one machine; each shard is then written by any worker. A shard's digest names its content,
+so a changed image or caption gives another shard, and one that stands is not made again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ from sd3core.small_world.scenes import describe, draw_scene, render, scene_rng
 
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # stored as they are; others become PNG
 RAW_SCHEMA = pa.schema(
-    [("width", pa.int32()), ("height", pa.int32()), ("caption", pa.string()), ("source", pa.string()), ("split", pa.string())]
+    [
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("caption", pa.string()),
+        ("source", pa.string()),
+        ("split", pa.string()),
+    ]
 )
 ASPECT, DESCRIBE = 2, 1  # purposes of scene_rng besides drawing, which is 0
 
@@ -45,8 +51,8 @@ class SourceShard:
 def list_source(data: Data, seed: int, captions_needed: bool = False) -> list[SourceShard]:
     """The shards of the recipe's source, the same for the same content.
 
-    `captions_needed`: an image without caption is rejected, because no captioner will write one. Raises DataError where a folder
-    holds no image that can be used.
+    `captions_needed`: an image without caption is rejected, because no captioner will write one. Raises DataError where
+    a folder holds no image that can be used.
     """
     if data.source == "small_world":
         return _list_small_world(data, seed)
@@ -61,8 +67,12 @@ def list_source(data: Data, seed: int, captions_needed: bool = False) -> list[So
 
 
 def _list_small_world(data: Data, seed: int) -> list[SourceShard]:
-    """A scene is a function of (seed, settings, index), so those name a shard's content; a world that grows keeps its shards."""
-    settings = data.model_dump(mode="json", include={"image_side_px", "aspect_ratios", "max_objects", "held_out_fraction"})
+    """A scene is a function of (seed, settings, index), so those name a shard's content; a world that grows keeps its
+    shards.
+    """
+    settings = data.model_dump(
+        mode="json", include={"image_side_px", "aspect_ratios", "max_objects", "held_out_fraction"}
+    )
     shards = []
     for number, start in enumerate(range(0, data.images, data.rows_per_shard)):
         indexes = range(start, min(start + data.rows_per_shard, data.images))
@@ -80,8 +90,13 @@ def _check_usable(data: Data, items: list[FolderItem]) -> None:
             return
         except DataError as error:
             reasons[str(error)] = reasons.get(str(error), 0) + 1
-    why = "; ".join(f"{count} rejected: {reason}" for reason, count in sorted(reasons.items(), key=lambda kv: -kv[1])[:5])
-    raise DataError(f"data.folder {data.folder}: no usable image ({why or 'it holds no image file'}); name another folder, or mend that")
+    why = "; ".join(
+        f"{count} rejected: {reason}" for reason, count in sorted(reasons.items(), key=lambda kv: -kv[1])[:5]
+    )
+    raise DataError(
+        f"data.folder {data.folder}: no usable image ({why or 'it holds no image file'});"
+        " name another folder, or mend that"
+    )
 
 
 class IngestWorker:
@@ -104,7 +119,9 @@ class IngestWorker:
             scene = draw_scene(shard.seed, index, self.data.image_side_px, aspect, self.data.max_objects)
             image = Image.fromarray(render(scene))
             caption = describe(scene, scene_rng(shard.seed, index, DESCRIBE))
-            yield self._sample(f"scene-{shard.seed}-{index:08d}", "png", _png(image), image.size, caption, "small_world")
+            yield self._sample(
+                f"scene-{shard.seed}-{index:08d}", "png", _png(image), image.size, caption, "small_world"
+            )
             self.progress += 1
 
     def _files(self, shard: SourceShard, failed: list[FailedRow]) -> Iterator[Sample]:
@@ -116,7 +133,9 @@ class IngestWorker:
                 failed.append(FailedRow(key=item.name, reason=str(error)))
             self.progress += 1
 
-    def _sample(self, key: str, extension: str, image: bytes, size: tuple[int, int], caption: str, source: str) -> Sample:
+    def _sample(
+        self, key: str, extension: str, image: bytes, size: tuple[int, int], caption: str, source: str
+    ) -> Sample:
         about = {"caption": caption, "width": size[0], "height": size[1], "source": source}
         described = json.dumps(about, sort_keys=True, ensure_ascii=False).encode()
         split = "held_out" if is_held_out(key, self.data.held_out_fraction) else "train"
@@ -124,7 +143,9 @@ class IngestWorker:
 
 
 class FolderChanged(UserError):
-    """A file is not the one that was listed: a shard made from it would bear the wrong name. Not a reject, the shard fails."""
+    """A file is not the one that was listed: a shard made from it would bear the wrong name. Not a reject, the shard
+    fails.
+    """
 
 
 def _usable_image(data: Data, root: Path, item: FolderItem) -> tuple[Image.Image, str, bytes]:
@@ -136,7 +157,9 @@ def _usable_image(data: Data, root: Path, item: FolderItem) -> tuple[Image.Image
     except OSError:
         content = b""
     if hashlib.sha256(content).hexdigest() != item.sha256:
-        raise FolderChanged(f"{root / item.path} changed since the folder was listed; run ingest again when it is at rest")
+        raise FolderChanged(
+            f"{root / item.path} changed since the folder was listed; run ingest again when it is at rest"
+        )
     image, kind = decode_image_and_format(content, data.max_image_pixels)
     if min(image.size) < data.min_side_px:
         raise DataError(f"a side is shorter than {data.min_side_px} px (data.min_side_px)")

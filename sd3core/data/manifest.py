@@ -1,7 +1,7 @@
 """MANIFEST.json: the word that a stage is done, what it was made from, and what it holds.
 
-Where it stands and matches, the stage is skipped. Beside the newest manifest every one that was ever committed stays under its
-digest, so that a reader that was told a digest reads just that one, whatever has been added since.
+Where it stands and matches, the stage is skipped. Beside the newest manifest every one that was ever committed stays
+under its digest, so that a reader that was told a digest reads just that one, whatever has been added since.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from sd3core.data.store import Store, StoreNotFound, canonical_json
 from sd3core.errors import DataError
 
 MANIFEST = "MANIFEST.json"
+UNSET = "unset"
 
 
 class ShardEntry(BaseModel):
@@ -32,7 +33,7 @@ class ShardEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`fields` is what was fingerprinted into `spec`; `inputs` names the manifests it was made from by their digests."""
+    """`fields` is what was fingerprinted into `spec`; `inputs` names the manifests it was made from by digest."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     stage: str
@@ -101,7 +102,9 @@ def read_manifest(store: Store, folder_or_path: str, digest: str | None = None) 
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError:
-        raise DataError(f"{store.uri(path)}: not a manifest of this version; delete it and run the stage again") from None
+        raise DataError(
+            f"{store.uri(path)}: not a manifest of this version; delete it and run the stage again"
+        ) from None
     if digest is not None and hashlib.sha256(data).hexdigest() != digest:
         raise DataError(f"{store.uri(path)}: not the manifest that was asked for ({digest[:12]}); run the stage again")
     return manifest
@@ -110,8 +113,8 @@ def read_manifest(store: Store, folder_or_path: str, digest: str | None = None) 
 def explain_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The fields in which two specs differ, as `text.t5_tokens: 16 -> 20`."""
     before, after = _flatten(old), _flatten(new)
-    keys = sorted(before.keys() | after.keys())
-    return [f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}" for key in keys if before.get(key) != after.get(key)]
+    keys = sorted(key for key in before.keys() | after.keys() if before.get(key, UNSET) != after.get(key, UNSET))
+    return [f"{key}: {before.get(key, UNSET)} -> {after.get(key, UNSET)}" for key in keys]
 
 
 def _flatten(fields: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """The training plan: which samples make up batch number `step`. A pure function of (rows, seed, global batch).
 
-Every bucket is an endless stream: its rows in the order of epoch 0, then of epoch 1, and so on, and its batches are consecutive
-pieces of that stream. So each row comes exactly once in each epoch, none is dropped, and a batch that an epoch does not fill is
-completed by the first rows of the next. Each sample carries the epoch it is drawn for, so (seed, epoch, sample) never comes
-twice, also where a bucket has fewer rows than a batch. Batches of the buckets are interleaved in proportion to their rows. Any
-step is reached without going through the steps before it, at any world size.
+Every bucket is an endless stream: its rows in the order of epoch 0, then of epoch 1, and so on, and its batches are
+consecutive pieces of that stream. So each row comes exactly once in each epoch, none is dropped, and a batch that an
+epoch does not fill is completed by the first rows of the next. Each sample carries the epoch it is drawn for, so (seed,
+epoch, sample) never comes twice, also where a bucket has fewer rows than a batch. Batches of the buckets are
+interleaved in proportion to their rows. Any step is reached without going through the steps before it, at any world
+size.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import numpy as np
 from sd3core.errors import DataError
 
 WINDOW_SHARDS = 8
-NO_ROWS = "there is no row to train on: every row is held out or has no caption; add data or lower data.held_out_fraction"
+NO_ROWS = (
+    "there is no row to train on: every row is held out or has no caption; add data or lower data.held_out_fraction"
+)
 
 
 @dataclass(frozen=True, eq=False)
 class PlanTable:
-    """The rows that may be trained on. `shard` and `row` say where a row stands, `bucket` is an index into `buckets`."""
+    """The rows to train on. `shard` and `row` say where a row stands, `bucket` is an index into `buckets`."""
 
     shard: np.ndarray  # (N,) position of the shard in the manifest
     row: np.ndarray  # (N,) row of the shard's index
@@ -60,8 +63,8 @@ class BucketReport:
 class TrainingPlan:
     """`batch(step)` for any step from 0 on.
 
-    Rows are drawn from a moving window: an epoch visits the shards in an order of its own, and a row of the p-th of them comes
-    between the places p and p + window_shards. So a rank needs about that many shards at a time.
+    Rows are drawn from a moving window: an epoch visits the shards in an order of its own, and a row of the p-th of
+    them comes between the places p and p + window_shards. So a rank needs about that many shards at a time.
     """
 
     def __init__(self, table: PlanTable, seed: int, global_batch: int, window_shards: int = WINDOW_SHARDS) -> None:
@@ -87,12 +90,15 @@ class TrainingPlan:
     def bucket_of(self, step: int) -> tuple[int, int]:
         """Which bucket the step takes, and how many batches that bucket has given before.
 
-        Batch j of a bucket with share p falls due at time (j + phase) / p; the steps are all due times in order. By time T
-        between T - B and T + B of them have passed (B buckets), so only that neighbourhood of `step` is looked at.
+        Batch j of a bucket with share p falls due at time (j + phase) / p; the steps are all due times in order. By
+        time T between T - B and T + B of them have passed (B buckets), so only that neighbourhood of `step` is looked
+        at.
         """
         reach = len(self._codes) + 1
         start = max(0.0, step - reach)
-        passed = np.maximum(0, np.ceil(start * self._shares - self._phases)).astype(np.int64)  # due before `start`, by bucket
+        passed = np.maximum(0, np.ceil(start * self._shares - self._phases)).astype(
+            np.int64
+        )  # due before `start`, by bucket
         due = [
             ((number + phase) / share, position, number)
             for position, (share, phase) in enumerate(zip(self._shares, self._phases, strict=True))
@@ -112,7 +118,9 @@ class TrainingPlan:
     def _make_order(self, code: int, epoch: int) -> np.ndarray:
         """The bucket's rows (positions in the table) in the order of one epoch."""
         rows = self._rows[code]
-        visited = _generator(self.seed, "shards", epoch).permutation(self._shards)  # the same for all buckets: they share the cache
+        visited = _generator(self.seed, "shards", epoch).permutation(
+            self._shards
+        )  # the same for all buckets: they share the cache
         jitter = _generator(self.seed, "rows", epoch, code).random(len(rows)) * min(self.window_shards, self._shards)
         return rows[np.argsort(visited[self.table.shard[rows]] + jitter, kind="stable")]
 

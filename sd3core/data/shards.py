@@ -1,7 +1,7 @@
 """One shard: a WebDataset tar, an index parquet beside it, and the done record, written last.
 
-Nothing without its done record exists: a killed writer costs its shard and leaves nothing that a reader sees. The bytes are a
-function of the samples alone (no times, no owners), so a shard that is made again has the same digest.
+Nothing without its done record exists: a killed writer costs its shard and leaves nothing that a reader sees. The bytes
+are a function of the samples alone (no times, no owners), so a shard that is made again has the same digest.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def sample_id(key: str) -> int:
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Is this key in the part that training never sees? A function of the key alone, so a growing data set moves nothing."""
+    """Is this key in the part that training never sees? A function of the key alone, so a growing data set moves
+    nothing.
+    """
     draw = int.from_bytes(hashlib.sha256(b"held out:" + key.encode()).digest()[:8], "big") / 2**64
     return draw < fraction
 
@@ -92,9 +94,9 @@ def write_shard(
 ) -> DoneRecord:
     """Writes FOLDER/STEM.tar, STEM.index.parquet, then STEM.done.json.
 
-    `samples` may append to `failed` while it is iterated. `schema` fixes the index's own columns (needed where a shard can be
-    empty). `count_by` names an index column whose values are counted into the record's `extra`. A sample without files is an
-    index row only; its `row` says where its bytes are.
+    `samples` may append to `failed` while it is iterated. `schema` fixes the index's own columns (needed where a shard
+    can be empty). `count_by` names an index column whose values are counted into the record's `extra`. A sample without
+    files is an index row only; its `row` says where its bytes are.
     """
     rows: list[dict[str, Any]] = []
     written: set[str] = set()
@@ -138,7 +140,9 @@ def read_done(store: Store, folder: str, stem: str) -> DoneRecord:
     try:
         return DoneRecord.model_validate(store.get_json(path))
     except ValueError:
-        raise DataError(f"{store.uri(path)}: not a done record of this version; delete it and run the stage again") from None
+        raise DataError(
+            f"{store.uri(path)}: not a done record of this version; delete it and run the stage again"
+        ) from None
 
 
 def read_index(store: Store, folder: str, stem: str, digest: str | None = None) -> pa.Table:
@@ -154,7 +158,9 @@ def check_digest(data: bytes, digest: str, uri: str) -> None:
     """Raises DataError unless these are the bytes that a manifest names."""
     if hashlib.sha256(data).hexdigest() != digest:
         stem = uri.rpartition("/")[2].removesuffix(".tar").removesuffix(INDEX).removesuffix(".parquet")
-        raise DataError(f"{uri}: its bytes are not those of its manifest; delete {stem}{DONE} beside it and run the stage again")
+        raise DataError(
+            f"{uri}: its bytes are not those of its manifest; delete {stem}{DONE} beside it and run the stage again"
+        )
 
 
 def read_samples(data: bytes) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -183,7 +189,9 @@ def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
         raise DataError(f"tar: {error}; make its shard again") from None
 
 
-def read_raw_samples(store: Store, folder: str, stem: str, digest: str | None = None) -> Iterator[tuple[str, dict[str, bytes]]]:
+def read_raw_samples(
+    store: Store, folder: str, stem: str, digest: str | None = None
+) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The samples of a stored tar, after its SHA-256 is checked against `digest`."""
     path = f"{folder}/{stem}.tar"
     data = store.get(path)
@@ -237,7 +245,9 @@ def _read_parquet(store: Store, path: str, digest: str | None) -> pa.Table:
     try:
         return pq.read_table(io.BytesIO(data))
     except (pa.ArrowInvalid, OSError):
-        raise DataError(f"{store.uri(path)}: not a parquet file; delete the shard's done record and run the stage again") from None
+        raise DataError(
+            f"{store.uri(path)}: not a parquet file; delete the shard's done record and run the stage again"
+        ) from None
 
 
 def _count(rows: list[dict[str, Any]], column: str) -> dict[str, int]:

@@ -143,7 +143,13 @@ def download_uri(uri: str, local: Path) -> None:
 
 
 def _checked(path: str) -> str:
-    if not path or path.startswith("/") or "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
+    if (
+        not path
+        or path.startswith("/")
+        or "\\" in path
+        or "\0" in path
+        or any(part in ("", ".", "..") for part in path.split("/"))
+    ):
         raise StoreError(f"store path {path!r}: it must be relative and stay inside the store")
     if PARTIAL in path:
         raise StoreError(f"store path {path!r}: {PARTIAL!r} marks files being written; take another name")
@@ -261,7 +267,7 @@ def _replaced(target: Path, shown: str) -> Iterator[BinaryIO]:
 
 
 class S3Store(Store):
-    """A bucket and a prefix, by boto3. The endpoint and credentials come from the environment (AWS_ENDPOINT_URL, ...)."""
+    """A bucket and a prefix, by boto3. Endpoint and credentials come from the environment (AWS_ENDPOINT_URL, ...)."""
 
     def __init__(self, url: str) -> None:
         parsed = urlparse(url)
@@ -278,15 +284,18 @@ class S3Store(Store):
                 import boto3
                 from botocore.config import Config
 
-                # A session of its own: boto3's default one is not safe for threads and keeps the credentials it saw first.
-                self._made = boto3.session.Session().client("s3", config=Config(
-                    retries={"max_attempts": S3_ATTEMPTS, "mode": "standard"},
-                    connect_timeout=10,
-                    read_timeout=60,
-                    max_pool_connections=32,
-                    request_checksum_calculation="when_required",  # trailing checksums are not known to every S3 server
-                    response_checksum_validation="when_required",
-                ))
+                # A session of its own: boto3's default one is not safe for threads, and keeps the first credentials.
+                self._made = boto3.session.Session().client(
+                    "s3",
+                    config=Config(
+                        retries={"max_attempts": S3_ATTEMPTS, "mode": "standard"},
+                        connect_timeout=10,
+                        read_timeout=60,
+                        max_pool_connections=32,
+                        request_checksum_calculation="when_required",  # not every S3 server knows the others
+                        response_checksum_validation="when_required",
+                    ),
+                )
             return self._made
 
     def _key(self, path: str) -> str:
@@ -309,15 +318,21 @@ class S3Store(Store):
         except (BotoCoreError, ValueError) as error:  # ValueError: an endpoint that is no URL
             raise self._unreachable(error) from None
         except OSError as error:
-            raise StoreError(f"{self.url}/{path}: {error.filename or 'local disk'}: {error.strerror or error}") from None
+            raise StoreError(
+                f"{self.url}/{path}: {error.filename or 'local disk'}: {error.strerror or error}"
+            ) from None
 
     def _unreachable(self, error: BaseException) -> StoreError:
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the default endpoint"
-        return StoreError(f"{self.url}: cannot be reached at {endpoint} (AWS_ENDPOINT_URL): {' '.join(str(error).split())}")
+        return StoreError(
+            f"{self.url}: cannot be reached at {endpoint} (AWS_ENDPOINT_URL): {' '.join(str(error).split())}"
+        )
 
     def _refused(self, path: str, error: Any) -> StoreError:
         code = str(error.response.get("Error", {}).get("Code", ""))
-        if code == "NoSuchBucket" or (code == "404" and error.operation_name != "HeadBucket" and not self._bucket_is_there()):
+        if code == "NoSuchBucket" or (
+            code == "404" and error.operation_name != "HeadBucket" and not self._bucket_is_there()
+        ):
             return StoreError(f"{self.url}: there is no bucket {self.bucket!r}; create it, or mend the recipe's store")
         if code in ("404", "NoSuchKey", "NotFound"):
             return StoreNotFound(f"{self.url}/{path}: no such object")
@@ -388,7 +403,9 @@ class S3Store(Store):
         cut = len(self.prefix) + 1 if self.prefix else 0
 
         def pages(s3: Any) -> list[StoreEntry]:
-            found = s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=f"{folder}/" if folder else "")
+            found = s3.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=f"{folder}/" if folder else ""
+            )
             return [StoreEntry(item["Key"][cut:], item["Size"]) for page in found for item in page.get("Contents", [])]
 
         return sorted(self._call(prefix, pages))

@@ -18,7 +18,9 @@ MIN_IMAGES = 8
 
 @torch.no_grad()
 def image_embeddings(judge: Judge, images: Sequence[np.ndarray] | np.ndarray, batch: int = 64) -> np.ndarray:
-    """uint8 (H, W, 3) pictures -> (n, D) float32, projected and not brought to unit length: FID keeps CLIP's own scale."""
+    """uint8 (H, W, 3) pictures -> (n, D) float32, projected and not brought to unit length: FID keeps CLIP's own
+    scale.
+    """
     config = judge.vision.config
     features = np.zeros((len(images), config.projection_dim), dtype=np.float32)
     for start in range(0, len(images), batch):

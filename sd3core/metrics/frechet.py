@@ -26,8 +26,8 @@ class Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), A and B the covariances.
 
-    tr (A B)^(1/2) is the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), which is symmetric and has no negative ones: no
-    matrix root of a general product, no jitter, exact for singular covariances.
+    tr (A B)^(1/2) is the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), which is symmetric and has no
+    negative ones: no matrix root of a general product, no jitter, exact for singular covariances.
     """
     values, vectors = np.linalg.eigh(a.covariance)
     root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
@@ -39,8 +39,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 def frechet_score(features: np.ndarray, reference: np.ndarray) -> Score | LeftOut:
     """The distance between generated (n, D) and reference (m, D) features.
 
-    Left out unless n and m exceed D: with fewer the covariance has directions that were never seen. The paper has 1,000 for 768.
-    The distance falls as n grows, so compare it at equal n only.
+    Left out unless n and m exceed D: with fewer the covariance has directions that were never seen. The paper has
+    1,000 for 768. The distance falls as n grows, so compare it at equal n only.
     """
     for sample, what in ((features, "generated images"), (reference, "held-out images")):
         if len(sample) <= features.shape[1]:

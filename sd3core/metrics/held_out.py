@@ -1,4 +1,4 @@
-"""The held-out part of a data set as evaluation uses it: prompts, images, and the judge's features of the images, made once."""
+"""The held-out part of a data set as evaluation uses it: prompts, images, and the judge's features of them, made once."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ class Row:
 
 
 def read_rows(store: Store, raw: Manifest, split: str, limit: int, *, captioned: bool = False) -> list[Row]:
-    """At most `limit` rows of a split ("held_out" or "train"), the same for the same manifest; `captioned` skips empty captions.
+    """At most `limit` rows of a split ("held_out" or "train"), the same for the same manifest; `captioned` skips empty
+    captions.
 
-    Shards, then rows, are taken in the order of a hash, so the choice does not follow the order of the data, and of a large data set
-    only as many indexes are read as are needed.
+    Shards, then rows, are taken in the order of a hash, so the choice does not follow the order of the data, and of a
+    large data set only as many indexes are read as are needed.
     """
     rows: list[Row] = []
     for shard in sorted(raw.shards, key=lambda entry: hashlib.sha256(entry.stem.encode()).digest()):
@@ -78,14 +79,17 @@ def reference_features(
     max_pixels: int,
     on_images: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """The judge's features (n, D) of the held-out images, from references/NAME/SPEC, and written there when they are missing.
+    """The judge's features (n, D) of the held-out images, from references/NAME/SPEC, and written there when they are
+    missing.
 
     Two workers may make them at once: they write the same bytes.
     """
     folder = f"references/{name}/{fingerprint(fields)}"
     if store.exists(f"{folder}/DONE.json"):
         return load_arrays(store.get(f"{folder}/features.safetensors"))["features"]
-    from sd3core.metrics.clip_score import image_embeddings  # loads transformers, which planning does not need
+    from sd3core.metrics.clip_score import (
+        image_embeddings,  # loads transformers, which planning does not need
+    )
 
     rows, parts = read_rows(store, raw, "held_out", int(fields["limit"])), []
     for start in range(0, len(rows), DECODE_BATCH):

@@ -17,7 +17,8 @@ MIN_SAMPLES = 8
 
 
 def level_losses(velocity: Callable[[Tensor, Tensor], Tensor], x0: Tensor, sample_ids: np.ndarray, seed: int) -> Tensor:
-    """mean over C, h, w of (velocity(z_t, t) - (noise - x0))^2 at every level. x0 (B, C, h, w) -> (B, len(LEVELS)) float64, CPU.
+    """mean over C, h, w of (velocity(z_t, t) - (noise - x0))^2 at every level. x0 (B, C, h, w) -> (B, len(LEVELS))
+    float64, CPU.
 
     The noise is a function of (seed, level, sample), so every checkpoint is measured on the same points.
     """

@@ -84,7 +84,7 @@ class BenchScore:
 
 
 def load_prompts(task: str, limit: int | None = None) -> list[BenchPrompt]:
-    """The fixed prompts of a task; with `limit`, that many spread evenly over the file. ValueError on an unknown task."""
+    """A task's fixed prompts; with `limit`, that many spread evenly over the file. ValueError on an unknown task."""
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; ShapesBench has {', '.join(TASKS)}")
     lines = (PROMPTS / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()

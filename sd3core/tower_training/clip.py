@@ -20,7 +20,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, C
 from sd3core.judge import clip_pixels
 from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
 from sd3core.recipe import SmallClip
-from sd3core.tower_training.schedule import ramp_and_fade, split_held_apart
+from sd3core.tower_training.muon import Descent
+from sd3core.tower_training.schedule import split_held_apart
 from sd3core.tower_training.tokenizers import CLIP_POSITIONS
 
 EMBEDDING_STD = 0.5  # transformers' 0.02 leaves the words themselves inaudible in the hidden states
@@ -83,20 +84,15 @@ def train_clip(
     rivals = WordSwaps(captions)
     training, held = split_held_apart(len(captions), at_most=128)
     batch = min(small.batch, len(training))
-    parameters = [p for p in clip.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=small.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    descent = Descent(clip, small.learning_rate, small.steps)
     meter = ProgressMeter(small.steps, "steps", report)
     clip.train()
     for step in range(small.steps):
-        optimizer.param_groups[0]["lr"] = small.learning_rate * ramp_and_fade(step, small.steps)
         rows = generator.choice(training, batch, replace=False)
         chosen = [captions[row] for row in rows]
         logits, same = _logits(clip, tokenizer, pixels[rows], chosen, [rivals.swap(c, generator) for c in chosen])
         loss = contrastive_loss(logits, same)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        descent.step(loss)
         with torch.no_grad():
             clip.logit_scale.clamp_(max=float(np.log(LOGIT_SCALE_MAX)))
         if step % 20 == 19 or step == small.steps - 1:

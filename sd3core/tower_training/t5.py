@@ -15,7 +15,8 @@ from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T
 
 from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
 from sd3core.recipe import SmallT5
-from sd3core.tower_training.schedule import ramp_and_fade, split_held_apart
+from sd3core.tower_training.muon import Descent
+from sd3core.tower_training.schedule import split_held_apart
 
 CORRUPTED = 0.3  # of the tokens; T5's 0.15 leaves captions of ten words with a single gap
 SPAN_TOKENS = 2  # mean length of a gap
@@ -36,16 +37,12 @@ def train_t5(
     model = _build(small, len(tokenizer))
     tokens = [tokenizer(caption, truncation=True, max_length=MAX_TOKENS).input_ids[:-1] for caption in captions]
     training, held = split_held_apart(len(captions), at_most=128)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=small.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    descent = Descent(model, small.learning_rate, small.steps)
     meter = ProgressMeter(small.steps, "steps", report)
     model.train()
     for step in range(small.steps):
-        optimizer.param_groups[0]["lr"] = small.learning_rate * ramp_and_fade(step, small.steps)
         loss = _loss(model, tokenizer, [tokens[i] for i in generator.choice(training, small.batch)], generator)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        descent.step(loss)
         if step % 20 == 19 or step == small.steps - 1:
             meter.update(step + 1, f"loss {loss.item():.2f}")
     model.eval()

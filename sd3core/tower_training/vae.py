@@ -18,12 +18,11 @@ from torch import Tensor
 
 from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
 from sd3core.recipe import SmallVae
-from sd3core.tower_training.muon import Muon
-from sd3core.tower_training.schedule import ramp_and_fade, split_held_apart
+from sd3core.tower_training.muon import Descent
+from sd3core.tower_training.schedule import split_held_apart
 
 LATENT_CHANNELS = 16
 START_LOG_VARIANCE = -5.0
-ADAM_SHARE = 0.1  # rate of biases and norms, as a part of the matrices' rate
 SCALES = (1, 2)  # shorter sides seen in training, in crops
 
 
@@ -77,21 +76,12 @@ def train_vae(
     vae = build_vae(small).train()
     training, held = split_held_apart(len(images))
     pyramids = [[_resize(images[i], scale * small.crop_px) for scale in SCALES] for i in range(len(images))]
-    optimizers = [
-        Muon([p for p in vae.parameters() if p.ndim >= 2], lr=small.learning_rate),
-        torch.optim.Adam([p for p in vae.parameters() if p.ndim < 2], lr=ADAM_SHARE * small.learning_rate, betas=(0.9, 0.98)),
-    ]
-    full_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    descent = Descent(vae, small.learning_rate, small.steps)
     meter = ProgressMeter(small.steps, "steps", report)
     for step in range(small.steps):
-        for optimizer, rate in zip(optimizers, full_rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * ramp_and_fade(step, small.steps)
-            optimizer.zero_grad(set_to_none=True)
         batch = _crops(pyramids, generator.choice(training, small.batch), small.crop_px, generator)
         loss, error = _loss(vae, batch, small.kl_weight)
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
+        descent.step(loss)
         if step % 20 == 19 or step == small.steps - 1:
             meter.update(step + 1, f"PSNR {_psnr(error.item()):.1f} dB")
     vae.eval().requires_grad_(False)

@@ -1,4 +1,6 @@
-"""The exported folder against diffusers itself: the pipeline is an independent implementation of everything but the weights."""
+"""The exported folder against diffusers itself: the pipeline is an independent implementation of everything but the
+weights.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_generate import FACTS, write_checkpoint
 
+from sd3core.checkpoint_facts import CheckpointFacts
 from sd3core.errors import CheckpointError, UserError
 from sd3core.export import export_diffusers
-from sd3core.checkpoint_facts import CheckpointFacts
 from sd3core.generate import Generator
 from sd3core.recipe import Text
 from sd3core.sample_settings import SampleSettings
-from test_generate import FACTS, write_checkpoint
 
 diffusers = pytest.importorskip("diffusers")
 README_PROMPT = "a photo of a red apple on a wooden table"
@@ -69,7 +71,9 @@ def test_the_pipeline_draws_the_picture_that_the_generator_draws(towers_folder, 
 def test_the_readme_shows_the_call_that_fits(towers_folder, tmp_path, null, padding):
     """Its Python block is run as it stands, and must draw the generator's picture for each way to train."""
     text = Text(clip_tokens=12, t5_tokens=10, padding=padding)
-    checkpoint = write_checkpoint(tmp_path / "model", CheckpointFacts(null, text, side_px=32, shift=1.5, digest="", samples=7))
+    checkpoint = write_checkpoint(
+        tmp_path / "model", CheckpointFacts(null, text, side_px=32, shift=1.5, digest="", samples=7)
+    )
     folder = export_diffusers(checkpoint, towers_folder, tmp_path / "exported")
     code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     with inside(folder):
@@ -79,7 +83,9 @@ def test_the_readme_shows_the_call_that_fits(towers_folder, tmp_path, null, padd
     generator = Generator.load(checkpoint, towers_folder)
     ours = generator.sample([README_PROMPT], [0], settings)[0]
     assert np.abs(theirs.astype(int) - ours).max() <= 2
-    other = Generator(generator.model, generator.encoders, generator.autoencoder, "empty" if null == "zeros" else "zeros")
+    other = Generator(
+        generator.model, generator.encoders, generator.autoencoder, "empty" if null == "zeros" else "zeros"
+    )
     assert np.abs(theirs.astype(int) - other.sample([README_PROMPT], [0], settings)[0]).max() > 2
 
 
@@ -126,3 +132,27 @@ def test_towers_that_diffusers_would_join_otherwise_are_refused(towers_folder, t
     save_model(tmp_path / "model", MMDiT(config), replace(FACTS).to_extra())
     with pytest.raises(CheckpointError, match="T5 has 64, the model 96"):
         export_diffusers(str(tmp_path / "model"), towers_folder, tmp_path / "exported")
+
+
+def test_the_stage_writes_its_manifest_last_and_once(towers_folder, tmp_path):
+    from sd3core.checkpoint import record_file
+    from sd3core.data.store import open_store
+    from sd3core.export import export_stage
+    from sd3core.recipe import load_recipe
+
+    store, recipe = open_store(str(tmp_path / "store")), load_recipe("tiny-test")
+    write_checkpoint(tmp_path / "store" / "runs" / "tiny-test" / "model")
+    digests = dict.fromkeys(("vae", "clip_l", "clip_g", "t5", "judge"), "0" * 64)
+    exported = export_stage(recipe, store, "runs/tiny-test/model", towers_folder, digests)
+    assert not exported.skipped and exported.folder.startswith("runs/tiny-test/export/")
+    manifest = store.get_json(f"{exported.folder}/MANIFEST.json")
+    local = store.local_path(exported.folder)
+    assert {path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()} == {
+        *manifest["files"],
+        "MANIFEST.json",
+    }
+    assert all(record_file(local / name).model_dump() == record for name, record in manifest["files"].items())
+    again = export_stage(recipe, store, "runs/tiny-test/model", towers_folder, digests)
+    assert again.skipped and again.digest == exported.digest
+    other = export_stage(recipe, store, "runs/tiny-test/model", towers_folder, digests | {"vae": "1" * 64})
+    assert not other.skipped and other.folder != exported.folder

@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_models import randomise
 
 from sd3core.checkpoint import save_model
+from sd3core.checkpoint_facts import CheckpointFacts, read_facts
 from sd3core.conditioning import assemble
 from sd3core.errors import CheckpointError, UserError
-from sd3core.checkpoint_facts import CheckpointFacts, read_facts
 from sd3core.generate import Generator, grid_columns, sample_to_files
 from sd3core.mmdit import MMDiT, MMDiTConfig
 from sd3core.pictures import read_settings
 from sd3core.recipe import Text
 from sd3core.sample_settings import SampleSettings
 from sd3core.sampling import guided, sample_euler, sigma_schedule
-from small_models import randomise
 
 FACTS = CheckpointFacts("zeros", Text(clip_tokens=12, t5_tokens=10), side_px=32, shift=2.0, digest="")
 SETTINGS = SampleSettings(32, 48, num_steps=3, guidance_scale=3.0, shift=2.0)
@@ -115,12 +115,21 @@ def test_steps_are_counted_over_all_batches(generator):
 
 def test_files_carry_their_settings(checkpoint, towers_folder, tmp_path):
     paths = sample_to_files(
-        checkpoint, towers_folder, PROMPTS[:2], tmp_path / "new" / "out", seed=3, pictures_per_prompt=2, num_steps=2, height=None
+        checkpoint,
+        towers_folder,
+        PROMPTS[:2],
+        tmp_path / "new" / "out",
+        seed=3,
+        pictures_per_prompt=2,
+        num_steps=2,
+        height=None,
     )
     assert [path.name for path in paths] == ["00000.png", "00001.png", "00002.png", "00003.png", "grid.png"]
     inside = read_settings(paths[2].read_bytes())
     assert inside["prompt"] == PROMPTS[1] and inside["seed"] == "5" and inside["weights"] == "ema"
-    assert json.loads(inside["settings"]) | {"num_steps": 2, "shift": 2.0, "height": 32} == json.loads(inside["settings"])
+    assert json.loads(inside["settings"]) | {"num_steps": 2, "shift": 2.0, "height": 32} == json.loads(
+        inside["settings"]
+    )
     assert json.loads(read_settings(paths[-1].read_bytes())["seeds"]) == [3, 4, 5, 6]
 
 

@@ -5,7 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sd3core.pictures import encode_png, make_grid, read_settings, thumbnail_jpeg, to_uint8
+from sd3core.pictures import (
+    encode_png,
+    make_grid,
+    read_settings,
+    thumbnail_jpeg,
+    to_uint8,
+)
 
 
 def test_to_uint8_rounds_and_clamps():

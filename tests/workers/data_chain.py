@@ -37,5 +37,7 @@ def run_chain(recipe: Recipe, store: Store, report=ignore_progress) -> Chain:
     raw = ingest_stage(recipe, store, report)
     towers = towers_stage(recipe, store, raw.manifest, report)
     captions = caption_stage(recipe, store, raw.manifest, report)
-    encoded = encode_stage(recipe, store, raw.manifest, captions.manifest if captions else None, towers.manifest, report)
+    encoded = encode_stage(
+        recipe, store, raw.manifest, captions.manifest if captions else None, towers.manifest, report
+    )
     return Chain(recipe, store, raw, towers, captions, encoded)

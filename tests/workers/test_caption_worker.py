@@ -41,7 +41,11 @@ def vlm_folder(tmp_path_factory):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     words.train_from_iterator(["a red circle"], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", additional_special_tokens=["<image>"]
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<image>"],
     )
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = CLIPVisionConfig(**small, image_size=32, patch_size=16)
@@ -68,7 +72,9 @@ def noise_images(count):
 
 
 def raw_shard(store, images: dict[str, bytes]):
-    record = write_shard(store, "raw", "00000.0123456789ab", [Sample(key, {"png": data}) for key, data in images.items()], [])
+    record = write_shard(
+        store, "raw", "00000.0123456789ab", [Sample(key, {"png": data}) for key, data in images.items()], []
+    )
     shard = InputShard("raw", record.stem, record.digest, record.rows)
     return ShardTask(0, record.digest[:12], "captions", record.rows, shard)
 
@@ -92,7 +98,9 @@ def test_worker_writes_model_and_prompt_and_names_what_failed(vlm_folder, tmp_pa
     store = open_store(str(tmp_path))
     images = noise_images(5)
     task = raw_shard(store, {f"k{i}": png(image) for i, image in enumerate(images)} | {"broken": b"no image"})
-    caption = Caption(captioner="vision_language_model", model=str(vlm_folder), prompt="Say.", max_new_tokens=4, batch=2)
+    caption = Caption(
+        captioner="vision_language_model", model=str(vlm_folder), prompt="Say.", max_new_tokens=4, batch=2
+    )
     worker = CaptionWorker(store.url, caption, 10**6, "cpu")
     sizes = []
 

@@ -22,7 +22,7 @@ from sd3core.data.store import open_store
 from sd3core.small_world.captioner import caption_from_pixels
 from sd3core.text_encoders import load_text_encoders
 from sd3core.towers import fetch_towers
-from workers.encode import TextWorker, caption_id
+from workers.encode_text import TextWorker, caption_id
 from workers.inputs import input_shards, read_images
 from workers.shard_stage import NOTHING_TO_DO
 from workers.towers import training_rows
@@ -44,7 +44,11 @@ def towers_folder(chain, tmp_path_factory):
 
 def pictures(chain) -> dict[str, Image.Image]:
     shards = input_shards(read_manifest(chain.store, chain.raw.manifest.folder)).values()
-    return {key: Image.open(io.BytesIO(data)).convert("RGB") for shard in shards for key, data in read_images(chain.store, shard)}
+    return {
+        key: Image.open(io.BytesIO(data)).convert("RGB")
+        for shard in shards
+        for key, data in read_images(chain.store, shard)
+    }
 
 
 def rows(chain, result, read=read_index) -> list[dict]:
@@ -96,7 +100,12 @@ def test_cached_latents_are_those_of_live_encoding(chain, towers_folder, stage):
         row = index[key]
         torch.testing.assert_close(stored_latent(chain, stage, key), live, rtol=0, atol=2e-4)
         assert (row["bucket"], row["split"]) == (f"{side[0]}x{side[1]}", splits[key])
-        assert [row[f"crop_{s}"] for s in ("top", "left", "height", "width")] == [crop.top, crop.left, crop.height, crop.width]
+        assert [row[f"crop_{s}"] for s in ("top", "left", "height", "width")] == [
+            crop.top,
+            crop.left,
+            crop.height,
+            crop.width,
+        ]
     assert {row["bucket"] for row in index.values()} == {f"{height}x{width}" for height, width in buckets}
 
 
@@ -123,13 +132,17 @@ def test_text_holds_each_caption_of_a_shard_once_and_both_kinds(chain, towers_fo
         for row in index:
             caption = {"original": original, "synthetic": synthetic}[row["kind"]][row["key"]]
             assert row["caption_id"] == caption_id(caption)
-            ((name, files),) = read_samples(chain.store.get_range(path, row["offset"], row["length"]))  # the range is one sample
+            ((name, files),) = read_samples(
+                chain.store.get_range(path, row["offset"], row["length"])
+            )  # the range is one sample
             assert name == row["caption_id"] and files == dict(stored)[name]
             seen.add((row["key"], row["kind"]))
         live = encoders.encode([original[index[0]["key"]]])
         cached = from_bytes(chain, dict(stored)[index[0]["caption_id"]]["safetensors"])
         for field in ("clip_l", "clip_g", "t5", "clip_l_pooled", "clip_g_pooled"):
-            torch.testing.assert_close(getattr(cached, field).float(), getattr(live, field), rtol=2e-3, atol=2e-3)  # float16
+            torch.testing.assert_close(
+                getattr(cached, field).float(), getattr(live, field), rtol=2e-3, atol=2e-3
+            )  # float16
         assert [index[0][f"{name}_len"] for name in ("clip_l", "clip_g", "t5")] == live.lengths[0].tolist()
     assert seen == {(key, kind) for key in original for kind in ("original", "synthetic")}
     null = from_bytes(chain, chain.store.get(f"{manifest.folder}/NULL.safetensors"))
@@ -182,7 +195,9 @@ def test_text_that_does_not_fit_its_dtype_is_a_failed_row(chain, monkeypatch):
 
     monkeypatch.setattr(worker.encoders, "encode", too_large)
     failed = []
-    samples = list(worker._samples({"a": [("k1", "original")], "b": [("k1", "synthetic"), ("k2", "original")]}, 2, failed))
+    samples = list(
+        worker._samples({"a": [("k1", "original")], "b": [("k1", "synthetic"), ("k2", "original")]}, 2, failed)
+    )
     assert [s.row["key"] for s in samples] == ["k1"]
     assert [(f.key, f.reason) for f in failed] == [
         ("k1", "synthetic caption: its features are not finite in torch.float16"),

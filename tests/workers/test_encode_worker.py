@@ -12,7 +12,7 @@ from safetensors.torch import load as load_tensors
 from sd3core.data.shards import Sample, read_index, read_samples, write_shard
 from sd3core.data.store import open_store
 from sd3core.errors import DataError
-from workers.encode import LatentsSource, LatentsWorker
+from workers.encode_latents import LatentsSource, LatentsWorker
 from workers.inputs import InputShard, map_ahead
 from workers.shard_stage import ShardTask
 

@@ -1,4 +1,6 @@
-"""Evaluation over real data stages, towers and a checkpoint, with the workers called in this process instead of on Ray."""
+"""Evaluation over real data stages, towers and a checkpoint, with the workers called in this process instead of on
+Ray.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ from safetensors.torch import save_file
 import workers.evaluate
 import workers.shard_stage
 import workers.towers
-from sd3core.checkpoint import DONE_FILE, CheckpointDone, checkpoint_folder, piece_name, rank_file, record_file
+from sd3core.checkpoint import (
+    DONE_FILE,
+    CheckpointDone,
+    checkpoint_folder,
+    piece_name,
+    rank_file,
+    record_file,
+)
 from sd3core.data.manifest import read_manifest
 from sd3core.data.store import Store, open_store
 from sd3core.metrics.held_out import read_rows
@@ -25,7 +34,12 @@ from sd3core.pictures import read_settings
 from sd3core.progress import Progress
 from sd3core.recipe import Recipe, load_recipe
 from workers.encode import encode_stage
-from workers.evaluate import EvaluationFailed, EvaluationInputs, evaluate_stage, plan_tasks
+from workers.evaluate import (
+    EvaluationFailed,
+    EvaluationInputs,
+    evaluate_stage,
+    plan_tasks,
+)
 from workers.ingest import ingest_stage
 from workers.pool import Outcome
 from workers.towers import towers_stage
@@ -62,7 +76,9 @@ def write_checkpoint(store: Store, recipe: Recipe, phase_key: str, samples: int,
     local.mkdir(parents=True)
     trained = {name: torch.randn_like(p) * 0.05 for name, p in model.named_parameters()}
     kinds = {"weights": 1.5, "ema": 1.0}
-    pieces = {piece_name(kind, name, 0): (p * scale).flatten() for kind, scale in kinds.items() for name, p in trained.items()}
+    pieces = {
+        piece_name(kind, name, 0): (p * scale).flatten() for kind, scale in kinds.items() for name, p in trained.items()
+    }
     save_file(pieces, local / rank_file(0, 1))
     done = CheckpointDone(
         samples=samples,
@@ -137,14 +153,23 @@ def test_every_checkpoint_has_every_score_for_both_weights(world, result):
                 assert len(tasks) == (6 if phase == "finetune.0" else 0)
                 if tasks:
                     assert all(rows[task]["count"] == 2 for task in tasks)
-                    assert rows["shapes_bench/overall"]["value"] == pytest.approx(np.mean([rows[t]["value"] for t in tasks]))
-    live, ema = ([r["value"] for r in result.scores if r["metric"] == "validation_loss" and r["weights"] == w] for w in ("live", "ema"))
+                    assert rows["shapes_bench/overall"]["value"] == pytest.approx(
+                        np.mean([rows[t]["value"] for t in tasks])
+                    )
+    live, ema = (
+        [r["value"] for r in result.scores if r["metric"] == "validation_loss" and r["weights"] == w]
+        for w in ("live", "ema")
+    )
     assert all(a != b for a, b in zip(live, ema, strict=True))
 
 
 def test_earlier_checkpoints_get_fewer_bench_prompts(world):
     tasks = plan_tasks(world.recipe, world.store, world.checkpoints, world.inputs)
-    counts = {(task.samples, task.protocol["prompts_per_task"]) for task in tasks if task.part == "bench-colors" and task.phase == "pretrain"}
+    counts = {
+        (task.samples, task.protocol["prompts_per_task"])
+        for task in tasks
+        if task.part == "bench-colors" and task.phase == "pretrain"
+    }
     assert counts == {(32, 1), (64, 2)}
 
 
@@ -159,7 +184,9 @@ def test_scores_name_their_protocol(result):
     pretrain = [r for r in result.scores if r["phase"] == "pretrain" and r["metric"] == "clip_score"]
     assert len({row["protocol"] for row in pretrain}) == 1  # checkpoints and weights of a phase can be compared
     protocol = result.protocols[pretrain[0]["protocol"]]
-    assert protocol["settings"] | {"sampler": "euler", "num_steps": 2, "height": 32, "shift": 1.0} == protocol["settings"]
+    assert (
+        protocol["settings"] | {"sampler": "euler", "num_steps": 2, "height": 32, "shift": 1.0} == protocol["settings"]
+    )
     assert len(protocol["reference_set"]) == 12 and protocol["reference"]["limit"] == 5_000
 
 
@@ -175,17 +202,25 @@ def test_pictures_carry_their_settings_and_buckets_have_grids_of_their_own(world
     for picture in result.pictures:
         png = world.store.get(picture["path"])
         settings = read_settings(png)
-        assert len(json.loads(settings["prompts"])) == len(json.loads(settings["seeds"])) == (2 if picture["name"] == "80x48" else 4)
+        assert (
+            len(json.loads(settings["prompts"]))
+            == len(json.loads(settings["seeds"]))
+            == (2 if picture["name"] == "80x48" else 4)
+        )
         assert settings["weights"] == picture["weights"]
         assert len(world.store.get(picture["thumbnail"])) < 20_000
-        assert Image.open(io.BytesIO(png)).width == (32 * 2 + 2 if picture["name"] == "32x32" else Image.open(io.BytesIO(png)).width)
+        assert Image.open(io.BytesIO(png)).width == (
+            32 * 2 + 2 if picture["name"] == "32x32" else Image.open(io.BytesIO(png)).width
+        )
 
 
 def test_a_second_call_changes_nothing(world, result):
     before = {entry.path: world.store.local_path(entry.path).stat().st_mtime_ns for entry in world.store.list("")}
     again = evaluate(world)
     assert again.skipped and again.digest == result.digest and again.scores == result.scores
-    assert before == {entry.path: world.store.local_path(entry.path).stat().st_mtime_ns for entry in world.store.list("")}
+    assert before == {
+        entry.path: world.store.local_path(entry.path).stat().st_mtime_ns for entry in world.store.list("")
+    }
 
 
 def test_only_missing_parts_are_made_again_and_give_the_same(world, result):
@@ -202,7 +237,9 @@ def test_only_missing_parts_are_made_again_and_give_the_same(world, result):
 
 def test_a_changed_setting_redoes_what_depends_on_it(world, result):
     """Another guidance scale: pictures and bench, not the validation loss."""
-    changed = world.recipe.model_copy(update={"evaluate": world.recipe.evaluate.model_copy(update={"guidance_scale": 1.0})})
+    changed = world.recipe.model_copy(
+        update={"evaluate": world.recipe.evaluate.model_copy(update={"guidance_scale": 1.0})}
+    )
     before = plan_tasks(world.recipe, world.store, world.checkpoints, world.inputs)
     after = plan_tasks(changed, world.store, world.checkpoints, world.inputs)
     redone = {task.part.partition("-")[0] for old, task in zip(before, after, strict=True) if old.path != task.path}
@@ -210,15 +247,23 @@ def test_a_changed_setting_redoes_what_depends_on_it(world, result):
 
 
 def test_only_the_last_checkpoints_on_request(world):
-    last = world.recipe.model_copy(update={"evaluate": world.recipe.evaluate.model_copy(update={"checkpoints": "last"})})
-    assert {task.samples for task in plan_tasks(last, world.store, world.checkpoints, world.inputs) if task.phase == "pretrain"} == {64}
+    last = world.recipe.model_copy(
+        update={"evaluate": world.recipe.evaluate.model_copy(update={"checkpoints": "last"})}
+    )
+    assert {
+        task.samples
+        for task in plan_tasks(last, world.store, world.checkpoints, world.inputs)
+        if task.phase == "pretrain"
+    } == {64}
 
 
 def test_held_out_rows_are_held_out_and_fixed(world):
     raw = read_manifest(world.store, world.inputs.raw.folder, world.inputs.raw.digest)
     held_out, train = (read_rows(world.store, raw, split, 1_000) for split in ("held_out", "train"))
     assert len(held_out) + len(train) == 60 and not {r.key for r in held_out} & {r.key for r in train}
-    assert [r.key for r in read_rows(world.store, raw, "held_out", 5)] == [r.key for r in read_rows(world.store, raw, "held_out", 5)]
+    assert [r.key for r in read_rows(world.store, raw, "held_out", 5)] == [
+        r.key for r in read_rows(world.store, raw, "held_out", 5)
+    ]
 
 
 def test_a_part_that_fails_is_named_and_the_others_stay(world, result):

@@ -25,17 +25,30 @@ def released(tmp_path_factory) -> dict[str, str]:
     """Folders as they come from a hub: other file forms beside the weights, the judge as one CLIP."""
     root: Path = tmp_path_factory.mktemp("released")
     small = small_recipe().towers.small
-    images = [torch.randint(0, 255, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)).numpy() for i in range(3)]
+    images = [
+        torch.randint(0, 255, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)).numpy()
+        for i in range(3)
+    ]
     for name in ("vae", "clip_l", "clip_g", "t5"):
         make_small_tower(name, small, images, WORDS, 0, root)
     sides = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(text_config={**sides, "vocab_size": 512}, vision_config={**sides, "image_size": 32, "patch_size": 16}, projection_dim=8)
+    config = CLIPConfig(
+        text_config={**sides, "vocab_size": 512},
+        vision_config={**sides, "image_size": 32, "patch_size": 16},
+        projection_dim=8,
+    )
     CLIPModel(config).save_pretrained(root / "judge")
     for path in (root / "tokenizer").iterdir():
         (root / "judge" / path.name).write_bytes(path.read_bytes())
     (root / "text_encoder" / "pytorch_model.bin").write_bytes(b"pickle")
     (root / "text_encoder" / "model.fp16.safetensors").write_bytes(b"another precision")
-    folders = {"vae": "vae", "clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5": "text_encoder_3", "judge": "judge"}
+    folders = {
+        "vae": "vae",
+        "clip_l": "text_encoder",
+        "clip_g": "text_encoder_2",
+        "t5": "text_encoder_3",
+        "judge": "judge",
+    }
     folders |= {"clip_l_tokenizer": "tokenizer", "clip_g_tokenizer": "tokenizer_2", "t5_tokenizer": "tokenizer_3"}
     return {key: str(root / folder) for key, folder in folders.items()}
 
@@ -52,7 +65,9 @@ def test_released_towers_are_checked_and_taken_over_in_one_precision(released, t
     for name in ("vae", "clip_l", "clip_g", "t5", "judge"):
         worker(name)
     manifest = commit_towers(store, "towers/r", {})
-    assert not [path for tower in manifest.towers.values() for path in tower.files if path.endswith(".bin") or "fp16" in path]
+    assert not [
+        path for tower in manifest.towers.values() for path in tower.files if path.endswith(".bin") or "fp16" in path
+    ]
     local = fetch_towers(store, "towers/r", tmp_path / "cache")
     text = small_recipe().text
     features = load_text_encoders(local, text).encode(WORDS)

@@ -113,7 +113,9 @@ def test_a_data_set_that_grows_and_one_that_shrinks_share_a_folder(store):
 
 
 def test_poison_shards_are_named_after_all_others_are_done(store):
-    with pytest.raises(StageFailed, match=r"text: 1 of 4 shards could not be made: .*00001.*row 1 is poison, 3 attempts"):
+    with pytest.raises(
+        StageFailed, match=r"text: 1 of 4 shards could not be made: .*00001.*row 1 is poison, 3 attempts"
+    ):
         run(store, a_stage(), poison=(1,))
     assert recall_stage(store, "r", "text") is None
     mended = run(store, a_stage())

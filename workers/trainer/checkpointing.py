@@ -40,7 +40,7 @@ from workers.trainer.job import TrainingJob, TrainingSuperseded
 
 
 def begin_attempt(store: Store, folder: str) -> int:
-    """Registers the next attempt, removes what older ones left unfinished. One rank calls it, before anything is read."""
+    """Registers the next attempt, removes what older ones left unfinished. One rank calls it, first of all."""
     attempt = newest_attempt(store, folder) + 1
     who = {"attempt": attempt, "host": socket.gethostname(), "pid": os.getpid()}
     store.put_json(f"{folder}/attempts/{attempt:04d}.json", who)
@@ -60,7 +60,7 @@ def newest_attempt(store: Store, folder: str) -> int:
 def save_checkpoint(
     store: Store, job: TrainingJob, trainer: ShardedTrainer, *, attempt: int, step: int, rows: list[dict[str, Any]]
 ) -> str:
-    """Writes a checkpoint from all ranks, DONE.json last; returns its folder. `rows` (rank 0): loss rows since the last.
+    """Writes a checkpoint from all ranks, DONE.json last; returns its folder. `rows` (of rank 0): since the last one.
 
     Raises TrainingSuperseded, on all ranks, where a newer attempt is registered.
     """
@@ -79,7 +79,8 @@ def save_checkpoint(
         newest = newest_attempt(store, job.folder)
         if newest > attempt:
             outcome[0] = (
-                f"{job.phase}: attempt {newest} of run {job.run} has begun elsewhere; attempt {attempt} stops at {folder}"
+                f"{job.phase}: attempt {newest} of run {job.run} has begun elsewhere;"
+                f" attempt {attempt} stops at {folder}"
             )
         else:
             _commit(store, job, trainer, folder, attempt, step, rows, dict(written))

@@ -7,7 +7,8 @@ import tempfile
 import time
 import uuid
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -45,7 +46,14 @@ def train(
     Uses this process's Ray, else starts one. `open_loader(job, store, place, warn)` replaces the loader of shards.
     Raises TrainingFailed: one line that says why it stopped. The same call goes on afterwards.
     """
-    job = job.model_copy(update={"store": open_store(job.store).url})
+    accumulation = job.training.micro_batch * compute.train_ranks
+    if job.training.global_batch % accumulation:
+        raise TrainingFailed(
+            f"{job.phase}.global_batch {job.training.global_batch} is not a multiple of {job.phase}.micro_batch"
+            f" {job.training.micro_batch} x compute.train_ranks {compute.train_ranks}"
+        )
+    log_dir = str(Path(job.log_dir).absolute()) if job.log_dir else None  # ranks have another working directory
+    job = job.model_copy(update={"store": open_store(job.store).url, "log_dir": log_dir})
     stands = _samples_that_stand(job)
     warnings: list[str] = []
     if stands < job.samples_at(job.total_steps):
@@ -104,10 +112,20 @@ class _Desk:
     news: _News = field(default_factory=_News)
     controller: Any = None
 
-    def tell(self, **changes: Any) -> None:
-        merged = {key: getattr(self.news, key) + value if isinstance(value, tuple) and key != "fatal" else value
-                  for key, value in changes.items()}
-        self.news = _News(**{**self.news.__dict__, **merged, "version": self.news.version + 1})
+    def began(self, attempt: int, samples: int) -> None:
+        self._tell(began=(*self.news.began, (attempt, samples)), samples=samples, note=f"attempt {attempt}")
+
+    def progress(self, samples: int, note: str) -> None:
+        self._tell(samples=samples, note=note)
+
+    def warn(self, message: str) -> None:
+        self._tell(warnings=(*self.news.warnings, message))
+
+    def fail(self, superseded: bool, message: str) -> None:
+        self._tell(fatal=(superseded, message))
+
+    def _tell(self, **changes: Any) -> None:
+        self.news = replace(self.news, version=self.news.version + 1, **changes)
 
     def read(self) -> _News:
         return self.news
@@ -122,7 +140,7 @@ class _Desk:
                 ray.get(self.controller.abort.remote(), timeout=ABORT_S)
 
     def fit(self, job: TrainingJob, compute: Compute, label: str, open_loader: Any) -> str | None:
-        """Runs the ranks to their end; returns the reason where Ray Train gave up. `label` names its placement groups."""
+        """Runs the ranks to their end; returns the reason where Ray Train gave up. `label` names its groups."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
         # Private, and pinned with Ray.
@@ -131,11 +149,11 @@ class _Desk:
 
         gpu = compute.gpus_per_rank > 0
         resources = {"CPU": compute.cpus_per_rank} | ({"GPU": compute.gpus_per_rank} if gpu else {})
-        threads = max(1, int(compute.cpus_per_rank))
+        threads = _threads(compute)
         desk = ray.get_runtime_context().current_actor
 
         def rank() -> None:
-            _run_rank(job, threads, compute.cache_gb * 1e9, desk, open_loader)
+            _run_rank(job, compute, desk, open_loader)
 
         class Introduce(ControllerCallback):
             def after_controller_start(self, train_run_context: Any) -> None:
@@ -170,21 +188,29 @@ class _Desk:
         return None
 
 
-def _run_rank(job: TrainingJob, threads: int, cache_bytes: float, desk: Any, open_loader: Any) -> None:
+def _threads(compute: Compute) -> int:
+    return max(1, int(compute.cpus_per_rank))
+
+
+def _run_rank(job: TrainingJob, compute: Compute, desk: Any, open_loader: Any) -> None:
     """Runs in each rank's process."""
-    import ray.train
+    import ray.train.torch
 
     from workers.trainer.loop import Place, train_rank
 
     if open_loader is None:
         from workers.trainer.shards import open_shards as open_loader
     context = ray.train.get_context()
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    place = Place(context.get_world_rank(), context.get_world_size(), device, threads, cache_bytes)
+    device = torch.device("cpu")  # whatever the machine has: Ray hides no GPU from a rank that asked for none
+    if compute.gpus_per_rank > 0:
+        device = ray.train.torch.get_device()
+        torch.cuda.set_device(device)
+    threads = _threads(compute)
+    place = Place(context.get_world_rank(), context.get_world_size(), device, threads, compute.cache_gb * 1e9)
     try:
         train_rank(job, place, _DeskWatcher(desk), open_loader)
     except UserError as error:  # no restart would mend it: the desk is told before Ray Train hears of it
-        ray.get(desk.tell.remote(fatal=(isinstance(error, TrainingSuperseded), str(error))))
+        ray.get(desk.fail.remote(isinstance(error, TrainingSuperseded), str(error)))
         raise
 
 
@@ -195,16 +221,16 @@ class _DeskWatcher:
         self._desk, self._told_at = desk, 0.0
 
     def began(self, attempt: int, samples: int) -> None:
-        self._desk.tell.remote(began=((attempt, samples),), samples=samples, note=f"attempt {attempt}")
+        self._desk.began.remote(attempt, samples)
 
     def progress(self, samples: int, note: str) -> None:
         now = time.monotonic()
         if now - self._told_at >= TELL_S:
             self._told_at = now
-            self._desk.tell.remote(samples=samples, note=note)
+            self._desk.progress.remote(samples, note)
 
     def warn(self, message: str) -> None:
-        self._desk.tell.remote(warnings=(message,))
+        self._desk.warn.remote(message)
 
 
 class _Supervisor:
@@ -216,10 +242,14 @@ class _Supervisor:
 
     def run(self, open_loader: Any) -> list[str]:
         """Returns the warnings of this call."""
-        threads = {"num_cpus": 0, "max_concurrency": 8, "runtime_env": {"env_vars": CONTROLLER_ENV}}
-        desk = ray.remote(**threads)(_Desk).remote()
+        actor = ray.remote(
+            num_cpus=0,
+            concurrency_groups={"fit": 1, "abort": 1},  # all else takes turns in one thread, in the order it was sent
+            runtime_env={"env_vars": CONTROLLER_ENV},
+        )(_Desk)
+        desk = actor.remote()
         label = f"sd3-train-{uuid.uuid4().hex}"
-        finished = desk.fit.remote(self.job, self.compute, label, open_loader)
+        finished = desk.fit.options(concurrency_group="fit").remote(self.job, self.compute, label, open_loader)
         try:
             news = self._watch(desk, finished)
             reason = ray.get(finished)
@@ -269,7 +299,7 @@ def _end(desk: Any, finished: Any, label: str) -> None:
     """
     with suppress(RayError):
         if not ray.wait([finished], timeout=0)[0]:
-            ray.get(desk.abort.remote(), timeout=ABORT_S)
+            ray.get(desk.abort.options(concurrency_group="abort").remote(), timeout=ABORT_S)
     ray.kill(desk)
     for group in ray.util.placement_group_table().values():
         if group["name"].startswith(label) and group["state"] != "REMOVED":

@@ -23,10 +23,14 @@ def _encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 def _gradient(height: int, width: int) -> np.ndarray:
     y, x = np.mgrid[0:height, 0:width]
-    return np.stack([y * 255 // max(1, height - 1), x * 255 // max(1, width - 1), np.full_like(x, 80)], -1).astype(np.uint8)
+    return np.stack([y * 255 // max(1, height - 1), x * 255 // max(1, width - 1), np.full_like(x, 80)], -1).astype(
+        np.uint8
+    )
 
 
-@pytest.mark.parametrize("kind, options", [("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("TIFF", {}), ("PPM", {})])
+@pytest.mark.parametrize(
+    "kind, options", [("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("TIFF", {}), ("PPM", {})]
+)
 def test_lossless_formats_give_their_pixels(kind, options):
     pixels = _gradient(20, 30)
     image, found = decode_image_and_format(_encoded(Image.fromarray(pixels), kind, **options), LIMIT)
@@ -34,7 +38,10 @@ def test_lossless_formats_give_their_pixels(kind, options):
     np.testing.assert_array_equal(np.asarray(image), pixels)
 
 
-@pytest.mark.parametrize("orientation, turn", [(1, lambda a: a), (3, lambda a: a[::-1, ::-1]), (6, lambda a: np.rot90(a, -1)), (2, lambda a: a[:, ::-1])])
+@pytest.mark.parametrize(
+    "orientation, turn",
+    [(1, lambda a: a), (3, lambda a: a[::-1, ::-1]), (6, lambda a: np.rot90(a, -1)), (2, lambda a: a[:, ::-1])],
+)
 def test_exif_orientation_is_applied(orientation, turn):
     pixels = _gradient(20, 30)
     exif = Image.Exif()
@@ -45,7 +52,9 @@ def test_exif_orientation_is_applied(orientation, turn):
 
 def test_damaged_exif_shows_the_image_as_it_is_stored():
     pixels = _gradient(20, 30)
-    image = decode_image(_encoded(Image.fromarray(pixels), exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff" + b"\x00\x01" * 9), LIMIT)
+    image = decode_image(
+        _encoded(Image.fromarray(pixels), exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff" + b"\x00\x01" * 9), LIMIT
+    )
     np.testing.assert_array_equal(np.asarray(image), pixels)
 
 
@@ -138,17 +147,24 @@ def test_any_damage_is_a_data_error_or_an_image():
                 pass
 
 
-@pytest.mark.parametrize("size, bucket", [((40, 40), (40, 40)), ((90, 60), (32, 32)), ((60, 90), (48, 32)), ((20, 31), (64, 48)), ((50, 200), (32, 64))])
+@pytest.mark.parametrize(
+    "size, bucket",
+    [((40, 40), (40, 40)), ((90, 60), (32, 32)), ((60, 90), (48, 32)), ((20, 31), (64, 48)), ((50, 200), (32, 64))],
+)
 def test_crop_is_resize_to_cover_then_centre(size, bucket):
     image = Image.fromarray(_gradient(*size))
     pixels, crop = crop_to(image, *bucket)
     assert pixels.shape == (*bucket, 3) and pixels.dtype == np.uint8
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
-    resized = image.resize((max(bucket[1], round(size[1] * scale)), max(bucket[0], round(size[0] * scale))), Image.Resampling.LANCZOS)
+    resized = image.resize(
+        (max(bucket[1], round(size[1] * scale)), max(bucket[0], round(size[0] * scale))), Image.Resampling.LANCZOS
+    )
     assert (crop.top, crop.left) == ((resized.height - bucket[0]) // 2, (resized.width - bucket[1]) // 2)
     assert (crop.height, crop.width) == bucket
     expected = np.asarray(resized)[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-    assert np.abs(pixels.astype(int) - expected.astype(int)).max() <= 4  # at the cut, where resize sees what lies outside
+    assert (
+        np.abs(pixels.astype(int) - expected.astype(int)).max() <= 4
+    )  # at the cut, where resize sees what lies outside
 
 
 def test_an_image_of_the_bucket_s_size_is_not_touched():

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from sd3core.data.manifest import Manifest, ManifestRef, ShardEntry, commit_manifest, explain_difference, manifest_ref, read_manifest
+from sd3core.data.manifest import (
+    Manifest,
+    ManifestRef,
+    ShardEntry,
+    commit_manifest,
+    explain_difference,
+    manifest_ref,
+    read_manifest,
+)
 from sd3core.errors import DataError
 
 FOLDER = "datasets/d/latents/spec"
@@ -18,7 +26,9 @@ def _manifest(shards: int = 2) -> Manifest:
         )
         for n in range(shards)
     ]  # fmt: skip
-    return Manifest(stage="latents", spec="0" * 12, fields={"side_px": 64}, inputs={"raw": "f" * 64}, folder=FOLDER, shards=entries)
+    return Manifest(
+        stage="latents", spec="0" * 12, fields={"side_px": 64}, inputs={"raw": "f" * 64}, folder=FOLDER, shards=entries
+    )
 
 
 def test_totals():
@@ -35,10 +45,16 @@ def test_digest_is_that_of_the_stored_bytes_and_fixed_for_ever():
 def test_commit_and_read(store):
     first, second = _manifest(2), _manifest(3)
     ref = commit_manifest(store, FOLDER, first)
-    assert ref == manifest_ref(FOLDER, first.digest) == ManifestRef(FOLDER, f"{FOLDER}/MANIFEST.{first.digest[:12]}.json", first.digest)
+    assert (
+        ref
+        == manifest_ref(FOLDER, first.digest)
+        == ManifestRef(FOLDER, f"{FOLDER}/MANIFEST.{first.digest[:12]}.json", first.digest)
+    )
     later = commit_manifest(store, FOLDER, second)
     assert read_manifest(store, FOLDER) == second
-    assert read_manifest(store, FOLDER, ref.digest) == read_manifest(store, ref.path) == first  # whatever was added since
+    assert (
+        read_manifest(store, FOLDER, ref.digest) == read_manifest(store, ref.path) == first
+    )  # whatever was added since
     assert read_manifest(store, later.path, later.digest) == second
     assert commit_manifest(store, FOLDER, first) == ref and read_manifest(store, FOLDER) == first
 

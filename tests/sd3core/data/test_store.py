@@ -15,7 +15,16 @@ import time
 import pytest
 
 from sd3core.data import store as store_module
-from sd3core.data.store import PARTIAL, FileStore, StoreEntry, StoreNotFound, download_uri, open_store, read_uri, split_uri
+from sd3core.data.store import (
+    PARTIAL,
+    FileStore,
+    StoreEntry,
+    StoreNotFound,
+    download_uri,
+    open_store,
+    read_uri,
+    split_uri,
+)
 from sd3core.errors import StoreError
 
 ESCAPES = ["", "/etc/passwd", "../x", "a/../../x", "a//b", "a/./b", "a\\b", "a/", f"a/{PARTIAL}b"]
@@ -54,7 +63,12 @@ def test_files(store, tmp_path):
 def test_missing_objects(store, tmp_path):
     store.put("folder/there", b"")
     for path in ("missing", "folder", "folder/there/below"):
-        for read in (store.get, store.size, lambda p: store.get_range(p, 0, 1), lambda p: store.get_file(p, tmp_path / "local")):
+        for read in (
+            store.get,
+            store.size,
+            lambda p: store.get_range(p, 0, 1),
+            lambda p: store.get_file(p, tmp_path / "local"),
+        ):
             with pytest.raises(StoreNotFound, match="no such object") as error:
                 read(path)
             assert "\n" not in str(error.value)
@@ -106,7 +120,14 @@ def test_json_is_canonical(store):
 @pytest.mark.parametrize("path", ESCAPES)
 def test_no_path_leaves_the_store(store, path, tmp_path):
     (tmp_path / "local").write_bytes(b"")
-    for use in (store.get, store.size, store.delete, store.uri, lambda p: store.put(p, b""), lambda p: store.put_file(p, tmp_path / "local")):
+    for use in (
+        store.get,
+        store.size,
+        store.delete,
+        store.uri,
+        lambda p: store.put(p, b""),
+        lambda p: store.put_file(p, tmp_path / "local"),
+    ):
         with pytest.raises(StoreError, match="store path"):
             use(path)
 
@@ -206,7 +227,10 @@ def test_kinds_of_url(tmp_path, monkeypatch):
     assert open_store("local/store").url == (tmp_path / "local/store").as_uri()
     assert open_store(str(tmp_path)).url == open_store(f"file://{tmp_path}").url
     assert isinstance(open_store("./a:b"), FileStore)
-    assert open_store("s3://bucket/a/b/").url == "s3://bucket/a/b" and open_store("s3://bucket").uri("x") == "s3://bucket/x"
+    assert (
+        open_store("s3://bucket/a/b/").url == "s3://bucket/a/b"
+        and open_store("s3://bucket").uri("x") == "s3://bucket/x"
+    )
     for url in ("http://host/x", "s3:/bucket", "s3://", "s3:///x", "file://host/x", "gs://b", ""):
         with pytest.raises(StoreError, match="s3://bucket/prefix"):
             open_store(url)
@@ -225,7 +249,8 @@ def test_missing_bucket_is_named(s3_environment, tmp_path):
     (tmp_path / "local").write_bytes(b"1")
     for use in (
         lambda: store.get("a"), lambda: store.size("a"), lambda: store.exists("a"), lambda: store.list(),
-        lambda: store.put("a", b""), lambda: store.put_file("a", tmp_path / "local"), lambda: store.get_file("a", tmp_path / "b"),
+        lambda: store.put("a", b""), lambda: store.put_file("a", tmp_path / "local"),
+        lambda: store.get_file("a", tmp_path / "b"),
     ):  # fmt: skip
         with pytest.raises(StoreError, match="there is no bucket 'no-such-bucket'") as error:
             use()

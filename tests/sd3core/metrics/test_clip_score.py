@@ -21,7 +21,9 @@ def test_is_the_mean_cosine_whatever_the_lengths():
 def test_embeddings_are_those_of_the_vision_tower_in_any_batches():
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=12)).eval()
+    vision = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=12)
+    ).eval()
     judge = Judge(None, vision, None)
     images = np.random.default_rng(0).integers(0, 256, (5, 24, 32, 3), dtype=np.uint8)
     with torch.no_grad():

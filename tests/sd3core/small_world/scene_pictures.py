@@ -1,4 +1,4 @@
-"""Pictures for the tests of the small world: scenes by hand, at 64 px, and as a small autoencoder would give them back."""
+"""Pictures for the tests of the small world: scenes by hand, at 64 px, and as an autoencoder gives them back."""
 
 from __future__ import annotations
 

@@ -39,13 +39,15 @@ def test_right_on_other_aspects(aspect):
 
 
 def test_right_at_48_and_at_320_px():
-    small = lambda picture, _: np.asarray(Image.fromarray(picture).resize((48, 48), Image.Resampling.LANCZOS))  # noqa: E731
+    def small(picture, _):
+        return np.asarray(Image.fromarray(picture).resize((48, 48), Image.Resampling.LANCZOS))
+
     assert right_share(small, seed=104) >= 0.99
     for index in range(20):
         scene = draw_scene(105, index, side_px=320, aspect=4 / 3)
         found = detect(render(scene))
         assert kinds(found) == kinds(scene.objects)
-        for item in scene.objects:  # positions are in pixels of the picture that was given
+        for item in scene.objects:  # in pixels of the picture given
             nearest = min(found, key=lambda other: np.hypot(*np.subtract(other.centre, item.centre)))
             assert (
                 np.hypot(*np.subtract(nearest.centre, item.centre)) < 3

@@ -25,6 +25,7 @@ from workers.trainer.checkpointing import read_metrics
 for module in (fake_training, sys.modules[__name__]):  # ranks do not have the tests on their path
     cloudpickle.register_pickle_by_value(module)
 COMPUTE = Compute(train_ranks=2, cpus_per_rank=1)
+pytestmark = pytest.mark.slow
 UNTIMED = ("samples_per_s", "mfu")
 
 
@@ -136,8 +137,10 @@ def test_an_error_of_the_user_is_not_tried_again(tmp_path):
 
 
 def test_more_ranks_than_the_machine_has(tmp_path):
-    with pytest.raises(TrainingFailed, match="compute.train_ranks 8 x compute.cpus_per_rank 1 is more than the 2 CPUs"):
+    with pytest.raises(TrainingFailed, match="global_batch 8 is not a multiple of pretrain.micro_batch 2 x"):
         train(make_job(tmp_path / "store"), COMPUTE.model_copy(update={"train_ranks": 8}))
+    with pytest.raises(TrainingFailed, match="compute.train_ranks 8 x compute.cpus_per_rank 1 is more than the 2 CPUs"):
+        train(make_job(tmp_path / "store", micro_batch=1), COMPUTE.model_copy(update={"train_ranks": 8}))
 
 
 def test_works_outside_the_main_thread(undisturbed):

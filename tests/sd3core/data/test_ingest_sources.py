@@ -38,7 +38,10 @@ def folder(tmp_path):
 
 
 def _data(folder, **changes) -> Data:
-    return Data(**{"name": "pictures", "source": "folder", "folder": str(folder), "rows_per_shard": 4, "held_out_fraction": 0.5} | changes)
+    return Data(
+        **{"name": "pictures", "source": "folder", "folder": str(folder), "rows_per_shard": 4, "held_out_fraction": 0.5}
+        | changes
+    )
 
 
 def _ingest(store, data, captions_needed=False, folder="raw"):
@@ -195,7 +198,9 @@ def test_shards_are_named_by_content(folder, tmp_path):
     assert [shard.digest for shard in list_source(_data(folder), 0)] == [shard.digest for shard in first]
     _save(folder / "010.png")  # a data set that grows at its end keeps its full shards
     grown = list_source(_data(folder), 0)
-    assert [shard.digest for shard in grown[:2]] == [shard.digest for shard in first[:2]] and grown[2].digest != first[2].digest
+    assert [shard.digest for shard in grown[:2]] == [shard.digest for shard in first[:2]] and grown[2].digest != first[
+        2
+    ].digest
     (folder / "005.txt").write_text("another caption")
     changed = list_source(_data(folder), 0)
     assert [a.digest == b.digest for a, b in zip(changed, grown)] == [True, False, True]
@@ -226,10 +231,24 @@ def test_file_names_that_are_not_utf8(folder, file_store):
 
 
 def test_keys():
-    paths = ["a.jpg", "a.png", "a/b.jpg", "a_b.jpg", "a.b.jpg", "猫.jpg", "犬.jpg", "x" * 240 + ".jpg", "x" * 241 + ".jpg", "A.jpg"]
+    paths = [
+        "a.jpg",
+        "a.png",
+        "a/b.jpg",
+        "a_b.jpg",
+        "a.b.jpg",
+        "猫.jpg",
+        "犬.jpg",
+        "x" * 240 + ".jpg",
+        "x" * 241 + ".jpg",
+        "A.jpg",
+    ]
     keys = [image_key(path) for path in paths]
     assert len({key.lower() for key in keys}) == len(keys)
-    assert all(key.isascii() and len(key) < 90 and set(key.lower()) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-") for key in keys)
+    assert all(
+        key.isascii() and len(key) < 90 and set(key.lower()) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-")
+        for key in keys
+    )
 
 
 def test_captions_are_one_clean_line():
@@ -241,12 +260,24 @@ def test_captions_are_one_clean_line():
     assert not any(unicodedata.category(c) == "Cc" for c in clean_caption("".join(map(chr, range(300))), 999))
 
 
-WORLD = Data(name="world", source="small_world", images=10, image_side_px=64, aspect_ratios=(1.0, 0.75, 1.3333), rows_per_shard=4, held_out_fraction=0.3)
+WORLD = Data(
+    name="world",
+    source="small_world",
+    images=10,
+    image_side_px=64,
+    aspect_ratios=(1.0, 0.75, 1.3333),
+    rows_per_shard=4,
+    held_out_fraction=0.3,
+)
 
 
 def test_small_world(file_store):
     shards = list_source(WORLD, 3)
-    assert [(shard.number, list(shard.items)) for shard in shards] == [(0, [0, 1, 2, 3]), (1, [4, 5, 6, 7]), (2, [8, 9])]
+    assert [(shard.number, list(shard.items)) for shard in shards] == [
+        (0, [0, 1, 2, 3]),
+        (1, [4, 5, 6, 7]),
+        (2, [8, 9]),
+    ]
     rows, failed, files = {}, [], {}
     for shard in shards:
         record = IngestWorker(WORLD, file_store.url, "raw")(shard)

@@ -1,4 +1,4 @@
-"""The plan's promises, each held by counting: once an epoch, one bucket a step, in proportion, from a window, from any step."""
+"""The plan's promises, each held by counting: once an epoch, one bucket a step, from a window, from any step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ def _table(shards: int = 6, rows: int = 20, shares=(0.6, 0.3, 0.1)) -> PlanTable
 def _samples(plan: TrainingPlan, steps: int):
     """(bucket, epoch, (shard, row)) of every sample in order."""
     for batch in map(plan.batch, range(steps)):
-        yield from zip(itertools.repeat(batch.bucket), batch.epoch.tolist(), zip(batch.shard.tolist(), batch.row.tolist(), strict=True))
+        yield from zip(
+            itertools.repeat(batch.bucket),
+            batch.epoch.tolist(),
+            zip(batch.shard.tolist(), batch.row.tolist(), strict=True),
+        )
 
 
 @pytest.mark.parametrize("global_batch", [1, 7, 8, 20, 64, 500])
@@ -43,7 +47,9 @@ def test_every_row_comes_exactly_once_in_every_epoch(global_batch):
 def test_batches_are_whole_of_one_bucket_and_interleaved_in_proportion():
     table = _table()
     plan = TrainingPlan(table, seed=1, global_batch=8)
-    code_of = {(s, r): b for s, r, b in zip(table.shard.tolist(), table.row.tolist(), table.bucket.tolist(), strict=True)}
+    code_of = {
+        (s, r): b for s, r, b in zip(table.shard.tolist(), table.row.tolist(), table.bucket.tolist(), strict=True)
+    }
     counts = np.zeros(3)
     shares = np.bincount(table.bucket) / len(table)
     for step in range(600):
@@ -76,7 +82,9 @@ def test_rows_come_from_a_moving_window_of_shards():
     plan = TrainingPlan(table, seed=0, global_batch=50, window_shards=8)
     batches = [set(plan.batch(step).shard.tolist()) for step in range(100)]
     steps_of = {shard: [step for step, batch in enumerate(batches) if shard in batch] for shard in range(100)}
-    assert max(steps[-1] - steps[0] for steps in steps_of.values()) <= 10  # used for so long, then no more in this epoch
+    assert (
+        max(steps[-1] - steps[0] for steps in steps_of.values()) <= 10
+    )  # used for so long, then no more in this epoch
     assert max(map(len, batches)) <= 10 and np.mean([len(batch) for batch in batches[10:90]]) > 7  # and mixed well
     order = sorted(range(100), key=lambda shard: steps_of[shard][0])
     assert order != list(range(100))
@@ -104,7 +112,16 @@ def test_golden_plan():
 def test_fewer_rows_than_a_batch():
     table = PlanTable(np.zeros(3, int), np.arange(3), np.zeros(3, int), ("b",))
     plan = TrainingPlan(table, seed=0, global_batch=8)
-    assert plan.batch(0).epoch.tolist() == [0, 0, 0, 1, 1, 1, 2, 2] and plan.batch(1).epoch.tolist() == [2, 3, 3, 3, 4, 4, 4, 5]
+    assert plan.batch(0).epoch.tolist() == [0, 0, 0, 1, 1, 1, 2, 2] and plan.batch(1).epoch.tolist() == [
+        2,
+        3,
+        3,
+        3,
+        4,
+        4,
+        4,
+        5,
+    ]
     assert plan.epoch_report() == {"b": BucketReport(rows=3, batches=1, repeated=5)}
 
 
@@ -123,7 +140,9 @@ def test_nothing_to_train_on_is_an_error():
 def test_a_million_rows_cost_little():
     import time
 
-    table = PlanTable(np.repeat(np.arange(1000), 1000), np.tile(np.arange(1000), 1000), np.arange(10**6) % 7, tuple("abcdefg"))
+    table = PlanTable(
+        np.repeat(np.arange(1000), 1000), np.tile(np.arange(1000), 1000), np.arange(10**6) % 7, tuple("abcdefg")
+    )
     started = time.perf_counter()
     plan = TrainingPlan(table, 0, 256)
     [plan.batch(step) for step in range(200)]

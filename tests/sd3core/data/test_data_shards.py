@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from sd3core.data.shards import (
-    FailedRow, Sample, check_digest, content_digest, finished_stems, is_held_out, read_done, read_index, read_raw_samples, read_samples,
-    read_table, sample_id, shard_stem, write_shard, write_table,
+    FailedRow, Sample, check_digest, content_digest, finished_stems, is_held_out, read_done, read_index,
+    read_raw_samples, read_samples, read_table, sample_id, shard_stem, write_shard, write_table,
 )  # fmt: skip
 from sd3core.data.store import open_store
 from sd3core.errors import DataError, StoreError
@@ -36,7 +36,9 @@ def test_what_is_written_is_read(store):
 
     record = write_shard(store, FOLDER, STEM, samples(), failed, count_by="bucket")
     tar = store.get(f"{FOLDER}/{STEM}.tar")
-    assert [path.path.rpartition("/")[2] for path in store.list(FOLDER)] == [f"{STEM}{s}" for s in (".done.json", ".index.parquet", ".tar")]
+    assert [path.path.rpartition("/")[2] for path in store.list(FOLDER)] == [
+        f"{STEM}{s}" for s in (".done.json", ".index.parquet", ".tar")
+    ]
     assert list(read_samples(tar)) == [(sample.key, sample.files) for sample in SAMPLES]
     index = read_index(store, FOLDER, STEM, record.files[".index.parquet"]).to_pylist()
     for row, sample in zip(index, SAMPLES, strict=True):
@@ -66,7 +68,9 @@ def test_golden_bytes(file_store):
     record = write_shard(file_store, FOLDER, STEM, SAMPLES, [])
     assert record.digest == "0ff34ef0709d70f67030e33fd3bfd093863abdc2e8c9c4c54925104ce49b26c2"
     header = file_store.get(f"{FOLDER}/{STEM}.tar")[:512]
-    assert header.startswith(b"first.png\0") and header[257:265] == b"ustar\x0000" and header[136:148] == b"00000000000\0"
+    assert (
+        header.startswith(b"first.png\0") and header[257:265] == b"ustar\x0000" and header[136:148] == b"00000000000\0"
+    )
     rows = [(row["key"], row["offset"], row["length"]) for row in read_index(file_store, FOLDER, STEM).to_pylist()]
     assert rows == [("first", 0, 2048), ("second", 2048, 2560), ("third", 4608, 512)]
 
@@ -90,7 +94,10 @@ def test_rows_that_share_a_file(store):
     ]
     record = write_shard(store, FOLDER, STEM, samples, [])
     index = read_index(store, FOLDER, STEM).to_pylist()
-    assert [(row["key"], row["offset"], row["length"]) for row in index] == [("a", 0, 1024), ("b", 0, 1024)] and record.rows == 2
+    assert [(row["key"], row["offset"], row["length"]) for row in index] == [
+        ("a", 0, 1024),
+        ("b", 0, 1024),
+    ] and record.rows == 2
     assert list(read_raw_samples(store, FOLDER, STEM, record.digest)) == [("caption", {"safetensors": b"features"})]
 
 
@@ -195,6 +202,11 @@ def test_a_full_temporary_folder_is_one_line(file_store):
 
 
 def test_finished_stems_looks_at_this_folder_only(store):
-    for path in (f"{FOLDER}/{STEM}.tar", f"{FOLDER}/00001.a.done.json", f"{FOLDER}/deeper/00002.a.done.json", f"{FOLDER}x/00003.a.done.json"):
+    for path in (
+        f"{FOLDER}/{STEM}.tar",
+        f"{FOLDER}/00001.a.done.json",
+        f"{FOLDER}/deeper/00002.a.done.json",
+        f"{FOLDER}x/00003.a.done.json",
+    ):
         store.put(path, b"")
     assert finished_stems(open_store(store.url), FOLDER) == {"00001.a"}

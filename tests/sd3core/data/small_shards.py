@@ -1,0 +1,114 @@
+"""Finished latents and text shards of a made-up data set, with values that tell their row and caption."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors.torch import save
+
+from sd3core.conditioning import TextFeatures
+from sd3core.data.manifest import Manifest, ShardEntry
+from sd3core.data.shards import INDEX, DoneRecord, Sample, content_digest, is_held_out, shard_stem, write_shard
+
+BUCKETS = ("64x64", "64x48")
+CLIP_TOKENS, T5_TOKENS, HELD_OUT = 4, 6, 0.25
+LATENTS_SCHEMA = pa.schema([("bucket", pa.string()), ("split", pa.string())])
+TEXT_SCHEMA = pa.schema([("kind", pa.string()), ("caption_id", pa.string())])
+
+
+def key_of(number: int, row: int) -> str:
+    return f"image-{number}-{row:03d}"
+
+
+def bucket_of(key: str) -> str:
+    return BUCKETS[int(key[-3:]) % 3 == 0]
+
+
+def captions_of(key: str) -> dict[str, str]:
+    """Every fifth row has no original caption, every seventh no synthetic one; so every 35th has none."""
+    row = int(key[-3:])
+    captions = {} if row % 5 == 4 else {"original": f"one of {row % 4}"}  # shared by many rows
+    return captions if row % 7 == 6 else captions | {"synthetic": f"synthetic {key}"}
+
+
+def _seeded(name: str, *shape: int) -> torch.Tensor:
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def latent_of(key: str) -> torch.Tensor:
+    height, width = map(int, bucket_of(key).split("x"))
+    return _seeded(key, 16, height // 8, width // 8)
+
+
+def features_of(caption: str) -> TextFeatures:
+    length = len(caption) % 3 + 2
+    return TextFeatures(
+        clip_l=_seeded(f"l{caption}", 1, CLIP_TOKENS, 5),
+        clip_g=_seeded(f"g{caption}", 1, CLIP_TOKENS, 7),
+        t5=_seeded(f"t{caption}", 1, T5_TOKENS, 9),
+        clip_l_pooled=_seeded(f"lp{caption}", 1, 5),
+        clip_g_pooled=_seeded(f"gp{caption}", 1, 3),
+        lengths=torch.full((1, 3), length),
+    ).trimmed()
+
+
+def entry_of(record: DoneRecord) -> ShardEntry:
+    return ShardEntry(
+        number=record.number, stem=record.stem, rows=record.rows, bytes=record.bytes, digest=record.digest,
+        index_digest=record.files[INDEX], buckets=record.extra,
+    )  # fmt: skip
+
+
+def write_latents(store, folder: str, number: int, rows: int) -> ShardEntry:
+    samples = [
+        Sample(
+            key, {"safetensors": save({"latent": latent_of(key)})}, {"bucket": bucket_of(key), "split": split_of(key)}
+        )
+        for key in (key_of(number, row) for row in range(rows))
+    ]
+    stem = shard_stem(number, content_digest(folder, str(number)))
+    return entry_of(write_shard(store, folder, stem, samples, [], LATENTS_SCHEMA, count_by="bucket"))
+
+
+def write_text(store, folder: str, number: int, rows: int) -> ShardEntry:
+    uses: dict[str, list[tuple[str, str]]] = {}
+    for key in (key_of(number, row) for row in range(rows)):
+        for kind, caption in captions_of(key).items():
+            uses.setdefault(caption, []).append((key, kind))
+
+    def samples():
+        for caption, pairs in uses.items():
+            name = hashlib.sha256(caption.encode()).hexdigest()[:24]
+            for place, (key, kind) in enumerate(pairs):
+                files = {"safetensors": features_of(caption).to_bytes("trimmed")} if place == 0 else {}
+                yield Sample(name, files, {"key": key, "kind": kind, "caption_id": name})
+
+    stem = shard_stem(number, content_digest(folder, str(number)))
+    return entry_of(write_shard(store, folder, stem, samples(), [], TEXT_SCHEMA))
+
+
+def split_of(key: str) -> str:
+    return "held_out" if is_held_out(key, HELD_OUT) else "train"
+
+
+def write_data_set(store, shards: int = 3, rows: int = 40) -> tuple[Manifest, Manifest]:
+    latents = [write_latents(store, "latents", number, rows) for number in range(shards)]
+    text = [write_text(store, "text", number, rows) for number in range(shards)]
+    common = {"spec": "0" * 12, "inputs": {"raw": "r" * 64}}
+    tokens = {"text": {"clip_tokens": CLIP_TOKENS, "t5_tokens": T5_TOKENS}}
+    return (
+        Manifest(stage="latents", fields={}, folder="latents", shards=latents, **common),
+        Manifest(stage="text", fields=tokens, folder="text", shards=text, **common),
+    )
+
+
+def all_keys(shards: int = 3, rows: int = 40) -> list[str]:
+    return [key_of(number, row) for number in range(shards) for row in range(rows)]
+
+
+def as_numbers(batch) -> list[np.ndarray]:
+    return [batch.latent.numpy(), batch.text.t5.numpy(), batch.sample_ids, batch.epochs]

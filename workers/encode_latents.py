@@ -1,0 +1,126 @@
+"""VAE latents of one shard, in batches of one bucket; threads decode ahead of the encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors.torch import save as save_tensors
+
+from sd3core.data.buckets import Side, bucket_name, nearest_bucket
+from sd3core.data.images import Crop, crop_to, decode_image, to_model_range
+from sd3core.data.manifest import ManifestRef
+from sd3core.data.shards import DoneRecord, FailedRow, Sample, write_shard
+from sd3core.data.store import Store
+from sd3core.errors import UserError
+from sd3core.towers import fetch_towers
+from workers.inputs import InputShard, map_ahead, read_images, read_input_index
+from workers.shard_stage import ShardTask
+from workers.towers import towers_cache
+
+SCHEMA = pa.schema(
+    [("bucket", pa.string())]
+    + [(f"crop_{side}", pa.int32()) for side in ("top", "left", "height", "width")]
+    + [("split", pa.string())]
+)
+
+
+@dataclass(frozen=True)
+class LatentsSource:
+    raw: InputShard
+    buckets: tuple[Side, ...]  # (height, width) px
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A decoded and cropped image, or why there is none."""
+
+    key: str
+    bucket: Side | None = None
+    pixels: np.ndarray | None = None  # (H, W, 3) uint8
+    crop: Crop | None = None
+    error: str | None = None
+
+
+class LatentsWorker:
+    """Raw shard -> latents tar, in batches of one bucket; threads decode ahead of the encoding."""
+
+    def __init__(
+        self,
+        store: Store,
+        towers: ManifestRef,
+        dtype: str,
+        batch: int,
+        max_image_pixels: int,
+        threads: int,
+        device: str,
+    ) -> None:
+        from sd3core.autoencoder import load_autoencoder  # here, so that a text worker does not import diffusers
+
+        self.store, self.batch, self.threads = store, batch, threads
+        self.max_image_pixels = max_image_pixels
+        self.dtype = getattr(torch, dtype)
+        local = fetch_towers(store, towers.folder, towers_cache(), ("vae",), towers.digest)
+        self.autoencoder = load_autoencoder(local, torch.float32, device)
+        self.progress = 0  # images
+
+    def __call__(self, task: ShardTask) -> DoneRecord:
+        self.progress = 0
+        index = read_input_index(self.store, task.source.raw)
+        splits = dict(zip(index["key"].to_pylist(), index["split"].to_pylist(), strict=True))
+        failed: list[FailedRow] = []
+        samples = self._samples(task.source, splits, failed)
+        return write_shard(self.store, task.folder, task.stem, samples, failed, SCHEMA, count_by="bucket")
+
+    def _samples(self, source: LatentsSource, splits: dict[str, str], failed: list[FailedRow]) -> Iterator[Sample]:
+        waiting: dict[Side, list[Prepared]] = {}
+        images = read_images(self.store, source.raw)
+        for item in map_ahead(
+            lambda image: self._prepare(*image, source.buckets), images, self.threads, ahead=2 * self.batch
+        ):
+            if item.error:
+                failed.append(FailedRow(key=item.key, reason=item.error))
+                self.progress += 1
+                continue
+            batch = waiting.setdefault(item.bucket, [])
+            batch.append(item)
+            if len(batch) == self.batch:
+                yield from self._encoded(waiting.pop(item.bucket), splits, failed)
+        for batch in waiting.values():
+            yield from self._encoded(batch, splits, failed)
+
+    def _prepare(self, key: str, data: bytes, buckets: tuple[Side, ...]) -> Prepared:
+        try:
+            image = decode_image(data, self.max_image_pixels)
+        except UserError as error:
+            return Prepared(key, error=str(error))
+        bucket = nearest_bucket(image.width, image.height, buckets)
+        pixels, crop = crop_to(image, *bucket)
+        return Prepared(key, bucket, pixels, crop)
+
+    def _encoded(self, batch: list[Prepared], splits: dict[str, str], failed: list[FailedRow]) -> Iterator[Sample]:
+        images = to_model_range(np.stack([item.pixels for item in batch]))  # (B, 3, H, W)
+        latents = self.autoencoder.encode(images).to("cpu", self.dtype)  # (B, 16, H/8, W/8)
+        for item, latent in zip(batch, latents, strict=True):
+            if not bool(torch.isfinite(latent).all()):
+                failed.append(FailedRow(key=item.key, reason=f"its latent is not finite in {self.dtype}"))
+                continue
+            yield Sample(
+                item.key, {"safetensors": save_tensors({"latent": latent.contiguous()})}, self._row(item, splits)
+            )
+        self.progress += len(batch)
+
+    def _row(self, item: Prepared, splits: dict[str, str]) -> dict[str, Any]:
+        crop = item.crop
+        return {
+            "bucket": bucket_name(item.bucket),
+            "crop_top": crop.top,
+            "crop_left": crop.left,
+            "crop_height": crop.height,
+            "crop_width": crop.width,
+            "split": splits[item.key],
+        }

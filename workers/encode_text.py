@@ -1,0 +1,120 @@
+"""Text features of one shard: each distinct caption once, through CLIP-L, CLIP-G and T5."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from sd3core.conditioning import ENCODERS, TextFeatures
+from sd3core.data.manifest import ManifestRef
+from sd3core.data.shards import BLOCK, DoneRecord, FailedRow, Sample, write_shard
+from sd3core.data.store import Store
+from sd3core.recipe import Text
+from sd3core.towers import fetch_towers
+from workers.inputs import InputShard, read_input_index, read_input_table
+from workers.shard_stage import ShardTask
+from workers.towers import towers_cache
+
+NULL = "NULL.safetensors"  # the encoded empty string, beside the text shards
+ORIGINAL, SYNTHETIC = "original", "synthetic"
+SCHEMA = pa.schema(
+    [("kind", pa.string()), ("caption_id", pa.string())] + [(f"{name}_len", pa.int32()) for name in ENCODERS]
+)
+
+
+@dataclass(frozen=True)
+class TextSource:
+    raw: InputShard
+    captions: InputShard | None
+
+
+class TextWorker:
+    """Raw shard and its captions -> text tar: each distinct caption once, an index row for each (key, kind)."""
+
+    def __init__(self, store: Store, towers: ManifestRef, text: Text, dtype: str, batch: int, device: str) -> None:
+        from sd3core.text_encoders import (
+            load_text_encoders,
+        )  # here, so that a latents worker does not import transformers
+
+        self.store, self.text, self.batch = store, text, batch
+        self.dtype = getattr(torch, dtype)
+        local = fetch_towers(store, towers.folder, towers_cache(), ENCODERS, towers.digest)
+        self.encoders = load_text_encoders(local, text, torch.float32, device)
+        self.progress = 0  # rows, by the share of the shard's captions that is done
+
+    def __call__(self, task: ShardTask) -> DoneRecord:
+        self.progress = 0
+        null = f"{task.folder}/{NULL}"
+        if not self.store.exists(null):
+            self.store.put(null, self._encode([""])[0].to_bytes(self.text.padding))
+        failed: list[FailedRow] = []
+        samples = self._samples(_distinct(self._captions(task.source)), task.rows, failed)
+        return write_shard(self.store, task.folder, task.stem, samples, failed, SCHEMA)
+
+    def _captions(self, source: TextSource) -> Iterator[tuple[str, str, str]]:
+        """(key, kind, caption) of every caption there is."""
+        raw = read_input_index(self.store, source.raw)
+        synthetic = {}
+        if source.captions:
+            table = read_input_table(self.store, source.captions)
+            synthetic = dict(zip(table["key"].to_pylist(), table["caption"].to_pylist(), strict=True))
+        for key, original in zip(raw["key"].to_pylist(), raw["caption"].to_pylist(), strict=True):
+            if original:
+                yield key, ORIGINAL, original
+            if synthetic.get(key):
+                yield key, SYNTHETIC, synthetic[key]
+
+    def _samples(self, uses: dict[str, list[tuple[str, str]]], rows: int, failed: list[FailedRow]) -> Iterator[Sample]:
+        offset = encoded = 0
+        for captions in batched(uses, self.batch):
+            for caption, features in zip(captions, self._encode(list(captions)), strict=True):
+                if not _finite(features):
+                    failed += [
+                        FailedRow(key=key, reason=f"{kind} caption: its features are not finite in {self.dtype}")
+                        for key, kind in uses[caption]
+                    ]
+                    continue
+                data = features.to_bytes(self.text.padding)
+                length = BLOCK * (1 + math.ceil(len(data) / BLOCK))  # one tar header and the padded bytes
+                name = caption_id(caption)
+                lengths = dict(zip((f"{name}_len" for name in ENCODERS), features.lengths[0].tolist(), strict=True))
+                for position, (key, kind) in enumerate(uses[caption]):
+                    row = {"key": key, "kind": kind, "caption_id": name, "offset": offset, "length": length, **lengths}
+                    yield Sample(name, {"safetensors": data} if position == 0 else {}, row)
+                offset += length
+            encoded += len(captions)
+            self.progress = rows * encoded // len(uses)
+
+    def _encode(self, captions: list[str]) -> list[TextFeatures]:
+        features = self.encoders.encode(captions).to("cpu").to(self.dtype)
+        return [features.index(i) for i in range(len(captions))]
+
+
+def caption_id(caption: str) -> str:
+    return hashlib.sha256(caption.encode()).hexdigest()[:24]
+
+
+def _distinct(captions: Iterable[tuple[str, str, str]]) -> dict[str, list[tuple[str, str]]]:
+    """caption -> the (key, kind)s that have it, in order of first use."""
+    uses: dict[str, list[tuple[str, str]]] = {}
+    for key, kind, caption in captions:
+        uses.setdefault(caption, []).append((key, kind))
+    return uses
+
+
+def _finite(features: TextFeatures) -> bool:
+    parts = (features.clip_l, features.clip_g, features.t5, features.clip_l_pooled, features.clip_g_pooled)
+    return all(bool(torch.isfinite(part).all()) for part in parts)
+
+
+def batched(items: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
+    iterator = iter(items)
+    while batch := tuple(itertools.islice(iterator, size)):
+        yield batch

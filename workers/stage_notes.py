@@ -1,0 +1,66 @@
+"""What a run last used for each stage, at runs/RUN/stages/STAGE.json.
+
+From it a stage that is made again can say which field of the recipe is the cause. A note explains; it decides nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sd3core.data.manifest import explain_difference
+from sd3core.data.store import Store
+from sd3core.errors import StoreError
+
+NOTHING_TO_DO = "finished before, nothing to do"
+
+
+class StageNote(BaseModel):
+    """What a run last used for a stage."""
+
+    model_config = ConfigDict(frozen=True)
+
+    folder: str
+    digest: str
+    fields: dict[str, Any]
+
+
+def recall_stage(store: Store, run: str, stage: str) -> StageNote | None:
+    path = _note_path(run, stage)
+    try:
+        return StageNote.model_validate(store.get_json(path)) if store.exists(path) else None
+    except (ValidationError, StoreError):
+        return None  # written by another version: it explains nothing, and decides nothing
+
+
+def remember_stage(store: Store, run: str, stage: str, folder: str, digest: str, fields: dict[str, Any]) -> None:
+    note = StageNote(folder=folder, digest=digest, fields=fields)
+    if recall_stage(store, run, stage) != note:
+        store.put_json(_note_path(run, stage), note.model_dump(mode="json"))
+
+
+def _note_path(run: str, stage: str) -> str:
+    return f"runs/{run}/stages/{stage}.json"
+
+
+def reason_to_work(
+    note: StageNote | None, folder: str, fields: dict[str, Any], missing: int, total: int, unit: str
+) -> str:
+    """Why a stage has work to do: which field changed since this run last used the stage, and how much is missing."""
+    causes = []
+    if note is not None and note.fields != fields:
+        causes = [_readable(line) for line in explain_difference(note.fields, fields)]
+    elif note is not None and note.folder != folder:
+        causes = [f"{note.folder} -> {folder}"]
+    elif note is None and missing == total:
+        causes = ["first run"]
+    if missing and causes != ["first run"]:
+        causes.append(f"{missing} of {total} {unit} were missing")
+    return "; ".join(causes) or "its inputs or its list of shards changed"
+
+
+def _readable(difference: str) -> str:
+    """A fingerprint says nothing to a reader: "raw: 0123456789ab -> ba9876543210" becomes "raw changed"."""
+    return re.sub(r"^(\S+): [0-9a-f]{12,64} -> [0-9a-f]{12,64}$", r"\1 changed", difference)
