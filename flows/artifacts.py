@@ -78,9 +78,11 @@ class StageReporter:
                 client.update_artifact(self._artifact, ArtifactUpdate(data=percent, description=progress.line()))
 
 
-def publish(stage: str, title: str, table: list[dict[str, object]], pictures: dict[str, bytes] | None = None) -> None:
+def publish(
+    stage: str, title: str, table: list[dict[str, object]], warnings: list[str], pictures: dict[str, bytes] | None = None
+) -> None:
     """The stage's result as one markdown artifact. `pictures`: caption -> PNG or JPEG bytes, kept small by the caller."""
-    parts = [f"## {title}", markdown_table(table)]
+    parts = [f"## {title}", markdown_table(table), "\n".join(f"- warning: {warning}" for warning in warnings)]
     for caption, image in (pictures or {}).items():
         kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
         parts.append(f"**{caption}**\n\n![{caption}](data:image/{kind};base64,{base64.b64encode(image).decode()})")
@@ -92,7 +94,7 @@ def publish(stage: str, title: str, table: list[dict[str, object]], pictures: di
 
 def markdown_table(rows: list[dict[str, object]]) -> str:
     if not rows:
-        return "nothing to show"
+        return ""
     columns = list(rows[0])
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(str(row.get(column, "")).replace("|", "\\|") for column in columns) + " |" for row in rows]

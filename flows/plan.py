@@ -113,14 +113,15 @@ def print_plan(recipe: Recipe, console: Console) -> None:
 
 
 def _print_phases(recipe: Recipe, phases: list[PhasePlan], console: Console) -> None:
-    table = Table(title="training", box=None, title_justify="left")
+    table = Table(box=None, pad_edge=False)
     for column in ("phase", "parameters", "side px", "samples", "batch", "steps", "tokens", "FLOPs/step", "FLOPs"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for (key, phase), plan in zip(recipe.phases(), phases, strict=True):
         row = (plan.parameters, phase.side_px, plan.samples, phase.global_batch, plan.steps, plan.tokens)
         table.add_row(key, *(f"{value:,}" for value in row), f"{plan.step_flops:.2e}", f"{plan.flops:.2e}")
     console.print(table)
-    memory = Table(title=f"training state of one of {recipe.compute.train_ranks} ranks, GiB (activations come on top)", box=None, title_justify="left")
+    console.print(f"\ntraining state of one of {recipe.compute.train_ranks} ranks, GiB (activations come on top)", highlight=False)
+    memory = Table(box=None, pad_edge=False)
     for column in ("phase", "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3", "the recipe's"):
         memory.add_column(column, justify="left" if column == "phase" else "right")
     for (key, phase), plan in zip(recipe.phases(), phases, strict=True):
@@ -129,7 +130,8 @@ def _print_phases(recipe: Recipe, phases: list[PhasePlan], console: Console) -> 
 
 
 def _print_storage(recipe: Recipe, phases: list[PhasePlan], captions: int, console: Console) -> None:
-    table = Table(title="storage", box=None, title_justify="left")
+    console.print("\nstorage", highlight=False)
+    table = Table(box=None, pad_edge=False)
     for column in ("what", "a row, kB", "rows", "GB"):
         table.add_column(column, justify="left" if column == "what" else "right")
     rows = recipe.data.images if recipe.data.source == "small_world" else None
@@ -149,13 +151,13 @@ def _print_time(recipe: Recipe, phases: list[PhasePlan], console: Console) -> No
         gpus = recipe.compute.train_ranks * recipe.compute.gpus_per_rank
         hours = total / (gpus * ASSUMED_TFLOPS * 1e12) / 3600
         console.print(
-            f"training: {total:.2e} FLOPs, about {hours:,.0f} h on {gpus:,.0f} GPUs at {ASSUMED_TFLOPS:.0f} TFLOP/s each"
+            f"\ntraining: {total:.2e} FLOPs, about {hours:,.0f} h on {gpus:,.0f} GPUs at {ASSUMED_TFLOPS:.0f} TFLOP/s each"
             f" ({hours * gpus:,.0f} GPU hours)",
             highlight=False,
         )
     else:
         rate = measured_cpu_flops()
-        console.print(f"training: {total:.2e} FLOPs, at least {total / rate / 3600:,.2f} h at this machine's {rate / 1e9:,.0f} GFLOP/s (bf16 matmul, measured now)", highlight=False)
+        console.print(f"\ntraining: {total:.2e} FLOPs, at least {total / rate / 3600:,.2f} h at this machine's {rate / 1e9:,.0f} GFLOP/s (bf16 matmul, measured now)", highlight=False)
 
 
 def measured_cpu_flops(side: int = 1024, repeats: int = 8) -> float:

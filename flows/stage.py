@@ -12,7 +12,7 @@ from prefect import runtime
 from prefect.logging import get_run_logger
 
 from flows.artifacts import StageReporter, publish
-from flows.session import Session, session
+from flows.session import session
 from sd3core.data.store import Store
 from sd3core.recipe import Recipe
 from sd3core.specs import fingerprint
@@ -31,6 +31,7 @@ class StageOutcome:
     seconds: float
     state: Literal["done", "skipped"]
     reason: str
+    warnings: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,15 +60,21 @@ class StageRun:
         pictures: dict[str, bytes] | None = None,
     ) -> dict[str, Any]:
         """Logs the warnings, shows the table and pictures in the UI, and returns the outcome as the flow's result."""
-        log = get_run_logger()
-        for warning in warnings or []:
+        log, warnings = get_run_logger(), warnings or []
+        for warning in warnings:
             log.warning(warning)
         self.outcome = StageOutcome(
-            self.name, self.store.uri(manifest), digest, round(time.monotonic() - self.started, 1), "skipped" if skipped else "done", reason
+            name=self.name,
+            manifest=self.store.uri(manifest),
+            digest=digest,
+            seconds=round(time.monotonic() - self.started, 1),
+            state="skipped" if skipped else "done",
+            reason=reason,
+            warnings=warnings,
         )
         log.info("%s %s in %.1f s: %s", self.name, self.outcome.state, self.outcome.seconds, reason)
         title = f"{self.name}: {self.outcome.state} ({reason})"
-        publish(self.name, title, [*table, *({"what": "warning", "value": w} for w in warnings or [])], pictures)
+        publish(self.name, title, table, warnings, pictures)
         return self.outcome.to_dict()
 
     def finish_parts(self, results: dict[str, Any], **shown: Any) -> dict[str, Any]:
@@ -89,5 +96,3 @@ def stage(name: str, recipe: str, overrides: list[str] | None) -> Iterator[Stage
     with session(recipe, overrides) as opened, StageReporter(name, str(runtime.flow_run.id)) as reporter:
         yield StageRun(name, opened.recipe, opened.store, reporter)
 
-
-__all__ = ["FLOW_OPTIONS", "Session", "StageOutcome", "StageRun", "stage"]

@@ -37,13 +37,14 @@ def write_summary(store: Store, recipe: Recipe, stages: list[dict[str, Any]], sc
 def print_summary(summary: dict[str, Any], store: Store, recipe: Recipe, services: Services, console: Console, command: list[str]) -> None:
     """Where the pictures are, the scores, the UI, the command that samples."""
     _print_stages(summary["stages"], console)
+    for stage in summary["stages"]:
+        for warning in stage["warnings"]:
+            console.print(f"{stage['name']}: {warning}", soft_wrap=True, highlight=False)
     _print_scores(summary["scores"], console)
-    for line in sorted({f"{row['metric']} left out: {row['reason']}" for row in summary["left_out"]}):
-        console.print(line, soft_wrap=True, highlight=False)
     say = lambda label, text: console.print(f"{label:<10}{text}", soft_wrap=True, highlight=False)  # noqa: E731
     last = [picture for picture in summary["pictures"] if picture["weights"] == "ema"]
     for picture in last[-3:]:
-        say("pictures", _shown(store, picture["uri"]))
+        say("pictures", _shown(store, picture["path"]))
     say("all", _shown(store, f"runs/{recipe.run}/evaluations"))
     say("export", summary["export"].removeprefix("file://"))
     say("summary", _shown(store, summary_path(recipe)))

@@ -9,13 +9,15 @@ from __future__ import annotations
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from sd3core.errors import RecipeError
-from sd3core.mmdit import MMDiTConfig
+
+if TYPE_CHECKING:
+    from sd3core.mmdit import MMDiTConfig
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]  # becomes a folder and a deployment
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -259,6 +261,8 @@ class Recipe(Section):
 
     def model_config_for(self, phase: Training) -> MMDiTConfig:
         """The MM-DiT of one phase: the recipe's depth, the towers' widths, the phase's QK-norm."""
+        from sd3core.mmdit import MMDiTConfig  # brings torch, which reading a recipe does not need
+
         small = self.towers.small
         widths = {}
         if small is not None:

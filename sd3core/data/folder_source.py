@@ -70,7 +70,7 @@ def list_folder(data: Data, captions_needed: bool) -> list[FolderItem]:
 
 
 def image_key(path: str) -> str:
-    """A name for the sample made from the relative path alone: safe in a tar, without dots, and its own for every path."""
+    """A name made from the relative path alone: safe in a tar, without dots, and its own for every path."""
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:10]
     name = re.sub(r"[^A-Za-z0-9_-]", "_", path.rpartition(".")[0] or path)
     return f"{name[:60]}-{digest}"

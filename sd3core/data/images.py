@@ -57,7 +57,7 @@ def crop_to(image: Image.Image, height: int, width: int) -> tuple[np.ndarray, Cr
 
 def to_model_range(images: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    pixels = torch.tensor(images).permute(0, 3, 1, 2)  # a copy: arrays from PIL are read-only
     return pixels.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
 
 

@@ -62,7 +62,7 @@ class BatchLoader:
 
     def batch(self, step: int) -> Batch:
         """Original or synthetic caption: by (seed, epoch, sample), so neither ranks nor restarts change it."""
-        wanted = range(step, step + 1 + self.ahead)
+        wanted, was_ahead = range(step, step + 1 + self.ahead), step in self._made
         self._drop(self._made.keys() - set(wanted))
         for coming in wanted:
             if coming not in self._made:
@@ -71,9 +71,11 @@ class BatchLoader:
             self._warming.submit(self._fetch_shards, step + SHARDS_AHEAD)
         try:
             return self._made.pop(step).result()
-        except BaseException:
-            self._drop(list(self._made))  # what failed ahead may succeed when it is asked for again
-            raise
+        except Exception:
+            self._drop(list(self._made))
+            if not was_ahead:
+                raise
+            return self._make(step)  # what failed ahead, perhaps long ago, is tried once more now that it is needed
 
     def close(self) -> None:
         """Stops making batches ahead."""

@@ -119,7 +119,7 @@ class ShardReader:
     def gather(
         self, shards: np.ndarray, rows: np.ndarray, synthetic: np.ndarray, epochs: np.ndarray, bucket: str
     ) -> Batch:
-        """Rows as a batch. `synthetic` (B,) bool: which caption is wanted; where there is only one, that one is taken."""
+        """Rows as a batch. `synthetic` (B,) bool: which caption is wanted; where there is only one, it is taken."""
         latents, texts, order = [], [], []
         for position in np.unique(shards).tolist():
             shard, places = self.decoded(position), np.flatnonzero(shards == position)
@@ -138,22 +138,34 @@ class ShardReader:
         return [self.shards[position].keys[row].as_py() for position, row in pairs]
 
     def decoded(self, position: int) -> DecodedShard:
-        """A shard in memory. Each is decoded by one thread while others wait; those used longest ago make room."""
-        with self._lock:
-            future = self._decoded.get(position)
-            mine = future is None
+        """A shard in memory. Each is decoded by one thread while others wait; those used longest ago make room.
+
+        A failure is raised to the thread whose attempt it was. One that only waited makes an attempt of its own, so that
+        what went wrong for a moment while fetching ahead does not stop a training step.
+        """
+        while True:
+            with self._lock:
+                future = self._decoded.get(position)
+                mine = future is None
+                if mine:
+                    future = self._decoded[position] = Future()
+                self._decoded.move_to_end(position)
             if mine:
-                future = self._decoded[position] = Future()
-            self._decoded.move_to_end(position)
-        if mine:
-            try:
-                future.set_result(self._decode(self.shards[position]))
-            except BaseException as error:
-                with self._lock:
-                    del self._decoded[position]
-                future.set_exception(error)
-            self._make_room()
-        return future.result()
+                return self._decode_into(future, position)
+            if future.exception() is None:  # waits for the other thread
+                return future.result()
+
+    def _decode_into(self, future: Future[DecodedShard], position: int) -> DecodedShard:
+        try:
+            shard = self._decode(self.shards[position])
+        except BaseException as error:
+            with self._lock:
+                del self._decoded[position]
+            future.set_exception(error)
+            raise
+        future.set_result(shard)
+        self._make_room()
+        return shard
 
     def _make_room(self) -> None:
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 
 import numpy as np
@@ -146,6 +147,49 @@ def test_a_shard_is_decoded_once_and_memory_is_bounded(file_store, tmp_path, mon
         assert small.decoded(position).keys[0] == made.key_of(position, 0)
         assert len(small._decoded) == 1
     assert decoded[0] == 3 and decoded[1] == 2
+
+
+def test_a_failure_while_fetching_ahead_does_not_stop_a_step(file_store, tmp_path, monkeypatch):
+    reader = _reader(file_store, made.write_data_set(file_store), tmp_path)
+    real, started, go_on, attempts = reader._decode, threading.Event(), threading.Event(), []
+
+    def fails_first(rows):
+        attempts.append(rows)
+        if len(attempts) == 1:
+            started.set()
+            go_on.wait(10)
+            raise DataError("for a moment")
+        return real(rows)
+
+    monkeypatch.setattr(reader, "_decode", fails_first)
+    with ThreadPoolExecutor(2) as threads:
+        ahead = threads.submit(reader.decoded, 0)
+        assert started.wait(10)
+        waiting = threads.submit(reader.decoded, 0)  # joins the attempt that is under way
+        time.sleep(0.05)
+        assert len(attempts) == 1
+        go_on.set()
+        assert isinstance(ahead.exception(10), DataError)
+        assert waiting.result(10).keys[0] == made.key_of(0, 0) and len(attempts) == 2
+
+
+def test_a_batch_that_failed_ahead_is_made_again_when_it_is_needed(file_store, tmp_path, monkeypatch):
+    reader = _reader(file_store, made.write_data_set(file_store), tmp_path)
+    expected = _loader(reader, ahead=0).batch(2)
+    loader, broken = _loader(reader), threading.Event()
+    real = loader._make
+
+    def make(step):
+        if broken.is_set() and threading.current_thread() is not threading.main_thread():
+            raise DataError("for a moment")
+        return real(step)
+
+    monkeypatch.setattr(loader, "_make", make)
+    broken.set()
+    with pytest.raises(DataError, match="for a moment"):
+        loader.batch(0)  # asked for now, so it is told
+    loader._made[2] = loader._threads.submit(make, 2)
+    _assert_same(loader.batch(2), expected)
 
 
 def test_held_out_part(store, data_set, tmp_path):

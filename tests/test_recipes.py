@@ -1,0 +1,273 @@
+"""Recipes: the shipped ones, the words of their errors, overrides, and which fields change which stage's fingerprint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from sd3core import specs
+from sd3core.errors import RecipeError
+from sd3core.recipe import Compute, Evaluate, Recipe, load_recipe, shipped_recipes
+from sd3core.specs import fingerprint
+
+PAPER = {  # depth, and parameters without and with QK-norm: sd3-facts, counted on the released architecture
+    "sd3-2b": (24, 2_028_328_000, 2_028_334_144),
+    "sd3-8b": (38, 8_056_617_792, 8_056_627_520),
+}
+
+
+def problem(name: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(name, list(overrides))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_shipped_recipes():
+    assert set(shipped_recipes()) >= {"mini", "tiny-test", "small", "sd3-2b", "sd3-8b"}
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_loads_under_its_own_name(name):
+    recipe = load_recipe(name)
+    assert (recipe.name, recipe.run) == (name, name)
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe  # as it is stored with a checkpoint
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_models(name):
+    from flows.plan import count_parameters
+
+    recipe = load_recipe(name)
+    depth, plain, normed = PAPER[name]
+    assert recipe.model.depth == depth
+    assert [phase.side_px for _, phase in recipe.phases()] == [256, 512, 1024]
+    counts = [count_parameters(recipe.model_config_for(phase)) for _, phase in recipe.phases()]
+    assert counts == [normed if phase.qk_norm else plain for _, phase in recipe.phases()]
+    assert count_parameters(recipe.model_config_for(recipe.pretrain.model_copy(update={"qk_norm": None}))) == plain
+    assert count_parameters(recipe.model_config_for(recipe.pretrain.model_copy(update={"qk_norm": "rms"}))) == normed
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pretrain.sample=9", "recipe tiny-test: unknown key pretrain.sample; did you mean 'samples'?"),
+        ("pretrian.samples=9", "recipe tiny-test: unknown key pretrian; did you mean 'pretrain'?"),
+        ("finetune.0.learning_rat=1", "recipe tiny-test: unknown key finetune.0.learning_rat; did you mean 'learning_rate'?"),
+        ("towers.small.vae.stpes=1", "recipe tiny-test: unknown key towers.small.vae.stpes; did you mean 'steps'?"),
+        ("text.zzz=1", "recipe tiny-test: unknown key text.zzz; valid here: clip_tokens, t5_tokens, padding, null"),
+        ("text.clip_tokens=78", "recipe tiny-test: text.clip_tokens: Input should be less than or equal to 77 (it is 78)"),
+        ("data.held_out_fraction=1.5", "recipe tiny-test: data.held_out_fraction: Input should be less than or equal to 1 (it is 1.5)"),
+        (
+            "pretrain.zero_stage=0",
+            "recipe tiny-test: pretrain: zero_stage 0 trains bf16 wrongly (first update off by a quarter); take zero_stage 1 or more",
+        ),
+        ("pretrain.micro_batch=3", "recipe tiny-test: pretrain: global_batch 8 is not a multiple of micro_batch 3"),
+        (
+            "compute.train_ranks=3",
+            "recipe tiny-test: pretrain.global_batch 8 is not a multiple of pretrain.micro_batch 4 x compute.train_ranks 3",
+        ),
+        ("finetune.0.side_px=40", "recipe tiny-test: finetune.0.side_px 40 is not a multiple of 16 (VAE 8 x patch 2)"),
+        ("data.source=folder", "recipe tiny-test: data: data.folder must name the folder of images when data.source is 'folder'"),
+        ("towers.small=null", "recipe tiny-test: towers: towers needs exactly one of towers.released (paths) and towers.small (made by the towers stage)"),
+        ("pretrain", "override 'pretrain': write it as section.key=value"),
+        ("finetune.1.samples=8", "override 'finetune.1.samples=8': '1' is not one of the positions 0 to 0"),
+        ("finetune.first.samples=8", "override 'finetune.first.samples=8': 'first' is not one of the positions 0 to 0"),
+        ("run=[a", "override 'run=[a': the value is not YAML; put it in quotes"),
+    ],
+)
+def test_errors_name_the_key_and_the_mend(override, message):
+    assert problem("tiny-test", override) == message
+
+
+def test_errors_of_the_file_itself(tmp_path):
+    assert problem("mimi").startswith("recipe 'mimi': no recipe of that name; did you mean 'mini'?; shipped: mini, ")
+    assert problem("mimi").endswith("; or give a path that ends in .yaml")
+    missing = tmp_path / "mine.yaml"
+    assert problem(str(missing)) == f"recipe {missing}: no such file"
+    missing.write_text("a: [1\n")
+    assert problem(str(missing)).startswith(f"recipe {missing}: not YAML: ")
+    missing.write_text("- a\n")
+    assert problem(str(missing)) == f"recipe {missing}: a recipe is a mapping of sections, this file is not"
+    fields = load_recipe("tiny-test").model_dump(mode="json", exclude={"model"})
+    missing.write_text(yaml.safe_dump(fields))
+    assert problem(str(missing)) == f"recipe {missing}: model is missing"
+
+
+def test_bf16_needs_zero_and_fp32_does_not():
+    changed = load_recipe("tiny-test", ["pretrain.zero_stage=0", "pretrain.precision=fp32"])
+    assert (changed.pretrain.zero_stage, changed.pretrain.precision) == (0, "fp32")
+
+
+def test_overrides_reach_every_place():
+    changed = load_recipe(
+        "tiny-test",
+        [
+            "pretrain.learning_rate=3e-4",
+            "finetune.0.samples=64",
+            "finetune.0.aspect_ratios.1=0.5",
+            "data.aspect_ratios=[1.0]",
+            'run="2026"',
+            "store=s3://bucket/a=b",
+            "evaluate.precision=fp32",
+            "towers.small.vae.steps=9",
+        ],
+    )
+    assert changed.pretrain.learning_rate == 3e-4
+    assert changed.finetune[0].samples == 64
+    assert changed.finetune[0].aspect_ratios == (1.0, 0.5)
+    assert changed.data.aspect_ratios == (1.0,)
+    assert (changed.run, changed.store, changed.evaluate.precision) == ("2026", "s3://bucket/a=b", "fp32")
+    assert changed.towers.small.vae.steps == 9
+    assert load_recipe("tiny-test").finetune[0].samples == 32  # the file is read anew
+
+
+# What a field changes. Every field of the tiny-test recipe stands here: a new field has to say where it belongs.
+TRAINED = {"pretrain", "finetune"}
+LATENTS = {"latents.pretrain", "latents.finetune"}
+EVERYTHING = {"raw", "towers", "captions", "text", *LATENTS, *TRAINED}
+CHANGES: list[tuple[set[str], dict[str, Any]]] = [
+    (
+        EVERYTHING,
+        {
+            "seed": 1,
+            "data.image_side_px": 48,
+            "data.aspect_ratios": [1.0],
+            "data.max_objects": 1,
+            "data.min_side_px": 16,
+            "data.max_image_pixels": 10_000,
+            "data.max_caption_chars": 100,
+            "data.rows_per_shard": 16,
+            "data.held_out_fraction": 0.1,
+        },
+    ),
+    ({"towers", *LATENTS, *TRAINED}, {f"towers.small.vae.{key}": value for key, value in {
+        "channels": [8, 16, 16, 16], "layers_per_block": 2, "crop_px": 16, "batch": 8, "steps": 9, "learning_rate": 0.1, "kl_weight": 0.1,
+    }.items()}),
+    ({"towers", "text", *TRAINED}, {f"towers.small.{tower}.{key}": value for tower in ("clip_l", "clip_g") for key, value in {
+        "width": 48, "layers": 3, "heads": 1, "projection": 40, "image_px": 48, "patch_px": 8, "batch": 4, "steps": 9,
+        "learning_rate": 0.1, "seed": 9,
+    }.items()}),
+    ({"towers", "text", *TRAINED}, {f"towers.small.t5.{key}": value for key, value in {
+        "width": 32, "layers": 2, "heads": 4, "batch": 4, "steps": 9, "learning_rate": 0.1, "seed": 9,
+    }.items()}),
+    ({"towers"}, {f"towers.small.judge.{key}": value for key, value in {  # it judges, nothing is trained on it
+        "width": 48, "layers": 3, "heads": 1, "projection": 40, "image_px": 48, "patch_px": 8, "batch": 4, "steps": 9,
+        "learning_rate": 0.1, "seed": 9,
+    }.items()}),
+    ({"towers", "text", *LATENTS, *TRAINED}, {"towers.small.vocabulary": 700, "towers.small.images": 32}),
+    ({"captions", "text", *TRAINED}, {"caption.captioner": "none", "caption.model": "/models/x", "caption.prompt": "What?", "caption.max_new_tokens": 9}),
+    ({"text", *TRAINED}, {"text.clip_tokens": 8, "text.t5_tokens": 12, "text.padding": "trimmed", "encode.text_dtype": "float32"}),
+    ({*LATENTS, *TRAINED}, {"encode.latent_dtype": "float16"}),
+    (TRAINED, {"text.null": "empty", "model.depth": 2, "model.base_side_px": 64, "model.max_side_px": 256}),
+    ({"latents.pretrain", *TRAINED}, {"pretrain.side_px": 48}),
+    ({"latents.finetune", "finetune"}, {"finetune.0.side_px": 48, "finetune.0.aspect_ratios": [1.0]}),
+    *(
+        (changed, {f"{phase}.{key}": value for key, value in {
+            "samples": 192, "global_batch": 16, "learning_rate": 1.0, "warmup_samples": 0, "schedule": "cosine", "betas": [0.9, 0.95],
+            "adam_eps": 1e-15, "weight_decay": 0.1, "grad_clip": 2.0, "formulation": "rf", "shift": 3.0, "qk_norm": qk_norm,
+            "text_dropout": 0.1, "original_caption_fraction": 0.1, "ema_decay": 0.5, "ema_every_steps": 2, "precision": "fp32", "zero_stage": 1,
+        }.items()})
+        for phase, changed, qk_norm in (("pretrain", TRAINED, "rms"), ("finetune.0", {"finetune"}, None))
+    ),
+    (
+        set(),
+        {
+            "name": "other",
+            "run": "other",
+            "store": "s3://bucket/x",
+            "data.folder": "/other",
+            "data.images": 960,  # more shards of the same kind
+            "caption.batch": 1,
+            "encode.batch": 1,
+            **{f"{p}.{k}": v for p in ("pretrain", "finetune.0") for k, v in {
+                "micro_batch": 1, "checkpoint_every_samples": 16, "activation_checkpointing": True}.items()},
+            **{f"evaluate.{key}": {"precision": "fp32", "checkpoints": "last"}.get(key, 3) for key in Evaluate.model_fields},
+            **{f"compute.{key}": {"ray_address": "ray.internal:6379", "object_store_mb": 100, "train_ranks": 1}.get(key, 3) for key in Compute.model_fields},
+        },
+    ),
+]
+# Whose name is in a path, not in a fingerprint; pretraining is square, and small towers are trained from data of that name.
+NAMES = {"data.name", "data.source", "towers.name", "towers.released", "pretrain.aspect_ratios"}
+CASES = [(key, value, changed) for changed, fields in CHANGES for key, value in fields.items()]
+
+
+def stage_specs(recipe: Recipe) -> dict[str, str]:
+    """Every stage's fingerprint, each stage's bytes being named by what they are made from, as in a run that makes them all."""
+    small = recipe.towers.small
+    shared = {"raw": specs.raw_fields(recipe), "vocabulary": small.vocabulary, "images": small.images}
+    digests = {name: fingerprint(shared | {"tower": getattr(small, name).model_dump(mode="json")}) for name in ("vae", "clip_l", "clip_g", "t5")}
+    found = {
+        "raw": fingerprint(specs.raw_fields(recipe)),
+        "towers": fingerprint(specs.towers_fields(recipe)),
+        "captions": fingerprint(specs.captions_fields(recipe)),
+        "text": fingerprint(specs.text_fields(recipe, digests)),
+    }
+    init = None
+    for key, phase in recipe.phases():
+        name = key.partition(".")[0]
+        found[f"latents.{name}"] = fingerprint(specs.latents_fields(recipe, phase, digests))
+        init = found[name] = fingerprint(
+            specs.train_fields(recipe, phase, latents=found[f"latents.{name}"], text=found["text"], init=init)
+        )
+    return found
+
+
+def leaves(fields: Any, prefix: str = "") -> set[str]:
+    if prefix.endswith((".small.",)) or not prefix or prefix.count(".") < 2 or isinstance(fields, dict):
+        if isinstance(fields, dict):
+            return {leaf for key, value in fields.items() for leaf in leaves(value, f"{prefix}{key}.")}
+        if isinstance(fields, list) and fields and isinstance(fields[0], dict):
+            return {leaf for position, value in enumerate(fields) for leaf in leaves(value, f"{prefix}{position}.")}
+    return {prefix.removesuffix(".")}
+
+
+def changed_recipe(recipe: Recipe, key: str, value: Any) -> Recipe:
+    """The recipe with one field changed and nothing validated: a fingerprint is asked, not a run."""
+    head, _, rest = key.partition(".")
+    if isinstance(recipe, tuple):
+        items = list(recipe)
+        items[int(head)] = changed_recipe(items[int(head)], rest, value)
+        return tuple(items)
+    old = getattr(recipe, head)
+    return recipe.model_copy(update={head: changed_recipe(old, rest, value) if rest else value})
+
+
+def test_the_table_has_every_field():
+    known = {key for key, _, _ in CASES}
+    assert leaves(load_recipe("tiny-test").model_dump(mode="json")) - known == NAMES
+    assert len(known) == len(CASES)
+
+
+@pytest.mark.parametrize(("key", "value", "changed"), CASES, ids=[key for key, _, _ in CASES])
+def test_a_field_changes_exactly_the_stages_that_depend_on_it(key, value, changed):
+    recipe = load_recipe("tiny-test")
+    before, after = stage_specs(recipe), stage_specs(changed_recipe(recipe, key, value))
+    assert {stage for stage in before if before[stage] != after[stage]} == changed
+
+
+def test_names_are_in_the_paths():
+    recipe = load_recipe("tiny-test")
+    other = load_recipe("tiny-test", ["data.name=other"])
+    assert specs.raw_folder(recipe).replace("tiny-world", "other") == specs.raw_folder(other)
+    assert specs.captions_folder(recipe).replace("tiny-world", "other") == specs.captions_folder(other)
+    assert specs.towers_folder(recipe) != specs.towers_folder(other)  # small towers are trained on that data set
+    renamed = load_recipe("tiny-test", ["towers.name=other"])
+    assert specs.towers_folder(recipe).replace("tiny-world", "other") == specs.towers_folder(renamed)
+    fields = {"any": "fields"}
+    assert specs.checkpoints_folder(recipe, "pretrain", fields) == f"runs/tiny-test/checkpoints/pretrain/{fingerprint(fields)}"
+
+
+def test_released_towers_depend_on_no_data():
+    recipe = load_recipe("sd3-2b")
+    assert specs.towers_folder(recipe) == specs.towers_folder(load_recipe("sd3-2b", ["seed=1", "data.min_side_px=512"]))
+
+
+def test_fingerprints_are_stable():
+    """Golden values: a change here makes every stored byte of that stage out of date."""
+    recipe = load_recipe("tiny-test")
+    assert fingerprint({"b": [1, 2.5, None], "a": "ü"}) == "PENDING"
+    assert stage_specs(recipe) == {}

@@ -1,0 +1,138 @@
+"""The rules of the layout: flows -> workers -> sd3core, and each framework behind the few files that may know it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+PACKAGES = ("sd3core", "workers", "flows")
+MAY_IMPORT = {"sd3core": {"sd3core"}, "workers": {"workers", "sd3core"}, "flows": {"flows", "workers", "sd3core"}}
+ONLY_IN = {  # a framework, and the files or folders that may import it
+    "ray": ("workers/pool.py", "workers/trainer/launch.py"),
+    "deepspeed": ("workers/trainer/engine.py",),
+    "prefect": ("flows/",),
+    "boto3": ("sd3core/data/store.py",),
+    "botocore": ("sd3core/data/store.py",),
+    "typer": ("flows/cli.py",),
+}
+
+
+def sources(*packages: str) -> list[Path]:
+    return [path for package in packages for path in sorted((PROJECT / package).rglob("*.py"))]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(PROJECT).as_posix()
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, top package) of every import, also those inside functions, in TYPE_CHECKING and by import_module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.partition(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, (node.module or "").partition(".")[0] if not node.level else "(relative)"
+        elif isinstance(node, ast.Call) and called(node) in ("import_module", "__import__"):
+            wanted = node.args[0] if node.args else None
+            yield node.lineno, wanted.value.partition(".")[0] if isinstance(wanted, ast.Constant) else "(computed)"
+
+
+def called(node: ast.Call) -> str:
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+
+
+def run_at_import(tree: ast.Module) -> Iterator[ast.AST]:
+    """Every node that is executed when the module is imported: bodies of functions and lambdas are not."""
+    waiting: list[ast.AST] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
+            continue
+        yield node
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            waiting += [*node.decorator_list, *node.args.defaults]
+        elif not isinstance(node, ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+
+
+def test_the_walk_sees_every_kind_of_import():
+    source = "import a.b\nif x:\n    from c.d import e\ndef f():\n    import g, h as i\n    __import__('j')\n    importlib.import_module(k)\nfrom . import l"
+    assert {package for _, package in imports(ast.parse(source))} == {"a", "c", "g", "h", "j", "(computed)", "(relative)"}
+
+
+@pytest.fixture(scope="module")
+def trees() -> dict[str, ast.Module]:
+    found = {name_of(path): ast.parse(path.read_text(), filename=str(path)) for path in sources(*PACKAGES)}
+    assert len(found) > 50
+    return found
+
+
+def test_imports_go_from_flows_to_workers_to_sd3core(trees):
+    wrong = [
+        f"{name}:{line} imports {package}"
+        for name, tree in trees.items()
+        for line, package in imports(tree)
+        if package in (*PACKAGES, "tests") and package not in MAY_IMPORT[name.partition("/")[0]]
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("framework", ONLY_IN)
+def test_a_framework_stays_in_its_files(trees, framework):
+    users = {name for name, tree in trees.items() if framework in {package for _, package in imports(tree)}}
+    assert users, f"nobody imports {framework}: is the rule still right?"
+    assert not {name for name in users if not name.startswith(ONLY_IN[framework])}
+
+
+def test_imports_can_be_read(trees):
+    """Absolute, and by a name that stands in the source: otherwise the rules above could be walked around."""
+    unreadable = ("(relative)", "(computed)")
+    assert not [f"{n}:{line} {package}" for n, tree in trees.items() for line, package in imports(tree) if package in unreadable]
+
+
+def test_the_library_does_not_print(trees):
+    printing = [
+        f"{name}:{node.lineno}"
+        for name, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and called(node) == "print" and not name.startswith("flows/")
+    ]
+    assert not printing
+
+
+def test_no_environment_variable_is_read_at_import(trees):
+    reading = [
+        f"{name}:{node.lineno}"
+        for name, tree in trees.items()
+        for node in run_at_import(tree)
+        if isinstance(node, ast.Attribute | ast.Name) and ast.unparse(node) in ("os.environ", "environ", "os.getenv", "getenv")
+    ]
+    assert not reading
+
+
+def test_nothing_runs_at_import(trees):
+    """A bare call at the top of a module does something; a call whose result has a name makes something."""
+    working = [
+        f"{name}:{node.lineno} {ast.unparse(node)[:80]}"
+        for name, tree in trees.items()
+        for node in run_at_import(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    ]
+    assert not working
+
+
+def test_names_of_test_files_are_unique():
+    """Without __init__.py pytest tells test modules apart by their names alone."""
+    files = [path for path in sources("tests") if path.name != "conftest.py"]
+    assert not [name_of(path) for path in sources("tests") if path.name == "__init__.py"]
+    names = [path.name for path in files]
+    assert not [name_of(path) for path in files if names.count(path.name) > 1]
+
+
+def test_top_level_folders_of_the_tests_mirror_the_packages():
+    folders = {path.name for path in (PROJECT / "tests").iterdir() if path.is_dir() and not path.name.startswith((".", "_"))}
+    assert folders == {*PACKAGES, "end_to_end"}
