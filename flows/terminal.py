@@ -6,6 +6,7 @@ ten seconds.
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from uuid import UUID
@@ -21,7 +22,8 @@ from flows.deployments import RUNS_READ, STAGES, fail_dead_runs, read_runs_of
 from flows.services import Services, ServiceError, server_answers
 from sd3core.progress import format_seconds
 
-POLL_SECONDS, LINE_SECONDS, SERVER_AWAY_SECONDS = 1.0, 10.0, 60.0
+POLL_SECONDS, LINE_SECONDS, SERVER_AWAY_SECONDS = 2.0, 10.0, 60.0
+EXCEPTION = re.compile(r"^Flow run encountered an exception: (?:[\w.]+: )?")  # Prefect's words before an error's own
 FINAL = {StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
 STATE_WORDS = {
     StateType.SCHEDULED: "waiting",
@@ -112,7 +114,7 @@ def _problem(run: FlowRun) -> str:
     if run.state_type not in (StateType.FAILED, StateType.CRASHED, StateType.CANCELLED) or run.state is None:
         return ""
     message = (run.state.message or run.state.name).strip().splitlines()[0]
-    return message.removeprefix("Flow run encountered an exception: ").partition(": ")[2] if "Error: " in message else message
+    return EXCEPTION.sub("", message)
 
 
 def _table(view: RunView) -> Table:

@@ -38,28 +38,38 @@ def ignore_progress(progress: Progress) -> None:
 
 @dataclass
 class ProgressMeter:
-    """Adds rate and time left to counts; work that an earlier attempt did (`already_done`) does not count for the rate."""
+    """Adds rate and time left to counts.
+
+    The clock starts with the first unit that is done: neither what an earlier attempt did nor the time that workers take to
+    start counts for the rate.
+    """
 
     total: int
     unit: str
     report: ProgressCallback = ignore_progress
     already_done: int = 0
     done: int = field(init=False)
-    _started: float = field(init=False)
+    _first: tuple[int, float] | None = field(init=False, default=None)  # how many were done when the clock started, and when
 
     def __post_init__(self) -> None:
         self.done = self.already_done
-        self._started = time.monotonic()
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self.update(self.done + count, note)
 
     def update(self, done: int, note: str = "") -> None:
         self.done = done
-        elapsed = time.monotonic() - self._started
-        rate = (done - self.already_done) / elapsed if elapsed > 0 else None
-        left = (self.total - done) / rate if rate else None
-        self.report(Progress(done, self.total, self.unit, note, rate, left))
+        if self._first is None and done > self.already_done:
+            self._first = (done, time.monotonic())
+        rate = self._rate()
+        self.report(Progress(done, self.total, self.unit, note, rate, (self.total - done) / rate if rate else None))
+
+    def _rate(self) -> float | None:
+        if self._first is None:
+            return None
+        count, started = self._first
+        elapsed = time.monotonic() - started
+        return (self.done - count) / elapsed if self.done > count and elapsed > 0 else None
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+# Prefect reads its settings when it is imported: the tests keep off the user's profile and send nothing.
+_PREFECT_HOME = tempfile.mkdtemp(prefix="sd3-test-prefect-")
+os.environ.update(PREFECT_HOME=_PREFECT_HOME, PREFECT_SERVER_ANALYTICS_ENABLED="false", DO_NOT_TRACK="1")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_PREFECT_HOME, ignore_errors=True)

@@ -1,0 +1,85 @@
+"""The `sd3` command: exit codes, and errors of one line on stderr without a traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.cli import main
+
+SD3 = [sys.executable, "-m", "flows.cli"]
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("SD3_HOME", str(tmp_path))
+
+
+@pytest.fixture
+def sd3(monkeypatch, capsys):
+    """Runs the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sd3", *arguments])
+        monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # else usage lines name `python -m pytest`
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "-r", "mimi"], "sd3: recipe 'mimi': no recipe of that name; did you mean 'mini'?"),
+        (["plan", "-r", "none.yaml"], "sd3: recipe none.yaml: no such file"),
+        (["plan", "-s", "pretrain.sample=9"], "sd3: recipe mini: unknown key pretrain.sample; did you mean 'samples'?"),
+        (["plan", "-s", "pretrain"], "sd3: override 'pretrain': write it as section.key=value"),
+        (["demo", "-r", "mimi"], "sd3: recipe 'mimi': no recipe of that name"),
+        (["demo", "--data", "/none"], "sd3: DATA=/none: no such folder"),
+        (["deploy", "none.yaml"], "sd3: recipe none.yaml: no such file"),
+        (["env"], "sd3: the local services are not running; start them with `sd3 up`"),
+        (["sample", "a circle", "-r", "tiny-test", "--without", "clip"], "sd3: --without clip: the encoders are clip_l, clip_g, t5"),
+        (["sample", "a circle", "-r", "tiny-test", "--weights", "best"], "sd3: --weights best: it is ema or live"),
+        (["sample", "a circle", "-r", "tiny-test"], "sd3: "),  # nothing was trained here
+    ],
+)
+def test_an_error_of_the_user_is_one_line_and_exit_code_1(sd3, arguments, message):
+    code, out, err = sd3(*arguments)
+    assert code == 1
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+    assert "Traceback" not in out + err
+
+
+def test_a_stage_that_is_missing_names_the_deployment_to_run(sd3):
+    _, _, err = sd3("sample", "a circle", "-r", "tiny-test")
+    assert "run `prefect deployment run 'towers/tiny-test'` first" in err
+
+
+@pytest.mark.parametrize("arguments", [["none"], ["plan", "--none"], ["plan", "extra"], ["sample"], ["sample", "x", "--images", "0"]])
+def test_a_command_that_cannot_be_read_is_exit_code_2(sd3, arguments):
+    code, out, err = sd3(*arguments)
+    assert code == 2
+    assert err.startswith("Usage: sd3 ")
+    assert "Traceback" not in out + err
+
+
+def test_status_and_down_where_nothing_was_started(sd3):
+    assert sd3("status")[:2] == (1, "services: never started here; `sd3 up` starts them\n")
+    assert sd3("down")[:2] == (0, "services: none were started here\n")
+
+
+def test_the_process_ends_with_the_code():
+    """As a shell sees it, from any folder."""
+    done = subprocess.run([*SD3, "plan", "-r", "mimi"], capture_output=True, text=True, timeout=120, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("sd3: recipe 'mimi'")

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from flows.demo import folder_overrides, sample_command
+from sd3core.errors import DataError
+from sd3core.recipe import load_recipe
+
+
+def on_folder(name, folder):
+    return load_recipe(name, folder_overrides(load_recipe(name), folder))
+
+
+def test_a_users_folder_becomes_a_recipe_of_its_own(tmp_path):
+    folder = tmp_path / "My Photos, 2026 [raw] \"x\": ü"
+    folder.mkdir()
+    recipe = on_folder("tiny-test", folder)
+    assert (recipe.data.source, recipe.data.folder) == ("folder", str(folder))
+    assert recipe.data.name == recipe.towers.name == recipe.run
+    assert recipe.run.startswith("my-photos-2026-raw-x-")
+    assert recipe.caption.captioner == "none"  # the drawn world's captioner reads drawn scenes only
+    assert recipe.pretrain == load_recipe("tiny-test").pretrain
+
+
+def test_folders_of_one_name_do_not_meet(tmp_path):
+    for parent in "ab":
+        (tmp_path / parent / "photos").mkdir(parents=True)
+    runs = {on_folder("tiny-test", tmp_path / parent / "photos").run for parent in "ab"}
+    assert len(runs) == 2
+    assert on_folder("tiny-test", tmp_path / "b" / ".." / "a" / "photos").run in runs  # one folder, however it is written
+
+
+@pytest.mark.parametrize("name", ["...", "写真", "2026", "x" * 200, "a_b.c"])
+def test_any_name_of_a_folder_gives_a_valid_one(tmp_path, name):
+    (tmp_path / name).mkdir()
+    assert on_folder("tiny-test", tmp_path / name).run
+
+
+def test_a_captioner_for_real_images_stays(tmp_path):
+    recipe = load_recipe("tiny-test", ["caption.captioner=vision_language_model", "caption.model=/models/x"])
+    assert not [override for override in folder_overrides(recipe, tmp_path) if override.startswith("caption.")]
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(DataError, match=f"^DATA={tmp_path}/none: no such folder$"):
+        folder_overrides(load_recipe("tiny-test"), tmp_path / "none")
+
+
+def test_the_sample_command_can_be_pasted():
+    overrides = ["run=x", 'data.folder="/a b/$c"']
+    words = shlex.split(" ".join(sample_command("tiny-test", load_recipe("tiny-test"), overrides)))
+    assert words[:2] == [".venv/bin/sd3", "sample"]
+    assert words[3:] == ["--recipe", "tiny-test", "--set", "run=x", "--set", 'data.folder="/a b/$c"']
+    assert "--recipe" not in sample_command("mini", load_recipe("mini"), [])  # it is the default

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from flows import services
+from flows.services import Process, ServiceError, Services
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("SD3_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def child():
+    started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    yield started
+    started.kill()
+    started.wait()
+
+
+def test_a_process_lives_until_it_ends(child):
+    process = Process.of(child.pid)
+    assert process.alive()
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and not yet waited for: a zombie is not alive
+    assert not process.alive()
+    child.wait()
+    assert not process.alive()
+
+
+def test_a_number_used_again_is_another_process():
+    mine = Process.of(os.getpid())
+    assert mine.alive()
+    assert not Process(mine.pid, mine.born - 100).alive()
+
+
+def test_services_are_read_as_they_were_written(own_home):
+    assert Services.load() is None
+    written = Services(port=4321, server=Process(1, 2.5), worker=None, deployed="abc")
+    written.save()
+    assert Services.load() == written
+    assert [path.name for path in own_home.iterdir()] == ["services.json"]
+    assert services.environment(written)["PREFECT_API_URL"] == "http://127.0.0.1:4321/api"
+    assert services.environment(written)["PREFECT_HOME"] == str(own_home / "prefect")
+
+
+def test_a_taken_port_is_passed_over():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert not services._port_is_free(port)
+        assert services._free_port(port) > port
+    assert services._port_is_free(port)
+
+
+def test_no_free_port_is_an_error_that_says_so(monkeypatch):
+    monkeypatch.setattr(services, "_port_is_free", lambda port: False)
+    with pytest.raises(ServiceError, match="^ports 4200 to 4219 are all taken; free one of them$"):
+        services._free_port(4200)
+
+
+def test_services_that_do_not_answer_are_named_with_the_mend():
+    with pytest.raises(ServiceError, match="not running; start them with `sd3 up`$"):
+        services.require()
+    Services(port=1).save()  # nobody listens there
+    with pytest.raises(ServiceError, match="not running; start them with `sd3 up`$"):
+        services.require()
+
+
+def test_stopping_ends_the_descendants_too():
+    script = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        grandchild = Process.of(int(parent.stdout.readline()))
+        assert grandchild.alive()
+        services._stop_tree(Process.of(parent.pid))
+    assert not grandchild.alive()
+
+
+def test_down_where_nothing_was_started():
+    said = []
+    services.down(said.append)
+    assert said == ["services: none were started here"]
+
+
+def test_waiting_is_bounded_and_says_what_for(own_home, child):
+    (own_home / "logs").mkdir()
+    (own_home / "logs" / "server.log").write_text("first\nPort 4200 is in use\n\n")
+    said, alive = [], Process.of(child.pid)
+    with pytest.raises(ServiceError, match="^the server did not answer within 0 s; see .*server.log$"):
+        services._wait("the server", 0, lambda: False, alive, "server", said.append)
+    assert said == ["waiting for the server (at most 0 s)"]
+    child.kill()
+    child.wait()
+    with pytest.raises(ServiceError, match=r"^the server ended while starting: Port 4200 is in use \(all of it: .*server.log\)$"):
+        services._wait("the server", 5, lambda: False, alive, "server", said.append)

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from flows.cli import app
+from flows.plan import forward_flops, plan_phase, text_bytes, zero_bytes
+from sd3core.mmdit import MMDiT, MMDiTConfig
+from sd3core.recipe import load_recipe, shipped_recipes
+
+
+@pytest.mark.parametrize(("depth", "side", "text_tokens", "tolerance"), [(2, 8, 16, 0.01), (24, 64, 154, 1e-4)])
+def test_flops_are_those_that_torch_counts(depth, side, text_tokens, tolerance):
+    config = MMDiTConfig.from_depth(depth)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        latent = torch.empty(1, 16, 2 * side, 2 * side)
+        MMDiT(config)(latent, torch.empty(1), torch.empty(1, text_tokens, 4096), torch.empty(1, 2048))
+    assert forward_flops(config, side**2, text_tokens) == pytest.approx(counter.get_total_flops(), rel=tolerance)
+
+
+def test_training_state_shrinks_with_the_zero_stage():
+    """bf16: 2 + 2 + 16 bytes a parameter, of which stage 1 shards 16, stage 2 18, stage 3 all 20. fp32: 4 + 4 + 12."""
+    assert [zero_bytes(1_000, stage, 4, "bf16") for stage in range(4)] == [20_000, 8_000, 6_500, 5_000]
+    assert [zero_bytes(1_000, stage, 4, "fp32") for stage in range(4)] == [20_000, 11_000, 8_000, 5_000]
+    assert {zero_bytes(1_000, stage, 1, "bf16") for stage in range(4)} == {20_000}
+
+
+def test_the_papers_pretraining():
+    recipe = load_recipe("sd3-2b")
+    plan = plan_phase(recipe, "pretrain", recipe.pretrain)
+    assert plan.steps == 500_000
+    assert plan.tokens == 16 * 16 + 77 + 77
+    assert plan.latent_bytes == 32 * 32 * 16 * 4
+    assert text_bytes(recipe) == 2 * (77 * (768 + 1280) + 768 + 1280 + 77 * 4096)
+    assert plan.checkpoint_bytes == 4 * 4 * plan.parameters
+    assert plan.flops == plan.steps * plan.step_flops
+
+
+def test_steps_and_checkpoints_are_rounded_up():
+    recipe = load_recipe("tiny-test", ["pretrain.samples=97", "pretrain.checkpoint_every_samples=32"])
+    plan = plan_phase(recipe, "pretrain", recipe.pretrain)
+    assert (plan.steps, plan.checkpoints) == (13, 4)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_the_plan_of_every_recipe_says_what_it_costs(name):
+    printed = CliRunner().invoke(app, ["plan", "--recipe", name], catch_exceptions=False)
+    assert printed.exit_code == 0
+    recipe = load_recipe(name)
+    plans = [plan_phase(recipe, key, phase) for key, phase in recipe.phases()]
+    rows = [line.split() for line in printed.output.splitlines()]
+    for plan in plans:
+        training, memory = [row for row in rows if row[:1] == [plan.key]]
+        assert training[1] == f"{plan.parameters:,}"
+        assert training[5] == f"{plan.steps:,}"
+        assert memory[1:5] == [f"{plan.rank_state_bytes[stage] / 2**30:,.2f}" for stage in range(4)]
+        assert ["latents", plan.key, f"{plan.latent_bytes / 1e3:,.1f}"] in [row[:3] for row in rows]
+        checkpoints = next(row for row in rows if row[1:3] == ["checkpoint(s)", plan.key])
+        assert (checkpoints[0], checkpoints[-1]) == (str(plan.checkpoints), f"{plan.checkpoints * plan.checkpoint_bytes / 1e9:,.3f}")
+    captions = 1 if recipe.caption.captioner == "none" else 2
+    text = next(row for row in rows if row[:1] == ["text,"])
+    assert (text[1], text[5]) == (str(captions), f"{captions * text_bytes(recipe) / 1e3:,.1f}")
+    assert f"training: {sum(plan.flops for plan in plans):.2e} FLOPs" in printed.output
+    assert " h " in printed.output.splitlines()[-1]
