@@ -1,7 +1,7 @@
 """The live view of a run: its stages with state, progress, rate and time left. Reads Prefect's API and nothing else.
 
 On a terminal one table is redrawn; elsewhere (a log, CI) a line is printed when something changes, at most one a stage every
-ten seconds.
+twenty seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flows.deployments import RUNS_READ, STAGES, fail_dead_runs, read_runs_of
 from flows.services import Services, ServiceError, server_answers
 from sd3core.progress import format_seconds
 
-POLL_SECONDS, LINE_SECONDS, SERVER_AWAY_SECONDS = 2.0, 10.0, 60.0
+POLL_SECONDS, LINE_SECONDS, SERVER_AWAY_SECONDS = 2.0, 20.0, 60.0
 EXCEPTION = re.compile(r"^Flow run encountered an exception: (?:[\w.]+: )?")  # Prefect's words before an error's own
 FINAL = {StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
 STATE_WORDS = {

@@ -52,7 +52,9 @@ def load_autoencoder(
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     check_vae_config(folder)
     try:
-        module = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+        module = AutoencoderKL.from_pretrained(
+            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+        )
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: not a diffusers AutoencoderKL in safetensors ({str(error).splitlines()[0]})") from None
     return Autoencoder(module.to(device))

@@ -1,0 +1,113 @@
+"""The tiny-test recipe on real services: a Prefect server, a worker, Ray, DeepSpeed. One chain with a kill in it serves all tests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import pytest
+
+from installation import FileState, Installation
+
+RUN = "runs/tiny-test"
+# Long enough for a kill between the two checkpoints of pretraining, wherever it runs.
+STEPS, BATCH = 160, 8
+FIRST, LAST = 640, 1280  # samples at the checkpoints
+OVERRIDES = (f"pretrain.samples={LAST}", f"pretrain.checkpoint_every_samples={FIRST}")
+DATA = ("datasets/", "towers/")
+LEFT_SECONDS = 30
+RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+
+
+@pytest.fixture(scope="session")
+def installation() -> Iterator[Installation]:
+    """Services that are up; they go down whatever happens."""
+    made = Installation()
+    try:
+        made.command("sd3", "up", seconds=240)
+        yield made
+    finally:
+        made.close()
+
+
+@dataclass(frozen=True)
+class Killed:
+    flow_run_id: str
+    stages: dict[str, str]  # stage -> Prefect's state type, at the time of the kill
+    left: list[str]  # processes of the flow that were there LEFT_SECONDS later, but for
+    agents: list[psutil.Process]  # Ray's two, which look for their head for a minute before they end
+    checkpoints: list[str]  # of pretraining, finished
+    data: dict[str, FileState]
+
+
+@dataclass(frozen=True)
+class Finished:
+    printed: str
+    seconds: float
+    summary: dict[str, Any]
+    files: dict[str, FileState]
+
+    @property
+    def states(self) -> dict[str, str]:
+        return {stage["name"]: stage["state"] for stage in self.summary["stages"]}
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        return {stage["name"]: stage["reason"] for stage in self.summary["stages"]}
+
+
+@pytest.fixture(scope="session")
+def killed(installation: Installation) -> Killed:
+    """A pipeline run whose process is killed between two checkpoints of pretraining."""
+    services = installation.processes()
+    flow_run_id = installation.start("pipeline/tiny-test", OVERRIDES)
+    checkpoints = installation.store / RUN / "checkpoints" / "pretrain"
+    installation.wait(
+        f"the first checkpoint of run {flow_run_id}",
+        lambda: list(checkpoints.glob(f"*/{FIRST:012d}/DONE.json")) or ended(installation, flow_run_id),
+        seconds=420,
+        poll=0.02,
+    )
+    victim = installation.flow_process()
+    assert victim is not None, installation.story("the flow ended before it could be killed")
+    family = {*victim.children(recursive=True), *(installation.processes() - services)}
+    agents = [process for process in family if described(process).startswith(RAY_AGENTS)]
+    victim.kill()
+    psutil.wait_procs(family - {*agents}, timeout=LEFT_SECONDS)
+    left = installation.processes() - services | {process for process in family if process.is_running()}
+    return Killed(
+        flow_run_id=flow_run_id,
+        stages=installation.stages_of(flow_run_id),
+        left=[described(process) for process in left - {*agents}],
+        agents=agents,
+        checkpoints=[path.parent.name for path in checkpoints.glob("*/*/DONE.json")],
+        data=installation.files(*DATA),
+    )
+
+
+@pytest.fixture(scope="session")
+def resumed(installation: Installation, killed: Killed) -> Finished:
+    """The same recipe again, after the kill."""
+    return demo(installation, OVERRIDES)
+
+
+def demo(installation: Installation, overrides: tuple[str, ...] = ()) -> Finished:
+    started = time.monotonic()
+    printed = installation.demo(overrides)
+    return Finished(printed, time.monotonic() - started, installation.summary(), installation.files("datasets/", "towers/", "references/", "runs/"))
+
+
+def ended(installation: Installation, flow_run_id: str) -> bool:
+    """Stops a wait for something that will not come."""
+    run = installation.api("flow_runs/filter", flow_runs={"id": {"any_": [flow_run_id]}})[0]
+    return run["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+def described(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())[:200].strip()
+    except psutil.Error:
+        return f"process {process.pid}, gone by now"

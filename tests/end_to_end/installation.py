@@ -1,0 +1,180 @@
+"""One SD3_HOME with its own services, used as a user does: through the `sd3` and `prefect` commands."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import psutil
+
+PROJECT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+TAIL_LINES = 40
+RUN_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+class FileState(NamedTuple):
+    """Equal only if nobody wrote the file, not even the same bytes again."""
+
+    inode: int
+    written_ns: int
+    sha256: str
+
+
+class Installation:
+    """`s3_port`: where the environment of all its processes says that S3 answers."""
+
+    def __init__(self) -> None:
+        self.home = Path(tempfile.mkdtemp(prefix="sd3-", dir="/tmp"))  # short: Ray's and Prefect's sockets lie below
+        self.store = self.home / "store"
+        self.s3_port = free_port()
+        (self.home / "services.json").write_text(json.dumps({"port": free_port(), "server": None, "worker": None, "deployed": ""}))
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "RAY_", "AWS_", "SD3_"))}
+        self.environment = clean | {
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "SD3_HOME": str(self.home),
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.s3_port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def command(self, *arguments: str, seconds: float) -> str:
+        """What it printed. Fails with the output and the logs' ends unless it ends with exit code 0 in time."""
+        try:
+            done = subprocess.run(
+                arguments,
+                env=self.environment,
+                cwd=PROJECT,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=seconds,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as expired:
+            printed = (expired.stdout or b"").decode(errors="replace")
+            raise AssertionError(self.story(f"{arguments} did not end within {seconds} s", printed)) from None
+        assert done.returncode == 0, self.story(f"{arguments} ended with exit code {done.returncode}", done.stdout)
+        return done.stdout
+
+    def demo(self, overrides: Sequence[str] = (), seconds: float = 420) -> str:
+        return self.command("sd3", "demo", "--recipe", "tiny-test", *(word for o in overrides for word in ("--set", o)), seconds=seconds)
+
+    def start(self, deployment: str, overrides: Sequence[str] = ()) -> str:
+        """Starts a deployment with Prefect's own command; the run's id."""
+        exported = self.command("sd3", "env", seconds=60)
+        self.environment |= dict(re.findall(r"^export (\w+)=(\S+)$", exported, re.MULTILINE))
+        printed = self.command(
+            "prefect", "--no-prompt", "deployment", "run", deployment, "--param", f"overrides={json.dumps(list(overrides))}", seconds=120
+        )
+        return RUN_ID.search(printed).group(0)
+
+    def api(self, path: str, **body: Any) -> Any:
+        answer = httpx.post(f"http://127.0.0.1:{self.services['port']}/api/{path}", json=body, timeout=30)
+        answer.raise_for_status()
+        return answer.json()
+
+    def stages_of(self, flow_run_id: str) -> dict[str, str]:
+        """Stage -> state type of the stage runs that a pipeline run started."""
+        runs = self.api("flow_runs/filter", flow_runs={"parent_flow_run_id": {"any_": [flow_run_id]}}, sort="START_TIME_ASC")
+        names = {run["flow_id"]: "" for run in runs}
+        for flow in self.api("flows/filter", flows={"id": {"any_": list(names)}}) if names else []:
+            names[flow["id"]] = flow["name"]
+        return {names[run["flow_id"]]: run["state_type"] for run in runs}
+
+    def running(self) -> list[str]:
+        """Names of the flow runs that the server takes for running."""
+        return [run["name"] for run in self.api("flow_runs/filter", flow_runs={"state": {"type": {"any_": ["RUNNING", "PENDING"]}}})]
+
+    @property
+    def services(self) -> dict[str, Any]:
+        return json.loads((self.home / "services.json").read_text())
+
+    def flow_process(self) -> psutil.Process | None:
+        """The process of the flow run that is recorded as alive."""
+        for record in (self.home / "live").glob("*.json"):
+            pid = json.loads(record.read_text())["pid"]
+            if psutil.pid_exists(pid):
+                return psutil.Process(pid)
+        return None
+
+    def processes(self) -> set[psutil.Process]:
+        """Every process that was started with this SD3_HOME, and those below it (which may have overwritten their environment)."""
+        found: set[psutil.Process] = set()
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("SD3_HOME") == str(self.home) and process.pid != os.getpid():
+                    found |= {process, *process.children(recursive=True)}
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def files(self, *parts: str) -> dict[str, FileState]:
+        """The state of every file of the local store whose path begins with one of `parts`."""
+        found = {}
+        for path in sorted(p for p in self.store.rglob("*") if p.is_file()):
+            name = path.relative_to(self.store).as_posix()
+            if name.startswith(parts):
+                stat = path.stat()
+                found[name] = FileState(stat.st_ino, stat.st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+        return found
+
+    def summary(self, run: str = "tiny-test") -> dict[str, Any]:
+        return json.loads((self.store / "runs" / run / "summary.json").read_text())
+
+    def wait(self, what: str, condition: Callable[[], Any], seconds: float, poll: float = 0.05) -> Any:
+        """The first true value of `condition`."""
+        deadline = time.monotonic() + seconds
+        while not (value := condition()):
+            assert time.monotonic() < deadline, self.story(f"waited {seconds:.0f} s for {what}")
+            time.sleep(poll)
+        return value
+
+    def story(self, what: str, printed: str = "") -> str:
+        """What happened, with the end of what was printed and of the logs."""
+        parts = [what, *([f"--- printed\n{tail(printed)}"] if printed else [])]
+        parts += [f"--- {log.name}\n{tail(log.read_text(errors='replace'))}" for log in sorted((self.home / "logs").glob("*.log"))]
+        return "\n".join(parts)
+
+    def close(self) -> None:
+        """Stops everything that was started here, whatever state it is in, and removes the folder."""
+        try:
+            self.command("sd3", "down", seconds=90)
+        finally:
+            left = self.processes()
+            for process in left:
+                with_suppressed_absence(process.kill)
+            psutil.wait_procs(left, timeout=10)
+            shutil.rmtree(self.home, ignore_errors=True)
+
+
+def with_suppressed_absence(action: Callable[[], None]) -> None:
+    try:
+        action()
+    except psutil.NoSuchProcess:
+        return
+
+
+def tail(text: str) -> str:
+    return "\n".join(text.splitlines()[-TAIL_LINES:])
+
+
+def free_port() -> int:
+    """One that no developer's server takes: those begin at 4200."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
