@@ -4,6 +4,7 @@
 #
 # VARIANT=cpu|cuda     which lock to install (default: what the machine has)
 # PIP_ARGS=...         more arguments for pip, e.g. an index that serves PyTorch's CPU build
+# FROM=stage           makes this stage and those after it again, finished or not
 # RECIPE=name          another recipe; SET="pretrain.samples=9600 seed=1" changes fields of it
 
 PYTHON  ?= python3.11
@@ -17,7 +18,7 @@ READY   := $(VENV)/.installed-$(VARIANT)
 .PHONY: demo test test-unit test-kills up down setup clean
 
 demo: $(READY)
-	@$(BIN)/sd3 demo --recipe $(RECIPE) $(if $(DATA),--data "$(DATA)") $(foreach s,$(SET),--set "$(s)")
+	@$(BIN)/sd3 demo --recipe $(RECIPE) $(if $(DATA),--data "$(DATA)") $(if $(FROM),--from-stage $(FROM)) $(foreach s,$(SET),--set "$(s)")
 
 test: $(READY)
 	@$(BIN)/python -m pytest

@@ -29,12 +29,13 @@ def _say(line: str) -> None:
 def demo(
     recipe: RecipeOption = "mini",
     data: Annotated[Optional[Path], typer.Option("--data", help="A folder of images: name.jpg with name.txt, or a metadata.jsonl.")] = None,
+    from_stage: Annotated[Optional[str], typer.Option(help="Makes this stage and those after it again, finished or not.")] = None,
     set_: SetOption = None,
 ) -> None:
     """The whole chain, from nothing to a scored, exported checkpoint; run again, it goes on where it stopped."""
     from flows.demo import demo as run_demo
 
-    run_demo(recipe, data, set_ or [], console)
+    run_demo(recipe, data, set_ or [], console, from_stage)
 
 
 @app.command()

@@ -46,7 +46,9 @@ def folder_overrides(recipe: Recipe, folder: Path) -> list[str]:
     return overrides
 
 
-def demo(recipe_name: str, folder: Path | None, overrides: list[str], console: Console) -> dict[str, Any]:
+def demo(
+    recipe_name: str, folder: Path | None, overrides: list[str], console: Console, from_stage: str | None = None
+) -> dict[str, Any]:
     """Runs `pipeline/RECIPE` to its end and prints its result. Raises RunFailed with the stage's own words."""
     if folder is not None:
         overrides = [*folder_overrides(load_recipe(recipe_name, []), folder), *overrides]
@@ -58,8 +60,11 @@ def demo(recipe_name: str, folder: Path | None, overrides: list[str], console: C
     from flows.summary import print_summary, summary_path
     from flows.terminal import follow
 
-    running = live_run(f"pipeline/{recipe_name}")
-    run_id = running.id if running else start_run(f"pipeline/{recipe_name}", overrides, console)
+    deployment = f"pipeline/{recipe_name}"
+    running = live_run(deployment)
+    if running and from_stage:
+        raise UserError(f"run {running.name} of {deployment} is at work; `sd3 down` ends it, then --from-stage can begin")
+    run_id = running.id if running else start_run(deployment, {"overrides": overrides, "from_stage": from_stage}, console)
     console.print(f"run {run_id}: {services.ui_url}/runs/flow-run/{run_id}", soft_wrap=True, highlight=False)
     view = follow(run_id, services, console)
     if view.state.value != "COMPLETED":
@@ -81,11 +86,12 @@ def sample_command(recipe_name: str, recipe: Recipe, overrides: list[str]) -> li
     return command
 
 
-def start_run(deployment: str, overrides: list[str], console: Console) -> UUID:
+def start_run(deployment: str, parameters: dict[str, Any], console: Console) -> UUID:
     """Starts the deployment with Prefect's own command, as a user would."""
     command = ["prefect", "--no-prompt", "deployment", "run", deployment]
-    if overrides:
-        command += ["--param", f"overrides={json.dumps(overrides)}"]
+    for name, value in parameters.items():
+        if value:
+            command += ["--param", f"{name}={json.dumps(value)}"]
     console.print(f"$ {shlex.join(command)}", soft_wrap=True, highlight=False)
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=PROJECT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120, check=False

@@ -62,7 +62,6 @@ class Finished:
 @pytest.fixture(scope="session")
 def killed(installation: Installation) -> Killed:
     """A pipeline run whose process is killed between two checkpoints of pretraining."""
-    services = installation.processes()
     flow_run_id = installation.start("pipeline/tiny-test", OVERRIDES)
     checkpoints = installation.store / RUN / "checkpoints" / "pretrain"
     installation.wait(
@@ -73,11 +72,11 @@ def killed(installation: Installation) -> Killed:
     )
     victim = installation.flow_process()
     assert victim is not None, installation.story("the flow ended before it could be killed")
-    family = {*victim.children(recursive=True), *(installation.processes() - services)}
+    family = {victim, *victim.children(recursive=True)}
     agents = [process for process in family if described(process).startswith(RAY_AGENTS)]
     victim.kill()
     psutil.wait_procs(family - {*agents}, timeout=LEFT_SECONDS)
-    left = installation.processes() - services | {process for process in family if process.is_running()}
+    left = {process for process in family if process.is_running()} | (installation.processes() - installation.service_processes())
     return Killed(
         flow_run_id=flow_run_id,
         stages=installation.stages_of(flow_run_id),

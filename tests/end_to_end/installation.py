@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,6 +113,9 @@ class Installation:
                 return psutil.Process(pid)
         return None
 
+    def server_process(self) -> psutil.Process:
+        return psutil.Process(self.services["server"]["pid"])
+
     def processes(self) -> set[psutil.Process]:
         """Every process that was started with this SD3_HOME, and those below it (which may have overwritten their environment)."""
         found: set[psutil.Process] = set()
@@ -121,6 +125,14 @@ class Installation:
                     found |= {process, *process.children(recursive=True)}
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
+        return found
+
+    def service_processes(self) -> set[psutil.Process]:
+        """The server, the worker, and what these have below them."""
+        found: set[psutil.Process] = set()
+        for name in ("server", "worker"):
+            root = psutil.Process(self.services[name]["pid"])
+            found |= {root, *root.children(recursive=True)}
         return found
 
     def files(self, *parts: str) -> dict[str, FileState]:
@@ -157,16 +169,10 @@ class Installation:
         finally:
             left = self.processes()
             for process in left:
-                with_suppressed_absence(process.kill)
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             psutil.wait_procs(left, timeout=10)
             shutil.rmtree(self.home, ignore_errors=True)
-
-
-def with_suppressed_absence(action: Callable[[], None]) -> None:
-    try:
-        action()
-    except psutil.NoSuchProcess:
-        return
 
 
 def tail(text: str) -> str:

@@ -1,0 +1,101 @@
+"""Kill -9 of the flow's process, of a Ray worker or training rank, and of the Prefect server, in every stage with work in it.
+
+The same command goes on, the pipeline completes, and what was finished at the kill is as it was. The store is made complete once; a
+case removes one stage's results, so only that stage, and what its new bytes change, has to be made again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import suppress
+
+import psutil
+import pytest
+
+from conftest import described, ended
+from installation import FileState, Installation
+
+pytestmark = [pytest.mark.kills, pytest.mark.timeout(1200)]
+
+RUN = "kills"
+STEPS = {"pretrain": 160, "finetune.0": 80}
+OVERRIDES = (
+    f"run={RUN}",
+    "data.name=kills",
+    "data.images=384",
+    "towers.name=kills",
+    "pretrain.samples=1280",
+    "pretrain.checkpoint_every_samples=640",
+    "finetune.0.samples=320",
+    "finetune.0.checkpoint_every_samples=160",
+    "evaluate.checkpoints=last",
+)
+RESULTS = {
+    "ingest": ["datasets/kills/raw"],
+    "towers": ["towers/kills"],
+    "caption": ["datasets/kills/captions"],
+    "encode": ["datasets/kills/text", "datasets/kills/latents"],
+    "pretrain": [f"runs/{RUN}/checkpoints/pretrain"],
+    "finetune": [f"runs/{RUN}/checkpoints/finetune.0"],
+    "evaluate": [f"runs/{RUN}/evaluations"],
+}
+AT_WORK = "ray::_ActorHost.call"  # Ray names a process by what it executes
+RANK = "ray::RayTrainWorker"
+VICTIMS = ("flow", "ray worker", "server")
+
+
+@pytest.fixture(scope="module")
+def complete(installation: Installation) -> Installation:
+    installation.demo(OVERRIDES)
+    return installation
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+@pytest.mark.parametrize("stage", RESULTS)
+def test_the_same_command_goes_on_after_a_kill(complete: Installation, stage: str, victim: str):
+    installation = complete
+    installation.wait("the run before to be over", lambda: installation.flow_process() is None, seconds=60)
+    for folder in RESULTS[stage]:
+        shutil.rmtree(installation.store / folder)
+    flow_run_id = installation.start("pipeline/tiny-test", OVERRIDES)
+    runs = lambda: installation.stages_of(flow_run_id).get(stage) == "RUNNING" or ended(installation, flow_run_id)  # noqa: E731
+    installation.wait(f"{stage} to run", runs, seconds=300)
+    worker = installation.wait(f"a worker of {stage}", lambda: worker_of(installation, stage), seconds=120, poll=0.01)
+    victims = {"flow": installation.flow_process, "ray worker": lambda: worker, "server": installation.server_process}
+    victims[victim]().kill()
+    finished = finished_files(installation)
+
+    installation.demo(OVERRIDES)
+
+    summary = installation.summary(RUN)
+    assert [entry["state"] for entry in summary["stages"] if entry["name"] == stage] == ["done"]
+    assert {name: state for name, state in installation.files("").items() if name in finished} == finished
+    assert not installation.running()
+    for phase, steps in STEPS.items():
+        files = sorted((installation.store / f"runs/{RUN}/checkpoints/{phase}").glob("*/*/metrics.jsonl"))
+        last = [path for path in files if path.parent.parent == files[-1].parent.parent]
+        rows = [json.loads(line) for path in last for line in path.read_text().splitlines()]
+        assert [row["step"] for row in rows] == list(range(1, steps + 1))
+
+
+def worker_of(installation: Installation, stage: str) -> psutil.Process | None:
+    """A Ray actor that is at work on a shard, a tower or a score; a rank that has one checkpoint behind it."""
+    flow = installation.flow_process()
+    if flow is None:
+        return None
+    title = AT_WORK
+    if stage in ("pretrain", "finetune"):
+        title = RANK
+        if not any((installation.store / RESULTS[stage][0]).glob("*/*/DONE.json")):
+            return None
+    with suppress(psutil.NoSuchProcess):
+        return next((child for child in flow.children(recursive=True) if described(child).startswith(title)), None)
+
+
+def finished_files(installation: Installation) -> dict[str, FileState]:
+    """Shards, towers and checkpoints whose done record stands: their files and the record itself."""
+    files = installation.files("datasets/", "towers/", f"runs/{RUN}/checkpoints/")
+    shards = {name.removesuffix("done.json") for name in files if name.endswith(".done.json")}
+    checkpoints = {name.removesuffix("DONE.json") for name in files if name.endswith("/DONE.json")}
+    return {name: state for name, state in files.items() if name.startswith((*shards, *checkpoints))}
