@@ -79,7 +79,11 @@ class StageReporter:
 
 
 def publish(
-    stage: str, title: str, table: list[dict[str, object]], warnings: list[str], pictures: dict[str, bytes] | None = None
+    stage: str,
+    title: str,
+    table: list[dict[str, object]],
+    warnings: list[str],
+    pictures: dict[str, bytes] | None = None,
 ) -> None:
     """The stage's result as one markdown artifact. `pictures`: caption -> PNG or JPEG bytes, kept small by the caller."""
     parts = [f"## {title}", markdown_table(table), "\n".join(f"- warning: {warning}" for warning in warnings)]
@@ -97,5 +101,7 @@ def markdown_table(rows: list[dict[str, object]]) -> str:
         return ""
     columns = list(rows[0])
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(str(row.get(column, "")).replace("|", "\\|") for column in columns) + " |" for row in rows]
+    lines += [
+        "| " + " | ".join(str(row.get(column, "")).replace("|", "\\|") for column in columns) + " |" for row in rows
+    ]
     return "\n".join(lines)

@@ -19,7 +19,12 @@ def caption(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
         raw = upstream.raw(run.recipe, run.store)
         if run.recipe.caption.captioner == "none":
             return run.finish(
-                manifest=raw.path, digest=raw.digest, skipped=True, reason="the recipe names no captioner", table=[], warnings=[]
+                manifest=raw.path,
+                digest=raw.digest,
+                skipped=True,
+                reason="the recipe names no captioner",
+                table=[],
+                warnings=[],
             )
         result = caption_stage(run.recipe, run.store, raw, run.report)
         return run.finish_parts({"captions": result}, table=caption_table(run.store, result))

@@ -13,12 +13,18 @@ from sd3core.errors import UserError
 
 LOG_WIDTH = 160
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Training of SD3-class models.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Training of SD3-class models."
+)
 console = Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)  # tables in logs and pipes keep their columns
 errors = Console(stderr=True)
 
-RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="A shipped recipe's name, or a path that ends in .yaml.")]
-SetOption = Annotated[Optional[list[str]], typer.Option("--set", "-s", help="Changes one field: section.key=value. Repeatable.")]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", help="A shipped recipe's name, or a path that ends in .yaml.")
+]
+SetOption = Annotated[
+    Optional[list[str]], typer.Option("--set", "-s", help="Changes one field: section.key=value. Repeatable.")
+]
 
 
 def _say(line: str) -> None:
@@ -28,8 +34,12 @@ def _say(line: str) -> None:
 @app.command()
 def demo(
     recipe: RecipeOption = "mini",
-    data: Annotated[Optional[Path], typer.Option("--data", help="A folder of images: name.jpg with name.txt, or a metadata.jsonl.")] = None,
-    from_stage: Annotated[Optional[str], typer.Option(help="Makes this stage and those after it again, finished or not.")] = None,
+    data: Annotated[
+        Optional[Path], typer.Option("--data", help="A folder of images: name.jpg with name.txt, or a metadata.jsonl.")
+    ] = None,
+    from_stage: Annotated[
+        Optional[str], typer.Option(help="Makes this stage and those after it again, finished or not.")
+    ] = None,
     set_: SetOption = None,
 ) -> None:
     """The whole chain, from nothing to a scored, exported checkpoint; run again, it goes on where it stopped."""
@@ -91,7 +101,9 @@ def status() -> None:
 
 
 @app.command()
-def deploy(recipe: Annotated[Path, typer.Argument(help="A recipe file; its deployments get the recipe's name.")]) -> None:
+def deploy(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file; its deployments get the recipe's name.")],
+) -> None:
     """Adds deployments of a recipe of your own: `prefect deployment run 'pipeline/NAME'`."""
     from flows.deployments import add_recipe
     from flows.services import up as start
@@ -124,7 +136,9 @@ def sample(
     images: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
     steps: Annotated[Optional[int], typer.Option(min=1, help="Euler steps; default: the recipe's.")] = None,
     guidance: Annotated[Optional[float], typer.Option(min=0.0, help="1 = no guidance; default: the recipe's.")] = None,
-    without: Annotated[Optional[list[str]], typer.Option(help="Leaves an encoder out: clip_l, clip_g or t5. Repeatable.")] = None,
+    without: Annotated[
+        Optional[list[str]], typer.Option(help="Leaves an encoder out: clip_l, clip_g or t5. Repeatable.")
+    ] = None,
     weights: Annotated[str, typer.Option(help="ema or live.")] = "ema",
     set_: SetOption = None,
 ) -> None:

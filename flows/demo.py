@@ -63,13 +63,23 @@ def demo(
     deployment = f"pipeline/{recipe_name}"
     running = live_run(deployment)
     if running and from_stage:
-        raise UserError(f"run {running.name} of {deployment} is at work; `sd3 down` ends it, then --from-stage can begin")
-    run_id = running.id if running else start_run(deployment, {"overrides": overrides, "from_stage": from_stage}, console)
+        raise UserError(
+            f"run {running.name} of {deployment} is at work; `sd3 down` ends it, then --from-stage can begin"
+        )
+    run_id = (
+        running.id if running else start_run(deployment, {"overrides": overrides, "from_stage": from_stage}, console)
+    )
     console.print(f"run {run_id}: {services.ui_url}/runs/flow-run/{run_id}", soft_wrap=True, highlight=False)
     view = follow(run_id, services, console)
     if view.state.value != "COMPLETED":
-        failed = [f"{stage.name}: {stage.progress}" for stage in view.stages if stage.state in ("failed", "crashed", "cancelled")]
-        raise RunFailed(f"{failed[0] if failed else view.message or view.state.value.lower()} (the same command goes on from there)")
+        failed = [
+            f"{stage.name}: {stage.progress}"
+            for stage in view.stages
+            if stage.state in ("failed", "crashed", "cancelled")
+        ]
+        raise RunFailed(
+            f"{failed[0] if failed else view.message or view.state.value.lower()} (the same command goes on from there)"
+        )
     store = run_store(recipe)
     summary = store.get_json(summary_path(recipe))
     print_summary(summary, store, recipe, services, console, sample_command(recipe_name, recipe, overrides))
@@ -94,13 +104,18 @@ def start_run(deployment: str, parameters: dict[str, Any], console: Console) -> 
             command += ["--param", f"{name}={json.dumps(value)}"]
     console.print(f"$ {shlex.join(command)}", soft_wrap=True, highlight=False)
     done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=PROJECT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120, check=False
+        [sys.executable, "-m", *command],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+        check=False,
     )
     found = RUN_ID.search(done.stdout)
     if done.returncode or not found:
         said = (done.stderr or done.stdout).strip().splitlines()
-        raise ServiceError(f"`prefect deployment run {deployment}` failed: {said[-1] if said else 'it printed nothing'}")
+        raise ServiceError(
+            f"`prefect deployment run {deployment}` failed: {said[-1] if said else 'it printed nothing'}"
+        )
     return UUID(found.group(0))
-
-
-

@@ -14,7 +14,13 @@ from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterParentFlowRunId, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterParentFlowRunId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments.runner import RunnerDeployment
@@ -73,10 +79,16 @@ def worker_is_online(since: float) -> bool:
     """Has the worker polled the pool after `since` (Unix seconds)?"""
     with get_client(sync_client=True) as client:
         try:
-            workers = client.request("POST", "/work_pools/{name}/workers/filter", path_params={"name": WORK_POOL}, json={}).json()
+            workers = client.request(
+                "POST", "/work_pools/{name}/workers/filter", path_params={"name": WORK_POOL}, json={}
+            ).json()
         except ObjectNotFound:
             return False
-    return any(datetime.fromisoformat(w["last_heartbeat_time"]).timestamp() > since for w in workers if w["last_heartbeat_time"])
+    return any(
+        datetime.fromisoformat(w["last_heartbeat_time"]).timestamp() > since
+        for w in workers
+        if w["last_heartbeat_time"]
+    )
 
 
 def remember_process(flow_run_id: str, process: Process) -> None:
@@ -98,7 +110,11 @@ def fail_dead_runs() -> list[str]:
         for run in _family(UUID(record.stem)):
             if run.state_type in UNFINISHED:
                 with get_client(sync_client=True) as client:
-                    client.set_flow_run_state(run.id, Crashed(message="Its process is gone. Run the same deployment again: it goes on."), force=True)
+                    client.set_flow_run_state(
+                        run.id,
+                        Crashed(message="Its process is gone. Run the same deployment again: it goes on."),
+                        force=True,
+                    )
                 failed.append(run.name)
         record.unlink(missing_ok=True)
     return failed
@@ -135,7 +151,10 @@ def unfinished_runs() -> list[str]:
     wanted = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=UNFINISHED)))
     with get_client(sync_client=True) as client:
         runs = _read_runs(client, wanted)
-        return [f"run {run.name}: {client.read_flow(run.flow_id).name}, {(run.state_name or 'waiting').lower()}" for run in runs]
+        return [
+            f"run {run.name}: {client.read_flow(run.flow_id).name}, {(run.state_name or 'waiting').lower()}"
+            for run in runs
+        ]
 
 
 def _family(flow_run_id: UUID) -> list[FlowRun]:

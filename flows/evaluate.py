@@ -18,7 +18,9 @@ def evaluate(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
     """Validation loss, CLIP score, FID on CLIP features, ShapesBench where the world is the small one, and grids."""
     with stage("evaluate", recipe, overrides) as run:
         phases = run.recipe.phases()
-        checkpoints = {key: [ref.folder for ref in upstream.checkpoints(run.recipe, run.store, key)] for key, _ in phases}
+        checkpoints = {
+            key: [ref.folder for ref in upstream.checkpoints(run.recipe, run.store, key)] for key, _ in phases
+        }
         inputs = EvaluationInputs(
             raw=upstream.raw(run.recipe, run.store),
             text=upstream.text(run.recipe, run.store),
@@ -30,7 +32,9 @@ def evaluate(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
             manifest=result.path,
             digest=result.digest,
             skipped=result.skipped,
-            reason=NOTHING_TO_DO if result.skipped else f"{result.made} of {result.made + result.done_before} parts were not scored yet",
+            reason=NOTHING_TO_DO
+            if result.skipped
+            else f"{result.made} of {result.made + result.done_before} parts were not scored yet",
             table=score_rows(result.scores),
             warnings=sorted({f"{row['metric']} is left out: {row['reason']}" for row in result.left_out}),
             pictures=thumbnails(run.store, result.pictures),

@@ -21,5 +21,11 @@ def finetune(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
             results.append(train_phase(run, f"finetune.{index}", init=last_checkpoint(run.recipe, run.store, before)))
         if not results:
             start = last_checkpoint(run.recipe, run.store, "pretrain")
-            return run.finish(manifest=start.folder, digest=start.digest, skipped=True, reason="the recipe has no fine-tuning phase", table=[])
+            return run.finish(
+                manifest=start.folder,
+                digest=start.digest,
+                skipped=True,
+                reason="the recipe has no fine-tuning phase",
+                table=[],
+            )
         return run.finish(**merge_phases(results).shown())

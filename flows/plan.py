@@ -50,7 +50,9 @@ def forward_flops(config: MMDiTConfig, image_tokens: int, text_tokens: int) -> f
     width = config.hidden_size
     per_token = 2 * 12 * width**2  # qkv 3, projection 1, MLP 8
     tokens = image_tokens + text_tokens
-    blocks = config.depth * per_token * tokens - 2 * 9 * width**2 * text_tokens  # the last block's text stream has qkv only
+    blocks = (
+        config.depth * per_token * tokens - 2 * 9 * width**2 * text_tokens
+    )  # the last block's text stream has qkv only
     modulation = (2 * config.depth - 1) * 2 * 6 * width**2
     attention = config.depth * 2 * 2 * tokens**2 * width
     embed = 2 * width * (image_tokens * 2 * 4 * config.latent_channels + text_tokens * config.context_dim)
@@ -64,7 +66,9 @@ def zero_bytes(parameters: int, stage: int, ranks: int, precision: str) -> float
     """
     weights, gradients, optimizer = (2, 2, 16) if precision == "bf16" else (4, 4, 12)
     return parameters * (
-        weights / (ranks if stage >= 3 else 1) + gradients / (ranks if stage >= 2 else 1) + optimizer / (ranks if stage >= 1 else 1)
+        weights / (ranks if stage >= 3 else 1)
+        + gradients / (ranks if stage >= 2 else 1)
+        + optimizer / (ranks if stage >= 1 else 1)
     )
 
 
@@ -86,19 +90,25 @@ def plan_phase(recipe: Recipe, key: str, phase: Training) -> PhasePlan:
         latent_bytes=pixels // 64 * config.latent_channels * BYTES[recipe.encode.latent_dtype],
         checkpoint_bytes=parameters * 16,  # fp32 weights, two moments, EMA
         checkpoints=math.ceil(phase.samples / phase.checkpoint_every_samples),
-        rank_state_bytes={stage: zero_bytes(parameters, stage, recipe.compute.train_ranks, phase.precision) for stage in range(4)},
+        rank_state_bytes={
+            stage: zero_bytes(parameters, stage, recipe.compute.train_ranks, phase.precision) for stage in range(4)
+        },
     )
 
 
 def text_bytes(recipe: Recipe) -> int:
     """Stored features of one caption at full length (trimmed padding stores less)."""
     small = recipe.towers.small
-    widths = RELEASED_WIDTHS if small is None else {
-        "clip_l": small.clip_l.width,
-        "clip_g": small.clip_g.width,
-        "clip_g_pooled": small.clip_g.projection,
-        "t5": small.t5.width,
-    }
+    widths = (
+        RELEASED_WIDTHS
+        if small is None
+        else {
+            "clip_l": small.clip_l.width,
+            "clip_g": small.clip_g.width,
+            "clip_g_pooled": small.clip_g.projection,
+            "t5": small.t5.width,
+        }
+    )
     clip = recipe.text.clip_tokens * (widths["clip_l"] + widths["clip_g"]) + widths["clip_l"] + widths["clip_g_pooled"]
     return (clip + recipe.text.t5_tokens * widths["t5"]) * BYTES[recipe.encode.text_dtype]
 
@@ -106,7 +116,10 @@ def text_bytes(recipe: Recipe) -> int:
 def print_plan(recipe: Recipe, console: Console) -> None:
     phases = [plan_phase(recipe, key, phase) for key, phase in recipe.phases()]
     captions = 1 if recipe.caption.captioner == "none" else 2
-    console.print(f"recipe {recipe.name}: run {recipe.run}, depth {recipe.model.depth}, {phases[0].parameters:,} parameters", highlight=False)
+    console.print(
+        f"recipe {recipe.name}: run {recipe.run}, depth {recipe.model.depth}, {phases[0].parameters:,} parameters",
+        highlight=False,
+    )
     _print_phases(recipe, phases, console)
     _print_storage(recipe, phases, captions, console)
     _print_time(recipe, phases, console)
@@ -120,12 +133,16 @@ def _print_phases(recipe: Recipe, phases: list[PhasePlan], console: Console) -> 
         row = (plan.parameters, phase.side_px, plan.samples, phase.global_batch, plan.steps, plan.tokens)
         table.add_row(key, *(f"{value:,}" for value in row), f"{plan.step_flops:.2e}", f"{plan.flops:.2e}")
     console.print(table)
-    console.print(f"\ntraining state of one of {recipe.compute.train_ranks} ranks, GiB (activations come on top)", highlight=False)
+    console.print(
+        f"\ntraining state of one of {recipe.compute.train_ranks} ranks, GiB (activations come on top)", highlight=False
+    )
     memory = Table(box=None, pad_edge=False)
     for column in ("phase", "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3", "the recipe's"):
         memory.add_column(column, justify="left" if column == "phase" else "right")
     for (key, phase), plan in zip(recipe.phases(), phases, strict=True):
-        memory.add_row(key, *(f"{plan.rank_state_bytes[stage] / GIB:,.2f}" for stage in range(4)), f"ZeRO {phase.zero_stage}")
+        memory.add_row(
+            key, *(f"{plan.rank_state_bytes[stage] / GIB:,.2f}" for stage in range(4)), f"ZeRO {phase.zero_stage}"
+        )
     console.print(memory)
 
 
@@ -141,7 +158,12 @@ def _print_storage(recipe: Recipe, phases: list[PhasePlan], captions: int, conso
         total = f"{rows * size / GB:,.3f}" if rows else f"{size * 1e6 / GB:,.1f} a million rows"
         table.add_row(what, f"{size / 1e3:,.1f}", f"{rows:,}" if rows else "as the folder has", total)
     for plan in phases:
-        table.add_row(f"{plan.checkpoints} checkpoint(s) {plan.key}", "", "", f"{plan.checkpoints * plan.checkpoint_bytes / GB:,.3f}")
+        table.add_row(
+            f"{plan.checkpoints} checkpoint(s) {plan.key}",
+            "",
+            "",
+            f"{plan.checkpoints * plan.checkpoint_bytes / GB:,.3f}",
+        )
     console.print(table)
 
 
@@ -157,7 +179,10 @@ def _print_time(recipe: Recipe, phases: list[PhasePlan], console: Console) -> No
         )
     else:
         rate = measured_cpu_flops()
-        console.print(f"\ntraining: {total:.2e} FLOPs, at least {total / rate / 3600:,.2f} h at this machine's {rate / 1e9:,.0f} GFLOP/s (bf16 matmul, measured now)", highlight=False)
+        console.print(
+            f"\ntraining: {total:.2e} FLOPs, at least {total / rate / 3600:,.2f} h at this machine's {rate / 1e9:,.0f} GFLOP/s (bf16 matmul, measured now)",
+            highlight=False,
+        )
 
 
 def measured_cpu_flops(side: int = 1024, repeats: int = 8) -> float:

@@ -22,7 +22,9 @@ def forget_from(recipe: Recipe, store: Store, first: str) -> list[str]:
     if first not in STAGES:
         raise RecipeError(f"from_stage {first!r}: the stages are {', '.join(STAGES)}")
     stages = list(STAGES[STAGES.index(first) :])
-    folders = {stage: _folders(recipe, store, stage) for stage in stages}  # before the towers that name some of them are undone
+    folders = {
+        stage: _folders(recipe, store, stage) for stage in stages
+    }  # before the towers that name some of them are undone
     for stage in reversed(stages):
         for folder in folders[stage]:
             for entry in store.list(folder):
@@ -38,7 +40,10 @@ def _folders(recipe: Recipe, store: Store, stage: str) -> list[str]:
         if not store.exists(f"{towers}/{MANIFEST}"):
             return []  # nothing can have been encoded for this recipe
         digests = read_towers(store, towers).digests
-        return [specs.text_folder(recipe, digests), *(specs.latents_folder(recipe, phase, digests) for _, phase in recipe.phases())]
+        return [
+            specs.text_folder(recipe, digests),
+            *(specs.latents_folder(recipe, phase, digests) for _, phase in recipe.phases()),
+        ]
     return {
         "ingest": [specs.raw_folder(recipe)],
         "towers": [specs.towers_folder(recipe)],

@@ -173,15 +173,31 @@ def _start_server(services: Services, say: Say) -> None:
         say(f"port {taken} is taken by another program; the server takes {services.port}")
     services.server = _spawn(["server", "start"], services, "server")
     services.save()
-    _wait(f"the Prefect server on port {services.port}", SERVER_SECONDS, lambda: server_answers(services), services.server, "server", say)
+    _wait(
+        f"the Prefect server on port {services.port}",
+        SERVER_SECONDS,
+        lambda: server_answers(services),
+        services.server,
+        "server",
+        say,
+    )
 
 
 def _start_worker(services: Services, say: Say) -> None:
     from flows.deployments import worker_is_online
 
-    services.worker = _spawn(["worker", "start", "--pool", WORK_POOL, "--type", "process", "--name", "local"], services, "worker")
+    services.worker = _spawn(
+        ["worker", "start", "--pool", WORK_POOL, "--type", "process", "--name", "local"], services, "worker"
+    )
     services.save()
-    _wait("the Prefect worker", WORKER_SECONDS, lambda: worker_is_online(services.worker.born), services.worker, "worker", say)
+    _wait(
+        "the Prefect worker",
+        WORKER_SECONDS,
+        lambda: worker_is_online(services.worker.born),
+        services.worker,
+        "worker",
+        say,
+    )
 
 
 def _spawn(arguments: list[str], services: Services, name: str) -> Process:

@@ -80,7 +80,9 @@ def _run_lock(store_url: str, run: str) -> Iterator[None]:
         while not _locked(lock):
             if time.monotonic() > deadline:
                 lock.seek(0)
-                raise RunBusyError(f"run {run}: process {lock.read().strip()} works on it; wait for it, or end it, and start this again")
+                raise RunBusyError(
+                    f"run {run}: process {lock.read().strip()} works on it; wait for it, or end it, and start this again"
+                )
             time.sleep(0.5)
         lock.truncate(0)
         lock.write(str(os.getpid()))

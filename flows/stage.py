@@ -95,4 +95,3 @@ class StageRun:
 def stage(name: str, recipe: str, overrides: list[str] | None) -> Iterator[StageRun]:
     with session(recipe, overrides) as opened, StageReporter(name, str(runtime.flow_run.id)) as reporter:
         yield StageRun(name, opened.recipe, opened.store, reporter)
-

@@ -34,7 +34,9 @@ def write_summary(store: Store, recipe: Recipe, stages: list[dict[str, Any]], sc
     return summary
 
 
-def print_summary(summary: dict[str, Any], store: Store, recipe: Recipe, services: Services, console: Console, command: list[str]) -> None:
+def print_summary(
+    summary: dict[str, Any], store: Store, recipe: Recipe, services: Services, console: Console, command: list[str]
+) -> None:
     """Where the pictures are, the scores, the UI, the command that samples."""
     _print_stages(summary["stages"], console)
     for stage in summary["stages"]:
@@ -73,7 +75,10 @@ def _print_scores(scores: list[dict[str, Any]], console: Console) -> None:
     console.print()
     table = Table(box=None, pad_edge=False)
     for column in rows[0]:
-        table.add_column(column.removeprefix(TASKS_PREFIX).replace("_", " "), justify="left" if column in ("phase", "weights") else "right")
+        table.add_column(
+            column.removeprefix(TASKS_PREFIX).replace("_", " "),
+            justify="left" if column in ("phase", "weights") else "right",
+        )
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     console.print(table)

@@ -26,7 +26,8 @@ def shard_table(store: Store, results: dict[str, Any]) -> list[dict[str, object]
                 "rows": f"{manifest.rows:,}",
                 "MB": f"{manifest.bytes / 1e6:,.1f}",
                 "by kind": ", ".join(f"{kind}: {count:,}" for kind, count in manifest.buckets.items()),
-                "left out": ", ".join(f"{reason}: {count}" for reason, count in manifest.failed_reasons.items()) or "none",
+                "left out": ", ".join(f"{reason}: {count}" for reason, count in manifest.failed_reasons.items())
+                or "none",
                 "seconds": f"{result.seconds:.1f}",
             }
         )
@@ -39,7 +40,14 @@ def towers_table(recipe: Recipe, store: Store) -> list[dict[str, object]]:
     for name, tower in upstream.towers_manifest(recipe, store).towers.items():
         figures = ", ".join(f"{key} {value:.4g}" for key, value in tower.training.items() if isinstance(value, float))
         size = sum(file.bytes for file in tower.files.values())
-        rows.append({"tower": name, "MB": f"{size / 1e6:,.1f}", "digest": tower.digest[:12], "training": figures or "released weights"})
+        rows.append(
+            {
+                "tower": name,
+                "MB": f"{size / 1e6:,.1f}",
+                "digest": tower.digest[:12],
+                "training": figures or "released weights",
+            }
+        )
     return rows
 
 

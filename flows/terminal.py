@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.table import Table
 
 from flows.deployments import RUNS_READ, STAGES, fail_dead_runs, read_runs_of
-from flows.services import Services, ServiceError, server_answers
+from flows.services import ServiceError, Services, server_answers
 from sd3core.progress import format_seconds
 
 POLL_SECONDS, LINE_SECONDS, SERVER_AWAY_SECONDS = 2.0, 20.0, 60.0
@@ -94,7 +94,9 @@ def follow(flow_run_id: UUID, services: Services, console: Console) -> RunView:
                 last_answer = time.monotonic()
             except httpx.TransportError:
                 if time.monotonic() - last_answer > SERVER_AWAY_SECONDS and not server_answers(services):
-                    raise ServiceError("the Prefect server has been away for a minute; the same command starts it and goes on") from None
+                    raise ServiceError(
+                        "the Prefect server has been away for a minute; the same command starts it and goes on"
+                    ) from None
                 time.sleep(POLL_SECONDS)
                 continue
             if live:
@@ -144,5 +146,9 @@ class _LinePrinter:
             state, progress, when = self._shown.get(stage.name, ("", "", 0.0))
             due = stage.progress != progress and time.monotonic() - when > LINE_SECONDS
             if stage.state != state or due:
-                self._console.print(f"{stage.name}: {stage.state}, {format_seconds(stage.seconds)}  {stage.progress}".rstrip(), soft_wrap=True, highlight=False)
+                self._console.print(
+                    f"{stage.name}: {stage.state}, {format_seconds(stage.seconds)}  {stage.progress}".rstrip(),
+                    soft_wrap=True,
+                    highlight=False,
+                )
                 self._shown[stage.name] = (stage.state, stage.progress, time.monotonic())

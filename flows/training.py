@@ -14,9 +14,9 @@ from sd3core.data.store import Store
 from sd3core.plots import loss_curve
 from sd3core.specs import fingerprint
 from workers.shard_stage import NOTHING_TO_DO, reason_to_work, recall_stage, remember_stage
+from workers.trainer.checkpointing import read_metrics
 from workers.trainer.job import DataRef, TrainingJob, TrainingResult
 from workers.trainer.launch import train
-from workers.trainer.checkpointing import read_metrics
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,11 @@ def phase_job(run: StageRun, key: str, init: CheckpointRef | None) -> TrainingJo
     phase = dict(recipe.phases())[key]
     latents, text = upstream.latents(recipe, store, phase), upstream.text(recipe, store)
     fields = specs.train_fields(
-        recipe, phase, latents=latents.digest, text=text.digest, init=read_done(store, init.folder).digest if init else None
+        recipe,
+        phase,
+        latents=latents.digest,
+        text=text.digest,
+        init=read_done(store, init.folder).digest if init else None,
     )
     spec = fingerprint(fields)
     return TrainingJob(
@@ -103,7 +107,15 @@ def checkpoint_table(store: Store, key: str, folders: list[str]) -> list[dict[st
     rows = []
     for folder in folders:
         done = read_done(store, folder)
-        rows.append({"phase": key, "samples": f"{done.samples:,}", "steps": f"{done.steps:,}", "attempt": done.attempt, "checkpoint": store.uri(folder)})
+        rows.append(
+            {
+                "phase": key,
+                "samples": f"{done.samples:,}",
+                "steps": f"{done.steps:,}",
+                "attempt": done.attempt,
+                "checkpoint": store.uri(folder),
+            }
+        )
     return rows
 
 

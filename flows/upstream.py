@@ -44,7 +44,9 @@ def text(recipe: Recipe, store: Store) -> ManifestRef:
 
 
 def latents(recipe: Recipe, store: Store, phase: Training) -> ManifestRef:
-    manifest = _newest(recipe, store, specs.latents_folder(recipe, phase, towers_manifest(recipe, store).digests), "encode")
+    manifest = _newest(
+        recipe, store, specs.latents_folder(recipe, phase, towers_manifest(recipe, store).digests), "encode"
+    )
     return _ref(_up_to_date(recipe, manifest, "encode", raw=raw(recipe, store)))
 
 
@@ -87,7 +89,9 @@ def _up_to_date(recipe: Recipe, manifest: Manifest, stage: str, **inputs: Manife
     wanted = {name: ref.digest for name, ref in inputs.items() if ref is not None}
     behind = [name for name, digest in wanted.items() if manifest.inputs.get(name) != digest]
     if behind:
-        raise DataError(f"{stage}: what it made is older than {behind[0]}; run `prefect deployment run '{stage}/{recipe.name}'` first")
+        raise DataError(
+            f"{stage}: what it made is older than {behind[0]}; run `prefect deployment run '{stage}/{recipe.name}'` first"
+        )
     return manifest
 
 

@@ -56,7 +56,9 @@ def load_autoencoder(
             folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
         )
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: not a diffusers AutoencoderKL in safetensors ({str(error).splitlines()[0]})") from None
+        raise DataError(
+            f"{folder}: not a diffusers AutoencoderKL in safetensors ({str(error).splitlines()[0]})"
+        ) from None
     return Autoencoder(module.to(device))
 
 

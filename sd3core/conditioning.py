@@ -54,16 +54,22 @@ class TextFeatures:
     @staticmethod
     def stack(parts: Sequence[TextFeatures]) -> TextFeatures:
         """Batches one after the other in one batch."""
-        return TextFeatures(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(TextFeatures)})
+        return TextFeatures(
+            **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(TextFeatures)}
+        )
 
     def trimmed(self) -> TextFeatures:
         """The same with zeros after each caption's real tokens."""
         kept = {}
         for column, name in enumerate(ENCODERS):
             sequence = getattr(self, name)  # (B, T, W)
-            real = torch.arange(sequence.shape[1], device=sequence.device) < self.lengths[:, column : column + 1]  # (B, T)
+            real = (
+                torch.arange(sequence.shape[1], device=sequence.device) < self.lengths[:, column : column + 1]
+            )  # (B, T)
             kept[name] = sequence * real[..., None].to(sequence.dtype)
-        return TextFeatures(**kept, clip_l_pooled=self.clip_l_pooled, clip_g_pooled=self.clip_g_pooled, lengths=self.lengths)
+        return TextFeatures(
+            **kept, clip_l_pooled=self.clip_l_pooled, clip_g_pooled=self.clip_g_pooled, lengths=self.lengths
+        )
 
     def to_bytes(self, padding: Literal["reference", "trimmed"]) -> bytes:
         """One caption (B = 1) as safetensors without the batch axis; "trimmed" keeps the real tokens only."""

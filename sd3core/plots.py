@@ -19,7 +19,9 @@ def loss_curve(rows: Sequence[dict[str, Any]], title: str) -> bytes:
     if logged:
         samples, losses = zip(*logged, strict=True)
         axes.plot(samples, losses, linewidth=0.5, alpha=0.4, label="a step")
-        axes.plot(samples, _running_mean(losses, SMOOTHING_ROWS), linewidth=1.5, label=f"mean of {SMOOTHING_ROWS} steps")
+        axes.plot(
+            samples, _running_mean(losses, SMOOTHING_ROWS), linewidth=1.5, label=f"mean of {SMOOTHING_ROWS} steps"
+        )
         axes.legend(loc="upper right")
     axes.set(title=title, xlabel="samples seen", ylabel="loss (velocity MSE)")
     axes.grid(alpha=0.3)

@@ -49,7 +49,9 @@ class ProgressMeter:
     report: ProgressCallback = ignore_progress
     already_done: int = 0
     done: int = field(init=False)
-    _first: tuple[int, float] | None = field(init=False, default=None)  # how many were done when the clock started, and when
+    _first: tuple[int, float] | None = field(
+        init=False, default=None
+    )  # how many were done when the clock started, and when
 
     def __post_init__(self) -> None:
         self.done = self.already_done

@@ -116,7 +116,9 @@ class Towers(Section):
     @model_validator(mode="after")
     def _one_kind(self) -> Towers:
         if (self.released is None) == (self.small is None):
-            raise ValueError("towers needs exactly one of towers.released (paths) and towers.small (made by the towers stage)")
+            raise ValueError(
+                "towers needs exactly one of towers.released (paths) and towers.small (made by the towers stage)"
+            )
         return self
 
 
@@ -137,8 +139,12 @@ class Caption(Section):
 class Text(Section):
     clip_tokens: int = Field(77, ge=4, le=77)
     t5_tokens: int = Field(77, ge=4, le=512)
-    padding: Literal["reference", "trimmed"] = "reference"  # all positions as encoded, or real tokens only and zeros after
-    null: Literal["zeros", "empty"] = "zeros"  # what stands for "no prompt": the paper's zeros, or the encoded empty string
+    padding: Literal["reference", "trimmed"] = (
+        "reference"  # all positions as encoded, or real tokens only and zeros after
+    )
+    null: Literal["zeros", "empty"] = (
+        "zeros"  # what stands for "no prompt": the paper's zeros, or the encoded empty string
+    )
 
 
 class Encode(Section):
@@ -183,7 +189,9 @@ class Training(Section):
     @model_validator(mode="after")
     def _fits(self) -> Training:
         if self.precision == "bf16" and self.zero_stage == 0:
-            raise ValueError("zero_stage 0 trains bf16 wrongly (first update off by a quarter); take zero_stage 1 or more")
+            raise ValueError(
+                "zero_stage 0 trains bf16 wrongly (first update off by a quarter); take zero_stage 1 or more"
+            )
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         return self
@@ -193,7 +201,9 @@ class Evaluate(Section):
     guidance_scale: float = Field(5.0, ge=0)
     num_steps: int = Field(25, ge=1)
     bench_prompts_per_task: int = Field(60, ge=0)  # ShapesBench; small world only
-    earlier_bench_prompts_per_task: int | None = Field(None, ge=0)  # for all but a phase's last checkpoint; None: the same
+    earlier_bench_prompts_per_task: int | None = Field(
+        None, ge=0
+    )  # for all but a phase's last checkpoint; None: the same
     bench_images_per_prompt: int = Field(1, ge=1)
     scored_images: int = Field(256, ge=0)  # for CLIP score and FID, prompts from the held-out part
     reference_images: int = Field(5_000, ge=0)  # held-out images that FID compares with, at most
@@ -252,7 +262,9 @@ class Recipe(Section):
         if len(self.pretrain.aspect_ratios) != 1 or self.pretrain.aspect_ratios[0] != 1.0:
             raise ValueError("pretrain.aspect_ratios must be [1.0]: pretraining is on square crops")
         if self.caption.captioner == "small_world" and self.data.source != "small_world":
-            raise ValueError("caption.captioner 'small_world' reads drawn scenes only; take vision_language_model or none")
+            raise ValueError(
+                "caption.captioner 'small_world' reads drawn scenes only; take vision_language_model or none"
+            )
         return self
 
     def phases(self) -> list[tuple[str, Training]]:

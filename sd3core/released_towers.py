@@ -67,14 +67,18 @@ def check_released_folder(part: str, source: Path) -> None:
             raise DataError(f"{source}: no tokenizer here (tokenizer.json, vocab.json or spiece.model)")
         return
     if not any(source.glob("*.safetensors")):
-        raise DataError(f"{source}: no safetensors files; convert the weights with save_pretrained(safe_serialization=True)")
+        raise DataError(
+            f"{source}: no safetensors files; convert the weights with save_pretrained(safe_serialization=True)"
+        )
     if part == "vae":
         check_vae_config(source)
         return
     config = source / "config.json"
     model_type = json.loads(config.read_text()).get("model_type") if config.is_file() else None
     if model_type not in MODEL_TYPES[part]:
-        raise DataError(f"{source}: model_type {model_type!r} in config.json; {part} needs {' or '.join(MODEL_TYPES[part])}")
+        raise DataError(
+            f"{source}: model_type {model_type!r} in config.json; {part} needs {' or '.join(MODEL_TYPES[part])}"
+        )
 
 
 def _link_files(source: Path, target: Path, weights: bool) -> None:

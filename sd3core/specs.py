@@ -45,7 +45,10 @@ def raw_fields(recipe: Recipe) -> dict[str, Any]:
 
 def towers_fields(recipe: Recipe) -> dict[str, Any]:
     """Towers are pinned: they depend on how the data is made, not on how much of it there is."""
-    fields: dict[str, Any] = {"format": FORMATS["towers"], "towers": recipe.towers.model_dump(mode="json", exclude={"name"})}
+    fields: dict[str, Any] = {
+        "format": FORMATS["towers"],
+        "towers": recipe.towers.model_dump(mode="json", exclude={"name"}),
+    }
     if recipe.towers.small is not None:
         fields |= {"raw": fingerprint(raw_fields(recipe)), "data_name": recipe.data.name, "seed": recipe.seed}
     return fields
@@ -80,7 +83,9 @@ def latents_fields(recipe: Recipe, phase: Training, tower_digests: dict[str, str
 
 def train_fields(recipe: Recipe, phase: Training, *, latents: str, text: str, init: str | None) -> dict[str, Any]:
     """`latents`, `text`: manifest digests. `init`: the DONE digest of the checkpoint the phase starts from, or None."""
-    training = phase.model_dump(mode="json", exclude={"micro_batch", "checkpoint_every_samples", "activation_checkpointing"})
+    training = phase.model_dump(
+        mode="json", exclude={"micro_batch", "checkpoint_every_samples", "activation_checkpointing"}
+    )
     return {
         "format": FORMATS["train"],
         "model": recipe.model_config_for(phase).to_dict(),

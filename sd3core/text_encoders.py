@@ -125,7 +125,9 @@ def load_model_folder(model_class: type[PreTrainedModel], folder: Path, dtype: t
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{folder}: not a {model_class.__name__} in safetensors ({str(error).splitlines()[0]})") from None
+        raise DataError(
+            f"{folder}: not a {model_class.__name__} in safetensors ({str(error).splitlines()[0]})"
+        ) from None
     if info["missing_keys"]:
         raise DataError(
             f"{folder}: {len(info['missing_keys'])} weights of {model_class.__name__} are missing,"

@@ -1,9 +1,9 @@
 """Towers as a pinned artifact: the frozen networks around the diffusion model, named by the digests of their files.
 
-    FOLDER/vae/... text_encoder/... tokenizer/...       the files, as diffusers' StableDiffusion3Pipeline lays them out
-    FOLDER/TOWER.done.json                              a tower's files with sha256, and its training figures; written last
-    FOLDER/training.json                                every tower's figures
-    FOLDER/MANIFEST.<digest>.json, MANIFEST.json        all towers are there
+FOLDER/vae/... text_encoder/... tokenizer/...       the files, as diffusers' StableDiffusion3Pipeline lays them out
+FOLDER/TOWER.done.json                              a tower's files with sha256, and its training figures; written last
+FOLDER/training.json                                every tower's figures
+FOLDER/MANIFEST.<digest>.json, MANIFEST.json        all towers are there
 """
 
 from __future__ import annotations
@@ -73,11 +73,19 @@ class TowersManifest(BaseModel):
 
 
 def commit_tower(
-    store: Store, folder: str, name: str, local: Path, training: dict[str, Any], report: ProgressCallback = ignore_progress
+    store: Store,
+    folder: str,
+    name: str,
+    local: Path,
+    training: dict[str, Any],
+    report: ProgressCallback = ignore_progress,
 ) -> TowerEntry:
     """Puts a tower's folders from `local` into the store, the done record last."""
     paths = sorted(
-        path for part in TOWER_FOLDERS[name] for path in (local / part).rglob("*") if path.is_file() and path.name[0] != "."
+        path
+        for part in TOWER_FOLDERS[name]
+        for path in (local / part).rglob("*")
+        if path.is_file() and path.name[0] != "."
     )
     files = {str(path.relative_to(local)): TowerFile(sha256=_sha256(path), bytes=path.stat().st_size) for path in paths}
     missing = [part for part in TOWER_FOLDERS[name] if not any(path.startswith(f"{part}/") for path in files)]
@@ -101,7 +109,9 @@ def finished_towers(store: Store, folder: str) -> dict[str, TowerEntry]:
         except StoreNotFound:
             continue
         except ValidationError:
-            raise DataError(f"{store.uri(_done_path(folder, name))}: not a done record of this version; delete it") from None
+            raise DataError(
+                f"{store.uri(_done_path(folder, name))}: not a done record of this version; delete it"
+            ) from None
     return finished
 
 
@@ -126,9 +136,13 @@ def read_towers(store: Store, folder: str, digest: str | None = None) -> TowersM
     except StoreNotFound:
         raise DataError(f"{store.uri(path)}: no towers here; run the towers stage first") from None
     except ValidationError:
-        raise DataError(f"{store.uri(path)}: not a towers manifest of this version; run the towers stage again") from None
+        raise DataError(
+            f"{store.uri(path)}: not a towers manifest of this version; run the towers stage again"
+        ) from None
     if digest is not None and manifest.digest != digest:
-        raise DataError(f"{store.uri(path)}: not the towers that were asked for ({digest[:12]}); run the towers stage again")
+        raise DataError(
+            f"{store.uri(path)}: not the towers that were asked for ({digest[:12]}); run the towers stage again"
+        )
     return manifest
 
 
@@ -170,7 +184,9 @@ def _fetch_file(store: Store, path: str, target: Path, file: TowerFile) -> None:
         else:
             store.get_file(path, arrived)
         if _size(arrived) != file.bytes or _sha256(arrived) != file.sha256:
-            raise DataError(f"{store.uri(path)}: not the file that was committed; delete the folder and run the towers stage again")
+            raise DataError(
+                f"{store.uri(path)}: not the file that was committed; delete the folder and run the towers stage again"
+            )
         os.replace(arrived, target)
 
 

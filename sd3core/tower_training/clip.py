@@ -90,7 +90,9 @@ def train_clip(
     for step in range(small.steps):
         rows = generator.choice(training, batch, replace=False)
         chosen = [captions[row] for row in rows]
-        logits, same = _logits(clip, tokenizer, _varied(pixels[rows], generator), chosen, [rivals.swap(c, generator) for c in chosen])
+        logits, same = _logits(
+            clip, tokenizer, _varied(pixels[rows], generator), chosen, [rivals.swap(c, generator) for c in chosen]
+        )
         loss = contrastive_loss(logits, same)
         descent.step(loss)
         with torch.no_grad():
@@ -151,7 +153,9 @@ def _varied(pixels: Tensor, generator: np.random.Generator) -> Tensor:
     reach = side // 8
     padded = pad(pixels, (reach,) * 4, mode="replicate")
     corners = generator.integers(2 * reach + 1, size=(len(pixels), 2))
-    shifted = [image[:, top : top + side, left : left + side] for image, (top, left) in zip(padded, corners, strict=True)]
+    shifted = [
+        image[:, top : top + side, left : left + side] for image, (top, left) in zip(padded, corners, strict=True)
+    ]
     gain, offset = torch.from_numpy(generator.normal(0.0, 0.1, (2, len(pixels), 3, 1, 1))).float()
     return torch.stack(shifted) * (1.0 + gain) + offset
 

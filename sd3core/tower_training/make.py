@@ -49,7 +49,9 @@ def make_small_towers(
         with tempfile.TemporaryDirectory(prefix=f"tower-{name}-") as scratch:
             heading = f"{name} ({position} of {len(TOWER_FOLDERS)})"
             figures = make_small_tower(name, small, pictures, texts, seed, Path(scratch), _headed(report, heading))
-            commit_tower(store, folder, name, Path(scratch), figures | {"seconds": round(time.monotonic() - started, 1)})
+            commit_tower(
+                store, folder, name, Path(scratch), figures | {"seconds": round(time.monotonic() - started, 1)}
+            )
     return commit_towers(store, folder, fields)
 
 
@@ -72,7 +74,9 @@ def make_small_tower(
             return figures
         described = [row for row, caption in enumerate(captions) if caption.strip()]
         if not described:
-            raise DataError("towers.small: the pictures have no captions to learn words from; give captions, or released towers")
+            raise DataError(
+                "towers.small: the pictures have no captions to learn words from; give captions, or released towers"
+            )
         texts = [captions[row] for row in described]
         if name == "t5":
             return _make_t5(small, texts, seed, out, report)

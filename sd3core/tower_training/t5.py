@@ -53,7 +53,9 @@ def train_t5(
     return encoder, figures | _equalise(encoder, tokenizer, captions[: min(256, len(captions))])
 
 
-def corrupt(tokens: Sequence[int], sentinels: Sequence[int], end: int, generator: np.random.Generator) -> tuple[list, list]:
+def corrupt(
+    tokens: Sequence[int], sentinels: Sequence[int], end: int, generator: np.random.Generator
+) -> tuple[list, list]:
     """(input, target) of one caption's tokens (without its end mark); at least one gap where there is a token.
 
     Gaps never touch, so each sentinel stands for one run of tokens.
@@ -96,7 +98,9 @@ def _build(small: SmallT5, vocabulary: int) -> T5ForConditionalGeneration:
         decoder_start_token_id=0,
     )
     model = T5ForConditionalGeneration(config)
-    model.lm_head.weight.data.mul_(small.width**-0.5)  # an untied head starts so loud that its loss is all there is to see
+    model.lm_head.weight.data.mul_(
+        small.width**-0.5
+    )  # an untied head starts so loud that its loss is all there is to see
     return model
 
 

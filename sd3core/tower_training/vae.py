@@ -153,7 +153,9 @@ def _crops(pyramids: list[list[np.ndarray]], rows: np.ndarray, side: int, genera
 
 def _middles(images: list[np.ndarray], side: int) -> Tensor:
     tops_lefts = [((i.shape[0] - side) // 2, (i.shape[1] - side) // 2) for i in images]
-    return _to_tensor([i[top : top + side, left : left + side] for i, (top, left) in zip(images, tops_lefts, strict=True)])
+    return _to_tensor(
+        [i[top : top + side, left : left + side] for i, (top, left) in zip(images, tops_lefts, strict=True)]
+    )
 
 
 def _to_tensor(images: list[np.ndarray]) -> Tensor:

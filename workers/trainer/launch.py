@@ -143,6 +143,7 @@ class _Desk:
         """Runs the ranks to their end; returns the reason where Ray Train gave up. `label` names its groups."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
+
         # Private, and pinned with Ray.
         from ray.train.v2._internal.execution.callback import ControllerCallback
         from ray.train.v2._internal.execution.worker_group import worker_group
