@@ -30,9 +30,9 @@ def test_lines_for_changes_of_state_and_progress_now_and_then(clock):
         (0, StageView("ingest", "running", 0, "")),
         (1, StageView("ingest", "running", 1, "8/96 rows")),  # too soon for progress
         (2, StageView("ingest", "running", 2, "16/96 rows")),
-        (9, StageView("ingest", "running", 11, "48/96 rows, 4.4 rows/s, 11 s left")),  # due
+        (19, StageView("ingest", "running", 11, "48/96 rows, 4.4 rows/s, 11 s left")),  # due
         (1, StageView("ingest", "running", 12, "56/96 rows")),
-        (15, StageView("ingest", "running", 27, "48/96 rows, 4.4 rows/s, 11 s left")),  # due, and nothing new
+        (25, StageView("ingest", "running", 27, "48/96 rows, 4.4 rows/s, 11 s left")),  # due, and nothing new
         (1, StageView("ingest", "done", 75, "96/96 rows")),
         (60, StageView("ingest", "done", 75, "96/96 rows")),
     ]
