@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -9,7 +10,9 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
+from flows.recipes import known_recipes
 from sd3core.errors import UserError
+from sd3core.recipe import Recipe, load_recipe
 
 LOG_WIDTH = 160
 
@@ -29,6 +32,10 @@ SetOption = Annotated[
 
 def _say(line: str) -> None:
     console.print(line, soft_wrap=True, highlight=False)
+
+
+def _load(name_or_path: str, overrides: list[str]) -> Recipe:
+    return load_recipe(known_recipes().get(name_or_path, name_or_path), overrides)
 
 
 @app.command()
@@ -91,10 +98,10 @@ def status() -> None:
     _say(f"worker: {'running' if services.worker and services.worker.alive() else 'not running'}")
     if answers:
         use(services)
-        from flows.deployments import unfinished_runs
+        from flows.runs import described, unfinished_runs
 
-        for line in unfinished_runs():
-            _say(line)
+        for run in unfinished_runs():
+            _say(described(run))
     if not answers or not (services.worker and services.worker.alive()):
         _say("`sd3 up` starts what is missing")
         raise typer.Exit(1)
@@ -103,25 +110,31 @@ def status() -> None:
 @app.command()
 def deploy(
     recipe: Annotated[Path, typer.Argument(help="A recipe file; its deployments get the recipe's name.")],
+    api: Annotated[Optional[str], typer.Option(help="Another Prefect server's API, as in PREFECT_API_URL.")] = None,
+    pool: Annotated[str, typer.Option(help="The work pool there; its workers run in a checkout at this path.")] = "sd3",
 ) -> None:
     """Adds deployments of a recipe of your own: `prefect deployment run 'pipeline/NAME'`."""
-    from flows.deployments import add_recipe
-    from flows.services import up as start
-    from sd3core.recipe import load_recipe
+    from flows.recipes import add_recipe
 
-    loaded = load_recipe(str(recipe))
-    add_recipe(loaded.name, recipe)
-    start(_say)
-    _say(f"deployed: pipeline/{loaded.name} and its stages")
+    name = add_recipe(recipe).name
+    if api is None:
+        from flows.services import up as start
+
+        start(_say)
+    else:
+        os.environ["PREFECT_API_URL"] = api  # before prefect is imported
+        from flows.deployments import apply_deployments
+
+        apply_deployments({name: str(recipe.resolve())}, pool)
+    _say(f"deployed: pipeline/{name} and its stages")
 
 
 @app.command()
 def plan(recipe: RecipeOption = "mini", set_: SetOption = None) -> None:
     """Before money is spent: parameters, rows, bytes in the store, memory per GPU at each ZeRO stage, steps, FLOPs, hours."""
     from flows.plan import print_plan
-    from sd3core.recipe import load_recipe
 
-    print_plan(load_recipe(recipe, set_ or []), console)
+    print_plan(_load(recipe, set_ or []), console)
 
 
 @app.command()
@@ -144,11 +157,10 @@ def sample(
 ) -> None:
     """Pictures from prompts, from a run's last checkpoint."""
     from flows.sample import sample_run
-    from sd3core.recipe import load_recipe
 
     overrides = [*(set_ or []), *([f"run={run}"] if run else [])]
     sample_run(
-        load_recipe(recipe, overrides),
+        _load(recipe, overrides),
         prompts=prompt,
         out=out,
         size=(height, width),
@@ -176,6 +188,15 @@ def main() -> None:
         app()
     except UserError as error:
         errors.print(f"sd3: {error}", soft_wrap=True, highlight=False, markup=False)
+        sys.exit(1)
+    except Exception as error:
+        import httpx  # what Prefect's client raises when its server is away; not needed to start
+
+        if not isinstance(error, httpx.HTTPError):
+            raise
+        errors.print(
+            "sd3: the Prefect server does not answer; `sd3 up` starts it again", soft_wrap=True, highlight=False
+        )
         sys.exit(1)
 
 

@@ -9,15 +9,19 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from rich.console import Console
 
 from flows.home import PROJECT
+from flows.recipes import find_recipe
 from flows.services import ServiceError, up
 from sd3core.errors import DataError, UserError
 from sd3core.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from flows.terminal import RunView
 
 EXAMPLE_PROMPT = "a red circle to the left of a blue square"
 RUN_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -47,61 +51,79 @@ def folder_overrides(recipe: Recipe, folder: Path) -> list[str]:
 
 
 def demo(
-    recipe_name: str, folder: Path | None, overrides: list[str], console: Console, from_stage: str | None = None
+    name_or_path: str, folder: Path | None, overrides: list[str], console: Console, from_stage: str | None = None
 ) -> dict[str, Any]:
-    """Runs `pipeline/RECIPE` to its end and prints its result. Raises RunFailed with the stage's own words."""
+    """Runs `pipeline/RECIPE` to its end and prints its result. Raises RunFailed with the stage's own words.
+
+    A run of the same recipe and settings that is at work already is joined. `from_stage`: this stage and those after it are
+    made again, once: the same command without it goes on with them.
+    """
+    name, source = find_recipe(name_or_path)
     if folder is not None:
-        overrides = [*folder_overrides(load_recipe(recipe_name, []), folder), *overrides]
-    recipe = load_recipe(recipe_name, overrides)
+        overrides = [*folder_overrides(load_recipe(source, []), folder), *overrides]
+    recipe = load_recipe(source, overrides)
     services = up(lambda line: console.print(line, soft_wrap=True, highlight=False))
 
-    from flows.deployments import live_run
+    from flows.redo import forget_from
     from flows.session import run_store
     from flows.summary import print_summary, summary_path
     from flows.terminal import follow
 
-    deployment = f"pipeline/{recipe_name}"
-    running = live_run(deployment)
-    if running and from_stage:
-        raise UserError(
-            f"run {running.name} of {deployment} is at work; `sd3 down` ends it, then --from-stage can begin"
-        )
-    run_id = (
-        running.id if running else start_run(deployment, {"overrides": overrides, "from_stage": from_stage}, console)
-    )
-    console.print(f"run {run_id}: {services.ui_url}/runs/flow-run/{run_id}", soft_wrap=True, highlight=False)
-    view = follow(run_id, services, console)
-    if view.state.value != "COMPLETED":
-        failed = [
-            f"{stage.name}: {stage.progress}"
-            for stage in view.stages
-            if stage.state in ("failed", "crashed", "cancelled")
-        ]
-        raise RunFailed(
-            f"{failed[0] if failed else view.message or view.state.value.lower()} (the same command goes on from there)"
-        )
     store = run_store(recipe)
+    run_id = _run_at_work(name, recipe, overrides)
+    if run_id and from_stage:
+        raise UserError(f"run {recipe.run} is at work; `sd3 down` ends it, then --from-stage {from_stage} can begin")
+    if from_stage:
+        forgotten = forget_from(recipe, store, from_stage)
+        console.print(f"made again: {', '.join(forgotten)}", soft_wrap=True, highlight=False)
+    run_id = run_id or start_run(f"pipeline/{name}", overrides, console)
+    console.print(f"run {run_id}: {services.ui_url}/runs/flow-run/{run_id}", soft_wrap=True, highlight=False)
+    view = follow(run_id, console)
+    if view.state.value != "COMPLETED":
+        raise RunFailed(
+            f"{_first_failure(view)} (the same command{' without --from-stage' if from_stage else ''} goes on from there)"
+        )
     summary = store.get_json(summary_path(recipe))
-    print_summary(summary, store, recipe, services, console, sample_command(recipe_name, recipe, overrides))
+    print_summary(summary, store, recipe, services, console, sample_command(name_or_path, overrides))
     return summary
 
 
-def sample_command(recipe_name: str, recipe: Recipe, overrides: list[str]) -> list[str]:
+def _run_at_work(name: str, recipe: Recipe, overrides: list[str]) -> UUID | None:
+    """The unfinished pipeline run with these very settings. RunFailed where one with other settings works on the same run."""
+    from flows.runs import unfinished_runs
+
+    for run in unfinished_runs(f"pipeline/{name}"):
+        others = run.parameters.get("overrides") or []
+        if others == overrides:
+            return run.id
+        if load_recipe(run.parameters["recipe"], others).run == recipe.run:
+            shown = " ".join(others) or "no overrides"
+            raise RunFailed(
+                f"run {recipe.run}: flow run {run.name} works on it with other settings ({shown}); wait for it, or `sd3 down` ends it"
+            )
+    return None
+
+
+def _first_failure(view: RunView) -> str:
+    failed = [stage for stage in view.stages if stage.state in ("failed", "crashed", "cancelled")]
+    return f"{failed[0].name}: {failed[0].progress}" if failed else view.message or view.state.value.lower()
+
+
+def sample_command(name_or_path: str, overrides: list[str]) -> list[str]:
     """The command that draws from what this run made, ready to paste."""
     command = [".venv/bin/sd3", "sample", shlex.quote(EXAMPLE_PROMPT)]
-    if recipe_name != "mini":
-        command += ["--recipe", shlex.quote(recipe_name)]
+    if name_or_path != "mini":
+        command += ["--recipe", shlex.quote(name_or_path)]
     for override in overrides:
         command += ["--set", shlex.quote(override)]
     return command
 
 
-def start_run(deployment: str, parameters: dict[str, Any], console: Console) -> UUID:
+def start_run(deployment: str, overrides: list[str], console: Console) -> UUID:
     """Starts the deployment with Prefect's own command, as a user would."""
     command = ["prefect", "--no-prompt", "deployment", "run", deployment]
-    for name, value in parameters.items():
-        if value:
-            command += ["--param", f"{name}={json.dumps(value)}"]
+    if overrides:
+        command += ["--param", f"overrides={json.dumps(overrides)}"]
     console.print(f"$ {shlex.join(command)}", soft_wrap=True, highlight=False)
     done = subprocess.run(
         [sys.executable, "-m", *command],

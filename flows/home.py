@@ -1,8 +1,11 @@
-"""Where this machine keeps what is its own: the local store, Prefect's database, logs, caches, the records of live runs."""
+"""Where this machine keeps its own: the local store, Prefect's database, logs, caches, the records of live runs."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -16,3 +19,18 @@ def home() -> Path:
 def ensure(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A reader sees the old file or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+@contextmanager
+def one_at_a_time(name: str) -> Iterator[None]:
+    """Holds `home()/NAME.lock`, waiting for whoever holds it. The system frees it when a process ends, however it ends."""
+    with (ensure(home()) / f"{name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -13,7 +13,6 @@ from flows.export import export
 from flows.finetune import finetune
 from flows.ingest import ingest
 from flows.pretrain import pretrain
-from flows.redo import forget_from
 from flows.session import session
 from flows.stage import FLOW_OPTIONS
 from flows.summary import write_summary
@@ -23,14 +22,9 @@ STAGE_FLOWS = (ingest, towers, caption, encode, pretrain, finetune, evaluate, ex
 
 
 @flow(name="pipeline", **FLOW_OPTIONS)
-def pipeline(recipe: str, overrides: list[str] | None = None, from_stage: str | None = None) -> dict[str, Any]:
-    """A retry, a new run and a run on another machine all do the same: they go on where the work stopped.
-
-    `from_stage` first takes back that this stage and those after it are done.
-    """
+def pipeline(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
+    """A retry, a new run and a run on another machine all do the same: they go on where the work stopped."""
     with session(recipe, overrides) as opened:
-        if from_stage is not None:
-            forget_from(opened.recipe, opened.store, from_stage)
         outcomes = [stage_flow(recipe, overrides) for stage_flow in STAGE_FLOWS]
         scores = opened.store.get_json(f"runs/{opened.recipe.run}/evaluations/scores.json")
         return write_summary(opened.store, opened.recipe, outcomes, scores)

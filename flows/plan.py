@@ -11,6 +11,7 @@ from rich.table import Table
 
 from sd3core.data.buckets import bucket_sides
 from sd3core.mmdit import MMDiT, MMDiTConfig
+from sd3core.mmdit.flops import forward_flops
 from sd3core.recipe import Recipe, Training
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -43,20 +44,6 @@ def count_parameters(config: MMDiTConfig) -> int:
     """Trained parameters, counted on the real module without its memory (meta device)."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in MMDiT(config).parameters())
-
-
-def forward_flops(config: MMDiTConfig, image_tokens: int, text_tokens: int) -> float:
-    """Multiply-adds counted as 2, of one sample: every linear of every block, and the two products of the joint attention."""
-    width = config.hidden_size
-    per_token = 2 * 12 * width**2  # qkv 3, projection 1, MLP 8
-    tokens = image_tokens + text_tokens
-    blocks = (
-        config.depth * per_token * tokens - 2 * 9 * width**2 * text_tokens
-    )  # the last block's text stream has qkv only
-    modulation = (2 * config.depth - 1) * 2 * 6 * width**2
-    attention = config.depth * 2 * 2 * tokens**2 * width
-    embed = 2 * width * (image_tokens * 2 * 4 * config.latent_channels + text_tokens * config.context_dim)
-    return blocks + modulation + attention + embed
 
 
 def zero_bytes(parameters: int, stage: int, ranks: int, precision: str) -> float:

@@ -1,4 +1,4 @@
-"""`--from-stage S`: takes back the word that S and the stages after it are done, so that the pipeline makes them again.
+"""`--from-stage S`: takes back the word that S and the stages after it are done, so that the next run of the pipeline makes them again.
 
 Only markers go (manifests, done records, scores); the bytes stay until the same names are written anew. Shards and towers are shared
 by every run that names the same data, so the other runs of that data find them undone as well.

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import psutil
 
-from flows.home import PROJECT, ensure, home
+from flows.home import PROJECT, ensure, home, one_at_a_time, write_whole
 from sd3core.errors import UserError
 
 WORK_POOL = "local"
 FIRST_PORT, PORTS_TRIED = 4200, 20
-SERVER_SECONDS, WORKER_SECONDS, STOP_SECONDS = 120, 60, 15
+SERVER_SECONDS, SLOW_SERVER_SECONDS, WORKER_SECONDS, STOP_SECONDS = 120, 30, 60, 15
 
 Say = Callable[[str], None]
 
@@ -70,10 +70,7 @@ class Services:
         return f"http://127.0.0.1:{self.port}"
 
     def save(self) -> None:
-        path = ensure(home()) / "services.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1))
-        partial.replace(path)
+        write_whole(ensure(home()) / "services.json", json.dumps(asdict(self), indent=1))
 
     @classmethod
     def load(cls) -> Services | None:
@@ -119,13 +116,19 @@ def server_answers(services: Services) -> bool:
 
 def up(say: Say = print) -> Services:
     """Starts what is not running, and returns when the server answers, the worker polls and the deployments stand."""
+    with one_at_a_time("up"):
+        return _up(say)
+
+
+def _up(say: Say) -> Services:
     services = Services.load()
     if services is None:
         services = Services(port=_free_port(FIRST_PORT))
-    if not (services.server and services.server.alive() and server_answers(services)):
+    if not _server_is_well(services):
         _start_server(services, say)
     use(services)
-    from flows.deployments import apply_deployments, deployments_fingerprint, fail_dead_runs
+    from flows.deployments import apply_deployments, deployments_fingerprint
+    from flows.runs import fail_dead_runs
 
     if services.deployed != deployments_fingerprint() or not (services.worker and services.worker.alive()):
         say("deployments: writing them")
@@ -134,7 +137,7 @@ def up(say: Say = print) -> Services:
         services.save()
     if not (services.worker and services.worker.alive()):
         _start_worker(services, say)
-    for name in fail_dead_runs():
+    for name in fail_dead_runs(services.worker.born):
         say(f"run {name}: its process is gone, marked as crashed; the same command goes on with it")
     return services
 
@@ -145,6 +148,12 @@ def down(say: Say = print) -> None:
     if services is None:
         say("services: none were started here")
         return
+    if server_answers(services):
+        use(services)
+        from flows.runs import cancel_waiting_runs
+
+        for name in cancel_waiting_runs():
+            say(f"run {name}: cancelled before it began")
     for name in ("worker", "server"):
         process = getattr(services, name)
         if process and process.alive():
@@ -162,6 +171,18 @@ def require() -> Services:
     if services is None or not server_answers(services):
         raise ServiceError("the local services are not running; start them with `sd3 up`")
     return services
+
+
+def _server_is_well(services: Services) -> bool:
+    """A server that lives has a while to answer: while training fills the cores it is slow, not dead."""
+    deadline = time.monotonic() + SLOW_SERVER_SECONDS
+    while services.server and services.server.alive():
+        if server_answers(services):
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return False
 
 
 def _start_server(services: Services, say: Say) -> None:

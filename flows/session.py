@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from prefect import runtime
 
-from flows.deployments import forget_process, remember_process
 from flows.home import ensure, home
+from flows.runs import remember_process
 from flows.services import Process
 from sd3core.data.store import Store, open_store
 from sd3core.errors import UserError
@@ -50,24 +50,14 @@ def session(recipe: str, overrides: list[str] | None) -> Iterator[Session]:
         return
     loaded = load_recipe(recipe, overrides)
     store = run_store(loaded)
-    with _life_recorded(), _run_lock(store.url, loaded.run), start_ray(loaded.compute):
+    remember_process(runtime.flow_run.id, Process.of(os.getpid()))
+    with _run_lock(store.url, loaded.run), start_ray(loaded.compute):
         opened = Session(loaded, store)
         token = _current.set(opened)
         try:
             yield opened
         finally:
             _current.reset(token)
-
-
-@contextmanager
-def _life_recorded() -> Iterator[None]:
-    """Lets `sd3 up` tell a run that works from one whose process was killed."""
-    flow_run_id = runtime.flow_run.id
-    remember_process(flow_run_id, Process.of(os.getpid()))
-    try:
-        yield
-    finally:
-        forget_process(flow_run_id)
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from flows.deployments import RUNS_READ, STAGES, fail_dead_runs, read_runs_of
-from flows.services import ServiceError, Services, server_answers
+from flows.deployments import STAGES
+from flows.runs import RUNS_READ, fail_dead_runs, read_stage_runs
+from flows.services import ServiceError
 from sd3core.progress import format_seconds
 
 POLL_SECONDS, LINE_SECONDS, SERVER_AWAY_SECONDS = 2.0, 20.0, 60.0
@@ -61,7 +62,7 @@ def look(flow_run_id: UUID) -> RunView:
     """One look at a run and the stage runs it started (a stage run on its own is its own only stage)."""
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(flow_run_id)
-        runs = read_runs_of(flow_run_id) or [run]
+        runs = read_stage_runs(flow_run_id) or [run]
         flows = {child.flow_id: client.read_flow(child.flow_id).name for child in runs}
         # Not client.read_artifacts: without filters for task runs it sends what the server refuses.
         wanted = {"flow_run_id": {"any_": [str(child.id) for child in runs]}, "type": {"any_": ["progress"]}}
@@ -80,7 +81,7 @@ def look(flow_run_id: UUID) -> RunView:
     return RunView(run.state_type or StateType.PENDING, _problem(run), stages)
 
 
-def follow(flow_run_id: UUID, services: Services, console: Console) -> RunView:
+def follow(flow_run_id: UUID, console: Console) -> RunView:
     """Shows the run until it has ended, and returns the last look. ServiceError if the server stays away."""
     live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
     printer = _LinePrinter(console)
@@ -90,10 +91,11 @@ def follow(flow_run_id: UUID, services: Services, console: Console) -> RunView:
     try:
         while True:
             try:
+                fail_dead_runs()
                 view = look(flow_run_id)
                 last_answer = time.monotonic()
-            except httpx.TransportError:
-                if time.monotonic() - last_answer > SERVER_AWAY_SECONDS and not server_answers(services):
+            except httpx.HTTPError:  # away, or busy: it has a minute to come back
+                if time.monotonic() - last_answer > SERVER_AWAY_SECONDS:
                     raise ServiceError(
                         "the Prefect server has been away for a minute; the same command starts it and goes on"
                     ) from None
@@ -105,7 +107,6 @@ def follow(flow_run_id: UUID, services: Services, console: Console) -> RunView:
                 printer.show(view)
             if view.finished:
                 return view
-            fail_dead_runs()
             time.sleep(POLL_SECONDS)
     finally:
         if live:

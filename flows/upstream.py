@@ -12,10 +12,11 @@ from sd3core.data.store import Store
 from sd3core.errors import DataError
 from sd3core.recipe import Recipe, Training
 from sd3core.towers import TowersManifest, read_towers
+from workers.stage_notes import recall_stage
 
 
 def raw(recipe: Recipe, store: Store) -> ManifestRef:
-    return _ref(_newest(recipe, store, specs.raw_folder(recipe), "ingest"))
+    return _ref(_manifest(recipe, store, specs.raw_folder(recipe), "ingest", "ingest"))
 
 
 def towers_manifest(recipe: Recipe, store: Store) -> TowersManifest:
@@ -34,19 +35,21 @@ def captions(recipe: Recipe, store: Store) -> ManifestRef | None:
     """None where the recipe names no captioner."""
     if recipe.caption.captioner == "none":
         return None
-    manifest = _newest(recipe, store, specs.captions_folder(recipe), "caption")
+    manifest = _manifest(recipe, store, specs.captions_folder(recipe), "caption", "caption")
     return _ref(_up_to_date(recipe, manifest, "caption", raw=raw(recipe, store)))
 
 
 def text(recipe: Recipe, store: Store) -> ManifestRef:
-    manifest = _newest(recipe, store, specs.text_folder(recipe, towers_manifest(recipe, store).digests), "encode")
+    folder = specs.text_folder(recipe, towers_manifest(recipe, store).digests)
+    manifest = _manifest(recipe, store, folder, "encode", "text")
     return _ref(_up_to_date(recipe, manifest, "encode", raw=raw(recipe, store), captions=captions(recipe, store)))
 
 
 def latents(recipe: Recipe, store: Store, phase: Training) -> ManifestRef:
-    manifest = _newest(
-        recipe, store, specs.latents_folder(recipe, phase, towers_manifest(recipe, store).digests), "encode"
-    )
+    digests = towers_manifest(recipe, store).digests
+    folder = specs.latents_folder(recipe, phase, digests)
+    key = next(key for key, other in recipe.phases() if specs.latents_folder(recipe, other, digests) == folder)
+    manifest = _manifest(recipe, store, folder, "encode", f"latents.{key}")
     return _ref(_up_to_date(recipe, manifest, "encode", raw=raw(recipe, store)))
 
 
@@ -79,9 +82,16 @@ def last_checkpoint(recipe: Recipe, store: Store, phase_key: str) -> CheckpointR
     return checkpoints(recipe, store, phase_key)[-1]
 
 
-def _newest(recipe: Recipe, store: Store, folder: str, stage: str) -> Manifest:
+def _manifest(recipe: Recipe, store: Store, folder: str, stage: str, note: str) -> Manifest:
+    """The manifest that this run last used (its stage note `note` says which), else the folder's newest.
+
+    Runs whose data differ only in the number of images share a folder, so the newest may be another run's.
+    """
     if not store.exists(f"{folder}/{MANIFEST}"):
         raise _missing(recipe, stage)
+    used = recall_stage(store, recipe.run, note)
+    if used is not None and used.folder == folder and store.exists(manifest_ref(folder, used.digest).path):
+        return read_manifest(store, folder, used.digest)
     return read_manifest(store, folder)
 
 

@@ -1,0 +1,38 @@
+"""Recipes by name: the shipped ones, and the files that were added with `sd3 deploy` or run with `sd3 demo --recipe FILE`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from flows.home import ensure, home, write_whole
+from sd3core.errors import RecipeError
+from sd3core.recipe import Recipe, load_recipe, shipped_recipes
+
+
+def known_recipes() -> dict[str, str]:
+    """Name -> what load_recipe takes."""
+    return {**_added(), **{name: name for name in shipped_recipes()}}
+
+
+def add_recipe(path: Path) -> Recipe:
+    """Takes a recipe file in under the name that it gives itself. RecipeError if a shipped recipe has that name."""
+    recipe = load_recipe(str(path))
+    if recipe.name in shipped_recipes():
+        raise RecipeError(
+            f"recipe {path}: the name {recipe.name!r} is that of a shipped recipe; give it another `name:`"
+        )
+    write_whole(ensure(home()) / "recipes.json", json.dumps({**_added(), recipe.name: str(path.resolve())}, indent=1))
+    return recipe
+
+
+def find_recipe(name_or_path: str) -> tuple[str, str]:
+    """(deployment name, what load_recipe takes). A file is added first, so that it has deployments."""
+    if name_or_path.endswith((".yaml", ".yml")):
+        return add_recipe(Path(name_or_path)).name, str(Path(name_or_path).resolve())
+    return name_or_path, _added().get(name_or_path, name_or_path)
+
+
+def _added() -> dict[str, str]:
+    path = home() / "recipes.json"
+    return json.loads(path.read_text()) if path.is_file() else {}

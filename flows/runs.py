@@ -1,0 +1,124 @@
+"""Flow runs of this machine: which are at work, which are dead, which wait.
+
+A flow run writes down its process as it starts. The record stays until the process is gone, so that a run whose process was killed,
+or could not tell the server that it ended, never stays Running for ever.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterId,
+    FlowRunFilterParentFlowRunId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelled, Crashed
+
+from flows.home import ensure, home, write_whole
+from flows.services import Process
+
+RUNS_READ = 200
+STARTED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+UNFINISHED = [*STARTED, StateType.SCHEDULED, StateType.PAUSED]
+GONE = "Its process is gone. Run the same deployment again: it goes on."
+
+
+def remember_process(flow_run_id: str, process: Process) -> None:
+    """Called by a flow run as it starts."""
+    record = {"pid": process.pid, "born": process.born}
+    write_whole(ensure(home() / "live") / f"{flow_run_id}.json", json.dumps(record))
+
+
+def fail_dead_runs(worker_born: float | None = None) -> list[str]:
+    """Marks runs whose process is gone as Crashed. Their names.
+
+    `worker_born`: when the worker was started (Unix seconds); what an earlier worker had started without a record is dead too.
+    """
+    records = {path.stem: path for path in (home() / "live").glob("*.json")}
+    dead = [name for name, path in records.items() if not _alive(path)]
+    runs = [run for name in dead for run in (*read_stage_runs(UUID(name)), *_read(FlowRunFilterId(any_=[UUID(name)])))]
+    if worker_born is not None:
+        runs += [run for run in _unfinished(STARTED) if _lost(run, records, worker_born)]
+    failed = []
+    for run in runs:
+        if run.state_type in UNFINISHED:
+            _set_state(run, Crashed(message=GONE))
+            failed.append(run.name)
+    for name in dead:
+        records[name].unlink(missing_ok=True)
+    return failed
+
+
+def unfinished_runs(deployment: str | None = None) -> list[FlowRun]:
+    """Runs that wait or are at work, of one deployment (FLOW/NAME) or of all, without the stages of a pipeline."""
+    with get_client(sync_client=True) as client:
+        try:
+            found = client.read_deployment_by_name(deployment) if deployment else None
+        except ObjectNotFound:
+            return []
+    runs = _unfinished(UNFINISHED, FlowRunFilterDeploymentId(any_=[found.id]) if found else None)
+    return [run for run in runs if run.parent_task_run_id is None]
+
+
+def described(run: FlowRun) -> str:
+    with get_client(sync_client=True) as client:
+        return f"run {run.name}: {client.read_flow(run.flow_id).name}, {(run.state_name or 'waiting').lower()}"
+
+
+def cancel_waiting_runs() -> list[str]:
+    """Runs that no worker has taken yet would begin by themselves at the next start: they are cancelled. Their names."""
+    waiting = _unfinished([StateType.SCHEDULED])
+    for run in waiting:
+        _set_state(run, Cancelled(message="The services were stopped before it began."))
+    return [run.name for run in waiting]
+
+
+def read_stage_runs(flow_run_id: UUID) -> list[FlowRun]:
+    """The stage runs that a pipeline run started, in their order."""
+    return _read(parent=FlowRunFilterParentFlowRunId(any_=[flow_run_id]))
+
+
+def _lost(run: FlowRun, records: dict[str, Path], worker_born: float) -> bool:
+    """Started by a worker that is gone, before it could write down its process."""
+    if run.parent_task_run_id is not None or str(run.id) in records or run.expected_start_time is None:
+        return False
+    return run.expected_start_time.timestamp() < worker_born
+
+
+def _alive(record: Path) -> bool:
+    try:
+        return Process(**json.loads(record.read_text())).alive()
+    except (OSError, ValueError, TypeError):
+        return False  # not a record: no run is found by it
+
+
+def _unfinished(states: list[StateType], deployment: FlowRunFilterDeploymentId | None = None) -> list[FlowRun]:
+    return _read(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states)), deployment=deployment)
+
+
+def _read(
+    ids: FlowRunFilterId | None = None,
+    *,
+    parent: FlowRunFilterParentFlowRunId | None = None,
+    state: FlowRunFilterState | None = None,
+    deployment: FlowRunFilterDeploymentId | None = None,
+) -> list[FlowRun]:
+    wanted = FlowRunFilter(id=ids, parent_flow_run_id=parent, state=state, deployment_id=deployment)
+    with get_client(sync_client=True) as client:
+        return client.read_flow_runs(flow_run_filter=wanted, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=RUNS_READ)
+
+
+def _set_state(run: FlowRun, state: Any) -> None:
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(run.id, state, force=True)
