@@ -76,8 +76,14 @@ class CheckpointDone(BaseModel):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON: names the checkpoint's content, as the files' digests are in it."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """SHA-256 that names the content by what it was made from: the specs (all that training depends on), and when.
+
+        Equal jobs give equal checkpoints, so restarts, ranks and settings outside the specs change nothing here. Floats
+        may differ in their last bits under one digest; `files` pins the bytes.
+        """
+        made_otherwise = {"attempt", "files", "recipe", "training"}
+        fields = self.model_dump(mode="json", exclude=made_otherwise)
+        canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

@@ -5,8 +5,6 @@ So far the rectified-flow family of section 5.1.1, named as the paper's tables p
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from sd3core import rectified_flow
 from sd3core.errors import UserError
+from sd3core.formulation_names import LOGNORM, MODE, unknown_formulation
 from sd3core.timestep_sampling import CosMap, LogitNormal, Mode, TimestepDensity, Uniform
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (z_in (B, ...), t_in (B,)) -> network output (B, ...)
@@ -74,11 +73,8 @@ class Formulation:
 
 def _rectified_flow_family() -> dict[str, Formulation]:
     densities: dict[str, TimestepDensity] = {"rf": Uniform(), "rf/cosmap": CosMap()}
-    for mean in (-1.0, -0.5, 0.0, 0.5, 1.0):
-        for std in (0.2, 0.6, 1.0, 1.4, 1.8, 2.2):
-            densities[f"rf/lognorm({mean:.2f},{std:.2f})"] = LogitNormal(mean, std)
-    for scale in (*(-1 + 2.75 * i / 6 for i in range(7)), 1.0):  # seven even steps over [-1, 1.75]; scale 0 is plain rf
-        densities[f"rf/mode({scale:.2f})"] = Mode(scale)
+    densities |= {name: LogitNormal(mean, std) for name, (mean, std) in LOGNORM.items()}
+    densities |= {name: Mode(scale) for name, scale in MODE.items()}
     return {name: Formulation(name, density) for name, density in densities.items()}
 
 
@@ -87,8 +83,7 @@ FORMULATIONS: Mapping[str, Formulation] = MappingProxyType(_rectified_flow_famil
 
 def find_formulation(name: str) -> Formulation:
     """FORMULATIONS[name]. Raises UserError that names the nearest for a name that is not there."""
-    if name not in FORMULATIONS:
-        as_printed = re.sub(r"-?\d+\.?\d*", lambda number: f"{float(number.group()):.2f}", name.replace(" ", ""))
-        close = difflib.get_close_matches(as_printed, FORMULATIONS, n=1, cutoff=0.0)[0]
-        raise UserError(f"formulation {name!r} is not one of the {len(FORMULATIONS)} known; did you mean {close!r}?")
+    problem = unknown_formulation(name)
+    if problem is not None:
+        raise UserError(problem)
     return FORMULATIONS[name]

@@ -22,7 +22,7 @@ BATCH = 64
 
 
 class Judge:
-    """Features of unit length, float32; their inner product is the cosine of the CLIP score."""
+    """Both sides of a CLIP. Features of pictures: `sd3core.metrics.clip_score.image_embeddings`."""
 
     def __init__(
         self,
@@ -35,17 +35,8 @@ class Judge:
         self.tokenizer = tokenizer
 
     @torch.no_grad()
-    def image_features(self, images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
-        """uint8 (H, W, 3) pictures of any sizes, or one array (B, H, W, 3) -> (B, P)."""
-        features = []
-        for start in range(0, len(images), BATCH):
-            pixels = clip_pixels(images[start : start + BATCH], self.vision.config.image_size)
-            features.append(self.vision(pixels.to(self.vision.device, self.vision.dtype)).image_embeds.float())
-        return normalize(torch.cat(features), dim=-1)
-
-    @torch.no_grad()
     def text_features(self, captions: Sequence[str]) -> Tensor:
-        """(B, P). The pooled vector is that of the first end mark, so padding does not touch it."""
+        """(B, P) float32 of unit length. The pooled vector is that of the first end mark, so padding does not touch it."""
         features = []
         positions = self.text.config.max_position_embeddings
         for start in range(0, len(captions), BATCH):

@@ -12,15 +12,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from sd3core.data.buckets import bucket_name, bucket_sides
 from sd3core.errors import RecipeError
+from sd3core.formulation_names import unknown_formulation
 
 if TYPE_CHECKING:
     from sd3core.mmdit import MMDiTConfig
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]  # becomes a folder and a deployment
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+AspectRatio = Annotated[float, Field(gt=0, allow_inf_nan=False)]  # width / height
+AspectRatios = Annotated[tuple[AspectRatio, ...], Field(min_length=1)]
+FourLevels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=4, max_length=4)]  # they make f8
 
 
 class Section(BaseModel):
@@ -35,7 +48,7 @@ class Data(Section):
     folder: str | None = None  # a local folder: name.jpg with name.txt, or a metadata.jsonl with file_name and text
     images: int = Field(4096, ge=1)  # small world only: how many scenes
     image_side_px: int = Field(128, ge=16)  # small world only: side of the square whose area each scene has
-    aspect_ratios: tuple[float, ...] = (1.0,)  # small world only: width / height, drawn evenly
+    aspect_ratios: AspectRatios = (1.0,)  # small world only: drawn evenly
     max_objects: int = Field(4, ge=1, le=4)  # small world only
     min_side_px: int = Field(32, ge=1)  # smaller images are rejected
     max_image_pixels: int = Field(100_000_000, ge=1)  # larger images are rejected
@@ -64,9 +77,9 @@ class ReleasedTowers(Section):
 
 
 class SmallVae(Section):
-    channels: tuple[int, ...] = (16, 32, 64, 64)  # one a level; four levels make f8
+    channels: FourLevels = (16, 32, 64, 64)
     layers_per_block: int = Field(1, ge=1)
-    crop_px: int = Field(64, ge=16)
+    crop_px: int = Field(64, ge=16, multiple_of=8)  # f8
     batch: int = Field(8, ge=1)
     steps: int = Field(900, ge=1)
     learning_rate: float = Field(0.01, gt=0)  # of Muon; biases and norms learn at a tenth of it
@@ -106,6 +119,16 @@ class SmallTowers(Section):
     judge: SmallClip = SmallClip(steps=500, seed=4)
     vocabulary: int = Field(1_024, ge=600)  # tokens at most, for each tokenizer; 514 of CLIP's are bytes and marks
     images: int = Field(2_048, ge=1)  # how many training images the towers see at most
+
+    @model_validator(mode="after")
+    def _t5_wide_enough(self) -> SmallTowers:
+        # diffusers pads the CLIPs to T5's width, so with a narrower T5 no checkpoint could be exported.
+        if self.t5.width < self.clip_l.width + self.clip_g.width:
+            raise ValueError(
+                f"t5.width {self.t5.width} is less than clip_l.width {self.clip_l.width} + clip_g.width"
+                f" {self.clip_g.width}; take a T5 as wide as both CLIPs together or wider"
+            )
+        return self
 
 
 class Towers(Section):
@@ -163,7 +186,7 @@ class Training(Section):
     """One training phase. Its clock is samples seen."""
 
     side_px: int = Field(256, ge=16)
-    aspect_ratios: tuple[float, ...] = (1.0,)  # width / height; more than one makes aspect buckets
+    aspect_ratios: AspectRatios = (1.0,)  # more than one makes aspect buckets
     samples: int = Field(ge=1)
     global_batch: int = Field(ge=1)
     micro_batch: int = Field(ge=1)  # per rank and forward
@@ -185,6 +208,13 @@ class Training(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 2
     activation_checkpointing: bool = False
+
+    @field_validator("formulation")
+    @classmethod
+    def _known_formulation(cls, name: str) -> str:
+        if problem := unknown_formulation(name):
+            raise ValueError(problem)
+        return name
 
     @model_validator(mode="after")
     def _fits(self) -> Training:
@@ -259,6 +289,12 @@ class Recipe(Section):
                 )
             if phase.side_px % 16:
                 raise ValueError(f"{where}.side_px {phase.side_px} is not a multiple of 16 (VAE 8 x patch 2)")
+            side = max(bucket_sides(phase.side_px, phase.aspect_ratios), key=max)
+            if max(side) > self.model.max_side_px:
+                raise ValueError(
+                    f"{where}: its bucket {bucket_name(side)} px is longer than model.max_side_px"
+                    f" {self.model.max_side_px}; raise that, or leave out the aspect ratio"
+                )
         if len(self.pretrain.aspect_ratios) != 1 or self.pretrain.aspect_ratios[0] != 1.0:
             raise ValueError("pretrain.aspect_ratios must be [1.0]: pretraining is on square crops")
         if self.caption.captioner == "small_world" and self.data.source != "small_world":
@@ -316,16 +352,21 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
 def _read_yaml(name_or_path: str) -> dict[str, Any]:
     if name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)
-        if not path.is_file():
-            raise RecipeError(f"recipe {name_or_path}: no such file")
-        text = path.read_text()
+        try:
+            if not path.is_file():
+                raise RecipeError(f"recipe {name_or_path}: no such file")
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"recipe {name_or_path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        except OSError as error:
+            raise RecipeError(f"recipe {name_or_path}: cannot be read ({error.strerror or error})") from None
     else:
         if name_or_path not in shipped_recipes():
             raise RecipeError(
                 f"recipe {name_or_path!r}: no recipe of that name{_nearest(name_or_path, shipped_recipes())};"
                 f" shipped: {', '.join(shipped_recipes())}; or give a path that ends in .yaml"
             )
-        text = (resources.files("infra") / "recipes" / f"{name_or_path}.yaml").read_text()
+        text = (resources.files("infra") / "recipes" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
     try:
         fields = yaml.safe_load(text)
     except yaml.YAMLError as error:

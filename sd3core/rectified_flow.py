@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import TypeVar
 
 import torch
 from torch import Tensor
-
-from sd3core.errors import UserError
 
 TensorOrFloat = TypeVar("TensorOrFloat", Tensor, float)
 
@@ -34,24 +31,9 @@ def x0_from_velocity(velocity: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
     return z_t - per_sample(t, z_t).to(z_t.dtype) * velocity
 
 
-def noise_from_velocity(velocity: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-    """noise = z_t + (1 - t) velocity."""
-    return z_t + (1 - per_sample(t, z_t).to(z_t.dtype)) * velocity
-
-
 def resolution_shift(t: TensorOrFloat, alpha: float) -> TensorOrFloat:
     """t' = alpha t / (1 + (alpha - 1) t): the log-SNR falls by 2 ln(alpha). Paper 5.3.2."""
     return alpha * t / (1 + (alpha - 1) * t)
-
-
-def shift_for_resolution(pixels: int, base_pixels: int) -> float:
-    """alpha = sqrt(m / n): from n to m pixels, the level where a constant image's mean is as uncertain. Paper 5.3.2.
-
-    256^2 -> 1024^2 gives 4; the paper's raters chose 3.
-    """
-    if pixels <= 0 or base_pixels <= 0:
-        raise UserError(f"pixel counts must be positive, not {pixels} and {base_pixels}")
-    return math.sqrt(pixels / base_pixels)
 
 
 def log_snr(t: Tensor) -> Tensor:

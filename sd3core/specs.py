@@ -11,6 +11,7 @@ import hashlib
 import json
 from typing import Any
 
+from sd3core.model_identity import model_identity
 from sd3core.recipe import Recipe, Training
 
 # Raise a number when the bytes that a stage writes for the same input change.
@@ -55,7 +56,10 @@ def towers_fields(recipe: Recipe) -> dict[str, Any]:
 
 
 def captions_fields(recipe: Recipe) -> dict[str, Any]:
+    """A captioning model counts by its files and not by its path. Raises DataError where its folder is not here."""
     caption = recipe.caption.model_dump(mode="json", exclude={"batch"})
+    if recipe.caption.captioner == "vision_language_model":
+        caption["model"] = model_identity(recipe.caption.model, "caption.model")
     return {"format": FORMATS["captions"], "caption": caption, "raw": fingerprint(raw_fields(recipe))}
 
 

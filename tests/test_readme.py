@@ -42,7 +42,9 @@ def blocks() -> list[Block]:
 
 def tree_paths() -> list[str]:
     """Every path of the tree, from the project's folder; folders end in a slash."""
-    tree = next(block for block in blocks() if block.kind == "text" and any(line.startswith("sd3core/") for line in block.lines))
+    tree = next(
+        block for block in blocks() if block.kind == "text" and any(line.startswith("sd3core/") for line in block.lines)
+    )
     paths, parents = [], {0: ""}
     for line in filter(str.strip, tree.lines):
         indent = len(line) - len(line.lstrip())
@@ -87,7 +89,9 @@ def simple_commands(text: str) -> list[list[str]]:
             words.append([])
         else:
             words[-1].append(word)
-    simple = [without_assignments(command) for command in words] + [command for part in inner for command in simple_commands(part)]
+    simple = [without_assignments(command) for command in words] + [
+        command for part in inner for command in simple_commands(part)
+    ]
     return [[Path(command[0]).name, *command[1:]] for command in simple if command]
 
 
@@ -99,7 +103,11 @@ def without_assignments(words: list[str]) -> list[str]:
 
 def calls_of(program: str) -> list:
     """The words after a program's name, as a test's parameters."""
-    return [pytest.param(words[1:], id=f"line {line}: {' '.join(words)}") for line, words in commands() if words[0] == program]
+    return [
+        pytest.param(words[1:], id=f"line {line}: {' '.join(words)}")
+        for line, words in commands()
+        if words[0] == program
+    ]
 
 
 @cache
@@ -120,7 +128,12 @@ def deployed() -> set[str]:
 
 
 def test_commands_are_found():
-    assert simple_commands('eval "$(sd3 env)" && A=1 .venv/bin/sd3 up | tee x  # why') == [["eval", "SUBSTITUTED"], ["sd3", "up"], ["tee", "x"], ["sd3", "env"]]
+    assert simple_commands('eval "$(sd3 env)" && A=1 .venv/bin/sd3 up | tee x  # why') == [
+        ["eval", "SUBSTITUTED"],
+        ["sd3", "up"],
+        ["tee", "x"],
+        ["sd3", "env"],
+    ]
     assert simple_commands("""prefect deployment run 'a/b' --param 'overrides=["x=1"]'""") == [
         ["prefect", "deployment", "run", "a/b", "--param", 'overrides=["x=1"]']
     ]
@@ -136,12 +149,18 @@ def test_the_readme_shows_every_way_in():
 
 
 def test_every_path_of_the_tree_exists():
-    missing = [path for path in tree_paths() if not path.startswith(MADE_BY_USE) and not list(PROJECT.glob(path.rstrip("/")))]
+    missing = [
+        path for path in tree_paths() if not path.startswith(MADE_BY_USE) and not list(PROJECT.glob(path.rstrip("/")))
+    ]
     assert not missing
 
 
 def test_folders_of_the_tree_are_folders():
-    wrong = [path for path in tree_paths() if any(found.is_dir() != path.endswith("/") for found in PROJECT.glob(path.rstrip("/")))]
+    wrong = [
+        path
+        for path in tree_paths()
+        if any(found.is_dir() != path.endswith("/") for found in PROJECT.glob(path.rstrip("/")))
+    ]
     assert not wrong
 
 
@@ -159,7 +178,11 @@ def test_make_targets_exist(arguments):
     targets = {target for line in re.findall(r"^([\w -]+):(?!=)", makefile, re.MULTILINE) for target in line.split()}
     for argument in arguments:
         variable = argument.partition("=")[0]
-        assert re.search(rf"\$\({variable}\)|^{variable}\b", makefile, re.MULTILINE) if "=" in argument else argument in targets
+        assert (
+            re.search(rf"\$\({variable}\)|^{variable}\b", makefile, re.MULTILINE)
+            if "=" in argument
+            else argument in targets
+        )
 
 
 @pytest.mark.parametrize("arguments", calls_of("sd3"))
@@ -180,7 +203,11 @@ def test_sd3_commands_and_their_options_exist(arguments):
 def test_recipes_and_overrides_of_sd3_commands_are_valid(arguments):
     from sd3core.recipe import load_recipe
 
-    given = [(arguments[i], arguments[i + 1]) for i in range(len(arguments) - 1) if arguments[i] in ("--recipe", "-r", "--set", "-s")]
+    given = [
+        (arguments[i], arguments[i + 1])
+        for i in range(len(arguments) - 1)
+        if arguments[i] in ("--recipe", "-r", "--set", "-s")
+    ]
     recipe = next((value for option, value in given if option in ("--recipe", "-r")), "mini")
     if not recipe.endswith((".yaml", ".yml")):
         load_recipe(recipe, [value for option, value in given if option in ("--set", "-s")])
@@ -193,6 +220,8 @@ def test_prefect_commands_and_their_options_exist(arguments):
     _app.parse_args([word for word in arguments if word != "--no-prompt"], print_error=False, exit_on_error=False)
 
 
-@pytest.mark.parametrize("arguments", [case for case in calls_of("prefect") if case.values[0][:2] == ["deployment", "run"]])
+@pytest.mark.parametrize(
+    "arguments", [case for case in calls_of("prefect") if case.values[0][:2] == ["deployment", "run"]]
+)
 def test_deployments_exist(arguments):
     assert arguments[2] in deployed()

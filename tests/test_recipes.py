@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import yaml
 
 from sd3core import specs
-from sd3core.errors import RecipeError
+from sd3core.errors import DataError, RecipeError
 from sd3core.recipe import Compute, Evaluate, Recipe, load_recipe, shipped_recipes
 from sd3core.specs import fingerprint
 
@@ -56,11 +58,20 @@ def test_the_papers_models(name):
     [
         ("pretrain.sample=9", "recipe tiny-test: unknown key pretrain.sample; did you mean 'samples'?"),
         ("pretrian.samples=9", "recipe tiny-test: unknown key pretrian; did you mean 'pretrain'?"),
-        ("finetune.0.learning_rat=1", "recipe tiny-test: unknown key finetune.0.learning_rat; did you mean 'learning_rate'?"),
+        (
+            "finetune.0.learning_rat=1",
+            "recipe tiny-test: unknown key finetune.0.learning_rat; did you mean 'learning_rate'?",
+        ),
         ("towers.small.vae.stpes=1", "recipe tiny-test: unknown key towers.small.vae.stpes; did you mean 'steps'?"),
         ("text.zzz=1", "recipe tiny-test: unknown key text.zzz; valid here: clip_tokens, t5_tokens, padding, null"),
-        ("text.clip_tokens=78", "recipe tiny-test: text.clip_tokens: Input should be less than or equal to 77 (it is 78)"),
-        ("data.held_out_fraction=1.5", "recipe tiny-test: data.held_out_fraction: Input should be less than or equal to 1 (it is 1.5)"),
+        (
+            "text.clip_tokens=78",
+            "recipe tiny-test: text.clip_tokens: Input should be less than or equal to 77 (it is 78)",
+        ),
+        (
+            "data.held_out_fraction=1.5",
+            "recipe tiny-test: data.held_out_fraction: Input should be less than or equal to 1 (it is 1.5)",
+        ),
         (
             "pretrain.zero_stage=0",
             "recipe tiny-test: pretrain: zero_stage 0 trains bf16 wrongly (first update off by a quarter); take zero_stage 1 or more",
@@ -71,8 +82,63 @@ def test_the_papers_models(name):
             "recipe tiny-test: pretrain.global_batch 8 is not a multiple of pretrain.micro_batch 4 x compute.train_ranks 3",
         ),
         ("finetune.0.side_px=40", "recipe tiny-test: finetune.0.side_px 40 is not a multiple of 16 (VAE 8 x patch 2)"),
-        ("data.source=folder", "recipe tiny-test: data: data.folder must name the folder of images when data.source is 'folder'"),
-        ("towers.small=null", "recipe tiny-test: towers: towers needs exactly one of towers.released (paths) and towers.small (made by the towers stage)"),
+        (
+            "data.source=folder",
+            "recipe tiny-test: data: data.folder must name the folder of images when data.source is 'folder'",
+        ),
+        (
+            "towers.small=null",
+            "recipe tiny-test: towers: towers needs exactly one of towers.released (paths) and towers.small (made by the towers stage)",
+        ),
+        (
+            "finetune.0.formulation=rf/lognorm(0,1)",
+            "recipe tiny-test: finetune.0.formulation: formulation 'rf/lognorm(0,1)' is not one of the 40 known; did you mean 'rf/lognorm(0.00,1.00)'? (it is 'rf/lognorm(0,1)')",
+        ),
+        (
+            "data.aspect_ratios=[]",
+            "recipe tiny-test: data.aspect_ratios: Tuple should have at least 1 item after validation, not 0",
+        ),
+        (
+            "finetune.0.aspect_ratios=[]",
+            "recipe tiny-test: finetune.0.aspect_ratios: Tuple should have at least 1 item after validation, not 0",
+        ),
+        (
+            "pretrain.aspect_ratios=[]",
+            "recipe tiny-test: pretrain.aspect_ratios: Tuple should have at least 1 item after validation, not 0",
+        ),
+        ("data.aspect_ratios.1=0", "recipe tiny-test: data.aspect_ratios.1: Input should be greater than 0 (it is 0)"),
+        (
+            "finetune.0.aspect_ratios.1=-1.5",
+            "recipe tiny-test: finetune.0.aspect_ratios.1: Input should be greater than 0 (it is -1.5)",
+        ),
+        (
+            "finetune.0.aspect_ratios.1=.inf",
+            "recipe tiny-test: finetune.0.aspect_ratios.1: Input should be a finite number (it is inf)",
+        ),
+        (
+            "finetune.0.aspect_ratios=[1.0, 0.1, 8.0]",
+            "recipe tiny-test: finetune.0: its bucket 208x16 px is longer than model.max_side_px 128; raise that, or leave out the aspect ratio",
+        ),
+        (
+            "pretrain.side_px=144",
+            "recipe tiny-test: pretrain: its bucket 144x144 px is longer than model.max_side_px 128; raise that, or leave out the aspect ratio",
+        ),
+        (
+            "towers.small.t5.width=48",
+            "recipe tiny-test: towers.small: t5.width 48 is less than clip_l.width 32 + clip_g.width 32; take a T5 as wide as both CLIPs together or wider",
+        ),
+        (
+            "towers.small.vae.channels=[8, 8, 16]",
+            "recipe tiny-test: towers.small.vae.channels: Tuple should have at least 4 items after validation, not 3",
+        ),
+        (
+            "towers.small.vae.crop_px=20",
+            "recipe tiny-test: towers.small.vae.crop_px: Input should be a multiple of 8 (it is 20)",
+        ),
+        (
+            "pretrain.side_px=8",
+            "recipe tiny-test: pretrain.side_px: Input should be greater than or equal to 16 (it is 8)",
+        ),
         ("pretrain", "override 'pretrain': write it as section.key=value"),
         ("finetune.1.samples=8", "override 'finetune.1.samples=8': '1' is not one of the positions 0 to 0"),
         ("finetune.first.samples=8", "override 'finetune.first.samples=8': 'first' is not one of the positions 0 to 0"),
@@ -92,9 +158,27 @@ def test_errors_of_the_file_itself(tmp_path):
     assert problem(str(missing)).startswith(f"recipe {missing}: not YAML: ")
     missing.write_text("- a\n")
     assert problem(str(missing)) == f"recipe {missing}: a recipe is a mapping of sections, this file is not"
+    missing.write_bytes(b"name: \xff\n")
+    assert problem(str(missing)) == f"recipe {missing}: not UTF-8 text (byte 6); save it as UTF-8"
     fields = load_recipe("tiny-test").model_dump(mode="json", exclude={"model"})
     missing.write_text(yaml.safe_dump(fields))
     assert problem(str(missing)) == f"recipe {missing}: model is missing"
+
+
+def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    locked = tmp_path / "locked.yaml"
+    locked.write_text("name: x\n")
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(locked), "read_text", refused)  # file modes do not stop root
+    assert problem(str(locked)) == f"recipe {locked}: cannot be read (Permission denied)"
+
+
+def test_reading_a_recipe_loads_no_torch():
+    script = "import sys; from sd3core.recipe import load_recipe; load_recipe('mini'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 def test_bf16_needs_zero_and_fp32_does_not():
@@ -133,9 +217,28 @@ def under(*prefixes: str, **values: Any) -> dict[str, Any]:
 TRAINED = {"pretrain", "finetune"}
 LATENTS = {"latents.pretrain", "latents.finetune"}
 EVERYTHING = {"raw", "towers", "captions", "text", *LATENTS, *TRAINED}
-CLIP = {"width": 48, "layers": 3, "heads": 1, "projection": 40, "image_px": 48, "patch_px": 8, "batch": 4, "steps": 9, "learning_rate": 0.1, "seed": 9}
+CLIP = {
+    "width": 48,
+    "layers": 3,
+    "heads": 1,
+    "projection": 40,
+    "image_px": 48,
+    "patch_px": 8,
+    "batch": 4,
+    "steps": 9,
+    "learning_rate": 0.1,
+    "seed": 9,
+}
 T5 = {"width": 32, "layers": 2, "heads": 4, "batch": 4, "steps": 9, "learning_rate": 0.1, "seed": 9}
-VAE = {"channels": (8, 16, 16, 16), "layers_per_block": 2, "crop_px": 16, "batch": 8, "steps": 9, "learning_rate": 0.1, "kl_weight": 0.1}
+VAE = {
+    "channels": (8, 16, 16, 16),
+    "layers_per_block": 2,
+    "crop_px": 16,
+    "batch": 8,
+    "steps": 9,
+    "learning_rate": 0.1,
+    "kl_weight": 0.1,
+}
 READ = {
     "image_side_px": 48,
     "aspect_ratios": (1.0,),
@@ -175,8 +278,14 @@ CHANGES: list[tuple[set[str], dict[str, Any]]] = [
     ({"towers", "text", *TRAINED}, under("towers.small.t5", **T5)),
     ({"towers"}, under("towers.small.judge", **CLIP)),  # it judges, nothing is trained on it
     ({"towers", "text", *LATENTS, *TRAINED}, under("towers.small", vocabulary=700, images=32)),
-    ({"captions", "text", *TRAINED}, under("caption", captioner="none", model="/models/x", prompt="What?", max_new_tokens=9)),
-    ({"text", *TRAINED}, under("text", clip_tokens=8, t5_tokens=12, padding="trimmed") | under("encode", text_dtype="float32")),
+    (
+        {"captions", "text", *TRAINED},
+        under("caption", captioner="none", model="/models/x", prompt="What?", max_new_tokens=9),
+    ),
+    (
+        {"text", *TRAINED},
+        under("text", clip_tokens=8, t5_tokens=12, padding="trimmed") | under("encode", text_dtype="float32"),
+    ),
     ({*LATENTS, *TRAINED}, under("encode", latent_dtype="float16")),
     (TRAINED, under("text", null="empty") | under("model", depth=2, base_side_px=64, max_side_px=256)),
     ({"latents.pretrain", *TRAINED}, under("pretrain", side_px=48)),
@@ -197,7 +306,10 @@ def stage_specs(recipe: Recipe) -> dict[str, str]:
     """Every stage's fingerprint, each stage's bytes being named by what they are made from, as in a run that makes them all."""
     small = recipe.towers.small
     shared = {"raw": specs.raw_fields(recipe), "vocabulary": small.vocabulary, "images": small.images}
-    digests = {name: fingerprint(shared | {"tower": getattr(small, name).model_dump(mode="json")}) for name in ("vae", "clip_l", "clip_g", "t5")}
+    digests = {
+        name: fingerprint(shared | {"tower": getattr(small, name).model_dump(mode="json")})
+        for name in ("vae", "clip_l", "clip_g", "t5")
+    }
     found = {
         "raw": fingerprint(specs.raw_fields(recipe)),
         "towers": fingerprint(specs.towers_fields(recipe)),
@@ -255,7 +367,44 @@ def test_names_are_in_the_paths():
     renamed = load_recipe("tiny-test", ["towers.name=other"])
     assert specs.towers_folder(recipe).replace("tiny-world", "other") == specs.towers_folder(renamed)
     fields = {"any": "fields"}
-    assert specs.checkpoints_folder(recipe, "pretrain", fields) == f"runs/tiny-test/checkpoints/pretrain/{fingerprint(fields)}"
+    assert (
+        specs.checkpoints_folder(recipe, "pretrain", fields)
+        == f"runs/tiny-test/checkpoints/pretrain/{fingerprint(fields)}"
+    )
+
+
+def test_a_captioning_model_counts_by_its_files_and_not_by_its_path(tmp_path):
+    def spec(folder) -> str:
+        overrides = ["caption.captioner=vision_language_model", f"caption.model={folder}"]
+        return fingerprint(specs.captions_fields(load_recipe("tiny-test", overrides)))
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    header = b'{"w":{"dtype":"U8","shape":[100000],"data_offsets":[0,100000]}}'
+    weights = len(header).to_bytes(8, "little") + header + bytes(100_000)
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "config.json").write_text('{"model_type": "llava"}')
+        (folder / "model.safetensors").write_bytes(weights)
+    (second / "README.md").write_text("downloaded on a Monday")
+    found = spec(first)
+    assert spec(second) == found
+    for name, content in (
+        ("config.json", b'{"model_type": "git"}'),
+        ("model.safetensors", weights[:-1] + b"\1"),
+        ("model.safetensors", weights + b"\0"),
+        ("chat_template.jinja", b"{{ messages }}"),
+        ("more.safetensors", weights),
+    ):
+        before = (second / name).read_bytes() if (second / name).exists() else None
+        (second / name).write_bytes(content)
+        assert spec(second) != found, name
+        (second / name).unlink() if before is None else (second / name).write_bytes(before)
+    assert spec(second) == found
+    with pytest.raises(DataError, match="^caption.model '/nowhere': no config.json there; give a model's folder"):
+        spec("/nowhere")
+    (second / "model.safetensors").unlink()
+    with pytest.raises(DataError, match="^caption.model .*: no .safetensors file there$"):
+        spec(second)
 
 
 def test_released_towers_depend_on_no_data():
@@ -265,4 +414,6 @@ def test_released_towers_depend_on_no_data():
 
 def test_a_fingerprint_is_of_the_values_and_not_of_their_order():
     """The golden value: another one would put every stored byte out of date."""
-    assert fingerprint({"b": [1, 2.5, None], "a": "ü"}) == fingerprint({"a": "ü", "b": [1, 2.5, None]}) == "703dceec79c3"
+    assert (
+        fingerprint({"b": [1, 2.5, None], "a": "ü"}) == fingerprint({"a": "ü", "b": [1, 2.5, None]}) == "703dceec79c3"
+    )

@@ -61,7 +61,15 @@ def run_at_import(tree: ast.Module) -> Iterator[ast.AST]:
 
 def test_the_walk_sees_every_kind_of_import():
     source = "import a.b\nif x:\n    from c.d import e\ndef f():\n    import g, h as i\n    __import__('j')\n    importlib.import_module(k)\nfrom . import l"
-    assert {package for _, package in imports(ast.parse(source))} == {"a", "c", "g", "h", "j", "(computed)", "(relative)"}
+    assert {package for _, package in imports(ast.parse(source))} == {
+        "a",
+        "c",
+        "g",
+        "h",
+        "j",
+        "(computed)",
+        "(relative)",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +99,9 @@ def test_a_framework_stays_in_its_files(trees, framework):
 def test_imports_can_be_read(trees):
     """Absolute, and by a name that stands in the source: otherwise the rules above could be walked around."""
     unreadable = ("(relative)", "(computed)")
-    assert not [f"{n}:{line} {package}" for n, tree in trees.items() for line, package in imports(tree) if package in unreadable]
+    assert not [
+        f"{n}:{line} {package}" for n, tree in trees.items() for line, package in imports(tree) if package in unreadable
+    ]
 
 
 def test_the_library_does_not_print(trees):
@@ -109,7 +119,8 @@ def test_no_environment_variable_is_read_at_import(trees):
         f"{name}:{node.lineno}"
         for name, tree in trees.items()
         for node in run_at_import(tree)
-        if isinstance(node, ast.Attribute | ast.Name) and ast.unparse(node) in ("os.environ", "environ", "os.getenv", "getenv")
+        if isinstance(node, ast.Attribute | ast.Name)
+        and ast.unparse(node) in ("os.environ", "environ", "os.getenv", "getenv")
     ]
     assert not reading
 
@@ -134,5 +145,7 @@ def test_names_of_test_files_are_unique():
 
 
 def test_top_level_folders_of_the_tests_mirror_the_packages():
-    folders = {path.name for path in (PROJECT / "tests").iterdir() if path.is_dir() and not path.name.startswith((".", "_"))}
+    folders = {
+        path.name for path in (PROJECT / "tests").iterdir() if path.is_dir() and not path.name.startswith((".", "_"))
+    }
     assert folders == {*PACKAGES, "end_to_end"}

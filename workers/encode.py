@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 from sd3core.data.buckets import bucket_sides
 from sd3core.data.manifest import ManifestRef, read_manifest
 from sd3core.data.shards import DoneRecord, content_digest
 from sd3core.data.store import Store, open_store
-from sd3core.progress import ProgressCallback
+from sd3core.progress import Progress, ProgressCallback
 from sd3core.recipe import Recipe, Text
 from sd3core.specs import latents_fields, latents_folder, text_fields, text_folder
 from sd3core.towers import read_towers
@@ -16,6 +17,8 @@ from workers.encode_latents import LatentsSource, LatentsWorker
 from workers.encode_text import NULL, TextSource, TextWorker
 from workers.inputs import InputShard, actor_device, decode_threads, input_shards
 from workers.shard_stage import ShardStage, ShardTask, StageResult, remember_stage, run_shard_stages
+
+LOAD_S = 1800  # that loading may take without a sign of life before the pool's watchdog begins to count
 
 
 def encode_stage(
@@ -101,22 +104,32 @@ class EncodeWorker:
     ) -> None:
         store = open_store(store_url)
         self.make = {
-            TextSource: lambda: TextWorker(store, towers, text, dtypes["text"], batch, device),
+            TextSource: lambda: TextWorker(store, towers, text, dtypes["text"], batch, device, self._fetched),
             LatentsSource: lambda: LatentsWorker(
-                store, towers, dtypes["latents"], batch, max_image_pixels, threads, device
+                store, towers, dtypes["latents"], batch, max_image_pixels, threads, device, self._fetched
             ),
         }
         self.loaded_for: type | None = None
         self.worker: TextWorker | LatentsWorker | None = None
+        self.waiting_since = time.monotonic()  # for encoders: since the load began, or the last file came
 
     def __call__(self, task: ShardTask) -> DoneRecord:
         wanted = type(task.source)
         if self.loaded_for is not wanted:
+            self.waiting_since = time.monotonic()
             self.worker = self.loaded_for = None  # the old encoders' memory goes before the new ones come
             self.worker = self.make[wanted]()
             self.loaded_for = wanted
         return self.worker(task)
 
     @property
-    def progress(self) -> int | None:
-        return getattr(self.worker, "progress", None)
+    def progress(self) -> int | Progress:
+        """Rows; while encoders are fetched and loaded the time this takes, which stands still after LOAD_S."""
+        worker = self.worker  # another thread asks
+        if worker is not None:
+            return worker.progress
+        seconds = min(int(time.monotonic() - self.waiting_since), LOAD_S)
+        return Progress(seconds, LOAD_S, "s", f"loading the encoders, {seconds} s")
+
+    def _fetched(self, progress: Progress) -> None:
+        self.waiting_since = time.monotonic()

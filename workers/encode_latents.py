@@ -17,6 +17,7 @@ from sd3core.data.manifest import ManifestRef
 from sd3core.data.shards import DoneRecord, FailedRow, Sample, write_shard
 from sd3core.data.store import Store
 from sd3core.errors import UserError
+from sd3core.progress import ProgressCallback, ignore_progress
 from sd3core.towers import fetch_towers
 from workers.inputs import InputShard, map_ahead, read_images, read_input_index
 from workers.shard_stage import ShardTask
@@ -58,13 +59,14 @@ class LatentsWorker:
         max_image_pixels: int,
         threads: int,
         device: str,
+        report: ProgressCallback = ignore_progress,  # of fetching the autoencoder
     ) -> None:
         from sd3core.autoencoder import load_autoencoder  # here, so that a text worker does not import diffusers
 
         self.store, self.batch, self.threads = store, batch, threads
         self.max_image_pixels = max_image_pixels
         self.dtype = getattr(torch, dtype)
-        local = fetch_towers(store, towers.folder, towers_cache(), ("vae",), towers.digest)
+        local = fetch_towers(store, towers.folder, towers_cache(), ("vae",), towers.digest, report)
         self.autoencoder = load_autoencoder(local, torch.float32, device)
         self.progress = 0  # images
 

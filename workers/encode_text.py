@@ -16,6 +16,7 @@ from sd3core.conditioning import ENCODERS, TextFeatures
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.shards import BLOCK, DoneRecord, FailedRow, Sample, write_shard
 from sd3core.data.store import Store
+from sd3core.progress import ProgressCallback, ignore_progress
 from sd3core.recipe import Text
 from sd3core.towers import fetch_towers
 from workers.inputs import InputShard, read_input_index, read_input_table
@@ -38,14 +39,23 @@ class TextSource:
 class TextWorker:
     """Raw shard and its captions -> text tar: each distinct caption once, an index row for each (key, kind)."""
 
-    def __init__(self, store: Store, towers: ManifestRef, text: Text, dtype: str, batch: int, device: str) -> None:
+    def __init__(
+        self,
+        store: Store,
+        towers: ManifestRef,
+        text: Text,
+        dtype: str,
+        batch: int,
+        device: str,
+        report: ProgressCallback = ignore_progress,  # of fetching the encoders
+    ) -> None:
         from sd3core.text_encoders import (
             load_text_encoders,
         )  # here, so that a latents worker does not import transformers
 
         self.store, self.text, self.batch = store, text, batch
         self.dtype = getattr(torch, dtype)
-        local = fetch_towers(store, towers.folder, towers_cache(), ENCODERS, towers.digest)
+        local = fetch_towers(store, towers.folder, towers_cache(), ENCODERS, towers.digest, report)
         self.encoders = load_text_encoders(local, text, torch.float32, device)
         self.progress = 0  # rows, by the share of the shard's captions that is done
 

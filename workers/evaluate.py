@@ -1,8 +1,8 @@
 """Evaluation: every checkpoint kept, live and EMA weights, scored in parts that are each done once.
 
 A part is the unit of work and of resume: PART.<fingerprint>.json under runs/RUN/evaluations/PHASE/SAMPLES-WEIGHTS,
-written after its pictures. The fingerprint covers the protocol and the checkpoint's content, so a changed setting or
-checkpoint makes a new part and nothing else. runs/RUN/evaluations/scores.json is a function of the parts.
+written after its pictures. The fingerprint covers the protocol and the checkpoint's digest (its job and its samples):
+a changed setting or job makes a new part and nothing else. runs/RUN/evaluations/scores.json is a function of them.
 """
 
 from __future__ import annotations

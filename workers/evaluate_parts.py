@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +45,7 @@ class EvaluationWorker:
 
     def __init__(self, store_url: str, recipe: Recipe, inputs: EvaluationInputs, device: str = "cpu") -> None:
         self.store, self.recipe, self.inputs, self.device = open_store(store_url), recipe, inputs, device
-        self.progress = Progress(0, 0, "images")
+        self.progress: Progress | None = None  # of the part at hand
         self._cache = tempfile.TemporaryDirectory(prefix="sd3-shards-")  # gone with the worker
         self.towers = fetch_towers(self.store, inputs.towers, towers_cache())
         self.encoders = load_text_encoders(self.towers, recipe.text, device=device)
@@ -53,6 +54,7 @@ class EvaluationWorker:
         self._batches: dict[str, list[Batch]] = {}
 
     def __call__(self, task: EvaluationTask) -> str:
+        self.progress = None  # else a new part would first show the end of the one before
         parts = {"validation_loss": self._validate, "clip_and_fid": self._score_pictures, "grid": self._draw_grid}
         result = _Part()
         parts.get(task.protocol["kind"], self._bench)(task, result)
@@ -158,11 +160,11 @@ class EvaluationWorker:
             for copy in range(copies)
         ]
         images = self._sample(task, [(prompt.text, seed) for prompt, seed in drawn])
-        right = [shapes_bench.judge(image, prompt).correct for image, (prompt, _) in zip(images, drawn, strict=True)]
-        result.add(f"shapes_bench/{name}", Score(sum(right) / len(right), len(right)))
-        for seen in (True, False):
-            group = [correct for correct, (prompt, _) in zip(right, drawn, strict=True) if prompt.seen is seen]
-            result.details["seen" if seen else "unseen"] = {"right": sum(group), "pictures": len(group)}
+        found = shapes_bench.score(
+            (prompt, shapes_bench.judge(image, prompt)) for image, (prompt, _) in zip(images, drawn, strict=True)
+        )
+        result.add(f"shapes_bench/{name}", Score(found.all.right / found.all.pictures, found.all.pictures))
+        result.details |= {"seen": asdict(found.seen), "unseen": asdict(found.unseen)}
 
     def _grid_prompts(self, task: EvaluationTask) -> list[Draw]:
         """The small world's own grid; else captions of the held-out part, filled up from the training part."""

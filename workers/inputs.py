@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,17 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sd3core.data.manifest import Manifest
-from sd3core.data.shards import INDEX, read_raw_samples
+from sd3core.data.shards import image_of, read_index, read_raw_samples, read_table
 from sd3core.data.store import Store
-from sd3core.errors import DataError
 
 if TYPE_CHECKING:
     from sd3core.recipe import Compute
 
-IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
@@ -44,28 +39,15 @@ def read_images(store: Store, shard: InputShard) -> Iterator[tuple[str, bytes]]:
     names.
     """
     for key, files in read_raw_samples(store, shard.folder, shard.stem, shard.digest):
-        image = next((files[extension] for extension in IMAGE_EXTENSIONS if extension in files), None)
-        if image is None:
-            raise DataError(f"{store.uri(shard.folder)}/{shard.stem}.tar: {key} has no {' or '.join(IMAGE_EXTENSIONS)}")
-        yield key, image
+        yield key, image_of(files, f"{store.uri(shard.folder)}/{shard.stem}.tar: {key}")
 
 
 def read_input_index(store: Store, shard: InputShard) -> pa.Table:
-    return _read_checked(store, f"{shard.folder}/{shard.stem}{INDEX}", shard.index_digest)
+    return read_index(store, shard.folder, shard.stem, shard.index_digest)
 
 
 def read_input_table(store: Store, shard: InputShard) -> pa.Table:
-    return _read_checked(store, f"{shard.folder}/{shard.stem}.parquet", shard.digest)
-
-
-def _read_checked(store: Store, path: str, digest: str | None) -> pa.Table:
-    data = store.get(path)
-    if digest is not None and hashlib.sha256(data).hexdigest() != digest:
-        raise DataError(
-            f"{store.uri(path)}: its bytes are not those of its manifest;"
-            " delete the shard's done record and run the stage again"
-        )
-    return pq.read_table(io.BytesIO(data))
+    return read_table(store, shard.folder, shard.stem, shard.digest)
 
 
 def map_ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Result]:

@@ -24,7 +24,7 @@ from sd3core.data.manifest import (
 from sd3core.data.shards import INDEX, DoneRecord, finished_stems, read_done, shard_stem
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError, UserError
-from sd3core.progress import ProgressCallback, ProgressMeter
+from sd3core.progress import Progress, ProgressCallback, ProgressMeter
 from sd3core.recipe import Compute
 from sd3core.specs import fingerprint
 from workers.pool import Outcome, PoolSettings, map_over_actors, start_ray
@@ -150,8 +150,12 @@ class _Tally:
         self.finished_rows = meter.already_done
         self.busy: dict[str, int] = {}
 
-    def working(self, task: ShardTask, rows: int) -> None:
-        self.busy[task.folder + task.stem] = min(rows, task.rows)
+    def working(self, task: ShardTask, progress: int | Progress) -> None:
+        """`progress`: rows, or a Progress of what the worker does before the first one."""
+        if isinstance(progress, Progress):
+            self._show(progress.note)
+            return
+        self.busy[task.folder + task.stem] = min(progress, task.rows)
         self._show("")
 
     def finished(self, outcome: Outcome[ShardTask], done: int, total: int) -> None:
@@ -221,6 +225,7 @@ def _conclude(
         reason = reason_to_work(state.note, stage.folder, stage.fields, len(made_here), len(stage.tasks), "shards")
         manifest = _build_manifest(store, state, made)
         reference = commit_manifest(store, stage.folder, manifest)
+        store.remove_abandoned(stage.folder)
     remember_stage(store, run, stage.name, stage.folder, reference.digest, stage.fields)
     return StageResult(
         stage=stage.name,

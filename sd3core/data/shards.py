@@ -25,6 +25,7 @@ from sd3core.errors import DataError, StoreError
 
 DONE, INDEX = ".done.json", ".index.parquet"
 BLOCK = tarfile.BLOCKSIZE
+IMAGE_EXTENSIONS = ("jpg", "png", "webp")  # of the image in a raw sample
 
 
 class FailedRow(BaseModel):
@@ -198,6 +199,14 @@ def read_raw_samples(
     if digest is not None:
         check_digest(data, digest, store.uri(path))
     yield from read_samples(data)
+
+
+def image_of(files: dict[str, bytes], where: str) -> bytes:
+    """The encoded image of a raw sample. Raises DataError naming `where` if it has none."""
+    for extension in IMAGE_EXTENSIONS:
+        if extension in files:
+            return files[extension]
+    raise DataError(f"{where} has no {' or '.join(IMAGE_EXTENSIONS)}")
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

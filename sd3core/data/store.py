@@ -14,7 +14,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +23,7 @@ from urllib.parse import quote, unquote, urlparse
 from sd3core.errors import StoreError
 
 PARTIAL = ".partial-"  # names of files being written; never listed
+ABANDONED_S = 3600  # a file being written that has not grown for so long has lost its writer
 COPY_BYTES = 1 << 20
 S3_ATTEMPTS = 5  # of one request, by botocore, and of one body that breaks off
 
@@ -79,6 +80,9 @@ class Store(ABC):
     def delete(self, path: str) -> None:
         """Removes an object; one that is not there is no error."""
 
+    def remove_abandoned(self, prefix: str) -> None:
+        """Removes what killed writers left below the folder `prefix`, where the store keeps such things at all."""
+
     def local_path(self, path: str) -> Path | None:
         """Where the object lies on this machine, for stores that are files; None otherwise."""
         return None
@@ -101,7 +105,7 @@ class Store(ABC):
         self.put(path, canonical_json(value))
 
     def uri(self, path: str) -> str:
-        """The object's full URL, which split_uri takes apart again."""
+        """The object's full URL."""
         return f"{self.url}/{_checked(path)}"
 
 
@@ -122,24 +126,6 @@ def open_store(url: str) -> Store:
     if url.startswith("s3://"):
         return S3Store(url)
     raise StoreError(f"store {url!r}: a store is a path, file:///path or s3://bucket/prefix")
-
-
-def split_uri(uri: str) -> tuple[str, str]:
-    """The URL of the folder an object lies in, as a store, and the object's name there."""
-    parent, slash, name = uri.rstrip("/").rpartition("/")
-    if uri.startswith("file:"):
-        name, parent = unquote(name), parent + "/" * (parent == "file://")
-    return (parent or "/" if slash else "."), name
-
-
-def read_uri(uri: str) -> bytes:
-    parent, name = split_uri(uri)
-    return open_store(parent).get(name)
-
-
-def download_uri(uri: str, local: Path) -> None:
-    parent, name = split_uri(uri)
-    open_store(parent).get_file(name, local)
 
 
 def _checked(path: str) -> str:
@@ -227,6 +213,13 @@ class FileStore(Store):
             return
         except OSError as error:
             raise StoreError(f"{self.uri(path)}: cannot be deleted: {error.strerror or error}") from None
+
+    def remove_abandoned(self, prefix: str) -> None:
+        for folder, _, names in os.walk(self.root / _checked(prefix.rstrip("/"))):
+            for partial in (Path(folder, name) for name in names if name.startswith(PARTIAL)):
+                with suppress(OSError):  # another process has removed it, or this one may not: it is in nobody's way
+                    if time.time() - partial.stat().st_mtime > ABANDONED_S:
+                        partial.unlink()
 
     def _cannot_list(self, error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):  # those are folders without objects

@@ -13,14 +13,13 @@ from safetensors.numpy import save as save_arrays
 
 from sd3core.data.images import crop_to, decode_image
 from sd3core.data.manifest import Manifest
-from sd3core.data.shards import read_index, read_samples, sample_id
+from sd3core.data.shards import image_of, read_index, read_samples, sample_id
 from sd3core.data.store import Store
 from sd3core.specs import fingerprint
 
 if TYPE_CHECKING:
     from sd3core.judge import Judge
 
-IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 REFERENCE_FORMAT = 1  # of the stored features; raise it when preprocessing changes
 DECODE_BATCH = 64
 
@@ -60,7 +59,7 @@ def read_images(store: Store, raw: Manifest, rows: list[Row], side_px: int, max_
     for row in rows:
         data = store.get_range(f"{raw.folder}/{row.stem}.tar", row.offset, row.length)
         (_, files), *_ = read_samples(data)
-        image = next(files[extension] for extension in IMAGE_EXTENSIONS if extension in files)
+        image = image_of(files, f"{store.uri(raw.folder)}/{row.stem}.tar: {row.key}")
         images.append(crop_to(decode_image(image, max_pixels), side_px, side_px)[0])
     return np.stack(images) if images else np.zeros((0, side_px, side_px, 3), dtype=np.uint8)
 

@@ -75,12 +75,18 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Tally:
+    right: int
+    pictures: int
+
+
+@dataclass(frozen=True)
 class BenchScore:
-    tasks: dict[str, float]  # share of pictures that count, per task
-    overall: float  # mean of the six tasks
-    seen: dict[str, float]  # coloured prompts of training's combinations, for the tasks that also have unseen ones
-    unseen: dict[str, float]  # coloured prompts of reserved combinations
-    pictures: dict[str, int]
+    """Of one task; ShapesBench's overall score is the mean of the six."""
+
+    all: Tally
+    seen: Tally  # coloured prompts of training's combinations
+    unseen: Tally  # coloured prompts of reserved combinations
 
 
 def load_prompts(task: str, limit: int | None = None) -> list[BenchPrompt]:
@@ -122,25 +128,11 @@ def judge_detections(found: Sequence[Detection], prompt: BenchPrompt) -> Verdict
 
 
 def score(results: Iterable[tuple[BenchPrompt, Verdict]]) -> BenchScore:
-    """Share of pictures that count: per task, overall, and on seen against unseen combinations. ValueError if a task
-    has none.
-    """
+    """How many of a task's pictures count: in all, and of seen against unseen combinations."""
     results = list(results)
-    groups = {task: [(prompt, verdict.correct) for prompt, verdict in results if prompt.task == task] for task in TASKS}
-    missing = [task for task, group in groups.items() if not group]
-    if missing:
-        raise ValueError(f"ShapesBench needs pictures of all six tasks; none of {', '.join(missing)}")
-    tasks = {task: _share([correct for _, correct in group]) for task, group in groups.items()}
-    split: dict[bool, dict[str, float]] = {True: {}, False: {}}
-    for task, group in groups.items():
-        by_seen = {
-            seen: [ok for prompt, ok in group if prompt.coloured and prompt.seen is seen] for seen in (True, False)
-        }
-        if by_seen[True] and by_seen[False]:
-            for seen, oks in by_seen.items():
-                split[seen][task] = _share(oks)
-    pictures = {task: len(group) for task, group in groups.items()}
-    return BenchScore(tasks, _share(list(tasks.values())), split[True], split[False], pictures)
+    coloured = [(prompt, verdict) for prompt, verdict in results if prompt.coloured]
+    seen, unseen = ([pair for pair in coloured if pair[0].seen is kind] for kind in (True, False))
+    return BenchScore(_tally(results), _tally(seen), _tally(unseen))
 
 
 def chance_levels(seed: int, n: int = 500, side_px: int = 64) -> dict[str, float]:
@@ -285,8 +277,8 @@ def _is(item: Detection, required: Required) -> bool:
     return item.shape == required.shape and required.colour in (None, item.colour)
 
 
-def _share(values: Sequence[float]) -> float:
-    return float(np.mean(values))
+def _tally(results: Sequence[tuple[BenchPrompt, Verdict]]) -> Tally:
+    return Tally(sum(verdict.correct for _, verdict in results), len(results))
 
 
 def _listed(kinds: Counter) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import psutil
 import pytest
-
 from installation import FileState, Installation
 
 RUN = "runs/tiny-test"
@@ -76,7 +75,9 @@ def killed(installation: Installation) -> Killed:
     agents = [process for process in family if described(process).startswith(RAY_AGENTS)]
     victim.kill()
     psutil.wait_procs(family - {*agents}, timeout=LEFT_SECONDS)
-    left = {process for process in family if process.is_running()} | (installation.processes() - installation.service_processes())
+    left = {process for process in family if process.is_running()} | (
+        installation.processes() - installation.service_processes()
+    )
     return Killed(
         flow_run_id=flow_run_id,
         stages=installation.stages_of(flow_run_id),
@@ -96,7 +97,12 @@ def resumed(installation: Installation, killed: Killed) -> Finished:
 def demo(installation: Installation, overrides: tuple[str, ...] = ()) -> Finished:
     started = time.monotonic()
     printed = installation.demo(overrides)
-    return Finished(printed, time.monotonic() - started, installation.summary(), installation.files("datasets/", "towers/", "references/", "runs/"))
+    return Finished(
+        printed,
+        time.monotonic() - started,
+        installation.summary(),
+        installation.files("datasets/", "towers/", "references/", "runs/"),
+    )
 
 
 def ended(installation: Installation, flow_run_id: str) -> bool:

@@ -41,8 +41,12 @@ class Installation:
         self.home = Path(tempfile.mkdtemp(prefix="sd3-", dir="/tmp"))  # short: Ray's and Prefect's sockets lie below
         self.store = self.home / "store"
         self.s3_port = free_port()
-        (self.home / "services.json").write_text(json.dumps({"port": free_port(), "server": None, "worker": None, "deployed": ""}))
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "RAY_", "AWS_", "SD3_"))}
+        (self.home / "services.json").write_text(
+            json.dumps({"port": free_port(), "server": None, "worker": None, "deployed": ""})
+        )
+        clean = {
+            key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "RAY_", "AWS_", "SD3_"))
+        }
         self.environment = clean | {
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
             "SD3_HOME": str(self.home),
@@ -73,14 +77,23 @@ class Installation:
         return done.stdout
 
     def demo(self, overrides: Sequence[str] = (), seconds: float = 420) -> str:
-        return self.command("sd3", "demo", "--recipe", "tiny-test", *(word for o in overrides for word in ("--set", o)), seconds=seconds)
+        return self.command(
+            "sd3", "demo", "--recipe", "tiny-test", *(word for o in overrides for word in ("--set", o)), seconds=seconds
+        )
 
     def start(self, deployment: str, overrides: Sequence[str] = ()) -> str:
         """Starts a deployment with Prefect's own command; the run's id."""
         exported = self.command("sd3", "env", seconds=60)
         self.environment |= dict(re.findall(r"^export (\w+)=(\S+)$", exported, re.MULTILINE))
         printed = self.command(
-            "prefect", "--no-prompt", "deployment", "run", deployment, "--param", f"overrides={json.dumps(list(overrides))}", seconds=120
+            "prefect",
+            "--no-prompt",
+            "deployment",
+            "run",
+            deployment,
+            "--param",
+            f"overrides={json.dumps(list(overrides))}",
+            seconds=120,
         )
         return RUN_ID.search(printed).group(0)
 
@@ -91,7 +104,9 @@ class Installation:
 
     def stages_of(self, flow_run_id: str) -> dict[str, str]:
         """Stage -> state type of the stage runs that a pipeline run started."""
-        runs = self.api("flow_runs/filter", flow_runs={"parent_flow_run_id": {"any_": [flow_run_id]}}, sort="START_TIME_ASC")
+        runs = self.api(
+            "flow_runs/filter", flow_runs={"parent_flow_run_id": {"any_": [flow_run_id]}}, sort="START_TIME_ASC"
+        )
         names = {run["flow_id"]: "" for run in runs}
         for flow in self.api("flows/filter", flows={"id": {"any_": list(names)}}) if names else []:
             names[flow["id"]] = flow["name"]
@@ -99,7 +114,10 @@ class Installation:
 
     def running(self) -> list[str]:
         """Names of the flow runs that the server takes for running."""
-        return [run["name"] for run in self.api("flow_runs/filter", flow_runs={"state": {"type": {"any_": ["RUNNING", "PENDING"]}}})]
+        return [
+            run["name"]
+            for run in self.api("flow_runs/filter", flow_runs={"state": {"type": {"any_": ["RUNNING", "PENDING"]}}})
+        ]
 
     @property
     def services(self) -> dict[str, Any]:
@@ -159,7 +177,10 @@ class Installation:
     def story(self, what: str, printed: str = "") -> str:
         """What happened, with the end of what was printed and of the logs."""
         parts = [what, *([f"--- printed\n{tail(printed)}"] if printed else [])]
-        parts += [f"--- {log.name}\n{tail(log.read_text(errors='replace'))}" for log in sorted((self.home / "logs").glob("*.log"))]
+        parts += [
+            f"--- {log.name}\n{tail(log.read_text(errors='replace'))}"
+            for log in sorted((self.home / "logs").glob("*.log"))
+        ]
         return "\n".join(parts)
 
     def close(self) -> None:

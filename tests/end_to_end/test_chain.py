@@ -8,8 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-
-from conftest import DATA, FIRST, LAST, OVERRIDES, RUN, STEPS, BATCH, Finished, demo
+from conftest import BATCH, DATA, FIRST, LAST, OVERRIDES, RUN, STEPS, Finished, demo
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -24,7 +23,12 @@ def rows_of(installation, phase: str) -> list[dict]:
 
 def test_the_kill_came_in_the_middle_of_pretraining(killed):
     assert killed.checkpoints == [f"{FIRST:012d}"]
-    assert [name for name, state in killed.stages.items() if state == "COMPLETED"] == ["ingest", "towers", "caption", "encode"]
+    assert [name for name, state in killed.stages.items() if state == "COMPLETED"] == [
+        "ingest",
+        "towers",
+        "caption",
+        "encode",
+    ]
     assert killed.data
 
 
@@ -48,7 +52,10 @@ def test_every_step_was_trained_once(installation, resumed):
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert [row["samples"] for row in rows] == [BATCH * step for step in range(1, STEPS + 1)]
     assert all(row["loss"] > 0 for row in rows)
-    done = [json.loads(path.read_text()) for path in sorted((installation.store / RUN / "checkpoints/pretrain").glob("*/*/DONE.json"))]
+    done = [
+        json.loads(path.read_text())
+        for path in sorted((installation.store / RUN / "checkpoints/pretrain").glob("*/*/DONE.json"))
+    ]
     assert [(record["samples"], record["attempt"]) for record in done] == [(FIRST, 1), (LAST, 2)]
 
 
@@ -58,20 +65,32 @@ def test_the_summary_says_what_was_done(installation, resumed):
         assert {"name", "manifest", "digest", "seconds", "state", "reason"} <= stage.keys()
         assert Path(urlsplit(stage["manifest"]).path).is_file()
         assert stage["digest"] and stage["seconds"] >= 0
-    assert all({"checkpoint", "weights", "protocol", "metric", "value"} <= score.keys() for score in resumed.summary["scores"])
+    assert all(
+        {"checkpoint", "weights", "protocol", "metric", "value"} <= score.keys() for score in resumed.summary["scores"]
+    )
 
 
 def test_every_checkpoint_is_scored_with_live_and_ema_weights(resumed):
     scored = {(score["phase"], score["samples"], score["weights"]) for score in resumed.summary["scores"]}
-    assert scored == {(phase, samples, weights) for phase, samples in (("pretrain", FIRST), ("pretrain", LAST), ("finetune.0", 32)) for weights in ("ema", "live")}
+    assert scored == {
+        (phase, samples, weights)
+        for phase, samples in (("pretrain", FIRST), ("pretrain", LAST), ("finetune.0", 32))
+        for weights in ("ema", "live")
+    }
     last = {score["metric"] for score in resumed.summary["scores"] if score["phase"] == "finetune.0"}
     assert {"validation_loss", "clip_score", "shapes_bench/overall"} <= last
-    assert [row for row in resumed.summary["left_out"] if row["metric"] == "clip_fid" and row["reason"]]  # 8 pictures are too few
+    assert [
+        row for row in resumed.summary["left_out"] if row["metric"] == "clip_fid" and row["reason"]
+    ]  # 8 pictures are too few
     assert all((row["reason"] for row in resumed.summary["left_out"]))
 
 
 def test_the_terminal_ends_with_scores_pictures_ui_and_a_command(installation, resumed, tmp_path):
-    said = dict(line.split(maxsplit=1) for line in resumed.printed.splitlines() if line.startswith(("UI ", "export ", "summary ", "pictures ", "sample ")))
+    said = dict(
+        line.split(maxsplit=1)
+        for line in resumed.printed.splitlines()
+        if line.startswith(("UI ", "export ", "summary ", "pictures ", "sample "))
+    )
     assert Path(said["summary"]) == installation.store / RUN / "summary.json"
     assert Path(said["pictures"]).is_file()
     assert Path(said["export"], "model_index.json").is_file()
@@ -128,7 +147,11 @@ def test_a_changed_field_redoes_what_depends_on_it_and_says_why(repeated, change
     assert "text.t5_tokens: 16 -> 12" in changed.reasons["encode"]
     assert "text changed" in changed.reasons["pretrain"]
     assert "init changed" in changed.reasons["finetune"]
-    untouched = {name: state for name, state in repeated.files.items() if name.startswith((*DATA, f"{RUN}/checkpoints/", f"{RUN}/export/"))}
+    untouched = {
+        name: state
+        for name, state in repeated.files.items()
+        if name.startswith((*DATA, f"{RUN}/checkpoints/", f"{RUN}/export/"))
+    }
     assert {name: changed.files.get(name) for name in untouched} == untouched
     added = {name for name in changed.files if name.startswith(DATA) and name not in repeated.files}
     assert {name.split("/")[2] for name in added} == {"text"}  # latents serve as they are

@@ -12,11 +12,10 @@ from contextlib import suppress
 
 import psutil
 import pytest
-
 from conftest import described, ended
 from installation import FileState, Installation
 
-pytestmark = [pytest.mark.kills, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.kills, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 RUN = "kills"
 STEPS = {"pretrain": 160, "finetune.0": 80}
@@ -73,10 +72,13 @@ def test_the_same_command_goes_on_after_a_kill(complete: Installation, stage: st
     assert {name: state for name, state in installation.files("").items() if name in finished} == finished
     assert not installation.running()
     for phase, steps in STEPS.items():
-        files = sorted((installation.store / f"runs/{RUN}/checkpoints/{phase}").glob("*/*/metrics.jsonl"))
-        last = [path for path in files if path.parent.parent == files[-1].parent.parent]
-        rows = [json.loads(line) for path in last for line in path.read_text().splitlines()]
-        assert [row["step"] for row in rows] == list(range(1, steps + 1))
+        for spec in (installation.store / f"runs/{RUN}/checkpoints/{phase}").iterdir():
+            rows = [
+                json.loads(line)
+                for path in sorted(spec.glob("*/metrics.jsonl"))
+                for line in path.read_text().splitlines()
+            ]
+            assert [row["step"] for row in rows] == list(range(1, steps + 1))
 
 
 def worker_of(installation: Installation, stage: str) -> psutil.Process | None:

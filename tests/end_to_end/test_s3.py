@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-
 from conftest import OVERRIDES, RUN
+
 from sd3core.data.store import Store, open_store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -67,15 +67,32 @@ def test_data_and_towers_are_the_same_bytes_as_on_files(on_s3, resumed, bucket, 
     """Two machines that make the same shard make it alike: the manifests' digests are those of all shards and fields."""
     made = {stage["name"]: stage["digest"] for stage in on_s3.summary["stages"]}
     there = {stage["name"]: stage["digest"] for stage in resumed.summary["stages"]}
-    assert {name: made[name] for name in ("ingest", "caption", "encode")} == {name: there[name] for name in ("ingest", "caption", "encode")}
-    tars = [entry.path for entry in bucket.list("datasets/") if entry.path.endswith((".tar", ".parquet", ".safetensors"))]
-    assert tars == [path for path in resumed.files if path.startswith("datasets/") and path.endswith((".tar", ".parquet", ".safetensors"))]
+    assert {name: made[name] for name in ("ingest", "caption", "encode")} == {
+        name: there[name] for name in ("ingest", "caption", "encode")
+    }
+    tars = [
+        entry.path for entry in bucket.list("datasets/") if entry.path.endswith((".tar", ".parquet", ".safetensors"))
+    ]
+    assert tars == [
+        path
+        for path in resumed.files
+        if path.startswith("datasets/") and path.endswith((".tar", ".parquet", ".safetensors"))
+    ]
 
 
 def test_losses_are_those_of_the_run_that_was_killed(on_s3, bucket, installation, resumed):
     """Undisturbed on S3, killed and gone on with on files: the same losses, step by step."""
-    undisturbed = losses(path.decode() for path in (bucket.get(e.path) for e in bucket.list(f"{RUN}/checkpoints/pretrain/") if e.path.endswith("metrics.jsonl")))
-    checkpoints = sorted(path for path in resumed.files if path.startswith(f"{RUN}/checkpoints/pretrain/") and path.endswith("metrics.jsonl"))
+    undisturbed = losses(
+        path.decode()
+        for path in (
+            bucket.get(e.path) for e in bucket.list(f"{RUN}/checkpoints/pretrain/") if e.path.endswith("metrics.jsonl")
+        )
+    )
+    checkpoints = sorted(
+        path
+        for path in resumed.files
+        if path.startswith(f"{RUN}/checkpoints/pretrain/") and path.endswith("metrics.jsonl")
+    )
     killed = losses((installation.store / path).read_text() for path in checkpoints)
     assert undisturbed == killed
 

@@ -46,7 +46,10 @@ def sd3(monkeypatch, capsys):
         (["demo", "--data", "/none"], "sd3: DATA=/none: no such folder"),
         (["deploy", "none.yaml"], "sd3: recipe none.yaml: no such file"),
         (["env"], "sd3: the local services are not running; start them with `sd3 up`"),
-        (["sample", "a circle", "-r", "tiny-test", "--without", "clip"], "sd3: --without clip: the encoders are clip_l, clip_g, t5"),
+        (
+            ["sample", "a circle", "-r", "tiny-test", "--without", "clip"],
+            "sd3: --without clip: the encoders are clip_l, clip_g, t5",
+        ),
         (["sample", "a circle", "-r", "tiny-test", "--weights", "best"], "sd3: --weights best: it is ema or live"),
         (["sample", "a circle", "-r", "tiny-test"], "sd3: "),  # nothing was trained here
     ],
@@ -64,7 +67,9 @@ def test_a_stage_that_is_missing_names_the_deployment_to_run(sd3):
     assert "run `prefect deployment run 'towers/tiny-test'` first" in err
 
 
-@pytest.mark.parametrize("arguments", [["none"], ["plan", "--none"], ["plan", "extra"], ["sample"], ["sample", "x", "--images", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [["none"], ["plan", "--none"], ["plan", "extra"], ["sample"], ["sample", "x", "--images", "0"]]
+)
 def test_a_command_that_cannot_be_read_is_exit_code_2(sd3, arguments):
     code, out, err = sd3(*arguments)
     assert code == 2
@@ -79,7 +84,14 @@ def test_status_and_down_where_nothing_was_started(sd3):
 
 def test_the_process_ends_with_the_code():
     """As a shell sees it, from any folder."""
-    done = subprocess.run([*SD3, "plan", "-r", "mimi"], capture_output=True, text=True, timeout=120, check=False, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [*SD3, "plan", "-r", "mimi"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("sd3: recipe 'mimi'")

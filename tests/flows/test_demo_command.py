@@ -14,7 +14,7 @@ def on_folder(name, folder):
 
 
 def test_a_users_folder_becomes_a_recipe_of_its_own(tmp_path):
-    folder = tmp_path / "My Photos, 2026 [raw] \"x\": ü"
+    folder = tmp_path / 'My Photos, 2026 [raw] "x": ü'
     folder.mkdir()
     recipe = on_folder("tiny-test", folder)
     assert (recipe.data.source, recipe.data.folder) == ("folder", str(folder))
@@ -29,7 +29,9 @@ def test_folders_of_one_name_do_not_meet(tmp_path):
         (tmp_path / parent / "photos").mkdir(parents=True)
     runs = {on_folder("tiny-test", tmp_path / parent / "photos").run for parent in "ab"}
     assert len(runs) == 2
-    assert on_folder("tiny-test", tmp_path / "b" / ".." / "a" / "photos").run in runs  # one folder, however it is written
+    assert (
+        on_folder("tiny-test", tmp_path / "b" / ".." / "a" / "photos").run in runs
+    )  # one folder, however it is written
 
 
 @pytest.mark.parametrize("name", ["...", "写真", "2026", "x" * 200, "a_b.c"])

@@ -76,7 +76,9 @@ def test_services_that_do_not_answer_are_named_with_the_mend():
 
 
 def test_stopping_ends_the_descendants_too():
-    script = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); time.sleep(60)"
+    script = (
+        "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
         grandchild = Process.of(int(parent.stdout.readline()))
         assert grandchild.alive()
@@ -99,5 +101,7 @@ def test_waiting_is_bounded_and_says_what_for(own_home, child):
     assert said == ["waiting for the server (at most 0 s)"]
     child.kill()
     child.wait()
-    with pytest.raises(ServiceError, match=r"^the server ended while starting: Port 4200 is in use \(all of it: .*server.log\)$"):
+    with pytest.raises(
+        ServiceError, match=r"^the server ended while starting: Port 4200 is in use \(all of it: .*server.log\)$"
+    ):
         services._wait("the server", 5, lambda: False, alive, "server", said.append)

@@ -55,7 +55,9 @@ def test_only_markers_go(finished):
     assert f"{raw_folder(recipe)}/00000.0123456789ab.tar" in left
     assert f"{captions_folder(recipe)}/00000.0123456789ab.parquet" in left
     assert "runs/other/checkpoints/pretrain/aaaa/000000000096/DONE.json" in left
-    assert not [path for path in left if path.startswith("datasets/") and path.endswith((".done.json", "MANIFEST.json"))]
+    assert not [
+        path for path in left if path.startswith("datasets/") and path.endswith((".done.json", "MANIFEST.json"))
+    ]
 
 
 def test_an_unknown_stage_names_those_that_are(finished):

@@ -5,7 +5,16 @@ from sd3core.data.store import open_store
 
 
 def score(phase, samples, weights, metric, value):
-    return {"checkpoint": "c", "phase": phase, "samples": samples, "weights": weights, "protocol": "p", "metric": metric, "value": value, "count": 1}
+    return {
+        "checkpoint": "c",
+        "phase": phase,
+        "samples": samples,
+        "weights": weights,
+        "protocol": "p",
+        "metric": metric,
+        "value": value,
+        "count": 1,
+    }
 
 
 def test_a_row_for_each_checkpoint_and_kind_of_weights():
@@ -31,7 +40,15 @@ def test_the_newest_ema_pictures_are_shown(tmp_path):
     for number in range(PICTURES_SHOWN + 2):
         for weights in ("ema", "live"):
             store.put(f"{number}-{weights}.jpg", f"{number}-{weights}".encode())
-            pictures.append({"phase": "pretrain", "samples": 1000 * number, "weights": weights, "name": "grid", "thumbnail": f"{number}-{weights}.jpg"})
+            pictures.append(
+                {
+                    "phase": "pretrain",
+                    "samples": 1000 * number,
+                    "weights": weights,
+                    "name": "grid",
+                    "thumbnail": f"{number}-{weights}.jpg",
+                }
+            )
     shown = thumbnails(store, pictures)
     assert list(shown.values()) == [f"{number}-ema".encode() for number in range(2, PICTURES_SHOWN + 2)]
     assert list(shown)[-1] == "grid, pretrain, 7,000 samples"

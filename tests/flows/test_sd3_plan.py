@@ -46,7 +46,10 @@ def test_the_plan_of_every_recipe_says_what_it_costs(name):
         assert memory[1:5] == [f"{plan.rank_state_bytes[stage] / 2**30:,.2f}" for stage in range(4)]
         assert ["latents", plan.key, f"{plan.latent_bytes / 1e3:,.1f}"] in [row[:3] for row in rows]
         checkpoints = next(row for row in rows if row[1:3] == ["checkpoint(s)", plan.key])
-        assert (checkpoints[0], checkpoints[-1]) == (str(plan.checkpoints), f"{plan.checkpoints * plan.checkpoint_bytes / 1e9:,.3f}")
+        assert (checkpoints[0], checkpoints[-1]) == (
+            str(plan.checkpoints),
+            f"{plan.checkpoints * plan.checkpoint_bytes / 1e9:,.3f}",
+        )
     captions = 1 if recipe.caption.captioner == "none" else 2
     text = next(row for row in rows if row[:1] == ["text,"])
     assert (text[1], text[5]) == (str(captions), f"{captions * text_bytes(recipe) / 1e3:,.1f}")

@@ -56,9 +56,20 @@ def test_stages_are_told_apart(clock):
 
 def test_the_table_of_a_pipeline_shows_what_is_to_come():
     out = io.StringIO()
-    Console(file=out, width=100).print(_table(view(StageView("ingest", "done", 1, ""), StageView("towers", "running", 3, "1/24 steps"))))
+    Console(file=out, width=100).print(
+        _table(view(StageView("ingest", "done", 1, ""), StageView("towers", "running", 3, "1/24 steps")))
+    )
     rows = [line.split() for line in out.getvalue().splitlines()]
-    assert [row[0] for row in rows[1:]] == ["ingest", "towers", "caption", "encode", "pretrain", "finetune", "evaluate", "export"]
+    assert [row[0] for row in rows[1:]] == [
+        "ingest",
+        "towers",
+        "caption",
+        "encode",
+        "pretrain",
+        "finetune",
+        "evaluate",
+        "export",
+    ]
     assert rows[2][:2] == ["towers", "running"]
     assert rows[3] == ["caption", "waiting"]
 
@@ -66,17 +77,28 @@ def test_the_table_of_a_pipeline_shows_what_is_to_come():
 @pytest.mark.parametrize(
     ("message", "shown"),
     [
-        ("Flow run encountered an exception: sd3core.errors.DataError: raw: no such folder\nmore", "raw: no such folder"),
+        (
+            "Flow run encountered an exception: sd3core.errors.DataError: raw: no such folder\nmore",
+            "raw: no such folder",
+        ),
         ("Flow run encountered an exception: StageFailed: text: 1 of 3 shards", "text: 1 of 3 shards"),
         ("Flow run encountered an exception: KeyError: 'uri'", "'uri'"),
-        ("Its process is gone. Run the same deployment again: it goes on.", "Its process is gone. Run the same deployment again: it goes on."),
+        (
+            "Its process is gone. Run the same deployment again: it goes on.",
+            "Its process is gone. Run the same deployment again: it goes on.",
+        ),
         (None, "Failed"),
     ],
 )
 def test_the_problem_of_a_failed_run_in_its_own_words(message, shown):
-    run = SimpleNamespace(id=uuid4(), state_type=StateType.FAILED, state=SimpleNamespace(message=message, name="Failed"))
+    run = SimpleNamespace(
+        id=uuid4(), state_type=StateType.FAILED, state=SimpleNamespace(message=message, name="Failed")
+    )
     assert _problem(run) == shown
 
 
 def test_a_run_that_is_well_has_no_problem():
-    assert _problem(SimpleNamespace(state_type=StateType.RUNNING, state=SimpleNamespace(message="hello", name="Running"))) == ""
+    assert (
+        _problem(SimpleNamespace(state_type=StateType.RUNNING, state=SimpleNamespace(message="hello", name="Running")))
+        == ""
+    )

@@ -137,6 +137,15 @@ def test_training_checkpoint_comes_back_whole(tmp_path, tensors, world_size):
         assert torch.equal(model.pos_embed, MMDiT(config).pos_embed)
 
 
+def test_the_digest_names_the_job_and_the_clock_not_the_way_there(tmp_path, tensors):
+    config, values = tensors
+    _, done = write_checkpoint(tmp_path, 64, values, config)
+    resumed = {"attempt": 2, "files": {}, "recipe": {"compute": {}}, "training": {"global_batch": 8, "micro_batch": 1}}
+    assert done.model_copy(update=resumed).digest == done.digest
+    for change in ({"samples": 128}, {"specs": {"latents": "cd"}}, {"null": "empty"}):
+        assert done.model_copy(update=change).digest != done.digest
+
+
 def test_object_storage(tmp_path, tensors, monkeypatch):
     config, values = tensors
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

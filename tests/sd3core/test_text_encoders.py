@@ -14,7 +14,11 @@ from sd3core.errors import DataError
 from sd3core.recipe import Text
 from sd3core.text_encoders import load_text_encoders
 
-PROMPTS = ["a red square on the left", "", "a GREEN bar! on the right, ünïcode 東京 and many more words than there are tokens " * 8]
+PROMPTS = [
+    "a red square on the left",
+    "",
+    "a GREEN bar! on the right, ünïcode 東京 and many more words than there are tokens " * 8,
+]
 TEXT = Text(clip_tokens=77, t5_tokens=24)
 
 
@@ -103,7 +107,9 @@ def test_shorter_clip_tokens_give_the_beginning_of_the_longer(towers_folder: Pat
 
 
 def test_trimmed_padding_has_zeros_after_the_real_tokens(towers_folder: Path, encoders):
-    trimmed = load_text_encoders(towers_folder, Text(clip_tokens=77, t5_tokens=24, padding="trimmed")).encode(PROMPTS[:1])
+    trimmed = load_text_encoders(towers_folder, Text(clip_tokens=77, t5_tokens=24, padding="trimmed")).encode(
+        PROMPTS[:1]
+    )
     whole = encoders.encode(PROMPTS[:1])
     length = int(whole.lengths[0, 2])
     assert torch.equal(trimmed.t5[:, :length], whole.t5[:, :length]) and not trimmed.t5[:, length:].any()

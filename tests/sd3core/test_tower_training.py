@@ -67,7 +67,9 @@ def test_contrastive_loss_of_perfect_and_of_blind_features():
     perfect = torch.cat([100 * torch.eye(size), torch.zeros(size, size)], dim=1)
     assert contrastive_loss(perfect, same) < 1e-6
     blind = torch.zeros(size, 2 * size)
-    assert torch.isclose(contrastive_loss(blind, same), torch.tensor(0.5 * np.log(2 * size) + 0.5 * np.log(size)).float())
+    assert torch.isclose(
+        contrastive_loss(blind, same), torch.tensor(0.5 * np.log(2 * size) + 0.5 * np.log(size)).float()
+    )
 
 
 def test_equal_captions_do_not_count_against_each_other():

@@ -12,8 +12,8 @@ import sd3core.tower_training.make as make
 from sd3core.data.store import open_store
 from sd3core.errors import DataError
 from sd3core.judge import load_judge
-from sd3core.recipe import ReleasedTowers, Text
-from sd3core.released_towers import commit_released_towers
+from sd3core.metrics.clip_score import image_embeddings
+from sd3core.recipe import Text
 from sd3core.text_encoders import load_text_encoders
 from sd3core.towers import TOWER_FOLDERS, commit_tower, commit_towers, fetch_towers, finished_towers, read_towers
 
@@ -83,11 +83,12 @@ def test_no_towers_says_which_stage_to_run(store):
         fetch_towers(store, "towers/none", Path("unused"))
 
 
-def test_the_judges_features_have_unit_length_for_any_sizes(towers_folder: Path):
+def test_the_judges_features_have_one_width_for_any_sizes(towers_folder: Path):
     judge = load_judge(towers_folder)
     pictures, captions = drawings(5)
-    for features in (judge.image_features(pictures), judge.text_features(captions)):
-        assert features.shape == (5, 32) and np.allclose(features.norm(dim=1), 1, atol=1e-5)
+    assert image_embeddings(judge, pictures).shape == (5, 32)
+    features = judge.text_features(captions)
+    assert features.shape == (5, 32) and np.allclose(features.norm(dim=1), 1, atol=1e-5)
 
 
 def test_ten_photographs_are_enough():
@@ -100,37 +101,3 @@ def test_ten_photographs_are_enough():
 def test_nothing_to_learn_from_is_a_data_error(tmp_path: Path, count: int, match: str):
     with pytest.raises(DataError, match=match):
         make.make_small_tower("clip_l", TINY, drawings(count)[0], [""] * count, 0, tmp_path)
-
-
-def test_released_folders_become_the_same_artifact(store, committed, towers_folder: Path, tmp_path: Path):
-    judge = _whole_clip(tmp_path / "judge", towers_folder)
-    released = ReleasedTowers(
-        vae=str(towers_folder / "vae"),
-        clip_l=str(towers_folder / "text_encoder"),
-        clip_g=str(towers_folder / "text_encoder_2"),
-        t5=str(towers_folder / "text_encoder_3"),
-        judge=str(judge),
-        clip_l_tokenizer=str(towers_folder / "tokenizer"),
-        clip_g_tokenizer=str(towers_folder / "tokenizer_2"),
-        t5_tokenizer=str(towers_folder / "tokenizer_3"),
-    )
-    manifest = commit_released_towers(store, "towers/released", {}, released)
-    for name in ("vae", "clip_l", "clip_g", "t5"):
-        assert manifest.digests[name] == committed.digests[name]
-    folder = fetch_towers(store, "towers/released", tmp_path / "cache")
-    assert load_judge(folder).text_features(["a red bar"]).shape == (1, 32)
-    with pytest.raises(DataError, match="t5"):
-        commit_released_towers(store, "towers/wrong", {}, released.model_copy(update={"t5": released.clip_l}))
-
-
-def _whole_clip(folder: Path, towers_folder: Path) -> Path:
-    """A CLIP with both sides in one folder, as they are published."""
-    from transformers import CLIPConfig, CLIPModel
-
-    judge = load_judge(towers_folder)
-    config = CLIPConfig(
-        text_config=judge.text.config.to_dict(), vision_config=judge.vision.config.to_dict(), projection_dim=32
-    )
-    CLIPModel(config).save_pretrained(folder)
-    judge.tokenizer.save_pretrained(folder)
-    return folder

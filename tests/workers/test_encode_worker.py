@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,8 @@ from safetensors.torch import load as load_tensors
 from sd3core.data.shards import Sample, read_index, read_samples, write_shard
 from sd3core.data.store import open_store
 from sd3core.errors import DataError
+from sd3core.progress import Progress
+from workers.encode import LOAD_S, EncodeWorker
 from workers.encode_latents import LatentsSource, LatentsWorker
 from workers.inputs import InputShard, map_ahead
 from workers.shard_stage import ShardTask
@@ -92,6 +95,20 @@ def test_a_raw_shard_that_is_not_its_manifests_is_refused(shard):
     store.put(f"raw/{raw.stem}.tar", store.get(f"raw/{raw.stem}.tar") + bytes(512))
     with pytest.raises(DataError, match="not those of its manifest"):
         encode(store, raw, "a", batch=4)
+
+
+def test_loading_shows_that_time_passes_until_it_has_taken_too_long(monkeypatch):
+    made, now = EncodeWorker.__new__(EncodeWorker), [0.0]
+    monkeypatch.setattr("workers.encode.time.monotonic", lambda: now[0])
+    made.worker, made.waiting_since = None, 0.0
+    shown = []
+    for now[0] in (1.0, 50.0, LOAD_S, LOAD_S + 1):
+        shown.append(made.progress)
+    assert len(set(shown)) == 3 and shown[2] == shown[3]
+    made._fetched(Progress(1, 2, "files"))  # a file has come: the time begins anew
+    assert made.progress.note == "loading the encoders, 0 s"
+    made.worker = SimpleNamespace(progress=7)
+    assert made.progress == 7
 
 
 def test_map_ahead_keeps_order_bounds_the_lead_and_passes_errors_on():

@@ -2,6 +2,7 @@
 
 PHASE/SPEC/attempts/0001.json is registered by every start of the training. Only the newest attempt may commit, and its
 number is in the names of its rank files, so that a late writer of an older attempt cannot touch a newer one's bytes.
+A DONE.json that an older attempt writes while a newer one begins stays only where its files do: both look again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import socket
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from sd3core.checkpoint import (
     DONE_FILE,
     METRICS_FILE,
     CheckpointDone,
+    CheckpointRef,
     FileRecord,
     checkpoint_folder,
     list_checkpoints,
@@ -41,20 +44,43 @@ from workers.trainer.job import TrainingJob, TrainingSuperseded
 
 def begin_attempt(store: Store, folder: str) -> int:
     """Registers the next attempt, removes what older ones left unfinished. One rank calls it, first of all."""
+    store.remove_abandoned(folder)
     attempt = newest_attempt(store, folder) + 1
     who = {"attempt": attempt, "host": socket.gethostname(), "pid": os.getpid()}
     store.put_json(f"{folder}/attempts/{attempt:04d}.json", who)
     finished = {ref.folder for ref in list_checkpoints(store, folder)}
+    emptied = set()
     for entry in store.list(f"{folder}/"):
         parent, name = entry.path.rsplit("/", 1)
         if re.fullmatch(r"\d{12}", parent.rsplit("/", 1)[-1]) and parent not in finished and name != DONE_FILE:
             store.delete(entry.path)
+            emptied.add(parent)
+    for ref in list_checkpoints(store, folder) if emptied else []:
+        if ref.folder in emptied:  # an older attempt finished it since we looked
+            store.delete(f"{ref.folder}/{DONE_FILE}")
     return attempt
 
 
 def newest_attempt(store: Store, folder: str) -> int:
     numbers = (Path(entry.path).stem for entry in store.list(f"{folder}/attempts/"))
     return max((int(number) for number in numbers if number.isdigit()), default=0)
+
+
+def last_whole_checkpoint(
+    store: Store, folder: str, warn: Callable[[str], None] = lambda message: None
+) -> CheckpointRef | None:
+    """The last finished checkpoint whose files all stand; `warn` hears of later ones that are passed over."""
+    for ref in reversed(list_checkpoints(store, folder)):
+        missing = _missing_files(store, ref.folder, read_done(store, ref.folder))
+        if not missing:
+            return ref
+        warn(f"{store.uri(ref.folder)}: {missing[0]} is missing; going on from an earlier checkpoint")
+    return None
+
+
+def _missing_files(store: Store, folder: str, done: CheckpointDone) -> list[str]:
+    standing = {entry.path for entry in store.list(f"{folder}/")}
+    return sorted(name for name in done.files if f"{folder}/{name}" not in standing)
 
 
 def save_checkpoint(
@@ -77,13 +103,16 @@ def save_checkpoint(
     outcome: list[str | None] = [None]
     if trainer.rank == 0:
         newest = newest_attempt(store, job.folder)
+        if newest <= attempt:
+            _commit(store, job, trainer, folder, attempt, step, rows, dict(written))
+            newest = newest_attempt(store, job.folder)
+            if newest > attempt:  # it began meanwhile: it goes on from this checkpoint, or has removed its files
+                _take_back_unless_whole(store, folder, attempt)
         if newest > attempt:
             outcome[0] = (
                 f"{job.phase}: attempt {newest} of run {job.run} has begun elsewhere;"
                 f" attempt {attempt} stops at {folder}"
             )
-        else:
-            _commit(store, job, trainer, folder, attempt, step, rows, dict(written))
     dist.broadcast_object_list(outcome, src=0)
     if outcome[0]:
         raise TrainingSuperseded(outcome[0])
@@ -119,6 +148,15 @@ def _commit(
         recipe=job.recipe,
     )
     store.put_json(f"{folder}/{DONE_FILE}", done.model_dump(mode="json"))
+
+
+def _take_back_unless_whole(store: Store, folder: str, attempt: int) -> None:
+    try:
+        done = read_done(store, folder)
+    except CheckpointError:  # the newer attempt took it back
+        return
+    if done.attempt == attempt and _missing_files(store, folder, done):
+        store.delete(f"{folder}/{DONE_FILE}")
 
 
 def load_checkpoint(store: Store, folder: str, trainer: ShardedTrainer) -> CheckpointDone:

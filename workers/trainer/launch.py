@@ -6,7 +6,7 @@ import itertools
 import tempfile
 import time
 import uuid
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ import torch
 from ray.exceptions import RayActorError, RayError
 
 from sd3core.checkpoint import METRICS_FILE, list_checkpoints
-from sd3core.data.store import open_store
-from sd3core.errors import UserError
+from sd3core.data.store import StoreNotFound, open_store
+from sd3core.errors import StoreError, UserError
 from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
 from sd3core.recipe import Compute
 from workers.pool import start_ray
-from workers.trainer.checkpointing import newest_attempt, read_metrics
+from workers.trainer.checkpointing import last_whole_checkpoint, newest_attempt, read_metrics
 from workers.trainer.job import TrainingFailed, TrainingJob, TrainingResult, TrainingSuperseded
 
 POLL_S = 0.3
@@ -57,7 +57,7 @@ def train(
     stands = _samples_that_stand(job)
     warnings: list[str] = []
     if stands < job.samples_at(job.total_steps):
-        with nullcontext() if ray.is_initialized() else start_ray(compute):
+        with start_ray(compute):
             _check_resources(compute)
             warnings = _Supervisor(job, compute, report, stands).run(open_loader)
         if _samples_that_stand(job) < job.samples_at(job.total_steps):
@@ -76,8 +76,8 @@ def train(
 
 
 def _samples_that_stand(job: TrainingJob) -> int:
-    finished = list_checkpoints(open_store(job.store), job.folder)
-    return finished[-1].samples if finished else 0
+    last = last_whole_checkpoint(open_store(job.store), job.folder)
+    return last.samples if last else 0
 
 
 def _check_resources(compute: Compute) -> None:
@@ -210,9 +210,15 @@ def _run_rank(job: TrainingJob, compute: Compute, desk: Any, open_loader: Any) -
     place = Place(context.get_world_rank(), context.get_world_size(), device, threads, compute.cache_gb * 1e9)
     try:
         train_rank(job, place, _DeskWatcher(desk), open_loader)
-    except UserError as error:  # no restart would mend it: the desk is told before Ray Train hears of it
-        ray.get(desk.fail.remote(isinstance(error, TrainingSuperseded), str(error)))
+    except UserError as error:
+        if not a_restart_may_mend(error):  # the desk is told before Ray Train hears of it
+            ray.get(desk.fail.remote(isinstance(error, TrainingSuperseded), str(error)))
         raise
+
+
+def a_restart_may_mend(error: UserError) -> bool:
+    """True for a store that cannot be reached just now; what it does not hold will not come by waiting."""
+    return isinstance(error, StoreError) and not isinstance(error, StoreNotFound)
 
 
 class _DeskWatcher:
@@ -308,8 +314,12 @@ def _end(desk: Any, finished: Any, label: str) -> None:
 
 
 def _last_cause(error: BaseException) -> str:
-    """The last line of what a rank raised."""
-    failures = getattr(error, "worker_failures", None)
-    cause = next(iter(failures.values())) if failures else getattr(error, "controller_failure", error)
+    """The last line of what a rank raised; a UserError's own words, as the other ranks then only miss that rank."""
+    failures = list((getattr(error, "worker_failures", None) or {}).values())
+    for failure in failures:
+        raised = getattr(failure, "_base_exc", failure)  # private, and pinned with Ray
+        if isinstance(raised, UserError):
+            return str(raised)
+    cause = failures[0] if failures else getattr(error, "controller_failure", error)
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return lines[-1] if lines else type(cause).__name__

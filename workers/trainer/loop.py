@@ -18,13 +18,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sd3core import conditioning, randomness, rectified_flow
-from sd3core.checkpoint import list_checkpoints
 from sd3core.conditioning import TextFeatures
 from sd3core.data.store import Store, open_store
 from sd3core.formulations import find_formulation
 from sd3core.mmdit import MMDiT, MMDiTConfig, max_attention_logit
 from workers.trainer import engine
-from workers.trainer.checkpointing import begin_attempt, load_checkpoint, load_start_weights, save_checkpoint
+from workers.trainer.checkpointing import (
+    begin_attempt,
+    last_whole_checkpoint,
+    load_checkpoint,
+    load_start_weights,
+    save_checkpoint,
+)
 from workers.trainer.engine import ShardedTrainer
 from workers.trainer.job import TrainingFailed, TrainingJob
 from workers.trainer.metrics import StepLoss, flops_per_sample, learning_rate, peak_flops
@@ -141,10 +146,10 @@ class PhaseTraining:
                 self._warn(f"{streak}; going back to the last checkpoint")
 
     def _restore(self) -> int:
-        """Loads the last finished checkpoint, or the start weights; returns the number of steps taken until then."""
-        finished = self._from_first_rank(lambda: list_checkpoints(self.store, self.job.folder))
-        if finished:
-            step = load_checkpoint(self.store, finished[-1].folder, self.trainer).steps
+        """Loads the last whole checkpoint, or the start weights; returns the number of steps taken until then."""
+        last = self._from_first_rank(lambda: last_whole_checkpoint(self.store, self.job.folder, self._warn))
+        if last:
+            step = load_checkpoint(self.store, last.folder, self.trainer).steps
         else:
             step = 0
             load_start_weights(dict(start_model(self.job, self.store).named_parameters()), self.trainer)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sd3core.mmdit import MMDiTConfig
-from sd3core.mmdit.layers import MLP_RATIO, SINUSOID_CHANNELS
+from sd3core.mmdit.flops import forward_flops
 from sd3core.recipe import Training
 
 TIMESTEP_BINS = 8  # equal parts of t in [0, 1]
@@ -48,23 +48,8 @@ class StepLoss:
 
 
 def flops_per_sample(config: MMDiTConfig, image_tokens: int, text_tokens: int) -> float:
-    """FLOPs of one training sample: forward and backward (twice the forward), 2 per multiply-add.
-
-    Counts the linear maps of both streams, the modulations, q k^T and its product with v; no norms, no activations.
-    """
-    width = config.hidden_size
-    patch = config.patch_size**2 * config.latent_channels
-    stream = (3 + 1 + 2 * MLP_RATIO) * width**2  # qkv, proj, MLP: multiply-adds a token
-    tokens = image_tokens + text_tokens
-    block = stream * tokens + 2 * tokens**2 * width + 2 * 6 * width**2
-    last_text_saved = (1 + 2 * MLP_RATIO) * width**2 * text_tokens + 4 * width**2  # it only gives q, k and v
-    embed = (
-        image_tokens * patch * width
-        + text_tokens * config.context_dim * width
-        + (SINUSOID_CHANNELS + config.pooled_dim + 2 * width) * width
-    )
-    final = image_tokens * width * patch + 2 * width**2
-    return 3 * 2.0 * (config.depth * block - last_text_saved + embed + final)
+    """FLOPs of one training sample: forward, and backward, which is twice the forward."""
+    return 3 * forward_flops(config, image_tokens, text_tokens)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

@@ -11,8 +11,21 @@ import pyarrow as pa
 import pytest
 
 from sd3core.data.shards import (
-    FailedRow, Sample, check_digest, content_digest, finished_stems, is_held_out, read_done, read_index,
-    read_raw_samples, read_samples, read_table, sample_id, shard_stem, write_shard, write_table,
+    FailedRow,
+    Sample,
+    check_digest,
+    content_digest,
+    finished_stems,
+    is_held_out,
+    read_done,
+    read_index,
+    read_raw_samples,
+    read_samples,
+    read_table,
+    sample_id,
+    shard_stem,
+    write_shard,
+    write_table,
 )  # fmt: skip
 from sd3core.data.store import open_store
 from sd3core.errors import DataError, StoreError

@@ -10,9 +10,9 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
+import small_shards as made
 import torch
 
-import small_shards as made
 from sd3core.conditioning import TextFeatures
 from sd3core.data.loader import BatchLoader, ShardCache, ShardReader, load_split
 from sd3core.data.plan import TrainingPlan

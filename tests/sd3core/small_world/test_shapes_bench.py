@@ -10,7 +10,7 @@ from scene_pictures import at_64, reconstructed, scene_of
 
 from sd3core.small_world import shapes_bench
 from sd3core.small_world.scenes import render
-from sd3core.small_world.shapes_bench import BenchPrompt, Required, Verdict, judge, load_prompts, score
+from sd3core.small_world.shapes_bench import BenchPrompt, Required, Tally, Verdict, judge, load_prompts, score
 from sd3core.small_world.world import COLOURS, RELATIONS, SHAPES, TASKS, count_is_reserved, pair_is_reserved
 
 LAYOUTS = {
@@ -114,23 +114,19 @@ def test_a_relation_needs_a_margin():
     assert judge(place(14), prompt).correct
 
 
-def test_score_is_the_mean_of_six_tasks_and_splits_seen_from_unseen():
-    results = []
-    for task in TASKS:
-        for prompt in load_prompts(task):
-            results.append((prompt, Verdict(prompt.seen and task != "two_objects", "")))
-    found = score(results)
-    assert (
-        found.tasks["single_object"] == 1
-        and found.tasks["two_objects"] == 0
-        and found.tasks["counting"] == pytest.approx(0.8)
-    )
-    assert found.overall == pytest.approx((1 + 0 + 0.8 + 1 + 2 / 3 + 0.5) / 6)
-    assert found.seen == {"counting": 1, "position": 1, "color_attribution": 1}
-    assert found.unseen == {"counting": 0, "position": 0, "color_attribution": 0}
-    assert found.pictures["position"] == 60
-    with pytest.raises(ValueError, match="none of color_attribution"):
-        score([result for result in results if result[0].task != "color_attribution"])
+def test_score_counts_all_and_splits_coloured_prompts_into_seen_and_unseen():
+    found = {task: score((prompt, Verdict(prompt.seen, "")) for prompt in load_prompts(task)) for task in TASKS}
+    assert {task: share.all.right for task, share in found.items()} == {
+        "single_object": 60,
+        "two_objects": 60,
+        "counting": 48,
+        "colors": 60,
+        "position": 40,
+        "color_attribution": 30,
+    }
+    assert found["counting"].seen == Tally(24, 24) and found["counting"].unseen == Tally(0, 12)
+    assert found["two_objects"].seen == found["two_objects"].unseen == Tally(0, 0)  # no colours are asked for
+    assert all(share.all.pictures == 60 for share in found.values())
 
 
 def test_a_limit_spreads_over_the_file():

@@ -15,12 +15,13 @@ from fake_training import FakeLoader, make_job
 from ray import cloudpickle
 
 from sd3core.checkpoint import assemble, list_checkpoints, read_done
-from sd3core.data.store import open_store
-from sd3core.errors import DataError
+from sd3core.data.store import StoreNotFound, open_store
+from sd3core.errors import DataError, StoreError
 from sd3core.recipe import Compute
 from workers.pool import start_ray
 from workers.trainer import TrainingFailed, train
 from workers.trainer.checkpointing import read_metrics
+from workers.trainer.launch import a_restart_may_mend
 
 for module in (fake_training, sys.modules[__name__]):  # ranks do not have the tests on their path
     cloudpickle.register_pickle_by_value(module)
@@ -134,6 +135,33 @@ def test_an_error_of_the_user_is_not_tried_again(tmp_path):
         train(job, COMPUTE, open_loader=open_nothing)
     store = open_store(job.store)
     assert len(store.list(f"{job.folder}/attempts/")) == 1 and list_checkpoints(store, job.folder) == []
+
+
+def test_which_errors_a_restart_may_mend():
+    assert a_restart_may_mend(StoreError("s3://b: cannot be reached"))
+    for error in (StoreNotFound("s3://b/x: no such object"), DataError("x"), TrainingFailed("x")):
+        assert not a_restart_may_mend(error)
+
+
+def test_a_store_that_is_away_for_a_moment_costs_a_restart(tmp_path):
+    def open_once_away(job, store, place, warn):
+        if len(store.list(f"{job.folder}/attempts/")) == 1:
+            raise StoreError("s3://bucket: cannot be reached")
+        return FakeLoader(job.training.global_batch, place.rank, place.world)
+
+    result = train(make_job(tmp_path / "store"), COMPUTE, open_loader=open_once_away)
+    assert result.samples == 96 and result.attempts == 2
+
+
+def test_a_store_that_stays_away_is_named_in_one_line(tmp_path):
+    def open_away(job, store, place, warn):
+        if place.rank == 1:
+            raise StoreError("s3://bucket: cannot be reached")
+        return FakeLoader(job.training.global_batch, place.rank, place.world)
+
+    compute = COMPUTE.model_copy(update={"max_restarts": 1})
+    with pytest.raises(TrainingFailed, match=r"failed 2 times .*; last: s3://bucket: cannot be reached$"):
+        train(make_job(tmp_path / "store"), compute, open_loader=open_away)
 
 
 def test_more_ranks_than_the_machine_has(tmp_path):

@@ -1,0 +1,65 @@
+"""Which manifests a later stage reads: those that its own run has used, not those another run has added since."""
+
+from __future__ import annotations
+
+import pytest
+
+from flows import upstream
+from sd3core.data.manifest import MANIFEST, Manifest, commit_manifest
+from sd3core.data.store import open_store
+from sd3core.errors import DataError
+from sd3core.recipe import load_recipe
+from sd3core.specs import captions_folder, fingerprint, raw_fields, raw_folder
+from workers.stage_notes import remember_stage
+
+
+@pytest.fixture
+def store(tmp_path):
+    return open_store(str(tmp_path))
+
+
+def recipe_of(run: str, images: int):
+    return load_recipe("tiny-test", [f"run={run}", f"data.images={images}"])
+
+
+def commit(store, recipe, stage: str, folder: str, inputs: dict[str, str], rows: int):
+    """What a stage leaves: the manifest, and the run's note of it."""
+    fields = raw_fields(recipe)
+    shard = {"number": 0, "stem": "00000.0123456789ab", "rows": rows, "bytes": 1, "digest": "0" * 64}
+    made = Manifest(stage=stage, spec=fingerprint(fields), fields=fields, inputs=inputs, folder=folder, shards=[shard])
+    ref = commit_manifest(store, folder, made)
+    remember_stage(store, recipe.run, stage, folder, ref.digest, fields)
+    return ref
+
+
+def ingest(store, recipe, rows: int):
+    return commit(store, recipe, "ingest", raw_folder(recipe), {}, rows)
+
+
+def test_each_run_reads_what_it_has_ingested_itself(store):
+    ours, theirs = recipe_of("a", 100), recipe_of("b", 200)
+    small = ingest(store, ours, 100)
+    described = commit(store, ours, "caption", captions_folder(ours), {"raw": small.digest}, 100)
+    large = ingest(store, theirs, 200)
+    assert small.folder == large.folder
+    assert upstream.raw(ours, store) == small and upstream.raw(theirs, store) == large
+    assert upstream.captions(ours, store) == described
+    with pytest.raises(DataError, match="caption: what it made is older than raw"):
+        upstream.captions(theirs, store)
+
+
+def test_without_a_note_of_this_folder_the_newest_counts(store):
+    ours = recipe_of("a", 100)
+    first, newest = ingest(store, ours, 100), ingest(store, recipe_of("b", 200), 200)
+    assert upstream.raw(recipe_of("c", 200), store) == newest
+    remember_stage(store, "a", "ingest", "datasets/other/raw/0", first.digest, {})
+    assert upstream.raw(ours, store) == newest
+    remember_stage(store, "a", "ingest", first.folder, "f" * 64, {})  # a manifest that is gone
+    assert upstream.raw(ours, store) == newest
+
+
+def test_a_stage_that_was_taken_back_is_not_found_by_its_note(store):
+    ours = recipe_of("a", 100)
+    store.delete(f"{ingest(store, ours, 100).folder}/{MANIFEST}")
+    with pytest.raises(DataError, match="ingest is not finished"):
+        upstream.raw(ours, store)

@@ -1,0 +1,109 @@
+"""Two attempts at one phase at the same time, moment by moment: no DONE.json is left without its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from fake_training import make_job
+
+from sd3core.checkpoint import DONE_FILE, list_checkpoints, read_done
+from sd3core.data.store import FileStore
+from workers.trainer.checkpointing import begin_attempt, last_whole_checkpoint, save_checkpoint
+from workers.trainer.engine import Slice
+from workers.trainer.job import TrainingSuperseded
+
+
+class Disturbed(FileStore):
+    """A store in which something happens once, just before or after a DONE.json is written or a file is deleted."""
+
+    def __init__(self, root, **happenings):
+        super().__init__(root)
+        self.happenings = happenings
+
+    def _now(self, moment):
+        happening = self.happenings.pop(moment, None)
+        if happening:
+            happening()
+
+    def put_json(self, path, value):
+        if path.endswith(DONE_FILE):
+            self._now("before_done")
+        super().put_json(path, value)
+        if path.endswith(DONE_FILE):
+            self._now("after_done")
+
+    def delete(self, path):
+        super().delete(path)
+        self._now("after_delete")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def job(tmp_path):
+    return make_job(tmp_path / "store")
+
+
+def write(store, job, attempt, step=4):
+    trainer = SimpleNamespace(rank=0, world=1, optimizer_step=step, shapes={"w": [3]})
+    trainer.slices = lambda own: [Slice("weights", "w", 0, torch.ones(3))]
+    return save_checkpoint(store, job, trainer, attempt=attempt, step=step, rows=[{"step": step}])
+
+
+def test_a_newer_attempt_before_done_removes_the_files_and_the_older_one_takes_done_back(job):
+    store = FileStore(Path(job.store))
+    disturbed = Disturbed(store.root, before_done=lambda: begin_attempt(store, job.folder))
+    with pytest.raises(TrainingSuperseded, match="attempt 2 of run test has begun elsewhere; attempt 1 stops"):
+        write(disturbed, job, begin_attempt(store, job.folder))
+    assert list_checkpoints(store, job.folder) == []
+
+
+def test_a_newer_attempt_after_done_keeps_that_checkpoint(job):
+    store = FileStore(Path(job.store))
+    disturbed = Disturbed(store.root, after_done=lambda: begin_attempt(store, job.folder))
+    with pytest.raises(TrainingSuperseded):
+        write(disturbed, job, begin_attempt(store, job.folder))
+    assert last_whole_checkpoint(store, job.folder).samples == 32
+
+
+def test_a_newer_attempt_takes_back_a_done_that_comes_while_it_removes_the_files(job):
+    store = FileStore(Path(job.store))
+    folder = write(store, job, begin_attempt(store, job.folder))
+    done = store.get_json(f"{folder}/{DONE_FILE}")
+    store.delete(f"{folder}/{DONE_FILE}")
+    disturbed = Disturbed(store.root, after_delete=lambda: store.put_json(f"{folder}/{DONE_FILE}", done))
+    assert begin_attempt(disturbed, job.folder) == 2
+    assert list_checkpoints(store, job.folder) == []
+
+
+def test_a_done_of_the_newer_attempt_is_not_taken_back(job):
+    """The older one slept over all of it: the newer attempt has written the same checkpoint meanwhile."""
+    store = FileStore(Path(job.store))
+    old = begin_attempt(store, job.folder)
+    disturbed = Disturbed(store.root, after_done=lambda: write(store, job, begin_attempt(store, job.folder)))
+    with pytest.raises(TrainingSuperseded):
+        write(disturbed, job, old)
+    last = last_whole_checkpoint(store, job.folder)
+    assert read_done(store, last.folder).attempt == 2
+
+
+def test_a_checkpoint_whose_files_are_gone_is_passed_over(job):
+    store = FileStore(Path(job.store))
+    attempt = begin_attempt(store, job.folder)
+    first, second = (write(store, job, attempt, step) for step in (4, 8))
+    [name] = read_done(store, second).rank_files
+    store.delete(f"{second}/{name}")
+    warnings: list[str] = []
+    assert last_whole_checkpoint(store, job.folder, warnings.append).folder == first
+    assert warnings == [f"{store.uri(second)}: {name} is missing; going on from an earlier checkpoint"]
+    store.delete(f"{first}/{DONE_FILE}")
+    assert last_whole_checkpoint(store, job.folder) is None
