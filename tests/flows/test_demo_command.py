@@ -52,7 +52,7 @@ def test_a_missing_folder_is_named(tmp_path):
 
 def test_the_sample_command_can_be_pasted():
     overrides = ["run=x", 'data.folder="/a b/$c"']
-    words = shlex.split(" ".join(sample_command("tiny-test", load_recipe("tiny-test"), overrides)))
+    words = shlex.split(" ".join(sample_command("tiny-test", overrides)))
     assert words[:2] == [".venv/bin/sd3", "sample"]
     assert words[3:] == ["--recipe", "tiny-test", "--set", "run=x", "--set", 'data.folder="/a b/$c"']
-    assert "--recipe" not in sample_command("mini", load_recipe("mini"), [])  # it is the default
+    assert "--recipe" not in sample_command("mini", [])  # it is the default
