@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ import pytest
 from installation import FileState, Installation
 
 RUN = "runs/tiny-test"
-# Long enough for a kill between the two checkpoints of pretraining, wherever it runs.
-STEPS, BATCH = 160, 8
-FIRST, LAST = 640, 1280  # samples at the checkpoints
-OVERRIDES = (f"pretrain.samples={LAST}", f"pretrain.checkpoint_every_samples={FIRST}")
+STEPS, BATCH = 200, 8
+FIRST, LAST = 800, 1600  # samples at the checkpoints
+# Ranks notice a killed driver after seconds: slow steps, and enough of them, keep the last checkpoint from being written by then.
+OVERRIDES = (f"pretrain.samples={LAST}", f"pretrain.checkpoint_every_samples={FIRST}", "pretrain.micro_batch=1")
 DATA = ("datasets/", "towers/")
 LEFT_SECONDS = 30
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
@@ -23,13 +24,15 @@ RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 @pytest.fixture(scope="session")
 def installation() -> Iterator[Installation]:
-    """Services that are up; they go down whatever happens."""
+    """Services that are up; they go down whatever happens, also when the tests are interrupted or terminated."""
     made = Installation()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         made.command("sd3", "up", seconds=240)
         yield made
     finally:
         made.close()
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True)

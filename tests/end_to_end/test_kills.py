@@ -12,22 +12,23 @@ from contextlib import suppress
 
 import psutil
 import pytest
+from conftest import OVERRIDES as TRAINING
 from conftest import described, ended
 from installation import FileState, Installation
 
 pytestmark = [pytest.mark.kills, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 RUN = "kills"
-STEPS = {"pretrain": 160, "finetune.0": 80}
+STEPS = {"pretrain": 200, "finetune.0": 160}
 OVERRIDES = (
     f"run={RUN}",
     "data.name=kills",
     "data.images=384",
     "towers.name=kills",
-    "pretrain.samples=1280",
-    "pretrain.checkpoint_every_samples=640",
-    "finetune.0.samples=320",
+    *TRAINING,
+    "finetune.0.samples=640",
     "finetune.0.checkpoint_every_samples=160",
+    "finetune.0.micro_batch=1",
     "evaluate.checkpoints=last",
 )
 RESULTS = {

@@ -30,8 +30,9 @@ pytestmark = pytest.mark.slow
 UNTIMED = ("samples_per_s", "mfu")
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def local_ray():
+    """A Ray of its own for each test: one that was ended by force may keep its resources until Ray stops."""
     with start_ray(COMPUTE):
         yield
 
