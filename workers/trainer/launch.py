@@ -26,6 +26,7 @@ from workers.trainer.job import TrainingFailed, TrainingJob, TrainingResult, Tra
 
 POLL_S = 0.3
 ABORT_S = 5.0
+HELD_S = 20.0  # how long a rank that no restart would mend waits to be ended
 TELL_S = 0.25  # a rank tells its progress at most so often
 
 # Ray Train's controller: notice a dead rank at once, write nothing, and leave the ranks in the caller's folder.
@@ -213,6 +214,7 @@ def _run_rank(job: TrainingJob, compute: Compute, desk: Any, open_loader: Any) -
     except UserError as error:
         if not a_restart_may_mend(error):  # the desk is told before Ray Train hears of it
             ray.get(desk.fail.remote(isinstance(error, TrainingSuperseded), str(error)))
+            time.sleep(HELD_S)  # the driver ends this rank meanwhile; failing at once, Ray Train would try again first
         raise
 
 
