@@ -14,6 +14,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 LOCK    := infra/locks/$(VARIANT).txt
 READY   := $(VENV)/.installed-$(VARIANT)
+TWO     := --numprocesses 2 --dist loadgroup
 
 .PHONY: demo test test-unit test-kills up down setup clean
 
@@ -21,10 +22,10 @@ demo: $(READY)
 	@$(BIN)/sd3 demo --recipe $(RECIPE) $(if $(DATA),--data "$(DATA)") $(if $(FROM),--from-stage $(FROM)) $(foreach s,$(SET),--set "$(s)")
 
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(TWO)
 
 test-unit: $(READY)
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest $(TWO) -m "not slow"
 
 test-kills: $(READY)  # kill -9 of every kind of process in every stage; takes about half an hour
 	@$(BIN)/python -m pytest -m kills tests/end_to_end

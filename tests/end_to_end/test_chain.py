@@ -138,8 +138,9 @@ def test_a_finished_pipeline_ends_at_once_and_changes_nothing(resumed, repeated)
 
 @pytest.fixture(scope="module")
 def changed(installation, repeated) -> Finished:
-    """One field changed: more text positions for the T5."""
-    return demo(installation, (*OVERRIDES, "text.t5_tokens=12"))
+    """Fewer text positions for the T5, and no more training than it takes to see that there was some."""
+    short = ("pretrain.samples=32", "pretrain.checkpoint_every_samples=32")
+    return demo(installation, (*OVERRIDES, *short, "text.t5_tokens=12"))
 
 
 def test_a_changed_field_redoes_what_depends_on_it_and_says_why(repeated, changed):

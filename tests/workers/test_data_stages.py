@@ -27,7 +27,7 @@ from workers.inputs import input_shards, read_images
 from workers.shard_stage import NOTHING_TO_DO
 from workers.towers import training_rows
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from sd3core.recipe import Compute
 from workers.pool import PoolFailed, PoolSettings, map_over_actors, start_ray
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import a test module
+pytestmark = pytest.mark.slow
 TWO = PoolSettings(actors=2, max_attempts=3, stall_timeout_s=60)
 
 

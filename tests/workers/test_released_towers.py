@@ -86,6 +86,7 @@ def test_a_folder_that_is_missing_or_wrong_names_its_key(released, tmp_path):
         ReleasedTowerWorker(store.url, "towers/r", ReleasedTowers(**released | {"vae": released["t5"]}))("vae")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_the_stage_names_the_tower_that_failed_and_keeps_the_others(released, tmp_path):
     store = open_store(str(tmp_path))

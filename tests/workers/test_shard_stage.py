@@ -24,7 +24,7 @@ from workers.shard_stage import (
 )
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 COMPUTE = Compute(actors=1, object_store_mb=80)
 
 

@@ -13,6 +13,7 @@ from workers.trainer import engine
 from workers.trainer.checkpointing import load_start_weights
 from workers.trainer.engine import ShardedTrainer
 
+pytestmark = pytest.mark.slow
 STEPS, RATE = 4, 1e-3
 
 
