@@ -193,6 +193,7 @@ class Training(Section):
     learning_rate: float = Field(1e-4, gt=0)
     warmup_samples: int = Field(0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"  # cosine ends at a tenth of the rate
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: orthogonal steps for the blocks' matrices, Adam for all else
     betas: tuple[float, float] = (0.9, 0.999)
     adam_eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)

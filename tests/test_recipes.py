@@ -255,6 +255,7 @@ LEARNED = {
     "learning_rate": 1.0,
     "warmup_samples": 8,
     "schedule": "cosine",
+    "optimizer": "muon",
     "betas": (0.9, 0.95),
     "adam_eps": 1e-15,
     "weight_decay": 0.1,

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from sd3core.checkpoint import KINDS
 from sd3core.recipe import Training
+from workers.trainer.muon import MatrixPiece, Muon, matrices_in
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Slice:
 
 
 class ShardedTrainer:
-    """A model under DeepSpeed with AdamW, accumulation, clipping and an fp32 EMA on each rank's partition.
+    """A model under DeepSpeed with AdamW or Muon, accumulation, clipping and an fp32 EMA on each rank's partition.
 
     DeepSpeed rounds the fp32 masters of a fresh bf16 model to bf16: write exact ones through `slices`.
     """
@@ -64,6 +66,8 @@ class ShardedTrainer:
         self.pieces = list(self._find_pieces())
         self.flats = list({id(piece.flat): piece.flat for piece in self.pieces}.values())
         self._make_state()
+        if isinstance(self._adam, Muon):
+            self._place_matrices(self._adam)
 
     @property
     def model(self) -> nn.Module:
@@ -142,8 +146,34 @@ class ShardedTrainer:
                 "exp_avg_sq": torch.zeros_like(flat.data),
             }
 
+    def _place_matrices(self, muon: Muon) -> None:
+        """Tells Muon what each flat partition holds: this rank's whole matrices, and every one that is split between ranks."""
+        own = {piece.name: piece for piece in self.pieces if matrices_in(piece.name, self.shapes[piece.name])}
+        held: list[dict[str, tuple[int, int]]] = [{}] * self.world  # of every rank: name -> (group, length)
+        dist.all_gather_object(held, {name: (self._group_of(piece.flat), piece.length) for name, piece in own.items()})
+        for group, flat in enumerate(self._group_flats()):
+            placed = []
+            for name, shape in self.shapes.items():
+                lengths = [part[name][1] for part in held if name in part and part[name][0] == group]
+                split = bool(lengths) and max(lengths) < math.prod(shape)
+                if split or (lengths and name in own):
+                    piece = own.get(name)
+                    place = (piece.start, piece.length, piece.offset) if piece else (0, 0, 0)
+                    placed.append(MatrixPiece(tuple(shape), matrices_in(name, shape), *place, split))
+            muon.place(flat, placed)
+
+    def _group_flats(self) -> list[Tensor]:
+        """The flat partitions by DeepSpeed's number, which is the same on all ranks."""
+        stage, optimizer = self.training.zero_stage, self.engine.optimizer
+        if stage == 0:
+            return list(self._named.values())
+        return list(optimizer.single_partition_of_fp32_groups if stage < 3 else optimizer.fp32_partitioned_groups_flat)
+
+    def _group_of(self, flat: Tensor) -> int:
+        return next(number for number, other in enumerate(self._group_flats()) if other is flat)
+
     @property
-    def _adam(self) -> torch.optim.AdamW:
+    def _adam(self) -> torch.optim.AdamW | Muon:
         return self.engine.optimizer if self.training.zero_stage == 0 else self.engine.optimizer.optimizer
 
     def _find_pieces(self) -> Iterator[Piece]:
@@ -200,14 +230,16 @@ def _initialize(model: nn.Module, training: Training, accumulation: int):
     import deepspeed
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=training.learning_rate,
-        betas=training.betas,
-        eps=training.adam_eps,
-        weight_decay=training.weight_decay,
-        foreach=False,
-    )
+    settings = {
+        "lr": training.learning_rate,
+        "betas": training.betas,
+        "eps": training.adam_eps,
+        "weight_decay": training.weight_decay,
+    }
+    if training.optimizer == "muon":
+        optimizer = Muon(parameters, **settings)
+    else:
+        optimizer = torch.optim.AdamW(parameters, **settings, foreach=False)
     elements = sum(p.numel() for p in parameters)
     bucket = min(elements, 200_000_000)  # DeepSpeed allocates a whole bucket, 1 GB by default
     zero = {"stage": training.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}

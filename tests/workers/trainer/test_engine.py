@@ -1,4 +1,4 @@
-"""DeepSpeed's sharding against plain torch: the same updates at every ZeRO stage, with accumulation and clipping."""
+"""DeepSpeed's sharding against plain torch: the same updates at every ZeRO stage, with accumulation and clipping, by both optimizers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from fake_training import MODEL, make_training
 from rank_processes import run_ranks
 
 from sd3core.mmdit import MMDiT
+from sd3core.tower_training.muon import orthogonalise
 from workers.trainer import engine
 from workers.trainer.checkpointing import load_start_weights
 from workers.trainer.engine import ShardedTrainer
 
 pytestmark = pytest.mark.slow
 STEPS, RATE = 4, 1e-3
+CASES = [(optimizer, stage) for optimizer in ("adamw", "muon") for stage in range(4)]
 
 
 def _model() -> MMDiT:
@@ -32,13 +34,18 @@ def _batch(step: int):
     return x, target, torch.rand(8, generator=generator), context, pooled
 
 
-def _sharded(rank, world, stages):
-    """{stage: (gradient norms, weights, EMA)}, gathered from all ranks' slices."""
+def _sharded(rank, world, cases):
+    """{(optimizer, stage): (gradient norms, weights, EMA)}, gathered from all ranks' slices."""
     engine.prepare(use_gpu=False)
     results = {}
-    for stage in stages:
+    for optimizer, stage in cases:
         training = make_training(
-            zero_stage=stage, precision="fp32", grad_clip=0.3, micro_batch=2, activation_checkpointing=stage == 3
+            optimizer=optimizer,
+            zero_stage=stage,
+            precision="fp32",
+            grad_clip=0.3,
+            micro_batch=2,
+            activation_checkpointing=stage == 3,
         )
         model = _model()
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -52,7 +59,7 @@ def _sharded(rank, world, stages):
                 norm = trainer.step(RATE)
             norms.append(norm)
             trainer.update_ema(0.9)
-        results[stage] = norms, _gathered(trainer, "weights"), _gathered(trainer, "ema")
+        results[optimizer, stage] = norms, _gathered(trainer, "weights"), _gathered(trainer, "ema")
     return results
 
 
@@ -67,10 +74,33 @@ def _gathered(trainer: ShardedTrainer, kind: str):
     return whole
 
 
-@pytest.fixture(scope="module")
-def plain():
+class PlainMuon:
+    """Muon on whole matrices, those of attention and MLP in the blocks; AdamW for the rest."""
+
+    def __init__(self, model: MMDiT):
+        in_blocks = [(name, p) for name, p in model.named_parameters() if name.startswith("joint_blocks.") and p.ndim == 2]
+        self.matrices = {name: p for name, p in in_blocks if "adaLN" not in name}
+        rest = [p for name, p in model.named_parameters() if name not in self.matrices]
+        self.adam = torch.optim.AdamW(rest, lr=RATE, weight_decay=0.0)
+        self.averages = {name: torch.zeros_like(p) for name, p in self.matrices.items()}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.adam.step()
+        for name, p in self.matrices.items():
+            average = self.averages[name].mul_(0.9).add_(p.grad, alpha=0.1)
+            stacked = 3 if "qkv" in name else 1
+            for rows, part in zip(p.chunk(stacked), (0.1 * p.grad + 0.9 * average).chunk(stacked), strict=True):
+                rows -= RATE * 0.2 * max(part.shape) ** 0.5 * orthogonalise(part)
+
+    def zero_grad(self) -> None:
+        for p in [*self.matrices.values(), *self.adam.param_groups[0]["params"]]:
+            p.grad = None
+
+
+def _plain(optimizer_of):
     model = _model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+    optimizer = optimizer_of(model)
     ema, norms = {name: p.detach().clone() for name, p in model.named_parameters()}, []
     for step in range(STEPS):
         x, target, t, context, pooled = _batch(step)
@@ -83,14 +113,23 @@ def plain():
 
 
 @pytest.fixture(scope="module")
+def plain():
+    return {
+        "adamw": _plain(lambda model: torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)),
+        "muon": _plain(PlainMuon),
+    }
+
+
+@pytest.fixture(scope="module")
 def sharded():
-    return run_ranks(2, _sharded, (0, 1, 2, 3))[0]
+    return run_ranks(2, _sharded, CASES)[0]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_train_as_plain_torch(plain, sharded, stage):
-    norms, weights, ema = sharded[stage]
-    assert norms == pytest.approx(plain[0], rel=1e-5) and min(norms) > 0.3  # so clipping is at work
-    for name, tensor in plain[1].items():
+@pytest.mark.parametrize(("optimizer", "stage"), CASES)
+def test_two_ranks_train_as_plain_torch(plain, sharded, optimizer, stage):
+    norms, weights, ema = sharded[optimizer, stage]
+    expected_norms, expected_weights, expected_ema = plain[optimizer]
+    assert norms == pytest.approx(expected_norms, rel=1e-5) and min(norms) > 0.3  # so clipping is at work
+    for name, tensor in expected_weights.items():
         torch.testing.assert_close(weights[name], tensor, rtol=0, atol=2e-5)
-        torch.testing.assert_close(ema[name], plain[2][name].flatten(), rtol=0, atol=2e-5)
+        torch.testing.assert_close(ema[name], expected_ema[name].flatten(), rtol=0, atol=2e-5)
