@@ -14,7 +14,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 LOCK    := infra/locks/$(VARIANT).txt
 READY   := $(VENV)/.installed-$(VARIANT)
-TWO     := --numprocesses 2 --dist loadgroup
+TWO     := --numprocesses 2 --dist loadfile
 
 .PHONY: demo test test-unit test-kills up down setup clean
 
@@ -22,13 +22,14 @@ demo: $(READY)
 	@$(BIN)/sd3 demo --recipe $(RECIPE) $(if $(DATA),--data "$(DATA)") $(if $(FROM),--from-stage $(FROM)) $(foreach s,$(SET),--set "$(s)")
 
 test: $(READY)
-	@$(BIN)/python -m pytest $(TWO)
+	@$(BIN)/python -m pytest $(TWO) -m "not slow"
+	@$(BIN)/python -m pytest -m "slow and not kills" --durations=20
 
 test-unit: $(READY)
 	@$(BIN)/python -m pytest $(TWO) -m "not slow"
 
-test-kills: $(READY)  # kill -9 of every kind of process in every stage; takes about half an hour
-	@$(BIN)/python -m pytest -m kills tests/end_to_end
+test-kills: $(READY)  # kill -9 of every kind of process in every stage, stores that go away; takes about half an hour
+	@$(BIN)/python -m pytest -m kills
 
 setup: $(READY)
 

@@ -4,8 +4,6 @@ import os
 import shutil
 import tempfile
 
-import pytest
-
 # Prefect reads its settings when it is imported: the tests keep off the user's profile and send nothing.
 _PREFECT_HOME = tempfile.mkdtemp(prefix="sd3-test-prefect-")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share the cores: threads of torch's would wait for each other
@@ -14,11 +12,3 @@ os.environ.update(PREFECT_HOME=_PREFECT_HOME, PREFECT_SERVER_ANALYTICS_ENABLED="
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(_PREFECT_HOME, ignore_errors=True)
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two test processes share the work by files, whose tests share fixtures; the chain's files share one installation."""
-    for item in items:
-        chain = "end_to_end" in item.path.parts
-        item.add_marker(pytest.mark.xdist_group("end_to_end" if chain else item.path.name))

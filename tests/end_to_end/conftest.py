@@ -16,7 +16,12 @@ RUN = "runs/tiny-test"
 STEPS, BATCH = 200, 8
 FIRST, LAST = 800, 1600  # samples at the checkpoints
 # Ranks notice a killed driver after seconds: slow steps, and enough of them, keep the last checkpoint from being written by then.
-OVERRIDES = (f"pretrain.samples={LAST}", f"pretrain.checkpoint_every_samples={FIRST}", "pretrain.micro_batch=1")
+OVERRIDES = (
+    f"pretrain.samples={LAST}",
+    f"pretrain.checkpoint_every_samples={FIRST}",
+    "pretrain.micro_batch=1",
+    "compute.actors=1",  # loading models takes longer than the work that two would share; the chain on S3 has two
+)
 DATA = ("datasets/", "towers/")
 LEFT_SECONDS = 30
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")

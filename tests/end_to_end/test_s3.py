@@ -48,7 +48,7 @@ class OnS3:
 @pytest.fixture(scope="module")
 def on_s3(installation, resumed, bucket) -> OnS3:
     before = installation.files("")
-    printed = installation.demo([*OVERRIDES, f"store={URL}"])
+    printed = installation.demo([*OVERRIDES, "compute.actors=2", f"store={URL}"])
     return OnS3(printed, bucket.get_json(f"{RUN}/summary.json"), before, installation.files(""))
 
 
