@@ -154,8 +154,8 @@ def test_a_store_that_stays_away_is_named_in_one_line(tmp_path):
             raise StoreError("s3://bucket: cannot be reached")
         return FakeLoader(job.training.global_batch, place.rank, place.world)
 
-    compute = COMPUTE.model_copy(update={"max_restarts": 0})
-    with pytest.raises(TrainingFailed, match=r"failed 1 times .*; last: s3://bucket: cannot be reached$"):
+    compute = COMPUTE.model_copy(update={"max_restarts": 1})
+    with pytest.raises(TrainingFailed, match=r"failed 2 times .*; last: s3://bucket: cannot be reached$"):
         train(make_job(tmp_path / "store"), compute, open_loader=open_away)
 
 
