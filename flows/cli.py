@@ -139,7 +139,8 @@ def plan(recipe: RecipeOption = "mini", set_: SetOption = None) -> None:
 
 @app.command()
 def sample(
-    prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    prompt: Annotated[Optional[list[str]], typer.Argument(help="One or more prompts.")] = None,
+    file: Annotated[Optional[Path], typer.Option("--file", "-f", help="A text file with a prompt on each line.")] = None,
     recipe: RecipeOption = "mini",
     run: Annotated[Optional[str], typer.Option(help="The run to sample from; default: the recipe's.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
@@ -156,12 +157,12 @@ def sample(
     set_: SetOption = None,
 ) -> None:
     """Pictures from prompts, from a run's last checkpoint."""
-    from flows.sample import sample_run
+    from flows.sample import read_prompts, sample_run
 
     overrides = [*(set_ or []), *([f"run={run}"] if run else [])]
     sample_run(
         _load(recipe, overrides),
-        prompts=prompt,
+        prompts=[*(prompt or []), *(read_prompts(file) if file else [])],
         out=out,
         size=(height, width),
         seed=seed,

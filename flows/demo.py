@@ -23,7 +23,7 @@ from sd3core.recipe import Recipe, load_recipe
 if TYPE_CHECKING:
     from flows.terminal import RunView
 
-EXAMPLE_PROMPT = "a red circle to the left of a blue square"
+EXAMPLE_PROMPT = "a red circle left of a blue square"
 RUN_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 

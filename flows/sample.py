@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +16,20 @@ from sd3core.recipe import Recipe
 from sd3core.text_encoders import ENCODERS
 from sd3core.towers import fetch_towers
 from workers.towers import towers_cache
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file, but for empty ones. UserError where there are none or the file cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--file {path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"--file {path}: cannot be read ({error.strerror or error})") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--file {path}: it has no prompt; write one on each line")
+    return prompts
 
 
 def sample_run(
@@ -32,6 +47,8 @@ def sample_run(
     console: Console,
 ) -> list[Path]:
     """Draws the prompts and prints where the pictures are. UserError for settings that cannot be."""
+    if not prompts:
+        raise UserError("no prompt: give one or more, or --file with a prompt on each line")
     unknown = sorted(without - set(ENCODERS))
     if unknown:
         raise UserError(f"--without {unknown[0]}: the encoders are {', '.join(ENCODERS)}")
@@ -42,7 +59,14 @@ def sample_run(
     towers = fetch_towers(store, upstream.towers_manifest(recipe, store).folder, towers_cache())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        drawing = bar.add_task("sampling", total=None)
+        drawing = bar.add_task("loading", total=None)
+        loaded: list[float] = []
+
+        def show(done: int, total: int) -> None:
+            if done == 0:
+                loaded.append(time.monotonic())
+            bar.update(drawing, description="sampling", completed=done, total=total)
+
         paths = sample_to_files(
             store.uri(checkpoint.folder),
             towers,
@@ -51,13 +75,15 @@ def sample_run(
             seed=seed,
             pictures_per_prompt=images,
             weights=weights,
-            on_step=lambda done, total: bar.update(drawing, completed=done, total=total),
+            on_step=show,
             height=size[0],
             width=size[1],
             num_steps=steps if steps is not None else recipe.evaluate.num_steps,
             guidance_scale=guidance if guidance is not None else recipe.evaluate.guidance_scale,
             drop=tuple(sorted(without)),
         )
+    seconds, pictures = time.monotonic() - loaded[0], len(paths) - 1
+    console.print(f"{pictures} picture{'s' if pictures > 1 else ''} in {seconds:.1f} s after loading", highlight=False)
     for path in paths:
         console.print(str(path), soft_wrap=True, highlight=False)
     return paths

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flows.scores import score_rows
+from flows.scores import bench_rows, score_rows
 from flows.services import Services
 from sd3core.data.store import Store
 from sd3core.recipe import Recipe
@@ -26,6 +26,7 @@ def write_summary(store: Store, recipe: Recipe, stages: list[dict[str, Any]], sc
         "run": recipe.run,
         "stages": stages,
         "scores": scores["scores"],
+        "bench": scores["bench"],
         "left_out": scores["left_out"],
         "pictures": scores["pictures"],
         "export": stages[-1]["manifest"].rpartition("/")[0],
@@ -42,7 +43,9 @@ def print_summary(
     for stage in summary["stages"]:
         for warning in stage["warnings"]:
             console.print(f"{stage['name']}: {warning}", soft_wrap=True, highlight=False)
-    _print_scores(summary["scores"], console)
+    _print_scores(score_rows(summary["scores"]), console)
+    _print_scores(bench_rows(summary["bench"]), console)
+    console.print()
     say = lambda label, text: console.print(f"{label:<10}{text}", soft_wrap=True, highlight=False)  # noqa: E731
     last = [picture for picture in summary["pictures"] if picture["weights"] == "ema"]
     for picture in last[-3:]:
@@ -68,8 +71,7 @@ def _print_stages(stages: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
-def _print_scores(scores: list[dict[str, Any]], console: Console) -> None:
-    rows = score_rows(scores)
+def _print_scores(rows: list[dict[str, object]], console: Console) -> None:
     if not rows:
         return
     console.print()
@@ -77,9 +79,8 @@ def _print_scores(scores: list[dict[str, Any]], console: Console) -> None:
     for column in rows[0]:
         table.add_column(
             column.removeprefix(TASKS_PREFIX).replace("_", " "),
-            justify="left" if column in ("phase", "weights") else "right",
+            justify="left" if column in ("phase", "weights", "task") else "right",
         )
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     console.print(table)
-    console.print()

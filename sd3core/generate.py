@@ -65,12 +65,14 @@ class Generator:
         on_step: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
         """(n, height, width, 3) uint8, one picture for each prompt and its seed. on_step(steps done, steps in all)
-        over all batches.
+        over all batches; the first call says 0 done.
 
         Raises UserError where the size does not fit the model, or prompts and seeds do not pair.
         """
         self._check(prompts, seeds, settings)
         pictures, total = [], -(-len(prompts) // batch) * settings.num_steps
+        if on_step is not None:
+            on_step(0, total)
         for start in range(0, len(prompts), batch):
             done = start // batch * settings.num_steps
 

@@ -16,13 +16,13 @@ from sd3core.recipe import Recipe, Training
 
 # Raise a number when the bytes that a stage writes for the same input change.
 FORMATS = {
-    "raw": 1,
+    "raw": 2,
     "towers": 1,
     "captions": 1,
     "text": 1,
     "latents": 1,
     "train": 1,
-    "evaluations": 1,
+    "evaluations": 2,
     "export": 1,
 }
 

@@ -256,6 +256,7 @@ LEARNED = {
     "warmup_samples": 8,
     "schedule": "cosine",
     "optimizer": "muon",
+    "matrix_rate": 2.0,
     "betas": (0.9, 0.95),
     "adam_eps": 1e-15,
     "weight_decay": 0.1,

@@ -70,12 +70,13 @@ class EvaluationResult:
     fingerprint.
 
     `pictures`: phase, samples, weights, name, uri, thumbnail (paths in the store). `left_out`: which score, and why
-    there is none.
+    there is none. `bench`: a row for each task of ShapesBench with its tallies (all, seen, unseen) and chance.
     """
 
     path: str  # of scores.json
     digest: str
     scores: list[dict[str, Any]]
+    bench: list[dict[str, Any]]
     left_out: list[dict[str, Any]]
     pictures: list[dict[str, Any]]
     protocols: dict[str, dict[str, Any]]
@@ -231,7 +232,7 @@ def _protocols(
 
 def summarise(tasks: Sequence[EvaluationTask], parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The tables over all parts, and ShapesBench's overall: all six tasks of a checkpoint have a score or none has."""
-    scores, left_out, pictures, protocols = [], [], [], {}
+    scores, left_out, pictures, bench_tasks, protocols = [], [], [], [], {}
     bench: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for task, part in zip(tasks, parts, strict=True):
         own = {"checkpoint": task.checkpoint, "phase": task.phase, "samples": task.samples, "weights": task.weights}
@@ -242,6 +243,9 @@ def summarise(tasks: Sequence[EvaluationTask], parts: Sequence[dict[str, Any]]) 
         pictures += [own | picture for picture in part["pictures"]]
         if task.part.startswith("bench-"):
             bench.setdefault((task.checkpoint, task.weights), []).extend(scores[len(scores) - len(part["scores"]) :])
+            if part["scores"]:
+                name = task.part.removeprefix("bench-")
+                bench_tasks.append(own | {"task": name} | part["details"])
     for rows in bench.values():
         if rows:  # GenEval: the plain mean of the six
             overall = {
@@ -249,7 +253,13 @@ def summarise(tasks: Sequence[EvaluationTask], parts: Sequence[dict[str, Any]]) 
                 "count": sum(row["count"] for row in rows),
             }
             scores.append(rows[0] | {"metric": "shapes_bench/overall"} | overall)
-    return {"scores": scores, "left_out": left_out, "pictures": pictures, "protocols": protocols}
+    return {
+        "scores": scores,
+        "bench": bench_tasks,
+        "left_out": left_out,
+        "pictures": pictures,
+        "protocols": protocols,
+    }
 
 
 def _folder(recipe: Recipe) -> str:

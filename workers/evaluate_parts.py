@@ -164,7 +164,7 @@ class EvaluationWorker:
             (prompt, shapes_bench.judge(image, prompt)) for image, (prompt, _) in zip(images, drawn, strict=True)
         )
         result.add(f"shapes_bench/{name}", Score(found.all.right / found.all.pictures, found.all.pictures))
-        result.details |= {"seen": asdict(found.seen), "unseen": asdict(found.unseen)}
+        result.details |= asdict(found) | {"chance": shapes_bench.chance()[name]}
 
     def _grid_prompts(self, task: EvaluationTask) -> list[Draw]:
         """The small world's own grid; else captions of the held-out part, filled up from the training part."""

@@ -38,12 +38,14 @@ from sd3core.small_world.world import (
 )
 
 PROMPTS = Path(__file__).parent / "prompts"
+CHANCE = PROMPTS / "chance.json"
+CHANCE_SEED, CHANCE_SCENES = 0, 300
 GRID_PROMPTS: tuple[str, ...] = (
     "a red circle", "a blue square", "a yellow triangle", "a purple bar",
     "two green triangles", "three cyan circles", "four red squares", "two yellow bars",
     "a blue circle and a yellow square", "a green bar and a red triangle",
     "a purple square and a cyan circle", "a yellow triangle and a blue bar",
-    "a red square to the left of a green circle", "a cyan triangle to the right of a purple square",
+    "a red square left of a green circle", "a cyan triangle right of a purple square",
     "a yellow circle above a blue triangle", "a green square below a red bar",
 )  # fmt: skip
 
@@ -135,7 +137,12 @@ def score(results: Iterable[tuple[BenchPrompt, Verdict]]) -> BenchScore:
     return BenchScore(_tally(results), _tally(seen), _tally(unseen))
 
 
-def chance_levels(seed: int, n: int = 500, side_px: int = 64) -> dict[str, float]:
+def chance() -> dict[str, float]:
+    """What `chance_levels` measured when the prompts were written; a model that ignores its prompt scores about this."""
+    return json.loads(CHANCE.read_text(encoding="utf-8"))
+
+
+def chance_levels(seed: int = CHANCE_SEED, n: int = CHANCE_SCENES, side_px: int = 64) -> dict[str, float]:
     """Rate at which a random scene, drawn as training's are and seen through the detector, satisfies a random prompt,
     per task.
 
@@ -152,7 +159,7 @@ def chance_levels(seed: int, n: int = 500, side_px: int = 64) -> dict[str, float
 
 
 def write_prompts(folder: Path) -> list[Path]:
-    """Writes the prompt files, TASK.jsonl, 60 prompts each. The same bytes each time; the package holds what this
+    """Writes the prompt files, TASK.jsonl, 60 prompts each, and chance.json. The same bytes each time; the package holds what this
     wrote.
     """
     made = {
@@ -168,7 +175,10 @@ def write_prompts(folder: Path) -> list[Path]:
         path = folder / f"{task}.jsonl"
         path.write_text("".join(_to_json(prompt) + "\n" for prompt in made[task]), encoding="utf-8")
         paths.append(path)
-    return paths
+    levels = {task: round(level, 4) for task, level in chance_levels().items()}
+    path = folder / CHANCE.name
+    path.write_text(json.dumps(levels, indent=1) + "\n", encoding="utf-8")
+    return [*paths, path]
 
 
 def _single_object() -> list[BenchPrompt]:

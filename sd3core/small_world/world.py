@@ -21,8 +21,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "bar")
 RELATIONS: dict[str, tuple[int, int]] = {
-    "to the left of": (-1, 0),
-    "to the right of": (1, 0),
+    "left of": (-1, 0),
+    "right of": (1, 0),
     "above": (0, -1),
     "below": (0, 1),
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flows.cli import main
+from flows.sample import read_prompts
 
 SD3 = [sys.executable, "-m", "flows.cli"]
 
@@ -52,6 +53,10 @@ def sd3(monkeypatch, capsys):
         ),
         (["sample", "a circle", "-r", "tiny-test", "--weights", "best"], "sd3: --weights best: it is ema or live"),
         (["sample", "a circle", "-r", "tiny-test"], "sd3: "),  # nothing was trained here
+        (["sample"], "sd3: no prompt: give one or more, or --file with a prompt on each line"),
+        (["sample", "-f", "/none"], "sd3: --file /none: cannot be read (No such file or directory)"),
+        (["sample", "-f", "/bin/ls"], "sd3: --file /bin/ls: not UTF-8 text"),
+        (["sample", "-f", "/dev/null"], "sd3: --file /dev/null: it has no prompt; write one on each line"),
     ],
 )
 def test_an_error_of_the_user_is_one_line_and_exit_code_1(sd3, arguments, message):
@@ -62,13 +67,19 @@ def test_an_error_of_the_user_is_one_line_and_exit_code_1(sd3, arguments, messag
     assert "Traceback" not in out + err
 
 
+def test_a_file_of_prompts_has_one_on_each_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffa red circle\n\n  ein grüner Kreis \r\n", encoding="utf-8")
+    assert read_prompts(path) == ["a red circle", "ein grüner Kreis"]
+
+
 def test_a_stage_that_is_missing_names_the_deployment_to_run(sd3):
     _, _, err = sd3("sample", "a circle", "-r", "tiny-test")
     assert "run `prefect deployment run 'towers/tiny-test'` first" in err
 
 
 @pytest.mark.parametrize(
-    "arguments", [["none"], ["plan", "--none"], ["plan", "extra"], ["sample"], ["sample", "x", "--images", "0"]]
+    "arguments", [["none"], ["plan", "--none"], ["plan", "extra"], ["sample", "x", "--images", "0"]]
 )
 def test_a_command_that_cannot_be_read_is_exit_code_2(sd3, arguments):
     code, out, err = sd3(*arguments)

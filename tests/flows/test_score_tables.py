@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from flows.scores import PICTURES_SHOWN, score_rows, thumbnails
+from flows.scores import PICTURES_SHOWN, bench_rows, score_rows, thumbnails
 from sd3core.data.store import open_store
 
 
@@ -32,6 +32,48 @@ def test_a_row_for_each_checkpoint_and_kind_of_weights():
         {"phase": "finetune.0", "samples": "640", "weights": "ema", "validation_loss": "0.700", "clip_score": "0.250"},
     ]
     assert score_rows([]) == []
+
+
+def bench(checkpoint, weights, task, seen, unseen, chance):
+    tally = dict(zip(("right", "pictures"), (a + b for a, b in zip(seen, unseen, strict=True)), strict=True))
+    kinds = {"seen": {"right": seen[0], "pictures": seen[1]}, "unseen": {"right": unseen[0], "pictures": unseen[1]}}
+    return {"checkpoint": checkpoint, "weights": weights, "task": task, "all": tally, "chance": chance} | kinds
+
+
+def test_shapes_bench_beside_seen_unseen_and_chance():
+    """Of the newest checkpoint's EMA alone; the mean is over tasks, and of unseen combinations over those that have any."""
+    rows = bench_rows(
+        [
+            bench("old", "ema", "colors", (0, 20), (0, 0), 0.01),
+            bench("new", "ema", "colors", (18, 20), (0, 0), 0.01),
+            bench("new", "live", "colors", (1, 20), (0, 0), 0.01),
+            bench("new", "ema", "counting", (4, 10), (1, 10), 0.03),
+        ]
+    )
+    assert rows == [
+        {
+            "task": "colors",
+            "right": "0.900 (18 of 20)",
+            "seen combinations": "0.900 (18 of 20)",
+            "unseen": "-",
+            "chance": "0.010",
+        },
+        {
+            "task": "counting",
+            "right": "0.250 (5 of 20)",
+            "seen combinations": "0.400 (4 of 10)",
+            "unseen": "0.100 (1 of 10)",
+            "chance": "0.030",
+        },
+        {
+            "task": "mean of the tasks",
+            "right": "0.575",
+            "seen combinations": "0.650",
+            "unseen": "0.100",
+            "chance": "0.020",
+        },
+    ]
+    assert bench_rows([]) == []
 
 
 def test_the_newest_ema_pictures_are_shown(tmp_path):

@@ -237,7 +237,8 @@ def _initialize(model: nn.Module, training: Training, accumulation: int):
         "weight_decay": training.weight_decay,
     }
     if training.optimizer == "muon":
-        optimizer = Muon(parameters, **settings)
+        dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+        optimizer = Muon(parameters, **settings, matrix_rate=training.matrix_rate, dtype=dtype)
     else:
         optimizer = torch.optim.AdamW(parameters, **settings, foreach=False)
     elements = sum(p.numel() for p in parameters)

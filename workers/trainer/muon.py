@@ -43,7 +43,11 @@ def matrices_in(name: str, shape: Sequence[int]) -> int:
 
 
 class Muon(Optimizer):
-    """State as Adam's ("step", "exp_avg", "exp_avg_sq"), so checkpoints have one form. `place` says where the matrices lie."""
+    """State as Adam's ("step", "exp_avg", "exp_avg_sq"; the squares of matrices stay 0), so checkpoints have one form.
+
+    `matrix_rate`: the matrices' learning rate as a multiple of `lr`. `dtype`: in which steps are made orthogonal. `place` says where the
+    matrices lie.
+    """
 
     def __init__(
         self,
@@ -52,13 +56,20 @@ class Muon(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        matrix_rate: float = 1.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.matrix_rate, self.dtype = matrix_rate, dtype
         self._pieces: dict[int, list[MatrixPiece]] = {}
+        self._others: dict[int, list[slice]] = {}  # what lies between the matrices
 
     def place(self, flat: Tensor, pieces: list[MatrixPiece]) -> None:
         """pieces: what this rank holds of whole matrices, and all split ones, in the same order on every rank."""
         self._pieces[id(flat)] = pieces
+        edges = [0, *(edge for p in sorted(pieces, key=_offset) if p.length for edge in (p.offset, p.offset + p.length))]
+        bounds = zip(edges[::2], [*edges[1::2], flat.numel()], strict=True)
+        self._others[id(flat)] = [slice(begin, end) for begin, end in bounds if begin < end]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -68,19 +79,20 @@ class Muon(Optimizer):
                     self._step(flat, **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
 
     def _step(self, flat: Tensor, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-        state, grad = self.state[flat], flat.grad
+        state = self.state[flat]
         state["step"] += 1
-        average, square = state["exp_avg"].lerp_(grad, 1 - betas[0]), state["exp_avg_sq"]
-        square.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-        unbiased = [1 - beta ** float(state["step"]) for beta in betas]
-        update = average / unbiased[0] / ((square / unbiased[1]).sqrt_() + eps)
-        pieces = self._pieces.get(id(flat), [])
-        if pieces:
-            nesterov = grad.lerp(average, betas[0]).view(-1)
-            for piece in pieces:
-                here = slice(piece.offset, piece.offset + piece.length)
-                update.view(-1)[here] = self._direction(nesterov[here], piece)
-        flat.mul_(1 - lr * weight_decay).add_(update, alpha=-lr)
+        average = state["exp_avg"].lerp_(flat.grad, 1 - betas[0]).view(-1)
+        weights, grad, square = flat.view(-1), flat.grad.view(-1), state["exp_avg_sq"].view(-1)
+        flat.mul_(1 - lr * weight_decay)
+        bias, square_bias = (1 - beta ** float(state["step"]) for beta in betas)
+        for part in self._others.get(id(flat), [slice(None)]):
+            square[part].mul_(betas[1]).addcmul_(grad[part], grad[part], value=1 - betas[1])
+            spread = square[part].div(square_bias).sqrt_().add_(eps)
+            weights[part].addcdiv_(average[part], spread, value=-lr / bias)
+        for piece in self._pieces.get(id(flat), []):
+            part = slice(piece.offset, piece.offset + piece.length)
+            nesterov = grad[part].lerp(average[part], betas[0])
+            weights[part].sub_(self._direction(nesterov, piece), alpha=lr * self.matrix_rate)
 
     def _direction(self, own: Tensor, piece: MatrixPiece) -> Tensor:
         """This rank's part of the matrix's orthogonal step, flattened."""
@@ -92,4 +104,8 @@ class Muon(Optimizer):
             dist.all_reduce(whole)
         parts = whole.view(piece.shape).chunk(piece.matrices)
         scale = STEP_RMS * max(parts[0].shape) ** 0.5
-        return torch.cat([orthogonalise(part) * scale for part in parts]).view(-1)[mine]
+        return torch.cat([orthogonalise(part.to(self.dtype)) * scale for part in parts]).view(-1)[mine]
+
+
+def _offset(piece: MatrixPiece) -> int:
+    return piece.offset

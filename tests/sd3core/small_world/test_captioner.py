@@ -18,7 +18,7 @@ from sd3core.small_world.world import NUMBERS
         ([("bar", "blue", x, 32, 15) for x in (12, 32, 52)], {"three blue bars"}),
         (
             [("circle", "red", 16, 30, 18), ("square", "green", 46, 34, 18)],
-            {"a red circle to the left of a green square", "a green square to the right of a red circle"},
+            {"a red circle left of a green square", "a green square right of a red circle"},
         ),
         (
             [("triangle", "cyan", 32, 16, 18), ("triangle", "purple", 30, 46, 18)],

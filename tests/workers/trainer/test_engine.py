@@ -41,6 +41,7 @@ def _sharded(rank, world, cases):
     for optimizer, stage in cases:
         training = make_training(
             optimizer=optimizer,
+            matrix_rate=3.0,
             zero_stage=stage,
             precision="fp32",
             grad_clip=0.3,
@@ -91,7 +92,7 @@ class PlainMuon:
             average = self.averages[name].mul_(0.9).add_(p.grad, alpha=0.1)
             stacked = 3 if "qkv" in name else 1
             for rows, part in zip(p.chunk(stacked), (0.1 * p.grad + 0.9 * average).chunk(stacked), strict=True):
-                rows -= RATE * 0.2 * max(part.shape) ** 0.5 * orthogonalise(part)
+                rows -= 3 * RATE * 0.2 * max(part.shape) ** 0.5 * orthogonalise(part)
 
     def zero_grad(self) -> None:
         for p in [*self.matrices.values(), *self.adam.param_groups[0]["params"]]:
