@@ -129,9 +129,14 @@ def assemble(
     return torch.cat(sequences, dim=1), pooled
 
 
-def drop_mask(seed: int, epochs: int | np.ndarray, sample_ids: np.ndarray, p: float) -> Tensor:
-    """(B, 3) bool, True = this encoder is dropped for this sample, each on its own with probability p (assemble's keep = ~mask).
+def drop_mask(
+    seed: int, epochs: int | np.ndarray, sample_ids: np.ndarray, each: float, together: float = 0.0
+) -> Tensor:
+    """(B, 3) bool, True = this encoder is dropped for this sample (assemble's keep = ~mask).
+
+    Each on its own with probability `each` (the paper's only rule), and all three at once with probability `together`.
 
     A pure function of (seed, epoch, sample id): world size and restarts do not change it.
     """
-    return torch.from_numpy(np.asarray(uniforms(seed, epochs, sample_ids, "text_dropout", len(ENCODERS)) < p))
+    draws = uniforms(seed, epochs, sample_ids, "text_dropout", len(ENCODERS) + 1)
+    return torch.from_numpy((draws[:, :-1] < each) | (draws[:, -1:] < together))

@@ -203,6 +203,7 @@ class Training(Section):
     shift: float = Field(1.0, gt=0)  # alpha of the resolution shift, in training and in sampling
     qk_norm: Literal["rms"] | None = None
     text_dropout: Fraction = 0.464  # per encoder
+    text_dropout_together: Fraction = 0.0  # of all encoders at once, besides; the paper has none
     original_caption_fraction: Fraction = 0.5
     ema_decay: float = Field(0.99, ge=0, lt=1)
     ema_every_steps: int = Field(100, ge=1)

@@ -264,6 +264,7 @@ LEARNED = {
     "formulation": "rf",
     "shift": 3.0,
     "text_dropout": 0.1,
+    "text_dropout_together": 0.1,
     "original_caption_fraction": 0.1,
     "ema_decay": 0.5,
     "ema_every_steps": 2,

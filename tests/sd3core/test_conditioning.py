@@ -101,3 +101,11 @@ def test_drop_mask_has_the_papers_rate_independently_and_is_a_function_of_its_ar
     assert abs(mask.all(1).float().mean() - 0.464**3) < 0.01  # about a tenth is wholly unconditional
     assert torch.equal(drop_mask(0, 3, ids[777:900], 0.464), mask[777:900])
     assert not torch.equal(drop_mask(0, 4, ids, 0.464), mask)
+
+
+def test_encoders_may_be_dropped_together_besides():
+    ids = np.arange(20_000, dtype=np.int64)
+    alone, both = drop_mask(0, 3, ids, 0.1), drop_mask(0, 3, ids, 0.1, 0.2)
+    assert torch.equal(both, alone | (both & ~alone).any(1, keepdim=True))
+    assert abs(both.all(1).float().mean() - (0.2 + 0.8 * 0.1**3)) < 0.01
+    assert torch.equal(drop_mask(0, 3, ids, 0.0, 0.2).sum(1).unique(), torch.tensor([0, 3]))

@@ -99,7 +99,7 @@ class StepInputs:
 
 
 def draw_inputs(batch: Batch, job: TrainingJob, null: TextFeatures | None, device: torch.device) -> StepInputs:
-    """t = shift(quantile(u)), noise ~ N(0, 1), each encoder dropped with probability text_dropout.
+    """t = shift(quantile(u)), noise ~ N(0, 1), encoders dropped with the two probabilities of text dropout.
 
     Every draw is by (seed, epoch, sample).
     """
@@ -107,7 +107,7 @@ def draw_inputs(batch: Batch, job: TrainingJob, null: TextFeatures | None, devic
     u = torch.from_numpy(randomness.uniform(*drawn_by, "timestep"))  # float64
     t = rectified_flow.resolution_shift(find_formulation(training.formulation).quantile(u), training.shift)
     noise = torch.from_numpy(randomness.normal(*drawn_by, "noise", batch.latent.shape[1:]))
-    keep = ~conditioning.drop_mask(*drawn_by, training.text_dropout)
+    keep = ~conditioning.drop_mask(*drawn_by, training.text_dropout, training.text_dropout_together)
     context, pooled = conditioning.assemble(batch.text.to(torch.float32), keep, null, job.model["context_dim"])
     x0, noise, t, context, pooled = (z.to(device) for z in (batch.latent.float(), noise, t.float(), context, pooled))
     return StepInputs(x0, noise, t, context, pooled, batch)
