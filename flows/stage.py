@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from prefect import runtime
@@ -17,8 +18,20 @@ from sd3core.data.store import Store
 from sd3core.recipe import Recipe
 from sd3core.specs import fingerprint
 
+
+
+def run_name() -> str:
+    """What a run is called in the UI: its flow and its recipe, "pretrain mini"."""
+    return f"{runtime.flow_run.flow_name} {Path(runtime.flow_run.parameters['recipe']).stem}"
+
+
 # The store alone decides what is done (design, sections 5 and 6): Prefect neither caches nor keeps results.
-FLOW_OPTIONS: dict[str, Any] = {"persist_result": False, "retries": 0, "validate_parameters": True}
+FLOW_OPTIONS: dict[str, Any] = {
+    "flow_run_name": run_name,
+    "persist_result": False,
+    "retries": 0,
+    "validate_parameters": True,
+}
 
 
 @dataclass(frozen=True)
