@@ -77,6 +77,21 @@ class BatchLoader:
                 raise
             return self._make(step)  # what failed ahead, perhaps long ago, is tried once more now that it is needed
 
+    def samples(self, wanted: Iterable[tuple[int, str]]) -> list[Batch]:
+        """The samples with these (shard number, key), in batches of one bucket; those that do not stand are left out."""
+        places: dict[str, list[tuple[int, int]]] = {}
+        for number, key in wanted:
+            found = self.reader.find(number, key)
+            if found is not None:
+                position, row, bucket = found
+                places.setdefault(bucket, []).append((position, row))
+        batches = []
+        for bucket, found in places.items():
+            shards, rows = np.array(found, dtype=np.int64).T
+            originals, epochs = np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=np.int64)
+            batches.append(self.reader.gather(shards, rows, originals, epochs, bucket))
+        return batches
+
     def close(self) -> None:
         """Stops making batches ahead."""
         for threads in (self._threads, self._warming):

@@ -137,6 +137,14 @@ class ShardReader:
         pairs = zip(shards.tolist(), rows.tolist(), strict=True)
         return [self.shards[position].keys[row].as_py() for position, row in pairs]
 
+    def find(self, number: int, key: str) -> tuple[int, int, str] | None:
+        """(position of the shard, row, bucket) of the sample `key` of shard `number`; None where it has no caption or is not there."""
+        for position, shard in enumerate(self.shards):
+            row = pc.index(shard.keys, key).as_py() if shard.latents.number == number else -1
+            if row >= 0 and shard.captioned[row]:
+                return position, row, shard.buckets[shard.bucket[row]]
+        return None
+
     def decoded(self, position: int) -> DecodedShard:
         """A shard in memory. Each is decoded by one thread while others wait; those used longest ago make room.
 

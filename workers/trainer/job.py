@@ -27,6 +27,24 @@ class DataRef(BaseModel):
     digest: str
 
 
+class PreviewCaption(BaseModel):
+    """A sample whose text features the shards hold, and its caption for people."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    shard: int  # number
+    key: str
+    caption: str
+
+
+class PreviewSettings(BaseModel):
+    """What is drawn while a phase trains. It changes nothing in training."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    captions: list[PreviewCaption]
+    num_steps: int
+    guidance_scale: float
+
+
 class TrainingJob(BaseModel):
     """One phase of one run. Equal jobs give equal checkpoints, whatever the number of ranks or restarts."""
 
@@ -44,6 +62,7 @@ class TrainingJob(BaseModel):
     text_features: DataRef
     init: str | None = None  # a checkpoint folder in the store: its EMA weights are the start
     recipe: dict[str, Any] | None = None  # kept with every checkpoint
+    previews: PreviewSettings | None = None
     log_dir: str | None = None  # local folder for TensorBoard files; None: a temporary one
 
     @property
@@ -53,6 +72,10 @@ class TrainingJob(BaseModel):
     @property
     def logs_folder(self) -> str:
         return f"runs/{self.run}/logs/{self.phase}-{self.spec}"
+
+    @property
+    def previews_folder(self) -> str:
+        return f"runs/{self.run}/previews/{self.phase}-{self.spec}"
 
     @property
     def total_steps(self) -> int:

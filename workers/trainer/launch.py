@@ -23,6 +23,7 @@ from sd3core.recipe import Compute
 from workers.pool import start_ray
 from workers.trainer.checkpointing import last_whole_checkpoint, newest_attempt, read_metrics
 from workers.trainer.job import TrainingFailed, TrainingJob, TrainingResult, TrainingSuperseded
+from workers.trainer.news import LossPoints, NewsCallback, TrainingNews, ignore_news
 
 POLL_S = 0.3
 ABORT_S = 5.0
@@ -40,12 +41,16 @@ CONTROLLER_ENV = {
 
 
 def train(
-    job: TrainingJob, compute: Compute, report: ProgressCallback = ignore_progress, open_loader: Any = None
+    job: TrainingJob,
+    compute: Compute,
+    report: ProgressCallback = ignore_progress,
+    open_loader: Any = None,
+    tell: NewsCallback = ignore_news,
 ) -> TrainingResult:
     """Trains a phase to its end, from its last finished checkpoint; a finished phase returns at once.
 
     Uses this process's Ray, else starts one. `open_loader(job, store, place, warn)` replaces the loader of shards.
-    Raises TrainingFailed: one line that says why it stopped. The same call goes on afterwards.
+    `tell` hears of losses, warnings and pictures as they come. Raises TrainingFailed: one line that says why it stopped. The same call goes on afterwards.
     """
     accumulation = job.training.micro_batch * compute.train_ranks
     if job.training.global_batch % accumulation:
@@ -60,7 +65,7 @@ def train(
     if stands < job.samples_at(job.total_steps):
         with start_ray(compute):
             _check_resources(compute)
-            warnings = _Supervisor(job, compute, report, stands).run(open_loader)
+            warnings = _Supervisor(job, compute, report, tell, stands).run(open_loader)
         if _samples_that_stand(job) < job.samples_at(job.total_steps):
             raise TrainingFailed(f"{job.phase}: the ranks ended before the last checkpoint was written; run it again")
     store = open_store(job.store)
@@ -102,6 +107,8 @@ class _News:
     samples: int = 0
     note: str = ""
     began: tuple[tuple[int, int], ...] = ()  # (attempt, samples it went on from)
+    losses: tuple[tuple[int, float], ...] = ()  # (samples, loss), thinned
+    previews: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     fatal: tuple[bool, str] | None = None  # (superseded, message): no restart can mend it
 
@@ -111,13 +118,20 @@ class _Desk:
     """A Ray actor that runs Ray Train's `fit` in one thread and takes the ranks' messages in others."""
 
     news: _News = field(default_factory=_News)
+    losses: LossPoints = field(default_factory=LossPoints)
     controller: Any = None
 
     def began(self, attempt: int, samples: int) -> None:
+        self.losses.go_back(samples)
         self._tell(began=(*self.news.began, (attempt, samples)), samples=samples, note=f"attempt {attempt}")
 
-    def progress(self, samples: int, note: str) -> None:
-        self._tell(samples=samples, note=note)
+    def progress(self, samples: int, note: str, losses: list[tuple[int, float]]) -> None:
+        for point in losses:
+            self.losses.add(*point)
+        self._tell(samples=samples, note=note, losses=tuple(self.losses.points))
+
+    def preview(self, path: str) -> None:
+        self._tell(previews=(*self.news.previews, path))
 
     def warn(self, message: str) -> None:
         self._tell(warnings=(*self.news.warnings, message))
@@ -228,15 +242,22 @@ class _DeskWatcher:
 
     def __init__(self, desk: Any):
         self._desk, self._told_at = desk, 0.0
+        self._losses: list[tuple[int, float]] = []  # since then
 
     def began(self, attempt: int, samples: int) -> None:
         self._desk.began.remote(attempt, samples)
 
-    def progress(self, samples: int, note: str) -> None:
+    def progress(self, samples: int, note: str, loss: float | None) -> None:
+        if loss is not None:
+            self._losses.append((samples, loss))
         now = time.monotonic()
         if now - self._told_at >= TELL_S:
             self._told_at = now
-            self._desk.progress.remote(samples, note)
+            self._desk.progress.remote(samples, note, self._losses)
+            self._losses = []
+
+    def preview(self, path: str) -> None:
+        ray.get(self._desk.preview.remote(path))  # the rank may end right after it
 
     def warn(self, message: str) -> None:
         self._desk.warn.remote(message)
@@ -245,8 +266,10 @@ class _DeskWatcher:
 class _Supervisor:
     """The driver's side: shows what the desk hears, and ends everything on a fatal word, a stall or an interrupt."""
 
-    def __init__(self, job: TrainingJob, compute: Compute, report: ProgressCallback, stands: int):
-        self.job, self.compute = job, compute
+    def __init__(
+        self, job: TrainingJob, compute: Compute, report: ProgressCallback, tell: NewsCallback, stands: int
+    ):
+        self.job, self.compute, self.tell = job, compute, tell
         self.meter = ProgressMeter(job.samples_at(job.total_steps), "samples", report, already_done=stands)
 
     def run(self, open_loader: Any) -> list[str]:
@@ -268,7 +291,7 @@ class _Supervisor:
                     f" (compute.max_restarts {self.compute.max_restarts}); last: {reason}"
                 )
             self.meter.update(self.meter.total, news.note)
-            return [*news.warnings, *self._restarts(news)]
+            return self._warnings(news)
         except RayActorError:
             raise TrainingFailed(f"{self.job.phase}: Ray Train's own process died; run it again to go on") from None
         finally:
@@ -281,6 +304,7 @@ class _Supervisor:
             latest = ray.get(desk.read.remote())
             if latest.version > news.version:
                 heard_at = time.monotonic()
+                self.tell(TrainingNews(latest.losses, tuple(self._warnings(latest)), latest.previews))
             elif time.monotonic() - heard_at > self.compute.stall_timeout_s:
                 raise TrainingFailed(
                     f"{self.job.phase}: no progress for {self.compute.stall_timeout_s:g} s (compute.stall_timeout_s)"
@@ -294,11 +318,12 @@ class _Supervisor:
             if ended:
                 return news
 
-    def _restarts(self, news: _News) -> list[str]:
-        return [
+    def _warnings(self, news: _News) -> list[str]:
+        restarts = [
             f"{self.job.phase}: a rank was lost; attempt {attempt} went on from {samples} samples"
             for attempt, samples in news.began[1:]
         ]
+        return [*news.warnings, *restarts]
 
 
 def _end(desk: Any, finished: Any, label: str) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,7 @@ from workers.trainer.checkpointing import (
 from workers.trainer.engine import ShardedTrainer
 from workers.trainer.job import TrainingFailed, TrainingJob
 from workers.trainer.metrics import StepLoss, flops_per_sample, learning_rate, peak_flops
+from workers.trainer.previews import Previews
 from workers.trainer.records import Records
 from workers.trainer.start import start_model
 
@@ -54,6 +55,7 @@ class Batch(Protocol):
 
 class Loader(Protocol):
     def batch(self, step: int) -> Batch: ...
+    def samples(self, wanted: Iterable[tuple[int, str]]) -> list[Batch]: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class Watcher(Protocol):
     """Who is told how training goes; rank 0 tells."""
 
     def began(self, attempt: int, samples: int) -> None: ...
-    def progress(self, samples: int, note: str) -> None: ...
+    def progress(self, samples: int, note: str, loss: float | None) -> None: ...
+    def preview(self, path: str) -> None: ...
     def warn(self, message: str) -> None: ...
 
 
@@ -124,6 +127,7 @@ class PhaseTraining:
         self.formulation = find_formulation(job.training.formulation)
         self.null = read_null(self.store, job)
         self.loader = open_loader(job, self.store, place, self._warn)
+        self.previews = Previews(job, self.store, self.null, place.device, self._shown_samples, self._warn)
         model = MMDiT(self.config).to(place.device)  # its weights do not matter: `_restore` sets them
         self.trainer = ShardedTrainer(model, job.training, place.rank, place.world)
         dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
@@ -178,7 +182,14 @@ class PhaseTraining:
                 )
                 self.records.checkpoint_stands()
                 checkpoint_due = False
+            if self.previews.due(step):
+                self._tell(row, ", drawing pictures")
+                if path := self.previews.draw(self.trainer.model, row["samples"]):
+                    self.watcher.preview(path)
             self._tell(row)
+
+    def _shown_samples(self) -> list[Batch]:
+        return self.loader.samples((shown.shard, shown.key) for shown in self.job.previews.captions)
 
     def _inputs_from(self, first: int) -> Iterator[StepInputs]:
         """The inputs of every step after `first`, drawn one step ahead in a thread."""
@@ -247,7 +258,8 @@ class PhaseTraining:
     def _tell(self, row: dict[str, Any], doing: str = "") -> None:
         if self.place.rank == 0:
             loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
-            self.watcher.progress(row["samples"], f"loss {loss}, {row['samples_per_s']:,.0f} img/s{doing}")
+            note = f"loss {loss}, {row['samples_per_s']:,.0f} img/s{doing}"
+            self.watcher.progress(row["samples"], note, None if doing else row["loss"])
 
     def _warn(self, message: str) -> None:
         if self.place.rank == 0:

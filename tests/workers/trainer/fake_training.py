@@ -43,12 +43,20 @@ class FakeLoader:
         time.sleep(self.slow_s)
         part = self.global_batch // self.world
         positions = step * self.global_batch + np.arange(self.rank * part, (self.rank + 1) * part)
-        ids = positions % IMAGES
-        images = torch.stack([torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(int(i))) for i in ids])
+        batch = _batch(positions % IMAGES, positions // IMAGES)
         if step in self.nan_steps and self.rank == 0:
-            images[0, 0, 0, 0] = float("nan")
-        text = [_features(int(i)) for i in ids]
-        return FakeBatch(images, TextFeatures.stack(text), ids, positions // IMAGES, [f"image-{i}" for i in ids])
+            batch.latent[0, 0, 0, 0] = float("nan")
+        return batch
+
+    def samples(self, wanted) -> list[FakeBatch]:
+        ids = np.array([int(key.removeprefix("image-")) for _, key in wanted])
+        return [_batch(ids[:-1], 0 * ids[:-1]), _batch(ids[-1:], 0 * ids[-1:])]  # as of two buckets
+
+
+def _batch(ids: np.ndarray, epochs: np.ndarray) -> FakeBatch:
+    images = torch.stack([torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(int(i))) for i in ids])
+    text = TextFeatures.stack([_features(int(i)) for i in ids])
+    return FakeBatch(images, text, ids, epochs, [f"image-{i}" for i in ids])
 
 
 def _features(image: int) -> TextFeatures:
@@ -84,7 +92,7 @@ def make_training(**changes) -> Training:
 
 
 def make_job(store: Path, *, phase: str = "pretrain", model: MMDiTConfig = MODEL, **changes) -> TrainingJob:
-    top = {key: changes.pop(key) for key in ("init", "seed", "log_dir") if key in changes}
+    top = {key: changes.pop(key) for key in ("init", "seed", "log_dir", "previews") if key in changes}
     return TrainingJob(
         **{"seed": 7, "log_dir": str(store.parent / f"logs-{store.name}")} | top,
         store=str(store),

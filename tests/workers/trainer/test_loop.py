@@ -33,7 +33,10 @@ class Notebook:
     def began(self, attempt: int, samples: int) -> None:
         self.began_at.append(samples)
 
-    def progress(self, samples: int, note: str) -> None:
+    def progress(self, samples: int, note: str, loss: float | None) -> None:
+        pass
+
+    def preview(self, path: str) -> None:
         pass
 
     def warn(self, message: str) -> None:

@@ -1,0 +1,132 @@
+"""Pictures while a phase trains: when they are drawn, what is drawn, and that training does not notice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fake_training import FakeLoader, make_job
+from rank_processes import run_ranks
+from safetensors import safe_open
+
+from sd3core.checkpoint import assemble
+from sd3core.data.store import open_store
+from sd3core.errors import StoreError
+from workers.trainer import previews
+from workers.trainer.checkpointing import read_metrics
+from workers.trainer.job import PreviewCaption, PreviewSettings
+from workers.trainer.loop import Place, train_rank
+from workers.trainer.previews import Previews
+
+CPU = torch.device("cpu")
+KEYS = ("image-3", "image-1", "image-4", "image-5")
+SHOWN = PreviewSettings(
+    captions=[PreviewCaption(shard=0, key=key, caption=f"caption of {key}") for key in KEYS],
+    num_steps=3,
+    guidance_scale=2.0,
+)
+UNTIMED = ("samples_per_s", "mfu")
+
+
+class Deskless:
+    """Keeps what rank 0 tells."""
+
+    def __init__(self):
+        self.previews, self.warnings, self.losses = [], [], []
+
+    def began(self, attempt, samples):
+        pass
+
+    def progress(self, samples, note, loss):
+        self.losses += [] if loss is None else [samples]
+
+    def preview(self, path):
+        self.previews.append(path)
+
+    def warn(self, message):
+        self.warnings.append(message)
+
+
+def _train_all(rank, world, jobs):
+    previews.FIRST_STEP = 4  # the phases are short: drawn after 4, 8 and 12 steps
+    told = []
+    for job in jobs:
+        told.append(Deskless())
+        loader = FakeLoader(job.training.global_batch, rank, world)
+        train_rank(job, Place(rank, world, CPU, threads=1), told[-1], lambda *_, loader=loader: loader)
+    return told
+
+
+def test_after_powers_of_two_and_at_the_end(tmp_path):
+    job = make_job(tmp_path, previews=SHOWN, samples=8 * 700)
+    drawn = Previews(job, None, None, CPU, None, None)
+    assert [step for step in range(1, 701) if drawn.due(step)] == [64, 128, 256, 512, 700]
+    never = Previews(make_job(tmp_path, samples=8 * 700), None, None, CPU, None, None)
+    assert not any(never.due(step) for step in range(1, 701))
+
+
+@pytest.mark.slow
+def test_training_is_the_same_with_and_without_them(tmp_path):
+    """Losses, gradients and weights bit by bit, on two ranks, at every ZeRO stage and with activation checkpointing."""
+    kinds = [{"zero_stage": stage, "activation_checkpointing": stage in (1, 3)} for stage in range(1, 4)]
+    kinds.append({"zero_stage": 0, "precision": "fp32"})
+    with_them = [make_job(tmp_path / f"with-{i}", previews=SHOWN, **kind) for i, kind in enumerate(kinds)]
+    without = [make_job(tmp_path / f"without-{i}", **kind) for i, kind in enumerate(kinds)]
+    pairs = list(zip(with_them, without, strict=True))
+    told = run_ranks(2, _train_all, [job for pair in pairs for job in pair])[0]
+    for (job, calm), heard in zip(pairs, told[::2], strict=True):
+        rows = [read_metrics(open_store(j.store), j.folder) for j in (job, calm)]
+        ours, theirs = ([{k: v for k, v in row.items() if k not in UNTIMED} for row in part] for part in rows)
+        assert ours == theirs and len(ours) == 12
+        weights, others = (assemble(open_store(j.store), f"{j.folder}/000000000096", "weights") for j in (job, calm))
+        assert all(torch.equal(weights[name], others[name]) for name in others)
+        assert heard.warnings == [] and heard.losses == [row["samples"] for row in ours]  # each step once
+
+        assert heard.previews == [f"{job.previews_folder}/{samples:012d}.safetensors" for samples in (32, 64, 96)]
+        with safe_open(Path(job.store, heard.previews[-1]), "pt") as file:
+            latents = [file.get_tensor(name) for name in file.keys()]
+            captions, settings = (json.loads(file.metadata()[name]) for name in ("captions", "settings"))
+        assert [latent.shape for latent in latents] == [(16, 8, 8)] * 4 and all(x.isfinite().all() for x in latents)
+        assert captions == [f"caption of {key}" for key in KEYS]
+        assert settings["samples"] == 96 and settings["num_steps"] == 3
+        assert not open_store(calm.store).list(calm.previews_folder)
+
+
+def _draw_once(rank, world, job):
+    """A velocity that is a function of the row alone: what is drawn must not depend on the ranks' shares."""
+    batches = FakeLoader(8, rank, world).samples([(0, key) for key in KEYS])
+
+    def model(z, t, context, pooled):
+        calls.append(len(z))
+        return z * t.view(-1, 1, 1, 1) + pooled.mean(dim=1).view(-1, 1, 1, 1)
+
+    calls: list[int] = []
+    return previews.draw_latents(model, job, batches, None, CPU), len(calls)
+
+
+@pytest.mark.slow
+def test_any_number_of_ranks_draws_the_same(tmp_path):
+    job = make_job(tmp_path, previews=SHOWN)
+    [(alone, _)] = run_ranks(1, _draw_once, job)
+    several = run_ranks(3, _draw_once, job)
+    assert {calls for _, calls in several} == {2 * 2 * SHOWN.num_steps}  # two batches, with and without caption
+    for drawn, _ in several:
+        assert drawn.keys() == alone.keys() and all(torch.equal(drawn[key], alone[key]) for key in alone)
+
+
+def _draw_without_a_store(rank, world, job):
+    def read():
+        raise StoreError("s3://bucket: cannot be reached")
+
+    warnings = []
+    drawn = Previews(job, open_store(job.store), None, CPU, read, warnings.append)
+    return [drawn.draw(None, samples) for samples in (32, 64)], warnings
+
+
+@pytest.mark.slow
+def test_a_failure_is_one_warning_and_no_error(tmp_path):
+    [(paths, warnings)] = run_ranks(1, _draw_without_a_store, make_job(tmp_path, previews=SHOWN))
+    assert paths == [None, None]
+    assert warnings == ["pictures while training: s3://bucket: cannot be reached"]

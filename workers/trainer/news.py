@@ -1,0 +1,44 @@
+"""What a phase tells while it trains, besides its progress: losses, warnings, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+LOSSES_KEPT = 600  # as many as a plot can show
+
+
+@dataclass(frozen=True)
+class TrainingNews:
+    """Everything told so far in this call."""
+
+    losses: tuple[tuple[int, float], ...] = ()  # (samples seen, loss), thinned
+    warnings: tuple[str, ...] = ()
+    previews: tuple[str, ...] = ()  # paths in the store
+
+
+NewsCallback = Callable[[TrainingNews], None]
+
+
+def ignore_news(news: TrainingNews) -> None:
+    """For callers that show nothing."""
+
+
+@dataclass
+class LossPoints:
+    """(samples, loss) of every `every`-th step, which doubles whenever there are more than LOSSES_KEPT."""
+
+    points: list[tuple[int, float]] = field(default_factory=list)
+    every: int = 1
+    _seen: int = 0
+
+    def add(self, samples: int, loss: float) -> None:
+        if self._seen % self.every == 0:
+            self.points.append((samples, loss))
+        if len(self.points) > LOSSES_KEPT:
+            self.points, self.every = self.points[::2], 2 * self.every
+        self._seen += 1
+
+    def go_back(self, samples: int) -> None:
+        """Training goes on from an earlier checkpoint: what came after it did not stand."""
+        self.points = [point for point in self.points if point[0] <= samples]

@@ -1,0 +1,119 @@
+"""Pictures while a phase trains: latents of the same few captions and the same noise, drawn by all ranks together.
+
+Ranks have no VAE and write latents, runs/RUN/previews/PHASE-SPEC/SAMPLES.safetensors: a tensor a caption, the captions and
+settings as metadata. Training is as it would be without: noise is drawn by (seed, sample), weights are only read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save
+from torch import Tensor
+
+from sd3core import randomness
+from sd3core.conditioning import ENCODERS, TextFeatures, assemble
+from sd3core.data.store import Store
+from sd3core.errors import UserError
+from sd3core.sampling import guided, sample_euler, sigma_schedule
+from workers.trainer.job import TrainingJob
+
+FIRST_STEP = 64
+
+Model = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (z_t, t, context, pooled) -> velocity
+
+
+class Samples(Protocol):
+    """A few samples of one bucket."""
+
+    latent: Tensor  # (B, 16, h, w), for its shape
+    text: TextFeatures
+    sample_ids: np.ndarray  # (B,) int64
+    keys: list[str]
+
+
+class Previews:
+    """Every rank holds one and calls `draw` together with the others. Rank 0 reads, writes and warns.
+
+    read() gives the samples to draw, once; it and the store may fail: then a warning says so and training goes on.
+    """
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        store: Store,
+        null: TextFeatures | None,
+        device: torch.device,
+        read: Callable[[], Sequence[Samples]],
+        warn: Callable[[str], None],
+    ):
+        self.job, self.store, self.null, self.device = job, store, null, device
+        self._read, self._warn = read, warn
+        self._samples: Sequence[Samples] | None = None
+
+    def due(self, step: int) -> bool:
+        """After 64, 128, 256, ... steps and at the end: early, and a small share of the time."""
+        power_of_two = step >= FIRST_STEP and step & (step - 1) == 0
+        return self.job.previews is not None and (power_of_two or step == self.job.total_steps)
+
+    def draw(self, model: Model, samples_seen: int) -> str | None:
+        """The path of what was written; None on other ranks, and where there is nothing to draw or it failed."""
+        if self._samples is None:
+            read: list[Any] = [self._on_first_rank(self._read)]
+            dist.broadcast_object_list(read, src=0)
+            self._samples = read[0] or []
+        latents = draw_latents(model, self.job, self._samples, self.null, self.device)
+        return self._on_first_rank(lambda: self._write(samples_seen, latents)) if latents else None
+
+    def _write(self, samples_seen: int, latents: dict[str, Tensor]) -> str:
+        job, settings = self.job, self.job.previews.model_dump(exclude={"captions"})
+        shown = [caption for caption in job.previews.captions if caption.key in latents]
+        tensors = {f"{place:03d}": latents[caption.key].contiguous() for place, caption in enumerate(shown)}
+        facts = {"phase": job.phase, "samples": samples_seen, "weights": "live", "shift": job.training.shift}
+        captions = [caption.caption for caption in shown]
+        path = f"{job.previews_folder}/{samples_seen:012d}.safetensors"
+        self.store.put(path, save(tensors, {"captions": json.dumps(captions), "settings": json.dumps(facts | settings)}))
+        return path
+
+    def _on_first_rank(self, call: Callable[[], Any]) -> Any:
+        if dist.get_rank() != 0:
+            return None
+        try:
+            return call()
+        except UserError as error:
+            self._warn(f"pictures while training: {error}")
+            return None
+
+
+@torch.no_grad()
+def draw_latents(
+    model: Model, job: TrainingJob, batches: Sequence[Samples], null: TextFeatures | None, device: torch.device
+) -> dict[str, Tensor]:
+    """Key -> latent (16, h, w) of every sample, on all ranks. Each rank draws its share of every batch.
+
+    A rank without a share draws the first row once more: under ZeRO 3 all ranks must call the model equally often.
+    """
+    rank, world, settings = dist.get_rank(), dist.get_world_size(), job.previews
+    sigmas, drawn = sigma_schedule(settings.num_steps, shift=job.training.shift), {}
+    for batch in batches:
+        rows = list(range(rank, len(batch.keys), world)) or [0]
+        text = batch.text.index(rows).to(torch.float32)
+        nothing = torch.zeros(len(rows), len(ENCODERS), dtype=torch.bool)
+        cond = [part.to(device) for part in assemble(text, None, null, job.model["context_dim"])]
+        uncond = [part.to(device) for part in assemble(text, nothing, null, job.model["context_dim"])]
+        predict = guided(
+            lambda z, t, cond=cond: model(z, t, *cond),
+            lambda z, t, uncond=uncond: model(z, t, *uncond),
+            settings.guidance_scale,
+        )
+        noise = randomness.normal(job.seed, 0, batch.sample_ids[rows], "preview", batch.latent.shape[1:])
+        latents = sample_euler(predict, torch.from_numpy(noise).to(device), sigmas).cpu()  # (rows, 16, h, w)
+        drawn |= {batch.keys[row]: latent for row, latent in zip(rows, latents, strict=True)}
+    parts: list[dict[str, Tensor]] = [{}] * world
+    dist.all_gather_object(parts, drawn)
+    return {key: latent for part in parts for key, latent in part.items()}
