@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import base64
+import logging
 import threading
+import time
+from collections.abc import Callable
+from typing import Any
 from uuid import UUID
 
 import httpx
@@ -17,25 +21,63 @@ from sd3core.progress import Progress
 
 POST_SECONDS = 1.0
 PROGRESS_KEY = "progress"
+NOT_POSTED = (httpx.HTTPError, PrefectException, OSError)
+
+Log = logging.Logger | logging.LoggerAdapter[Any]
+Shown = tuple[Any, str]  # an artifact's data and description
+Look = Callable[[], Shown | None]  # what to show now; None: nothing yet
+
+
+class LiveArtifact:
+    """One artifact of a run that follows its work: created with the first thing to show, then updated in place."""
+
+    def __init__(self, key: str, kind: str, flow_run_id: str, look: Look, seconds: float) -> None:
+        self.key, self.kind, self.seconds = artifact_key(key), kind, seconds
+        self._flow_run_id, self._look = UUID(flow_run_id), look
+        self._id: UUID | None = None
+        self._posted: Shown | None = None
+        self._looked_at = -seconds
+
+    def post(self, *, now: bool = False) -> None:
+        """Posts what is new, at most every `seconds`. What the server does not take is posted the next time."""
+        if not now and time.monotonic() - self._looked_at < self.seconds:
+            return
+        self._looked_at, shown = time.monotonic(), self._look()
+        if shown is None or shown == self._posted:
+            return
+        data, description = shown
+        try:
+            with get_client(sync_client=True) as client:
+                if self._id is None:
+                    fields = {"key": self.key, "type": self.kind, "data": data, "description": description}
+                    self._id = client.create_artifact(ArtifactCreate(**fields, flow_run_id=self._flow_run_id)).id
+                else:
+                    client.update_artifact(self._id, ArtifactUpdate(data=data, description=description))
+            self._posted = shown
+        except NOT_POSTED:
+            return  # the server is away: the work goes on
 
 
 class StageReporter:
     """Takes every Progress at once and posts the newest to the run's progress artifact, once a second.
 
-    Posting is on a thread of its own: neither a slow server nor one that is being restarted holds up the work. What could
-    not be posted is posted with the next tick.
+    Posting is on a thread of its own: neither a slow server nor one that is being restarted holds up the work.
     """
 
-    def __init__(self, stage: str, flow_run_id: str) -> None:
-        self._stage, self._flow_run_id = stage, flow_run_id
+    def __init__(self, stage: str, flow_run_id: str, log: Log) -> None:
+        self._stage, self._flow_run_id, self._log = stage, flow_run_id, log
         self._latest: Progress | None = None
-        self._posted: Progress | None = None
-        self._artifact: UUID | None = None
+        self._artifacts: list[LiveArtifact] = []
+        self._show(f"{stage}-{PROGRESS_KEY}", "progress", self._progress, POST_SECONDS)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._post_until_stopped, name=f"{stage}-progress", daemon=True)
 
     def __call__(self, progress: Progress) -> None:
         self._latest = progress
+
+    def show(self, key: str, look: Look, seconds: float) -> None:
+        """Keeps a markdown artifact up to date; `look` is called on the posting thread."""
+        self._show(key, "markdown", look, seconds)
 
     def __enter__(self) -> StageReporter:
         self._thread.start()
@@ -45,37 +87,26 @@ class StageReporter:
         self._stop.set()
         self._thread.join(timeout=30)
 
+    def _show(self, key: str, kind: str, look: Look, seconds: float) -> None:
+        self._artifacts = [*self._artifacts, LiveArtifact(key, kind, self._flow_run_id, look, seconds)]
+
+    def _progress(self) -> Shown | None:
+        if self._latest is None:
+            return None
+        return 100.0 * self._latest.done / max(self._latest.total, 1), self._latest.line()
+
     def _post_until_stopped(self) -> None:
         while not self._stop.wait(POST_SECONDS):
-            self._try_to_post()
-        self._try_to_post()
+            self._post_all()
+        self._post_all(now=True)
 
-    def _try_to_post(self) -> None:
-        progress = self._latest
-        if progress is None or progress == self._posted:
-            return
-        try:
-            self._post(progress)
-            self._posted = progress
-        except (httpx.HTTPError, PrefectException, OSError):
-            return  # the server is away: the next tick tries again, the work goes on
-
-    def _post(self, progress: Progress) -> None:
-        percent = 100.0 * progress.done / max(progress.total, 1)
-        with get_client(sync_client=True) as client:
-            if self._artifact is None:
-                created = client.create_artifact(
-                    ArtifactCreate(
-                        key=f"{self._stage.replace('_', '-')}-{PROGRESS_KEY}",
-                        type="progress",
-                        description=progress.line(),
-                        data=percent,
-                        flow_run_id=UUID(self._flow_run_id),
-                    )
-                )
-                self._artifact = created.id
-            else:
-                client.update_artifact(self._artifact, ArtifactUpdate(data=percent, description=progress.line()))
+    def _post_all(self, *, now: bool = False) -> None:
+        for artifact in self._artifacts:
+            try:
+                artifact.post(now=now)
+            except Exception as error:  # what cannot be drawn costs its own artifact, never the others or the work
+                self._artifacts = [other for other in self._artifacts if other is not artifact]
+                self._log.warning("%s is no longer shown in the UI (%s: %s)", artifact.key, type(error).__name__, error)
 
 
 def publish(
@@ -87,13 +118,22 @@ def publish(
 ) -> None:
     """The stage's result as one markdown artifact. `pictures`: caption -> PNG or JPEG bytes, kept small by the caller."""
     parts = [f"## {title}", markdown_table(table), "\n".join(f"- warning: {warning}" for warning in warnings)]
-    for caption, image in (pictures or {}).items():
-        kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
-        parts.append(f"**{caption}**\n\n![{caption}](data:image/{kind};base64,{base64.b64encode(image).decode()})")
+    parts += [f"**{caption}**\n\n{markdown_picture(caption, image)}" for caption, image in (pictures or {}).items()]
     try:
         create_markdown_artifact(key=f"{stage}-result", markdown="\n\n".join(parts), description=title)
     except (httpx.HTTPError, PrefectException) as error:
         get_run_logger().warning("the result could not be shown in the UI (%s); it stands in the store", error)
+
+
+def artifact_key(name: str) -> str:
+    """Prefect takes small letters, digits and dashes."""
+    return name.replace("_", "-").replace(".", "-")
+
+
+def markdown_picture(caption: str, image: bytes) -> str:
+    """A data URL: the UI has no other way to a file of the store."""
+    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
+    return f"![{caption}](data:image/{kind};base64,{base64.b64encode(image).decode()})"
 
 
 def markdown_table(rows: list[dict[str, object]]) -> str:

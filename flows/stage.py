@@ -12,7 +12,7 @@ from typing import Any, Literal
 from prefect import runtime
 from prefect.logging import get_run_logger
 
-from flows.artifacts import StageReporter, publish
+from flows.artifacts import Log, StageReporter, publish
 from flows.session import session
 from sd3core.data.store import Store
 from sd3core.recipe import Recipe
@@ -58,8 +58,16 @@ class StageRun:
     recipe: Recipe
     store: Store
     report: StageReporter
+    log: Log
     started: float = field(default_factory=time.monotonic)
     outcome: StageOutcome | None = None
+    logged: list[str] = field(default_factory=list)  # warnings
+
+    def warn(self, message: str) -> None:
+        """A warning in the run's log, once."""
+        if message not in self.logged:
+            self.logged.append(message)
+            self.log.warning(message)
 
     def finish(
         self,
@@ -72,10 +80,12 @@ class StageRun:
         warnings: list[str] | None = None,
         pictures: dict[str, bytes] | None = None,
     ) -> dict[str, Any]:
-        """Logs the warnings, shows the table and pictures in the UI, and returns the outcome as the flow's result."""
-        log, warnings = get_run_logger(), warnings or []
+        """Logs the warnings that were not logged when they came, shows the table and pictures in the UI, and returns the
+        outcome as the flow's result.
+        """
+        warnings = warnings or []
         for warning in warnings:
-            log.warning(warning)
+            self.warn(warning)
         self.outcome = StageOutcome(
             name=self.name,
             manifest=self.store.uri(manifest),
@@ -85,7 +95,7 @@ class StageRun:
             reason=reason,
             warnings=warnings,
         )
-        log.info("%s %s in %.1f s: %s", self.name, self.outcome.state, self.outcome.seconds, reason)
+        self.log.info("%s %s in %.1f s: %s", self.name, self.outcome.state, self.outcome.seconds, reason)
         title = f"{self.name}: {self.outcome.state} ({reason})"
         publish(self.name, title, table, warnings, pictures)
         return self.outcome.to_dict()
@@ -106,5 +116,6 @@ class StageRun:
 
 @contextmanager
 def stage(name: str, recipe: str, overrides: list[str] | None) -> Iterator[StageRun]:
-    with session(recipe, overrides) as opened, StageReporter(name, str(runtime.flow_run.id)) as reporter:
-        yield StageRun(name, opened.recipe, opened.store, reporter)
+    log = get_run_logger()
+    with session(recipe, overrides) as opened, StageReporter(name, str(runtime.flow_run.id), log) as reporter:
+        yield StageRun(name, opened.recipe, opened.store, reporter, log)

@@ -7,7 +7,9 @@ from typing import Any
 
 from flows import upstream
 from flows.home import ensure, home
+from flows.previews import preview_settings
 from flows.stage import StageRun
+from flows.training_view import training_view
 from sd3core import specs
 from sd3core.checkpoint import CheckpointRef, read_done
 from sd3core.data.store import Store
@@ -41,7 +43,8 @@ def train_phase(run: StageRun, key: str, init: CheckpointRef | None) -> PhaseRes
     """Trains one phase of the recipe to its end; a finished one returns at once."""
     job = phase_job(run, key, init)
     note = recall_stage(run.store, run.recipe.run, key)
-    result = train(job, run.recipe.compute, run.report)
+    with training_view(run, job) as view:
+        result = train(job, run.recipe.compute, run.report, tell=view)
     last = result.checkpoints[-1]
     skipped = result.resumed_from == result.samples
     remember_stage(run.store, run.recipe.run, key, job.folder, read_done(run.store, last).digest, job.fields)
@@ -83,6 +86,7 @@ def phase_job(run: StageRun, key: str, init: CheckpointRef | None) -> TrainingJo
         text_features=DataRef(folder=text.folder, digest=text.digest),
         init=init.folder if init else None,
         recipe=recipe.model_dump(mode="json"),
+        previews=preview_settings(recipe, store),
         log_dir=str(ensure(home() / "logs" / recipe.run / f"{key}-{spec}")),
     )
 

@@ -1,0 +1,66 @@
+"""What a training phase shows while it works: its warnings in the log, the loss curve and the newest pictures in the UI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from flows import upstream
+from flows.artifacts import Shown, markdown_picture
+from flows.previews import PreviewDecoder
+from flows.stage import StageRun
+from sd3core.plots import loss_curve
+from workers.trainer.checkpointing import read_metrics
+from workers.trainer.job import TrainingJob
+from workers.trainer.news import LossPoints, TrainingNews
+
+CURVE_SECONDS = 10.0
+
+
+class TrainingView:
+    """Hears a phase's news; drawing is on other threads, so that it never holds up the watch over the ranks."""
+
+    def __init__(self, run: StageRun, job: TrainingJob, drawing: ThreadPoolExecutor) -> None:
+        self.run, self.job, self._drawing = run, job, drawing
+        self._before, self._news = LossPoints(), TrainingNews()
+        for row in read_metrics(run.store, job.folder):  # of earlier attempts
+            if row["loss"] is not None:
+                self._before.add(row["samples"], row["loss"])
+        self._decoder = PreviewDecoder(run.store, upstream.towers(run.recipe, run.store).folder)
+        self._pictures: Shown | None = None
+        run.report.show(f"{job.phase}-loss", self._curve, CURVE_SECONDS)
+        run.report.show(f"{job.phase}-pictures", lambda: self._pictures, 0.0)
+
+    def __call__(self, news: TrainingNews) -> None:
+        for warning in news.warnings:
+            self.run.warn(warning)
+        for path in news.previews[len(self._news.previews) :]:
+            self._drawing.submit(self._draw, path)
+        self._news = news
+
+    def _curve(self) -> Shown | None:
+        start = self._news.losses[0][0] if self._news.losses else float("inf")
+        points = [point for point in self._before.points if point[0] < start] + [*self._news.losses]
+        if not points:
+            return None
+        title = f"{self.job.phase}: loss {points[-1][1]:.3f} after {points[-1][0]:,} samples"
+        rows = [{"samples": samples, "loss": loss} for samples, loss in points]
+        return f"## {title}\n\n{markdown_picture('loss', loss_curve(rows, self.job.phase))}", title
+
+    def _draw(self, path: str) -> None:
+        try:
+            self._pictures = self._decoder.page(path)
+        except Exception as error:  # pictures are for looking at: nothing of them may end the training
+            self.run.warn(f"{self.job.phase}: {path} cannot be shown ({type(error).__name__}: {error})")
+
+
+@contextmanager
+def training_view(run: StageRun, job: TrainingJob) -> Iterator[TrainingView]:
+    """Ends when the last pictures are drawn; at once when training failed."""
+    drawing = ThreadPoolExecutor(1, thread_name_prefix="pictures")
+    try:
+        yield TrainingView(run, job, drawing)
+        drawing.shutdown(wait=True)
+    finally:
+        drawing.shutdown(wait=False, cancel_futures=True)
