@@ -1,29 +1,34 @@
-"""The live view of a run: its stages with state, progress, rate and time left. Reads Prefect's API and nothing else.
+"""The live view of a run: its stages with state, progress, rate and time left, and pictures. Reads Prefect's API and nothing else.
 
-On a terminal one table is redrawn; elsewhere (a log, CI) a line is printed when something changes, at most one a stage every
-twenty seconds.
+On a terminal one table is redrawn, with the newest picture below it where there are colours; elsewhere (a log, CI) a line is
+printed when something changes, at most one a stage every twenty seconds. The path of the first picture is always printed.
 """
 
 from __future__ import annotations
 
+import base64
 import re
 import time
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 import httpx
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, StateType
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
 from flows.deployments import STAGES
 from flows.runs import RUNS_READ, fail_dead_runs, read_stage_runs
 from flows.services import ServiceError
+from flows.terminal_picture import can_show_pictures, half_blocks
 from sd3core.progress import format_seconds
 
 POLL_SECONDS, LINE_SECONDS, SERVER_AWAY_SECONDS = 2.0, 20.0, 60.0
+PICTURE_COLUMNS, PICTURE_MIN_ROWS, LINES_BESIDE = 80, 6, 4  # beside table and picture: headings, what is above, the cursor
+DATA_URL = re.compile(r"\(data:image/\w+;base64,([^)]+)\)")
 EXCEPTION = re.compile(r"^Flow run encountered an exception: (?:[\w.]+: )?")  # Prefect's words before an error's own
 FINAL = {StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
 STATE_WORDS = {
@@ -48,10 +53,17 @@ class StageView:
 
 
 @dataclass(frozen=True)
+class Picture:
+    path: str
+    image: bytes  # PNG or JPEG
+
+
+@dataclass(frozen=True)
 class RunView:
     state: StateType
     message: str
     stages: list[StageView]
+    picture: Picture | None = None  # the newest
 
     @property
     def finished(self) -> bool:
@@ -64,10 +76,8 @@ def look(flow_run_id: UUID) -> RunView:
         run = client.read_flow_run(flow_run_id)
         runs = read_stage_runs(flow_run_id) or [run]
         flows = {child.flow_id: client.read_flow(child.flow_id).name for child in runs}
-        # Not client.read_artifacts: without filters for task runs it sends what the server refuses.
-        wanted = {"flow_run_id": {"any_": [str(child.id) for child in runs]}, "type": {"any_": ["progress"]}}
-        request = {"artifacts": wanted, "sort": "UPDATED_DESC", "limit": RUNS_READ}
-        artifacts = client.request("POST", "/artifacts/filter", json=request).json()
+        artifacts = _artifacts(client, runs, RUNS_READ, type={"any_": ["progress"]})
+        pictures = _artifacts(client, runs, 1, key={"like_": "-pictures"})
     lines = {UUID(artifact["flow_run_id"]): artifact["description"] or "" for artifact in reversed(artifacts)}
     stages = [
         StageView(
@@ -78,13 +88,32 @@ def look(flow_run_id: UUID) -> RunView:
         )
         for child in runs
     ]
-    return RunView(run.state_type or StateType.PENDING, _problem(run), stages)
+    return RunView(run.state_type or StateType.PENDING, _problem(run), stages, _picture(pictures))
+
+
+def _artifacts(client: SyncPrefectClient, runs: list[FlowRun], limit: int, **wanted: Any) -> list[dict[str, Any]]:
+    """Those of some runs, the newest first. Not client.read_artifacts: without filters for task runs it sends what the
+    server refuses.
+    """
+    wanted["flow_run_id"] = {"any_": [str(run.id) for run in runs]}
+    request = {"artifacts": wanted, "sort": "UPDATED_DESC", "limit": limit}
+    return client.request("POST", "/artifacts/filter", json=request).json()
+
+
+def _picture(artifacts: list[dict[str, Any]]) -> Picture | None:
+    """Of an artifact that shows a picture and says in its description where the file stands."""
+    for artifact in artifacts:
+        found = DATA_URL.search(artifact["data"])
+        if found:
+            return Picture(artifact["description"], base64.b64decode(found.group(1)))
+    return None
 
 
 def follow(flow_run_id: UUID, console: Console) -> RunView:
     """Shows the run until it has ended, and returns the last look. ServiceError if the server stays away."""
-    live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
-    printer = _LinePrinter(console)
+    redraws = console.is_terminal and not console.is_dumb_terminal
+    live = Live(console=console, auto_refresh=False, transient=False) if redraws else None
+    printer, picture_seen = _LinePrinter(console), False
     last_answer = time.monotonic()
     if live:
         live.start()
@@ -101,8 +130,11 @@ def follow(flow_run_id: UUID, console: Console) -> RunView:
                     ) from None
                 time.sleep(POLL_SECONDS)
                 continue
+            if view.picture and not picture_seen:
+                console.print(f"first pictures: {view.picture.path}", soft_wrap=True, highlight=False)
+                picture_seen = True
             if live:
-                live.update(_table(view), refresh=True)
+                live.update(_screen(view, console), refresh=True)
             else:
                 printer.show(view)
             if view.finished:
@@ -133,6 +165,15 @@ def _table(view: RunView) -> Table:
         else:
             table.add_row(name, stage.state, format_seconds(stage.seconds), stage.progress)
     return table
+
+
+def _screen(view: RunView, console: Console) -> Group:
+    """The table, and the newest picture below it where the terminal has the colours and the room."""
+    table = _table(view)
+    rows = console.height - table.row_count - LINES_BESIDE
+    if view.picture is None or rows < PICTURE_MIN_ROWS or not can_show_pictures(console):
+        return Group(table)
+    return Group(table, "", half_blocks(view.picture.image, min(console.width, PICTURE_COLUMNS), rows))
 
 
 class _LinePrinter:

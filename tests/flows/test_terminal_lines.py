@@ -4,12 +4,16 @@ import io
 from types import SimpleNamespace
 from uuid import uuid4
 
+import numpy as np
 import pytest
 from prefect.client.schemas.objects import StateType
 from rich.console import Console
 
 from flows import terminal
-from flows.terminal import RunView, StageView, _LinePrinter, _problem, _table
+from flows.artifacts import markdown_picture
+from flows.terminal import Picture, RunView, StageView, _LinePrinter, _picture, _problem, _screen, _table
+from flows.terminal_picture import half_blocks
+from sd3core.pictures import encode_png
 
 
 @pytest.fixture
@@ -95,6 +99,72 @@ def test_the_problem_of_a_failed_run_in_its_own_words(message, shown):
         id=uuid4(), state_type=StateType.FAILED, state=SimpleNamespace(message=message, name="Failed")
     )
     assert _problem(run) == shown
+
+
+def picture_file(*rows: list[tuple[int, int, int]]) -> bytes:
+    return encode_png(np.array(rows, dtype=np.uint8))
+
+
+def test_a_picture_as_half_blocks():
+    """Two rows of pixels are one row of characters: the upper one in front, the lower one behind."""
+    red, green, blue, white = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+    text = half_blocks(picture_file([red, green], [blue, white]), columns=80, rows=20)
+    assert text.plain == "▀▀\n"
+    shown = [(span.style.color.triplet, span.style.bgcolor.triplet) for span in text.spans]
+    assert shown == [(red, blue), (green, white)]
+
+
+@pytest.mark.parametrize(("columns", "rows", "shown"), [(80, 20, (16, 4)), (8, 20, (8, 2)), (80, 1, (4, 1))])
+def test_a_picture_keeps_its_shape_and_is_never_enlarged(columns, rows, shown):
+    lines = half_blocks(picture_file(*[[(1, 2, 3)] * 16] * 8), columns, rows).plain.split()
+    assert (len(lines[0]), len(lines)) == shown
+
+
+def screen(picture: bytes | None, **options) -> str:
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, **options)
+    shown = RunView(StateType.RUNNING, "", [], Picture("/p.png", picture) if picture else None)
+    console.print(_screen(shown, console))
+    return console.file.getvalue()
+
+
+def test_the_newest_picture_stands_below_the_table_where_there_are_colours_and_room():
+    picture = picture_file(*[[(200, 20, 20)] * 32] * 32)
+    assert screen(picture, color_system="truecolor", height=24).count("▀") == 24 * 12  # 24 lines, 8 stages, 4 beside
+    for options in (
+        {"color_system": "truecolor", "height": 16},
+        {"color_system": "standard", "height": 24},
+        {"color_system": None, "height": 24},
+        {"color_system": "truecolor", "height": 24, "no_color": True},
+    ):
+        assert "▀" not in screen(picture, **options)
+    assert "▀" not in screen(None, color_system="truecolor", height=24)
+
+
+@pytest.mark.parametrize("kind", [{}, {"force_terminal": True, "color_system": "truecolor", "height": 40}])
+def test_the_path_of_the_first_picture_is_printed_once(monkeypatch, kind):
+    picture = picture_file([(1, 2, 3)], [(1, 2, 3)])
+    looks = [
+        RunView(state, "", [StageView("pretrain", "running", 1, "")], shown)
+        for state, shown in [
+            (StateType.RUNNING, None),
+            (StateType.RUNNING, Picture("/store/a.png", picture)),
+            (StateType.COMPLETED, Picture("/store/b.png", picture)),
+        ]
+    ]
+    monkeypatch.setattr(terminal, "fail_dead_runs", lambda: [])
+    monkeypatch.setattr(terminal, "look", lambda run: looks.pop(0))
+    monkeypatch.setattr(terminal.time, "sleep", lambda seconds: None)
+    out = io.StringIO()
+    terminal.follow(uuid4(), Console(file=out, width=60, **kind))
+    assert out.getvalue().count("first pictures: /store/a.png") == 1 and "b.png" not in out.getvalue()
+    assert ("▀" in out.getvalue()) == bool(kind)
+
+
+def test_a_picture_is_found_in_its_artifact():
+    image = picture_file([(1, 2, 3)], [(4, 5, 6)])
+    artifact = {"data": f"## after 64 samples\n\n{markdown_picture('grid', image)}\n\n1. a", "description": "/store/a.png"}
+    assert _picture([artifact]) == Picture("/store/a.png", image)
+    assert _picture([]) is None and _picture([{"data": "no picture", "description": ""}]) is None
 
 
 def test_a_run_that_is_well_has_no_problem():
