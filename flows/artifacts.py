@@ -61,7 +61,8 @@ class LiveArtifact:
 class StageReporter:
     """Takes every Progress at once and posts the newest to the run's progress artifact, once a second.
 
-    Posting is on a thread of its own: neither a slow server nor one that is being restarted holds up the work.
+    Posting is on a thread of its own: neither a slow server nor one that is being restarted holds up the work. What went
+    wrong is a warning in the run's log at once.
     """
 
     def __init__(self, stage: str, flow_run_id: str, log: Log) -> None:
@@ -74,6 +75,8 @@ class StageReporter:
 
     def __call__(self, progress: Progress) -> None:
         self._latest = progress
+        if progress.warning:
+            self._log.warning(progress.warning)
 
     def show(self, key: str, look: Look, seconds: float) -> None:
         """Keeps a markdown artifact up to date; `look` is called on the posting thread."""

@@ -17,6 +17,7 @@ class Progress:
     note: str = ""
     rate: float | None = None  # units a second, measured since this attempt began
     seconds_left: float | None = None
+    warning: str = ""  # what went wrong with the units that were just done
 
     def line(self) -> str:
         parts = [f"{self.done}/{self.total} {self.unit}"]
@@ -59,12 +60,13 @@ class ProgressMeter:
     def advance(self, count: int = 1, note: str = "") -> None:
         self.update(self.done + count, note)
 
-    def update(self, done: int, note: str = "") -> None:
+    def update(self, done: int, note: str = "", warning: str = "") -> None:
         self.done = done
         if self._first is None and done > self.already_done:
             self._first = (done, time.monotonic())
         rate = self._rate()
-        self.report(Progress(done, self.total, self.unit, note, rate, (self.total - done) / rate if rate else None))
+        seconds_left = (self.total - done) / rate if rate else None
+        self.report(Progress(done, self.total, self.unit, note, rate, seconds_left, warning))
 
     def _rate(self) -> float | None:
         if self._first is None:

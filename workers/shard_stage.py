@@ -162,10 +162,20 @@ class _Tally:
         task = outcome.task
         self.busy.pop(task.folder + task.stem, None)
         self.finished_rows += task.rows
-        self._show(f"shard {task.stem} given up: {outcome.error}" if outcome.error else f"shard {done}/{total}")
+        warning = _what_went_wrong(outcome)
+        self._show(warning if outcome.error else f"shard {done}/{total}", warning)
 
-    def _show(self, note: str) -> None:
-        self.meter.update(self.finished_rows + sum(self.busy.values()), note)
+    def _show(self, note: str, warning: str = "") -> None:
+        self.meter.update(self.finished_rows + sum(self.busy.values()), note, warning)
+
+
+def _what_went_wrong(outcome: Outcome[ShardTask]) -> str:
+    """In one line, "" for a whole shard."""
+    if outcome.error:
+        return f"shard {outcome.task.stem} given up: {outcome.error}"
+    reasons = Counter(row.reason for row in outcome.result.failed)
+    left_out = "; ".join(f"{count} rows left out: {reason}" for reason, count in sorted(reasons.items()))
+    return f"shard {outcome.task.stem}: {left_out}" if left_out else ""
 
 
 @dataclass(frozen=True)

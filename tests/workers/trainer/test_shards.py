@@ -86,3 +86,14 @@ def test_another_manifest_than_the_job_names_is_refused(job):
     wrong = job.model_copy(update={"latents": DataRef(folder=job.latents.folder, digest="f" * 64)})
     with pytest.raises(DataError, match="no such manifest"):
         open_shards(wrong, open_store(job.store), Place(0, 1, CPU, 1), pytest.fail)
+
+
+def test_named_samples_whatever_their_split(job):
+    """By shard and key, in the order asked for; without those that are not there or have no caption."""
+    loader = open_shards(job, open_store(job.store), Place(0, 1, CPU, 1), lambda message: None)
+    [batch] = loader.samples([(1, "k25"), (0, "k3"), (0, "k25"), (0, "k7"), (9, "k3"), (0, "k0")])
+    assert batch.keys == ["k25", "k3", "k0"] and batch.bucket == "64x64"
+    whole = FakeLoader(40, 0, 1).batch(0)
+    assert torch.equal(batch.latent, whole.latent[[25, 3, 0]])
+    assert torch.equal(batch.text.t5, whole.text.t5[[25, 3, 0]])
+    assert loader.samples([]) == []

@@ -1,0 +1,25 @@
+"""The losses that are kept for a look at a phase: few, evenly spread, and none of what did not stand."""
+
+from __future__ import annotations
+
+import pytest
+
+from workers.trainer.news import LOSSES_KEPT, LossPoints
+
+
+@pytest.mark.parametrize("steps", [1, LOSSES_KEPT, LOSSES_KEPT + 1, 5000, 100_000])
+def test_every_step_of_a_power_of_two(steps):
+    losses = LossPoints()
+    for step in range(steps):
+        losses.add(8 * step, float(step))
+    assert losses.points == [(8 * step, float(step)) for step in range(0, steps, losses.every)]
+    assert losses.every == 1 if steps <= LOSSES_KEPT else LOSSES_KEPT / 2 <= len(losses.points) <= LOSSES_KEPT
+
+
+def test_going_back_to_a_checkpoint():
+    losses = LossPoints()
+    for step in range(1, 11):
+        losses.add(8 * step, 1.0)
+    losses.go_back(32)
+    losses.add(40, 2.0)
+    assert losses.points == [(8, 1.0), (16, 1.0), (24, 1.0), (32, 1.0), (40, 2.0)]
