@@ -39,11 +39,14 @@ class LiveArtifact:
         self._looked_at = -seconds
 
     def post(self, *, now: bool = False) -> None:
-        """Posts what is new, at most every `seconds`. What the server does not take is posted the next time."""
+        """Posts what is new: the first thing at once, then at most every `seconds`. What the server does not take is posted the next time."""
         if not now and time.monotonic() - self._looked_at < self.seconds:
             return
-        self._looked_at, shown = time.monotonic(), self._look()
-        if shown is None or shown == self._posted:
+        shown = self._look()
+        if shown is None:
+            return
+        self._looked_at = time.monotonic()
+        if shown == self._posted:
             return
         data, description = shown
         try:

@@ -77,7 +77,9 @@ def _markdown(grid: np.ndarray, captions: list[str], settings: dict[str, object]
     title = f"## {settings['phase']}: pictures after {settings['samples']:,} samples"
     drawn = f"{settings['weights']} weights, {settings['num_steps']} steps, guidance {settings['guidance_scale']:g}"
     lines = "\n".join(f"{number}. {caption}" for number, caption in enumerate(captions, 1))
-    return "\n\n".join([title, markdown_picture("row by row", thumbnail_jpeg(grid, PAGE_PX)), lines, drawn])
+    times = max(1, PAGE_PX // max(grid.shape[:2]))  # the UI shows every pixel as one pixel
+    enlarged = grid.repeat(times, axis=0).repeat(times, axis=1)
+    return "\n\n".join([title, markdown_picture("row by row", thumbnail_jpeg(enlarged, PAGE_PX)), lines, drawn])
 
 
 def _metadata(data: bytes) -> dict[str, str]:

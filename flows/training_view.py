@@ -23,10 +23,7 @@ class TrainingView:
 
     def __init__(self, run: StageRun, job: TrainingJob, drawing: ThreadPoolExecutor) -> None:
         self.run, self.job, self._drawing = run, job, drawing
-        self._before, self._news = LossPoints(), TrainingNews()
-        for row in read_metrics(run.store, job.folder):  # of earlier attempts
-            if row["loss"] is not None:
-                self._before.add(row["samples"], row["loss"])
+        self._news, self._stored = TrainingNews(), self._stored_losses()
         self._decoder = PreviewDecoder(run.store, upstream.towers(run.recipe, run.store).folder)
         self._pictures: Shown | None = None
         run.report.show(f"{job.phase}-loss", self._curve, CURVE_SECONDS)
@@ -39,9 +36,20 @@ class TrainingView:
             self._drawing.submit(self._draw, path)
         self._news = news
 
+    def ended(self) -> None:
+        """The curve is now that of the checkpoints: training does not wait until its last losses are told."""
+        self._stored = self._stored_losses()
+
+    def _stored_losses(self) -> list[tuple[int, float]]:
+        losses = LossPoints()
+        for row in read_metrics(self.run.store, self.job.folder):
+            if row["loss"] is not None:
+                losses.add(row["samples"], row["loss"])
+        return losses.points
+
     def _curve(self) -> Shown | None:
-        start = self._news.losses[0][0] if self._news.losses else float("inf")
-        points = [point for point in self._before.points if point[0] < start] + [*self._news.losses]
+        stored = self._stored
+        points = stored + [point for point in self._news.losses if not stored or point[0] > stored[-1][0]]
         if not points:
             return None
         title = f"{self.job.phase}: loss {points[-1][1]:.3f} after {points[-1][0]:,} samples"
@@ -60,7 +68,9 @@ def training_view(run: StageRun, job: TrainingJob) -> Iterator[TrainingView]:
     """Ends when the last pictures are drawn; at once when training failed."""
     drawing = ThreadPoolExecutor(1, thread_name_prefix="pictures")
     try:
-        yield TrainingView(run, job, drawing)
+        view = TrainingView(run, job, drawing)
+        yield view
+        view.ended()
         drawing.shutdown(wait=True)
     finally:
         drawing.shutdown(wait=False, cancel_futures=True)

@@ -47,6 +47,7 @@ class Killed:
     left: list[str]  # processes of the flow that were there LEFT_SECONDS later, but for
     agents: list[psutil.Process]  # Ray's two, which look for their head for a minute before they end
     checkpoints: list[str]  # of pretraining, finished
+    shown: dict[str, str]  # artifact key -> description, in the UI while pretraining worked
     data: dict[str, FileState]
 
 
@@ -77,6 +78,7 @@ def killed(installation: Installation) -> Killed:
         seconds=420,
         poll=0.02,
     )
+    shown = {artifact["key"]: artifact["description"] for artifact in installation.api("artifacts/filter")}
     victim = installation.flow_process()
     assert victim is not None, installation.story("the flow ended before it could be killed")
     family = {victim, *victim.children(recursive=True)}
@@ -91,6 +93,7 @@ def killed(installation: Installation) -> Killed:
         stages=installation.stages_of(flow_run_id),
         left=[described(process) for process in left - {*agents}],
         agents=agents,
+        shown=shown,
         checkpoints=[path.parent.name for path in checkpoints.glob("*/*/DONE.json")],
         data=installation.files(*DATA),
     )

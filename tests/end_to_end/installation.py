@@ -112,6 +112,21 @@ class Installation:
             names[flow["id"]] = flow["name"]
         return {names[run["flow_id"]]: run["state_type"] for run in runs}
 
+    def stage_runs(self, flow_run_id: str) -> dict[str, str]:
+        """Stage -> flow run id of the stage runs that a pipeline run started."""
+        runs = self.api("flow_runs/filter", flow_runs={"parent_flow_run_id": {"any_": [flow_run_id]}})
+        return {run["name"].partition(" ")[0]: run["id"] for run in runs}
+
+    def artifact(self, flow_run_id: str, key: str) -> str:
+        """The id of a run's artifact."""
+        wanted = {"flow_run_id": {"any_": [flow_run_id]}, "key": {"any_": [key]}}
+        [found] = self.api("artifacts/filter", artifacts=wanted)
+        return found["id"]
+
+    @property
+    def ui(self) -> str:
+        return f"http://127.0.0.1:{self.services['port']}"
+
     def running(self) -> list[str]:
         """Names of the flow runs that the server takes for running."""
         return [

@@ -1,0 +1,149 @@
+"""Prefect's UI in a real browser, on the pages of a real run: stages, progress, warnings, tables, pictures."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import FIRST, LAST, Finished
+from installation import RUN_ID, Installation
+from playwright.sync_api import Locator, Page, expect, sync_playwright
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+STAGES = ["ingest", "towers", "caption", "encode", "pretrain", "finetune", "evaluate", "export"]
+PAGE_MS = 30_000  # on busy cores the UI's scripts take their time
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Iterator[Page]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        missing = "chromium is not installed (Debian: apt-get install chromium)"
+        pytest.fail(missing) if os.environ.get("SD3_REQUIRE_BROWSER") == "1" else pytest.skip(missing)
+    expect.set_options(timeout=PAGE_MS)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("chromium"), executable_path=chromium, args=FLAGS, viewport={"width": 1300, "height": 1600}
+        )
+        browser.set_default_timeout(PAGE_MS)
+        yield browser.new_page()
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def run_id(resumed: Finished) -> str:
+    return RUN_ID.search(resumed.printed).group(0)
+
+
+@pytest.fixture(scope="module")
+def stage_runs(installation: Installation, run_id: str) -> dict[str, str]:
+    return installation.stage_runs(run_id)
+
+
+def open_run(page: Page, installation: Installation, flow_run_id: str, tab: str) -> None:
+    page.goto(f"{installation.ui}/runs/flow-run/{flow_run_id}")
+    page.get_by_text(tab, exact=True).first.click()
+
+
+def open_artifact(page: Page, installation: Installation, flow_run_id: str, key: str) -> None:
+    page.goto(f"{installation.ui}/artifacts/artifact/{installation.artifact(flow_run_id, key)}")
+
+
+def expect_pictures(pictures: Locator) -> None:
+    """At least one, and all of them drawn."""
+    expect(pictures.first).to_be_visible()
+    for picture in pictures.all():
+        assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
+
+
+def test_a_stage_at_work_shows_progress_and_its_loss(killed):
+    """Read from the server while pretraining worked, just before its process was killed."""
+    progress = killed.shown["pretrain-progress"]
+    assert re.match(rf"\d+/{LAST} samples, [\d.,]+ samples/s, [\d hmins]+ left, loss \d\.\d+, ", progress), progress
+    assert re.match(r"pretrain: loss \d\.\d+ after [\d,]+ samples$", killed.shown["pretrain-loss"])
+    assert killed.shown["encode-progress"].startswith("288/288 rows")
+
+
+def test_the_run_lists_its_stages_by_name_with_their_states(installation, page, run_id, stage_runs):
+    open_run(page, installation, run_id, "Subflow Runs")
+    expect(page.get_by_text("pipeline tiny-test", exact=True).first).to_be_visible()
+    for stage in STAGES:
+        row = page.get_by_role("listitem").filter(has_text=f"{stage} tiny-test")
+        expect(row.get_by_text("Completed")).to_be_visible()
+    assert sorted(stage_runs) == sorted(STAGES)
+
+
+def test_the_page_of_a_stage_says_what_it_did(installation, page, stage_runs):
+    open_run(page, installation, stage_runs["pretrain"], "Logs")
+    expect(page.get_by_text(re.compile(rf"pretrain done in .* s: went on from {FIRST:,} samples"))).to_be_visible()
+    page.get_by_text("Artifacts", exact=True).first.click()
+    for key in ("progress", "result", "loss", "pictures"):
+        expect(page.get_by_text(f"pretrain-{key}", exact=True)).to_be_visible()
+    expect(page.get_by_text(f"{LAST}/{LAST} samples")).to_be_visible()
+
+
+def test_warnings_stand_in_the_log_of_their_stage(installation, page, stage_runs):
+    open_run(page, installation, stage_runs["evaluate"], "Logs")
+    expect(page.get_by_text("clip_fid is left out").first).to_be_visible()
+    expect(page.get_by_text("WARNING", exact=True).first).to_be_visible()
+
+
+def test_pretraining_ends_with_its_checkpoints_and_curve(installation, page, stage_runs):
+    open_artifact(page, installation, stage_runs["pretrain"], "pretrain-result")
+    for samples in (FIRST, LAST):
+        expect(page.get_by_role("cell", name=f"{samples:,}", exact=True)).to_be_visible()
+    expect_pictures(page.locator("img[src^='data:']"))
+
+
+def test_the_loss_curve_is_a_picture_of_the_whole_phase(installation, page, stage_runs):
+    open_artifact(page, installation, stage_runs["pretrain"], "pretrain-loss")
+    expect(page.get_by_text(re.compile(rf"pretrain: loss .* after {LAST:,} samples")).first).to_be_visible()
+    expect_pictures(page.locator("img[src^='data:']"))
+
+
+def test_pictures_of_the_training_with_their_captions_and_path(installation, page, stage_runs):
+    open_artifact(page, installation, stage_runs["pretrain"], "pretrain-pictures")
+    expect(page.get_by_text(f"pretrain: pictures after {LAST:,} samples")).to_be_visible()
+    expect_pictures(page.locator("img[src^='data:']"))
+    expect(page.get_by_role("listitem").filter(has_text=re.compile("circle|square|triangle|bar")).first).to_be_visible()
+    path = page.get_by_text(re.compile(rf"^{re.escape(str(installation.store))}/\S+\.png$")).first
+    assert Path(path.inner_text()).is_file()
+
+
+def test_the_first_pictures_came_long_before_the_end(installation, killed):
+    """After 64 of 200 steps: the process was killed after a hundred."""
+    drawn = sorted(path.stem for path in (installation.store / "runs/tiny-test/previews").glob("pretrain-*/*.safetensors"))
+    assert drawn[0] == f"{64 * 8:012d}"
+
+
+def test_evaluation_shows_scores_and_pictures(installation, page, resumed, stage_runs):
+    open_artifact(page, installation, stage_runs["evaluate"], "evaluate-result")
+    for metric in ("validation_loss", "clip_score", "shapes_bench/overall"):
+        expect(page.get_by_role("columnheader", name=metric)).to_be_visible()
+    score = next(row["value"] for row in resumed.summary["scores"] if row["metric"] == "validation_loss")
+    expect(page.get_by_role("cell", name=f"{score:.3f}").first).to_be_visible()
+    expect_pictures(page.locator("img[src^='data:']"))
+
+
+def test_the_terminal_named_the_first_picture_once(resumed):
+    [said] = [line for line in resumed.printed.splitlines() if line.startswith("first pictures: ")]
+    assert Path(said.removeprefix("first pictures: ")).is_file()
+
+
+def test_the_terminal_prints_nothing_of_libraries(resumed):
+    noise = re.compile(r"warn|traceback|deprecat|\bpid=|\.py:\d+|^\s*File ", re.IGNORECASE)
+    assert not [line for line in resumed.printed.splitlines() if noise.search(line)]
