@@ -28,7 +28,8 @@ def preview_settings(recipe: Recipe, store: Store) -> PreviewSettings:
     """A few captions of the held-out part, of the training part where none is held out; sampled as evaluation samples."""
     reference = upstream.raw(recipe, store)
     raw = read_manifest(store, reference.folder, reference.digest)
-    rows = read_rows(store, raw, "held_out", PICTURES) or read_rows(store, raw, "train", PICTURES)
+    held_out = read_rows(store, raw, "held_out", PICTURES) if recipe.data.held_out_fraction else []
+    rows = held_out or read_rows(store, raw, "train", PICTURES)
     numbers = {shard.stem: shard.number for shard in raw.shards}
     synthetic = _synthetic_captions(recipe, store, {numbers[row.stem] for row in rows if not row.caption})
     captions = [

@@ -40,16 +40,16 @@ class TrainingView:
         """The curve is now that of the checkpoints: training does not wait until its last losses are told."""
         self._stored = self._stored_losses()
 
-    def _stored_losses(self) -> list[tuple[int, float]]:
+    def _stored_losses(self) -> tuple[tuple[int, float], ...]:
         losses = LossPoints()
         for row in read_metrics(self.run.store, self.job.folder):
             if row["loss"] is not None:
                 losses.add(row["samples"], row["loss"])
-        return losses.points
+        return losses.with_last()
 
     def _curve(self) -> Shown | None:
         stored = self._stored
-        points = stored + [point for point in self._news.losses if not stored or point[0] > stored[-1][0]]
+        points = [*stored, *(point for point in self._news.losses if not stored or point[0] > stored[-1][0])]
         if not points:
             return None
         title = f"{self.job.phase}: loss {points[-1][1]:.3f} after {points[-1][0]:,} samples"

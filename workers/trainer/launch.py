@@ -128,7 +128,7 @@ class _Desk:
     def progress(self, samples: int, note: str, losses: list[tuple[int, float]]) -> None:
         for point in losses:
             self.losses.add(*point)
-        self._tell(samples=samples, note=note, losses=tuple(self.losses.points))
+        self._tell(samples=samples, note=note, losses=self.losses.with_last())
 
     def preview(self, path: str) -> None:
         self._tell(previews=(*self.news.previews, path))

@@ -31,14 +31,21 @@ class LossPoints:
     points: list[tuple[int, float]] = field(default_factory=list)
     every: int = 1
     _seen: int = 0
+    _last: tuple[int, float] | None = None
 
     def add(self, samples: int, loss: float) -> None:
+        self._last = (samples, loss)
         if self._seen % self.every == 0:
-            self.points.append((samples, loss))
+            self.points.append(self._last)
         if len(self.points) > LOSSES_KEPT:
             self.points, self.every = self.points[::2], 2 * self.every
         self._seen += 1
 
+    def with_last(self) -> tuple[tuple[int, float], ...]:
+        """The points, and the last step where it is not one of them."""
+        behind = self._last is not None and self.points[-1:] != [self._last]
+        return (*self.points, self._last) if behind else tuple(self.points)
+
     def go_back(self, samples: int) -> None:
         """Training goes on from an earlier checkpoint: what came after it did not stand."""
-        self.points = [point for point in self.points if point[0] <= samples]
+        self.points, self._last = [point for point in self.points if point[0] <= samples], None

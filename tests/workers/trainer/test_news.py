@@ -13,6 +13,7 @@ def test_every_step_of_a_power_of_two(steps):
     for step in range(steps):
         losses.add(8 * step, float(step))
     assert losses.points == [(8 * step, float(step)) for step in range(0, steps, losses.every)]
+    assert losses.with_last()[-1] == (8 * (steps - 1), steps - 1)
     assert losses.every == 1 if steps <= LOSSES_KEPT else LOSSES_KEPT / 2 <= len(losses.points) <= LOSSES_KEPT
 
 
@@ -21,5 +22,6 @@ def test_going_back_to_a_checkpoint():
     for step in range(1, 11):
         losses.add(8 * step, 1.0)
     losses.go_back(32)
+    assert losses.with_last() == tuple(losses.points)
     losses.add(40, 2.0)
     assert losses.points == [(8, 1.0), (16, 1.0), (24, 1.0), (32, 1.0), (40, 2.0)]
