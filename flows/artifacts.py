@@ -118,12 +118,12 @@ class StageReporter:
 def publish(
     stage: str,
     title: str,
-    table: list[dict[str, object]],
+    tables: list[list[dict[str, object]]],
     warnings: list[str],
     pictures: dict[str, bytes] | None = None,
 ) -> None:
     """The stage's result as one markdown artifact. `pictures`: caption -> PNG or JPEG bytes, kept small by the caller."""
-    parts = [f"## {title}", markdown_table(table), "\n".join(f"- warning: {warning}" for warning in warnings)]
+    parts = [f"## {title}", *map(markdown_table, tables), "\n".join(f"- warning: {warning}" for warning in warnings)]
     parts += [f"**{caption}**\n\n{markdown_picture(caption, image)}" for caption, image in (pictures or {}).items()]
     try:
         create_markdown_artifact(key=f"{stage}-result", markdown="\n\n".join(parts), description=title)

@@ -7,7 +7,7 @@ from typing import Any
 from prefect import flow
 
 from flows import upstream
-from flows.scores import score_rows, thumbnails
+from flows.scores import bench_rows, score_rows, thumbnails
 from flows.stage import FLOW_OPTIONS, stage
 from workers.evaluate import EvaluationInputs, evaluate_stage
 from workers.shard_stage import NOTHING_TO_DO
@@ -36,6 +36,7 @@ def evaluate(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
             if result.skipped
             else f"{result.made} of {result.made + result.done_before} parts were not scored yet",
             table=score_rows(result.scores),
+            second_table=bench_rows(result.bench),
             warnings=sorted({f"{row['metric']} is left out: {row['reason']}" for row in result.left_out}),
             pictures=thumbnails(run.store, result.pictures),
         )

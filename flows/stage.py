@@ -77,10 +77,11 @@ class StageRun:
         skipped: bool,
         reason: str,
         table: list[dict[str, object]],
+        second_table: list[dict[str, object]] | None = None,
         warnings: list[str] | None = None,
         pictures: dict[str, bytes] | None = None,
     ) -> dict[str, Any]:
-        """Logs the warnings that were not logged when they came, shows the table and pictures in the UI, and returns the
+        """Logs the warnings that were not logged when they came, shows the tables and pictures in the UI, and returns the
         outcome as the flow's result.
         """
         warnings = warnings or []
@@ -97,7 +98,7 @@ class StageRun:
         )
         self.log.info("%s %s in %.1f s: %s", self.name, self.outcome.state, self.outcome.seconds, reason)
         title = f"{self.name}: {self.outcome.state} ({reason})"
-        publish(self.name, title, table, warnings, pictures)
+        publish(self.name, title, [table, second_table or []], warnings, pictures)
         return self.outcome.to_dict()
 
     def finish_parts(self, results: dict[str, Any], **shown: Any) -> dict[str, Any]:
