@@ -39,7 +39,10 @@ class LiveArtifact:
         self._looked_at = -seconds
 
     def post(self, *, now: bool = False) -> None:
-        """Posts what is new: the first thing at once, then at most every `seconds`. What the server does not take is posted the next time."""
+        """Posts what is new: the first thing at once, then at most every `seconds`.
+
+        What the server does not take is posted the next time.
+        """
         if not now and time.monotonic() - self._looked_at < self.seconds:
             return
         shown = self._look()

@@ -19,7 +19,6 @@ from sd3core.recipe import Recipe
 from sd3core.specs import fingerprint
 
 
-
 def run_name() -> str:
     """What a run is called in the UI: its flow and its recipe, "pretrain mini"."""
     return f"{runtime.flow_run.flow_name} {Path(runtime.flow_run.parameters['recipe']).stem}"

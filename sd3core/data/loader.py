@@ -81,13 +81,12 @@ class BatchLoader:
         """The samples with these (shard number, key), in batches of one bucket; those that do not stand are left out."""
         places: dict[str, list[tuple[int, int]]] = {}
         for number, key in wanted:
-            found = self.reader.find(number, key)
-            if found is not None:
+            if found := self.reader.find(number, key):
                 position, row, bucket = found
                 places.setdefault(bucket, []).append((position, row))
         batches = []
-        for bucket, found in places.items():
-            shards, rows = np.array(found, dtype=np.int64).T
+        for bucket, pairs in places.items():
+            shards, rows = np.array(pairs, dtype=np.int64).T
             originals, epochs = np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=np.int64)
             batches.append(self.reader.gather(shards, rows, originals, epochs, bucket))
         return batches

@@ -138,7 +138,7 @@ class ShardReader:
         return [self.shards[position].keys[row].as_py() for position, row in pairs]
 
     def find(self, number: int, key: str) -> tuple[int, int, str] | None:
-        """(position of the shard, row, bucket) of the sample `key` of shard `number`; None where it has no caption or is not there."""
+        """(position of the shard, row, bucket) of a sample; None where it has no caption or is not there."""
         for position, shard in enumerate(self.shards):
             row = pc.index(shard.keys, key).as_py() if shard.latents.number == number else -1
             if row >= 0 and shard.captioned[row]:

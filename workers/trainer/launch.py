@@ -50,7 +50,8 @@ def train(
     """Trains a phase to its end, from its last finished checkpoint; a finished phase returns at once.
 
     Uses this process's Ray, else starts one. `open_loader(job, store, place, warn)` replaces the loader of shards.
-    `tell` hears of losses, warnings and pictures as they come. Raises TrainingFailed: one line that says why it stopped. The same call goes on afterwards.
+    `tell` hears of losses, warnings and pictures as they come.
+    Raises TrainingFailed: one line that says why it stopped. The same call goes on afterwards.
     """
     accumulation = job.training.micro_batch * compute.train_ranks
     if job.training.global_batch % accumulation:
@@ -245,6 +246,7 @@ class _DeskWatcher:
         self._losses: list[tuple[int, float]] = []  # since then
 
     def began(self, attempt: int, samples: int) -> None:
+        self._losses = []
         self._desk.began.remote(attempt, samples)
 
     def progress(self, samples: int, note: str, loss: float | None) -> None:
@@ -266,9 +268,7 @@ class _DeskWatcher:
 class _Supervisor:
     """The driver's side: shows what the desk hears, and ends everything on a fatal word, a stall or an interrupt."""
 
-    def __init__(
-        self, job: TrainingJob, compute: Compute, report: ProgressCallback, tell: NewsCallback, stands: int
-    ):
+    def __init__(self, job: TrainingJob, compute: Compute, report: ProgressCallback, tell: NewsCallback, stands: int):
         self.job, self.compute, self.tell = job, compute, tell
         self.meter = ProgressMeter(job.samples_at(job.total_steps), "samples", report, already_done=stands)
 
