@@ -23,7 +23,8 @@ class TrainingView:
 
     def __init__(self, run: StageRun, job: TrainingJob, drawing: ThreadPoolExecutor) -> None:
         self.run, self.job, self._drawing = run, job, drawing
-        self._news, self._stored = TrainingNews(), self._stored_losses()
+        self._news: TrainingNews | None = None
+        self._stored = self._stored_losses()
         self._decoder = PreviewDecoder(run.store, upstream.towers(run.recipe, run.store).folder)
         self._pictures: Shown | None = None
         run.report.show(f"{job.phase}-loss", self._curve, CURVE_SECONDS)
@@ -32,7 +33,9 @@ class TrainingView:
     def __call__(self, news: TrainingNews) -> None:
         for warning in news.warnings:
             self.run.warn(warning)
-        for path in news.previews[len(self._news.previews) :]:
+        if self._news is None:
+            self._drawing.submit(lambda: self._decoder.autoencoder)  # loaded while the first steps are taken
+        for path in news.previews[len(self._news.previews) if self._news else 0 :]:
             self._drawing.submit(self._draw, path)
         self._news = news
 
@@ -48,8 +51,8 @@ class TrainingView:
         return losses.with_last()
 
     def _curve(self) -> Shown | None:
-        stored = self._stored
-        points = [*stored, *(point for point in self._news.losses if not stored or point[0] > stored[-1][0])]
+        stored, told = self._stored, self._news.losses if self._news else ()
+        points = [*stored, *(point for point in told if not stored or point[0] > stored[-1][0])]
         if not points:
             return None
         title = f"{self.job.phase}: loss {points[-1][1]:.3f} after {points[-1][0]:,} samples"
