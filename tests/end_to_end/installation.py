@@ -117,11 +117,11 @@ class Installation:
         runs = self.api("flow_runs/filter", flow_runs={"parent_flow_run_id": {"any_": [flow_run_id]}})
         return {run["name"].partition(" ")[0]: run["id"] for run in runs}
 
-    def artifact(self, flow_run_id: str, key: str) -> str:
-        """The id of a run's artifact."""
+    def artifact(self, flow_run_id: str, key: str) -> dict[str, Any]:
+        """A run's artifact: id, description, when it was created and updated."""
         wanted = {"flow_run_id": {"any_": [flow_run_id]}, "key": {"any_": [key]}}
         [found] = self.api("artifacts/filter", artifacts=wanted)
-        return found["id"]
+        return found
 
     @property
     def ui(self) -> str:

@@ -71,7 +71,7 @@ def open_tab(page: Page, tab: str) -> Locator:
 
 def open_artifact(page: Page, installation: Installation, flow_run_id: str, key: str) -> Locator:
     """What an artifact shows below its description."""
-    page.goto(f"{installation.ui}/artifacts/artifact/{installation.artifact(flow_run_id, key)}")
+    page.goto(f"{installation.ui}/artifacts/artifact/{installation.artifact(flow_run_id, key)['id']}")
     return page.get_by_role("tabpanel", name="Artifact").get_by_role("article")
 
 
@@ -82,11 +82,9 @@ def expect_pictures(shown: Locator) -> None:
         assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
 
 
-def test_a_stage_at_work_shows_progress_and_its_loss(killed):
+def test_a_stage_at_work_shows_its_progress(killed):
     """Read from the server while pretraining worked, just before its process was killed."""
-    progress = killed.shown["pretrain-progress"]
-    assert re.match(rf"\d+/{LAST} samples, [\d.,]+ samples/s, [\d hmins]+ left, loss \d\.\d+, ", progress), progress
-    assert re.match(r"pretrain: loss \d\.\d+ after [\d,]+ samples$", killed.shown["pretrain-loss"])
+    assert re.match(rf"\d+/{LAST} samples, .*\bloss \d\.\d+, ", killed.shown["pretrain-progress"])
     assert killed.shown["encode-progress"].startswith("288/288 rows")
 
 
@@ -125,10 +123,12 @@ def test_pretraining_ends_with_its_checkpoints_and_curve(installation, page, sta
     expect_pictures(shown)
 
 
-def test_the_loss_curve_is_a_picture_of_the_whole_phase(installation, page, stage_runs):
+def test_the_loss_curve_is_a_picture_of_the_whole_phase_and_was_refreshed(installation, page, stage_runs):
     shown = open_artifact(page, installation, stage_runs["pretrain"], "pretrain-loss")
     expect(shown.get_by_role("heading", name=re.compile(rf"pretrain: loss .* after {LAST:,} samples"))).to_be_visible()
     expect_pictures(shown)
+    artifact = installation.artifact(stage_runs["pretrain"], "pretrain-loss")
+    assert artifact["created"] < artifact["updated"]
 
 
 def test_pictures_of_the_training_with_their_captions_and_path(installation, page, stage_runs):
