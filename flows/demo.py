@@ -15,8 +15,9 @@ from uuid import UUID
 from rich.console import Console
 
 from flows.home import PROJECT
+from flows.interrupt import Interrupted, put_off, unheard
 from flows.recipes import find_recipe
-from flows.services import ServiceError, up
+from flows.services import ServiceError, Services, up
 from sd3core.errors import DataError, UserError
 from sd3core.recipe import Recipe, load_recipe
 
@@ -67,7 +68,6 @@ def demo(
     from flows.redo import forget_from
     from flows.session import run_store
     from flows.summary import print_summary, summary_path
-    from flows.terminal import follow
 
     store = run_store(recipe)
     run_id = _run_at_work(name, recipe, overrides)
@@ -76,9 +76,7 @@ def demo(
     if from_stage:
         forgotten = forget_from(recipe, store, from_stage)
         console.print(f"made again: {', '.join(forgotten)}", soft_wrap=True, highlight=False)
-    run_id = run_id or start_run(f"pipeline/{name}", overrides, console)
-    console.print(f"run {run_id}: {services.ui_url}/runs/flow-run/{run_id}", soft_wrap=True, highlight=False)
-    view = follow(run_id, console)
+    view = _run_to_the_end(run_id, f"pipeline/{name}", overrides, services, console)
     if view.state.value != "COMPLETED":
         raise RunFailed(
             f"{_first_failure(view)} (the same command{' without --from-stage' if from_stage else ''} goes on from there)"
@@ -86,6 +84,34 @@ def demo(
     summary = store.get_json(summary_path(recipe))
     print_summary(summary, store, recipe, services, console, sample_command(name_or_path, overrides))
     return summary
+
+
+def _run_to_the_end(
+    joined: UUID | None, deployment: str, overrides: list[str], services: Services, console: Console
+) -> RunView:
+    """Follows the run that is joined, or starts one. After Ctrl-C the one that it started is ended, one that it joined goes on."""
+    from flows.runs import cancel_run
+    from flows.terminal import follow
+
+    run_id = joined
+    try:
+        if run_id is None:
+            with put_off():  # once asked for, the run comes: its id is needed to end it
+                run_id = start_run(deployment, overrides, console)
+        console.print(f"run {run_id}: {services.ui_url}/runs/flow-run/{run_id}", soft_wrap=True, highlight=False)
+        return follow(run_id, console)
+    except Interrupted:
+        if run_id is None:
+            raise
+        if joined:
+            raise Interrupted("the run goes on; the same command shows it again, `sd3 down` ends it") from None
+        with unheard():
+            console.print("ending the run", highlight=False)
+            cancel_run(run_id)
+        raise Interrupted(
+            "the run is cancelled and its processes have ended; the same command goes on from there,"
+            " `sd3 down` stops the services"
+        ) from None
 
 
 def _run_at_work(name: str, recipe: Recipe, overrides: list[str]) -> UUID | None:
@@ -131,6 +157,7 @@ def start_run(deployment: str, overrides: list[str], console: Console) -> UUID:
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C in the terminal is not for it
         timeout=120,
         check=False,
     )

@@ -7,10 +7,14 @@ or could not tell the server that it ended, never stays Running for ever.
 from __future__ import annotations
 
 import json
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
+import psutil
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -23,12 +27,13 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelled, Crashed
+from prefect.states import Cancelled, Cancelling, Crashed
 
 from flows.home import ensure, home, write_whole
 from flows.services import Process
 
 RUNS_READ = 200
+END_SECONDS = 10
 STARTED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 UNFINISHED = [*STARTED, StateType.SCHEDULED, StateType.PAUSED]
 GONE = "Its process is gone. Run the same deployment again: it goes on."
@@ -84,6 +89,15 @@ def cancel_waiting_runs() -> list[str]:
     return [run.name for run in waiting]
 
 
+def cancel_run(flow_run_id: UUID) -> None:
+    """Ends a run's processes, then the run and its stages are Cancelled. A server that is away finds out at the next start."""
+    with suppress(httpx.HTTPError):  # Cancelling first: a process that only starts now finds it, and does not begin
+        _set_states(flow_run_id, Cancelling())
+    _end_processes(flow_run_id)
+    with suppress(httpx.HTTPError):
+        _set_states(flow_run_id, Cancelled(message="Ctrl-C in the terminal that started it."))
+
+
 def read_stage_runs(flow_run_id: UUID) -> list[FlowRun]:
     """The stage runs that a pipeline run started, in their order."""
     return _read(parent=FlowRunFilterParentFlowRunId(any_=[flow_run_id]))
@@ -94,6 +108,32 @@ def _lost(run: FlowRun, records: dict[str, Path], worker_born: float) -> bool:
     if run.parent_task_run_id is not None or str(run.id) in records or run.expected_start_time is None:
         return False
     return run.expected_start_time.timestamp() < worker_born
+
+
+def _set_states(flow_run_id: UUID, state: Any) -> None:
+    for run in (*_read(FlowRunFilterId(any_=[flow_run_id])), *read_stage_runs(flow_run_id)):
+        if run.state_type in UNFINISHED:
+            _set_state(run, state)
+
+
+def _end_processes(flow_run_id: UUID) -> None:
+    """SIGKILL, as they may be killed at any moment: asked to end, Ray and the ranks take half a minute over it."""
+    deadline = time.monotonic() + END_SECONDS
+    while (family := _processes(flow_run_id)) and time.monotonic() < deadline:
+        for process in family:
+            with suppress(psutil.Error):
+                process.kill()
+        time.sleep(0.2)  # what one of them was just starting shows in the next look
+
+
+def _processes(flow_run_id: UUID) -> set[psutil.Process]:
+    """Those that bear the run's id in their environment, and all below them (Ray's workers overwrite theirs)."""
+    found: set[psutil.Process] = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("PREFECT__FLOW_RUN_ID") == str(flow_run_id):
+                found |= {process, *process.children(recursive=True)}
+    return {process for process in found if Process(process.pid, process.create_time()).alive()}
 
 
 def _alive(record: Path) -> bool:

@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from flows.home import PROJECT, ensure, home, one_at_a_time, write_whole
+from flows.interrupt import put_off, unheard
 from sd3core.errors import UserError
 
 WORK_POOL = "local"
@@ -121,9 +122,18 @@ def up(say: Say = print) -> Services:
 
 
 def _up(say: Say) -> Services:
-    services = Services.load()
-    if services is None:
-        services = Services(port=_free_port(FIRST_PORT))
+    services = Services.load() or Services(port=_free_port(FIRST_PORT))
+    found = (services.server, services.worker)
+    try:
+        _start_what_is_missing(services, say)
+    except BaseException:  # Ctrl-C too: what this call has started goes with it, so that nothing is left half up
+        with unheard():
+            _stop_those_started(services, found)
+        raise
+    return services
+
+
+def _start_what_is_missing(services: Services, say: Say) -> None:
     if not _server_is_well(services):
         _start_server(services, say)
     use(services)
@@ -139,7 +149,15 @@ def _up(say: Say) -> Services:
         _start_worker(services, say)
     for name in fail_dead_runs(services.worker.born):
         say(f"run {name}: its process is gone, marked as crashed; the same command goes on with it")
-    return services
+
+
+def _stop_those_started(services: Services, found: tuple[Process | None, Process | None]) -> None:
+    for name in ("worker", "server"):
+        process = getattr(services, name)
+        if process and process not in found:
+            _stop_tree(process)
+            setattr(services, name, None)
+    services.save()
 
 
 def down(say: Say = print) -> None:
@@ -154,15 +172,16 @@ def down(say: Say = print) -> None:
 
         for name in cancel_waiting_runs():
             say(f"run {name}: cancelled before it began")
-    for name in ("worker", "server"):
-        process = getattr(services, name)
-        if process and process.alive():
-            _stop_tree(process)
-            say(f"{name}: stopped")
-        else:
-            say(f"{name}: was not running")
-        setattr(services, name, None)
-    services.save()
+    with put_off():
+        for name in ("worker", "server"):
+            process = getattr(services, name)
+            if process and process.alive():
+                _stop_tree(process)
+                say(f"{name}: stopped")
+            else:
+                say(f"{name}: was not running")
+            setattr(services, name, None)
+        services.save()
 
 
 def require() -> Services:
@@ -192,8 +211,9 @@ def _start_server(services: Services, say: Say) -> None:
         taken, services.port = services.port, _free_port(FIRST_PORT)
         services.deployed = ""
         say(f"port {taken} is taken by another program; the server takes {services.port}")
-    services.server = _spawn(["server", "start"], services, "server")
-    services.save()
+    with put_off():
+        services.server = _spawn(["server", "start"], services, "server")
+        services.save()
     _wait(
         f"the Prefect server on port {services.port}",
         SERVER_SECONDS,
@@ -207,10 +227,11 @@ def _start_server(services: Services, say: Say) -> None:
 def _start_worker(services: Services, say: Say) -> None:
     from flows.deployments import worker_is_online
 
-    services.worker = _spawn(
-        ["worker", "start", "--pool", WORK_POOL, "--type", "process", "--name", "local"], services, "worker"
-    )
-    services.save()
+    with put_off():
+        services.worker = _spawn(
+            ["worker", "start", "--pool", WORK_POOL, "--type", "process", "--name", "local"], services, "worker"
+        )
+        services.save()
     _wait(
         "the Prefect worker",
         WORKER_SECONDS,

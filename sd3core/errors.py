@@ -1,5 +1,11 @@
 """Errors a user can cause: one line that names the key, file or row, and the mend."""
 
+import errno
+import os
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+OF_THE_MACHINE = {*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR}
+
 
 class UserError(Exception):
     """Something the user can put right. The message is one line; the command line prints it without a traceback."""
@@ -19,3 +25,21 @@ class StoreError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint whose keys, shapes or files do not fit."""
+
+
+def described_os_error(error: OSError) -> str | None:
+    """A full disk, a folder that may not be written: what it is and the mend. None for any other."""
+    if error.errno not in OF_THE_MACHINE:
+        return None
+    where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+    return f"{where}{with_mend(error)}"
+
+
+def with_mend(error: OSError) -> str:
+    """The system's words, and what a user can do about them."""
+    words = error.strerror or str(error)
+    if error.errno in NO_SPACE:
+        return f"{words}; make room there, and the same command goes on: what was finished stays"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{words}; give this user the right to it"
+    return words

@@ -112,7 +112,7 @@ def calls_of(program: str) -> list:
 
 @cache
 def sd3_commands() -> dict[str, typer.core.TyperCommand]:
-    from flows.cli import app
+    from flows.commands import app
 
     return typer.main.get_command(app).commands
 
@@ -187,7 +187,7 @@ def test_make_targets_exist(arguments):
 
 @pytest.mark.parametrize("arguments", calls_of("sd3"))
 def test_sd3_commands_and_their_options_exist(arguments):
-    from flows.cli import app
+    from flows.commands import app
 
     name, *rest = arguments
     if name.startswith("-"):

@@ -17,7 +17,7 @@ ONLY_IN = {  # a framework, and the files or folders that may import it
     "prefect": ("flows/",),
     "boto3": ("sd3core/data/store.py",),
     "botocore": ("sd3core/data/store.py",),
-    "typer": ("flows/cli.py",),
+    "typer": ("flows/commands.py",),
 }
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -76,6 +77,36 @@ class Installation:
         assert done.returncode == 0, self.story(f"{arguments} ended with exit code {done.returncode}", done.stdout)
         return done.stdout
 
+    def interrupted(
+        self, arguments: Sequence[str], moment: str | Callable[[], Any], times: int = 1, seconds: float = 180
+    ) -> tuple[int, str]:
+        """Runs a command, presses Ctrl-C when it prints `moment` or `moment` is true: its exit code and what it printed."""
+        with tempfile.TemporaryFile("w+") as printed:
+            running = subprocess.Popen(
+                arguments,
+                env={**self.environment, "PYTHONUNBUFFERED": "1"},
+                cwd=PROJECT,
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+            def so_far() -> str:
+                printed.seek(0)
+                return printed.read()
+
+            reached = moment if callable(moment) else lambda: moment in so_far()
+            try:
+                self.wait(f"{arguments} to come to {moment}", lambda: reached() or running.poll() is not None, seconds)
+                for _ in range(times):
+                    os.killpg(running.pid, signal.SIGINT)
+                    time.sleep(0.5)
+                code = running.wait(seconds)
+            finally:
+                running.kill()
+            return code, so_far()
+
     def demo(self, overrides: Sequence[str] = (), seconds: float = 420) -> str:
         return self.command(
             "sd3", "demo", "--recipe", "tiny-test", *(word for o in overrides for word in ("--set", o)), seconds=seconds
@@ -95,6 +126,9 @@ class Installation:
             f"overrides={json.dumps(list(overrides))}",
             seconds=120,
         )
+        return self.run_id(printed)
+
+    def run_id(self, printed: str) -> str:
         return RUN_ID.search(printed).group(0)
 
     def api(self, path: str, **body: Any) -> Any:

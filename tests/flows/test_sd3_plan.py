@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from flows.cli import app
+from flows.commands import app
 from flows.plan import plan_phase, text_bytes, zero_bytes
 from sd3core.recipe import load_recipe, shipped_recipes
 

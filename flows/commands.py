@@ -1,0 +1,182 @@
+"""What `sd3` can be told to do. Each command imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from flows.recipes import known_recipes
+from sd3core.recipe import Recipe, load_recipe
+
+LOG_WIDTH = 160
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Training of SD3-class models."
+)
+console = Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)  # tables in logs and pipes keep their columns
+
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", help="A shipped recipe's name, or a path that ends in .yaml.")
+]
+SetOption = Annotated[
+    Optional[list[str]], typer.Option("--set", "-s", help="Changes one field: section.key=value. Repeatable.")
+]
+
+
+def _say(line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False)
+
+
+def _load(name_or_path: str, overrides: list[str]) -> Recipe:
+    return load_recipe(known_recipes().get(name_or_path, name_or_path), overrides)
+
+
+@app.command()
+def demo(
+    recipe: RecipeOption = "mini",
+    data: Annotated[
+        Optional[Path], typer.Option("--data", help="A folder of images: name.jpg with name.txt, or a metadata.jsonl.")
+    ] = None,
+    from_stage: Annotated[
+        Optional[str], typer.Option(help="Makes this stage and those after it again, finished or not.")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """The whole chain, from nothing to a scored, exported checkpoint; run again, it goes on where it stopped."""
+    from flows.demo import demo as run_demo
+
+    run_demo(recipe, data, set_ or [], console, from_stage)
+
+
+@app.command()
+def up() -> None:
+    """Starts the local services: Prefect server, worker, deployments. A second `up` is harmless."""
+    from flows.services import up as start
+
+    services = start(_say)
+    _say(f"UI: {services.ui_url}")
+    _say('in this shell, for the prefect command: eval "$(sd3 env)"')
+
+
+@app.command()
+def down() -> None:
+    """Stops the local services and the runs they started. What the runs made stays; they go on when started again."""
+    from flows.services import down as stop
+
+    stop(_say)
+
+
+@app.command()
+def env() -> None:
+    """Prints the exports that point the `prefect` command at the local services."""
+    import shlex
+
+    from flows.services import environment, require
+
+    for name, value in environment(require()).items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+@app.command()
+def status() -> None:
+    """What runs: the services, and the flow runs that are not finished."""
+    from flows.services import Services, server_answers, use
+
+    services = Services.load()
+    if services is None:
+        _say("services: never started here; `sd3 up` starts them")
+        raise typer.Exit(1)
+    answers = server_answers(services)
+    _say(f"server: {'answers at ' + services.ui_url if answers else 'does not answer'}")
+    _say(f"worker: {'running' if services.worker and services.worker.alive() else 'not running'}")
+    if answers:
+        use(services)
+        from flows.runs import described, unfinished_runs
+
+        for run in unfinished_runs():
+            _say(described(run))
+    if not answers or not (services.worker and services.worker.alive()):
+        _say("`sd3 up` starts what is missing")
+        raise typer.Exit(1)
+
+
+@app.command()
+def deploy(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file; its deployments get the recipe's name.")],
+    api: Annotated[Optional[str], typer.Option(help="Another Prefect server's API, as in PREFECT_API_URL.")] = None,
+    pool: Annotated[str, typer.Option(help="The work pool there; its workers run in a checkout at this path.")] = "sd3",
+) -> None:
+    """Adds deployments of a recipe of your own: `prefect deployment run 'pipeline/NAME'`."""
+    from flows.recipes import add_recipe
+
+    name = add_recipe(recipe).name
+    if api is None:
+        from flows.services import up as start
+
+        start(_say)
+    else:
+        os.environ["PREFECT_API_URL"] = api  # before prefect is imported
+        from flows.deployments import apply_deployments
+
+        apply_deployments({name: str(recipe.resolve())}, pool)
+    _say(f"deployed: pipeline/{name} and its stages")
+
+
+@app.command()
+def plan(recipe: RecipeOption = "mini", set_: SetOption = None) -> None:
+    """Before money is spent: parameters, rows, bytes in the store, memory per GPU at each ZeRO stage, steps, FLOPs, hours."""
+    from flows.plan import print_plan
+
+    print_plan(_load(recipe, set_ or []), console)
+
+
+@app.command()
+def sample(
+    prompt: Annotated[Optional[list[str]], typer.Argument(help="One or more prompts.")] = None,
+    file: Annotated[Optional[Path], typer.Option("--file", "-f", help="A text file with a prompt on each line.")] = None,
+    recipe: RecipeOption = "mini",
+    run: Annotated[Optional[str], typer.Option(help="The run to sample from; default: the recipe's.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    height: Annotated[Optional[int], typer.Option(help="px; default: the last phase's side.")] = None,
+    width: Annotated[Optional[int], typer.Option(help="px; default: the last phase's side.")] = None,
+    seed: Annotated[int, typer.Option(help="The first picture's seed; the next take the numbers after it.")] = 0,
+    images: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Euler steps; default: the recipe's.")] = None,
+    guidance: Annotated[Optional[float], typer.Option(min=0.0, help="1 = no guidance; default: the recipe's.")] = None,
+    without: Annotated[
+        Optional[list[str]], typer.Option(help="Leaves an encoder out: clip_l, clip_g or t5. Repeatable.")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="ema or live.")] = "ema",
+    set_: SetOption = None,
+) -> None:
+    """Pictures from prompts, from a run's last checkpoint."""
+    from flows.sample import read_prompts, sample_run
+
+    overrides = [*(set_ or []), *([f"run={run}"] if run else [])]
+    sample_run(
+        _load(recipe, overrides),
+        prompts=[*(prompt or []), *(read_prompts(file) if file else [])],
+        out=out,
+        size=(height, width),
+        seed=seed,
+        images=images,
+        steps=steps,
+        guidance=guidance,
+        without=set(without or []),
+        weights=weights,
+        console=console,
+    )
+
+
+@app.command()
+def photographs(folder: Annotated[Path, typer.Argument(help="Where to write them.")]) -> None:
+    """Writes the real photographs that come inside scikit-learn, scikit-image and matplotlib, with captions: data to try `--data` on."""
+    from sd3core.photographs import write_photographs
+
+    written = write_photographs(folder)
+    _say(f"{len(written)} photographs with captions in {folder}")

@@ -1,0 +1,49 @@
+"""Ctrl-C: a command ends with one line that says what it leaves."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Interrupted(BaseException):
+    """Ctrl-C, and what it leaves. Not a KeyboardInterrupt: typer ends on that without a word."""
+
+
+def listen() -> None:
+    """From here on Ctrl-C raises Interrupted."""
+    signal.signal(signal.SIGINT, _raise)
+
+
+def end_on_the_next() -> None:
+    """A further Ctrl-C ends the process at once and prints nothing."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def put_off() -> Iterator[None]:
+    """Ctrl-C inside is heard at the end: for what must be written down once it was begun."""
+    pressed: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Ctrl-C inside is not heard: for the seconds in which what was started is ended."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _raise(*_: Any) -> None:
+    raise Interrupted("stopped; what was finished stays, and nothing that it started is left running")

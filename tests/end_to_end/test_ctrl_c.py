@@ -1,0 +1,86 @@
+"""Ctrl-C in the terminal, as a terminal sends it: to the command and everything in its foreground."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from conftest import DATA, FIRST, OVERRIDES, described
+from installation import Installation
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+CANCELLED = (
+    "sd3: the run is cancelled and its processes have ended; the same command goes on from there,"
+    " `sd3 down` stops the services"
+)
+STOPPED = "sd3: stopped; what was finished stays, and nothing that it started is left running"
+SETTLES_SECONDS = 20  # Prefect's worker looks after a cancelled run with a process of its own
+
+
+def demo(*overrides: str) -> list[str]:
+    return ["sd3", "demo", "--recipe", "tiny-test", *(word for o in overrides for word in ("--set", o))]
+
+
+def only_services_run(installation: Installation) -> bool:
+    return installation.processes() == installation.service_processes()
+
+
+def states(installation: Installation, run: str) -> set[str]:
+    """Of the pipeline's run and its stages."""
+    found = installation.api("flow_runs/filter", flow_runs={"id": {"any_": [run]}})
+    return {found[0]["state_type"], *installation.stages_of(run).values()}
+
+
+@pytest.mark.parametrize("moment", ["$ prefect", "pipeline: starting", "ingest: running"])
+def test_before_and_in_the_first_stage(installation, moment):
+    code, printed = installation.interrupted(demo("run=early", "data.name=early", "towers.name=early"), moment)
+    assert (code, printed.splitlines()[-1]) == (130, CANCELLED), printed
+    assert "Traceback" not in printed
+    installation.wait("its processes to end", lambda: only_services_run(installation), SETTLES_SECONDS)
+    assert not installation.running()
+
+
+def test_while_training_pressed_twice(installation, resumed):
+    """Data and towers are those of the run before; its own first checkpoint stays."""
+    before = installation.files(*DATA)
+    checkpoints = installation.store / "runs/training/checkpoints/pretrain"
+    code, printed = installation.interrupted(
+        demo("run=training", *OVERRIDES), lambda: list(checkpoints.glob(f"*/{FIRST:012d}/DONE.json")), times=2
+    )
+    assert (code, printed.splitlines()[-1]) == (130, CANCELLED), printed
+    assert "Traceback" not in printed
+    installation.wait("its processes to end", lambda: only_services_run(installation), SETTLES_SECONDS)
+    assert states(installation, installation.run_id(printed)) == {"COMPLETED", "CANCELLED"}
+    assert installation.files(*DATA) == before
+    assert [path.parent.name for path in checkpoints.glob("*/*/DONE.json")] == [f"{FIRST:012d}"]
+
+
+def test_a_run_that_was_joined_goes_on(installation, resumed):
+    """It was started elsewhere: here it only came into view."""
+    run = installation.start("pipeline/tiny-test", ["run=joined", *OVERRIDES])
+    code, printed = installation.interrupted(demo("run=joined", *OVERRIDES), "ingest: ")
+    assert (code, printed.splitlines()[-1]) == (
+        130,
+        "sd3: the run goes on; the same command shows it again, `sd3 down` ends it",
+    ), printed
+    assert run in printed and installation.running()
+    installation.api(f"flow_runs/{run}/set_state", state={"type": "CANCELLING"})  # as the UI's Cancel does
+    installation.wait("its processes to end", lambda: only_services_run(installation), 60)
+    assert "RUNNING" not in states(installation, run)
+
+
+@pytest.fixture
+def fresh() -> Iterator[Installation]:
+    made = Installation()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def test_while_services_start(fresh):
+    for moment in ("waiting for the Prefect server", "waiting for the Prefect worker"):
+        code, printed = fresh.interrupted(["sd3", "up"], moment)
+        assert (code, printed.splitlines()[-1]) == (130, STOPPED), printed
+        assert not fresh.processes(), [described(process) for process in fresh.processes()]

@@ -1,0 +1,80 @@
+"""Ctrl-C is one line and exit code 130; what must be written down is, and what is being ended is ended."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from flows import cli, commands, services
+from flows.interrupt import Interrupted, listen, put_off, unheard
+from flows.services import Services
+
+
+@pytest.fixture(autouse=True)
+def own_home_and_signals(tmp_path, monkeypatch):
+    monkeypatch.setenv("SD3_HOME", str(tmp_path))
+    before = signal.getsignal(signal.SIGINT)
+    listen()
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def press():
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_a_command_ends_with_one_line_and_130(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sd3", "plan"])
+    monkeypatch.setattr(commands, "_load", lambda *_: press())
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "sd3: stopped; what was finished stays, and nothing that it started is left running\n")
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second one ends the process without a traceback
+
+
+def test_put_off_is_heard_at_the_end():
+    reached = []
+    with pytest.raises(Interrupted), put_off():
+        press()
+        press()
+        reached.append(True)
+    assert reached
+    with put_off():
+        pass
+
+
+def test_unheard_is_not_heard():
+    with unheard():
+        press()
+    with pytest.raises(Interrupted):
+        press()
+
+
+@pytest.mark.parametrize("interrupted", ["the Prefect server", "the Prefect worker"])
+def test_services_that_were_being_started_are_stopped(monkeypatch, tmp_path, interrupted):
+    spawned = []
+
+    def spawn(*_):
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        spawned.append(services.Process.of(child.pid))
+        return spawned[-1]
+
+    def start(found, say):
+        services._start_server(found, say)
+        services._start_worker(found, say)
+
+    monkeypatch.setattr(services, "_spawn", spawn)
+    monkeypatch.setattr(services, "_wait", lambda what, *_: press() if what.startswith(interrupted) else None)
+    monkeypatch.setattr(services, "_start_what_is_missing", start)
+
+    with pytest.raises(Interrupted):
+        services.up(lambda line: None)
+    assert len(spawned) == (1 if interrupted == "the Prefect server" else 2)
+    assert not any(process.alive() for process in spawned)
+    left = Services.load()
+    assert (left.server, left.worker) == (None, None)
