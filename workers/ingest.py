@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from sd3core.data.ingest import IngestWorker, list_source
+from dataclasses import replace
+
+from sd3core.data.folder_source import FolderItem
+from sd3core.data.ingest import IngestWorker, SourceShard, list_source
 from sd3core.data.shards import DoneRecord
 from sd3core.data.store import Store
 from sd3core.progress import ProgressCallback
-from sd3core.recipe import Recipe
+from sd3core.recipe import Data, Recipe
 from sd3core.specs import raw_fields, raw_folder
-from workers.shard_stage import ShardStage, ShardTask, StageResult, run_shard_stage
+from workers.shard_stage import ShardStage, ShardTask, StageResult, counted, run_shard_stage, some
 
 
 def ingest_stage(recipe: Recipe, store: Store, report: ProgressCallback) -> StageResult:
-    """Rejected images are counted by reason in the result's warnings, and named in the shards' done records."""
+    """Rejected images are counted by reason in the result's warnings with the first names; the done records have all."""
     folder = raw_folder(recipe)
+    sources = list_source(recipe.data, recipe.seed, captions_needed=recipe.caption.captioner == "none")
     tasks = [
-        ShardTask(source.number, source.digest, folder, rows=len(source.items), source=source)
-        for source in list_source(recipe.data, recipe.seed, captions_needed=recipe.caption.captioner == "none")
+        ShardTask(source.number, source.digest, folder, rows=len(source.items), source=source) for source in sources
     ]
     stage = ShardStage("ingest", "raw", folder, raw_fields(recipe), {}, tasks)
     worker = {"data": recipe.data, "store_url": store.url, "folder": folder}
-    return run_shard_stage(store, recipe.run, stage, IngestShard, worker, recipe.compute, report)
+    result = run_shard_stage(store, recipe.run, stage, IngestShard, worker, recipe.compute, report)
+    return replace(result, warnings=[*result.warnings, *_cut_captions(recipe.data, sources)])
+
+
+def _cut_captions(data: Data, sources: list[SourceShard]) -> list[str]:
+    cut = [item.name for source in sources for item in source.items if isinstance(item, FolderItem) and item.cut]
+    if not cut:
+        return []
+    return [f"{counted(len(cut), 'caption')} cut at {data.max_caption_chars:,} characters (data.max_caption_chars): {some(cut, len(cut))}"]
 
 
 class IngestShard:

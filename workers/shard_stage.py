@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ from workers.pool import Outcome, PoolSettings, map_over_actors, start_ray
 from workers.stage_notes import NOTHING_TO_DO, StageNote, reason_to_work, recall_stage, remember_stage
 
 NAMED_FAILURES = 5  # shards that an error names
+NAMED_ROWS = 3  # that a warning names
 
 
 class StageFailed(UserError):
@@ -247,8 +249,33 @@ def _conclude(
         made=len(made_here),
         rows=manifest.rows,
         bytes=manifest.bytes,
-        warnings=[f"{count} rows left out: {why}" for why, count in sorted(manifest.failed_reasons.items())],
+        warnings=_left_out(store, manifest),
     )
+
+
+def _left_out(store: Store, manifest: Manifest) -> list[str]:
+    """A line for every reason, with the first names: the manifest counts, the done records name."""
+    names: dict[str, list[str]] = {reason: [] for reason in manifest.failed_reasons}
+    wanted = {reason: min(count, NAMED_ROWS) for reason, count in manifest.failed_reasons.items()}
+    for entry in manifest.shards:
+        if any(len(names[reason]) < wanted[reason] for reason in entry.failed):
+            with suppress(DataError, StoreError):  # a line without names is better than a stage that fails over it
+                for row in read_done(store, manifest.folder, entry.stem).failed:
+                    names.setdefault(row.reason, []).append(row.key)
+    return [
+        f"{counted(count, 'row')} left out: {reason}" + (f": {some(names[reason], count)}" if names[reason] else "")
+        for reason, count in sorted(manifest.failed_reasons.items())
+    ]
+
+
+def counted(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def some(names: list[str], count: int) -> str:
+    """The first of `count` names, and how many more there are."""
+    shown = names[:NAMED_ROWS]
+    return ", ".join(shown) + (f" and {count - len(shown):,} more" if count > len(shown) else "")
 
 
 def _build_manifest(store: Store, state: _State, made: dict[tuple[str, str], DoneRecord]) -> Manifest:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sd3core.errors import DataError
+from sd3core.errors import DataError, with_mend
 from sd3core.recipe import Data
 
 # Files that a person calls images. Those that cannot be read (.heic, .svg) are rejected with a reason, not passed over.
@@ -35,6 +35,7 @@ class FolderItem:
     caption: str
     sha256: str = ""
     problem: str = ""  # why it is not taken
+    cut: bool = False  # its caption was longer than data.max_caption_chars
 
     @property
     def name(self) -> str:
@@ -77,11 +78,16 @@ def image_key(path: str) -> str:
 
 
 def clean_caption(text: str, max_chars: int) -> str:
-    """One line without control characters, cut at a word where it is longer than max_chars. Any script."""
+    """One line without control characters, cut at a word where it is longer than max_chars. Any script.
+
+    Characters that show nothing (joiners, marks of direction) stay beside those that do; alone they are no caption.
+    """
     kept = "".join(
         " " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs")
     )
     line = " ".join(kept.split())
+    if not any(unicodedata.category(c)[0] in "LMNPS" for c in line):
+        return ""
     if len(line) <= max_chars:
         return line
     cut = line[:max_chars]
@@ -98,7 +104,7 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[FolderItem]]:
         for name in folders:
             if Path(folder, name).is_symlink():
                 problems.append(
-                    _problem(Path(folder, name).relative_to(root).as_posix(), "a linked folder is not followed")
+                    _problem(Path(folder, name).relative_to(root).as_posix(), "a linked folder is not followed; put the images themselves in it")
                 )
         for name in sorted(names):
             path = Path(folder, name)
@@ -107,7 +113,7 @@ def _walk(root: Path) -> tuple[list[str], list[str], list[FolderItem]]:
                 continue
             relative = path.relative_to(root).as_posix()
             if not _inside(root, path):
-                problems.append(_problem(relative, "a link that leads out of the folder is not followed"))
+                problems.append(_problem(relative, "a link that leads out of the folder is not followed; put the file itself in it"))
             elif not path.is_file():
                 problems.append(_problem(relative, "not a regular file"))
             else:
@@ -131,13 +137,15 @@ def _problem(path: str, reason: str) -> FolderItem:
 
 def _image_item(root: Path, path: str, metadata: _Metadata, max_chars: int, captions_needed: bool) -> FolderItem:
     try:
-        content = (root / path).read_bytes()
+        with (root / path).open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         text = metadata.captions[path] if path in metadata.captions else _text_beside(root, path)
     except OSError as error:
-        return _problem(path, f"cannot be read: {error.strerror}")
+        return _problem(path, f"cannot be read: {with_mend(error)}")
     except DataError as error:
         return _problem(path, str(error))
-    item = FolderItem(image_key(path), path, clean_caption(text, max_chars), hashlib.sha256(content).hexdigest())
+    caption = clean_caption(text, max_chars)
+    item = FolderItem(image_key(path), path, caption, sha256, cut=len(caption) < len(clean_caption(text, len(text))))
     return replace(item, problem=NO_CAPTION) if captions_needed and not item.caption else item
 
 
@@ -146,17 +154,22 @@ def _text_beside(root: Path, path: str) -> str:
     if not beside.is_file():
         return ""
     if not _inside(root, beside):
-        raise DataError("its caption file is a link that leads out of the folder")
+        raise DataError("its caption file is a link that leads out of the folder; put the file itself in it")
     try:
         return beside.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise DataError("its caption file is not UTF-8") from None
+        raise DataError("its caption file is not UTF-8; save it as UTF-8") from None
 
 
 def _read_metadata(root: Path, files: list[str], images: set[str]) -> _Metadata:
     metadata = _Metadata({}, [])
     for file in files:
-        for number, line in enumerate((root / file).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        try:
+            content = (root / file).read_bytes()
+        except OSError as error:
+            metadata.problems.append(_problem(file, f"cannot be read: {with_mend(error)}"))
+            continue
+        for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
             if line.strip():
                 for reason in _read_line(metadata, Path(file).parent, line, images):
                     metadata.problems.append(_problem(f"{file} line {number}", reason))

@@ -79,12 +79,12 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     if image.width * image.height > max_pixels:
         raise DataError(_too_many(max_pixels))
     if frames > 1:
-        raise DataError("animated, or several pictures in one file")
+        raise DataError("animated, or several pictures in one file; save the one you want as a file of its own")
     return image
 
 
 def _too_many(max_pixels: int) -> str:
-    return f"more than {max_pixels} pixels"
+    return f"more than {max_pixels:,} pixels (data.max_image_pixels)"
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
@@ -112,7 +112,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         high_bytes = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
         return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise DataError("32-bit pixels, whose range is not known")
+        raise DataError("32-bit pixels, whose range is not known; save it with 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "La", "PA", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

@@ -71,7 +71,7 @@ def test_first_run_then_nothing_to_do_then_only_what_is_missing(store):
     seen = []
     first = run(store, a_stage(), report=seen.append)
     assert (first.skipped, first.reason, first.made, first.done_before) == (False, "first run", 4, 0)
-    assert first.rows == 12 and first.warnings == ["4 rows left out: too small"]
+    assert first.rows == 12 and first.warnings == ["4 rows left out: too small: k, k, k and 1 more"]
     assert (seen[-1].done, seen[-1].total, seen[-1].note) == (12, 12, "shard 4/4")
     told = sorted(progress.warning for progress in seen if progress.warning)  # each as its shard ended
     assert told == [f"shard {stem}: 1 rows left out: too small" for stem in a_stage().stems]

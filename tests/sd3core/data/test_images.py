@@ -103,6 +103,7 @@ def _bomb() -> bytes:
     return bytes(data)
 
 
+ANIMATED = "animated, or several pictures in one file; save the one you want as a file of its own"
 NOISE = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
 REJECTED = {
     "empty": (b"", "empty file"),
@@ -111,16 +112,21 @@ REJECTED = {
     "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image that can be read"),
     "truncated_png": (_encoded(Image.fromarray(NOISE))[:4000], "truncated or damaged image"),
     "truncated_jpeg": (_encoded(Image.fromarray(NOISE), "JPEG")[:900], "truncated or damaged image"),
-    "too_large": (_encoded(Image.new("L", (101, 100))), "more than 10000 pixels"),
-    "bomb": (_bomb(), "more than 10000 pixels"),
-    "float": (_encoded(Image.new("F", (4, 4)), "TIFF"), "32-bit pixels, whose range is not known"),
+    "too_large": (_encoded(Image.new("L", (101, 100))), "more than 10,000 pixels (data.max_image_pixels)"),
+    "bomb": (_bomb(), "more than 10,000 pixels (data.max_image_pixels)"),
+    "float": (_encoded(Image.new("F", (4, 4)), "TIFF"), "32-bit pixels, whose range is not known; save it with 8 or 16 bits"),
     "gif": (
         _encoded(Image.new("L", (4, 4)), "GIF", save_all=True, append_images=[Image.new("L", (4, 4), 9)]),
-        "animated, or several pictures in one file",
+        ANIMATED,
     ),
     "webp": (
         _encoded(Image.new("RGB", (4, 4)), "WEBP", save_all=True, append_images=[Image.new("RGB", (4, 4), "red")]),
-        "animated, or several pictures in one file",
+        ANIMATED,
+    ),
+    "apng": (_encoded(Image.new("L", (4, 4)), save_all=True, append_images=[Image.new("L", (4, 4), 9)]), ANIMATED),
+    "pages": (
+        _encoded(Image.new("L", (4, 4)), "TIFF", save_all=True, append_images=[Image.new("L", (4, 4), 9)]),
+        ANIMATED,
     ),
 }
 

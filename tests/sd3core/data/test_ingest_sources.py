@@ -121,11 +121,11 @@ def test_every_reject_is_named_with_its_reason(folder, file_store, tmp_path):
         "drawing.svg": "not an image that can be read",
         "cut.png": "truncated or damaged image",
         "small.png": "a side is shorter than 32 px (data.min_side_px)",
-        "large.png": "more than 8000 pixels",
-        "film.gif": "animated, or several pictures in one file",
-        "latin.png": "its caption file is not UTF-8",
-        "link.png": "a link that leads out of the folder is not followed",
-        "linked": "a linked folder is not followed",
+        "large.png": "more than 8,000 pixels (data.max_image_pixels)",
+        "film.gif": "animated, or several pictures in one file; save the one you want as a file of its own",
+        "latin.png": "its caption file is not UTF-8; save it as UTF-8",
+        "link.png": "a link that leads out of the folder is not followed; put the file itself in it",
+        "linked": "a linked folder is not followed; put the images themselves in it",
         "dangling.png": "not a regular file",
     }
 
@@ -228,6 +228,89 @@ def test_file_names_that_are_not_utf8(folder, file_store):
         file.write(sink.getvalue())
     rows, _, _ = _ingest(file_store, _data(folder))
     assert list(rows) == ["caf\\xe9.png"]
+
+
+def test_files_that_may_not_be_read_are_named_and_the_others_go_on(folder, file_store, monkeypatch):
+    for name in ("good", "shut", "caption"):
+        _save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(name)
+    (folder / "metadata.jsonl").write_text("")
+    shut = {"shut.png", "caption.txt", "metadata.jsonl"}
+    opened = type(folder).open
+
+    def refused(path, *arguments, **options):
+        if path.name in shut:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(type(folder), "open", refused)  # file modes do not stop root
+    rows, failed, _ = _ingest(file_store, _data(folder))
+    assert sorted(rows) == ["good.png"]
+    assert failed == dict.fromkeys(
+        ("shut.png", "caption.png", "metadata.jsonl"), "cannot be read: Permission denied; give this user the right to it"
+    )
+
+
+def test_one_pixel_and_images_of_20_000_px(folder, file_store):
+    """400 million pixels are refused by the file's header; 20,000 x 40 of them are an image like any other."""
+    _save(folder / "pixel.png", Image.new("RGB", (1, 1)))
+    _save(folder / "huge.png", Image.new("1", (20_000, 20_000)))
+    _save(folder / "long.png", Image.new("RGB", (20_000, 40)))
+    rows, failed, _ = _ingest(file_store, _data(folder))
+    assert {name: (row["width"], row["height"]) for name, row in rows.items()} == {"long.png": (20_000, 40)}
+    assert failed == {
+        "pixel.png": "a side is shorter than 32 px (data.min_side_px)",
+        "huge.png": "more than 100,000,000 pixels (data.max_image_pixels)",
+    }
+
+
+def test_files_of_one_name_stay_apart(folder, file_store):
+    """Two kinds share the caption beside them; the same name in another folder is another image with its own."""
+    for name in ("same.jpg", "same.png", "sub/same.jpg", "sub/deeper/same.jpg", "Same.jpg"):
+        _save(folder / name)
+    (folder / "same.txt").write_text("above")
+    (folder / "sub/same.txt").write_text("below")
+    rows, failed, _ = _ingest(file_store, _data(folder))
+    assert failed == {}
+    assert {name: row["caption"] for name, row in rows.items()} == {
+        "same.jpg": "above",
+        "same.png": "above",
+        "sub/same.jpg": "below",
+        "sub/deeper/same.jpg": "",
+        "Same.jpg": "",
+    }
+    assert len({row["key"].lower() for row in rows.values()}) == 5
+
+
+def test_captions_of_every_kind(folder, file_store):
+    """Too long is cut and said, nothing and what shows nothing is no caption, any script is kept to the byte."""
+    kept = {
+        "hebrew": "\u05e7\u05d5\u05e3 \u200f\u05e9\u05dc\u05d5\u05dd",
+        "arabic": "\u0642\u0631\u062f \u0639\u0644\u0649",
+        "hindi": "\u0939\u093f\u0928\u094d\u0926\u0940",
+        "emoji": "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308",
+        "zalgo": "Z\u0351\u036b\u0343a\u0329l\u0348",
+    }
+    texts = kept | {
+        "long": "word " * 2_000,
+        "controls": "a\x00\x1b[2J\r\nb\x07\x9b",
+        "nothing": "",
+        "spaces": " \t\u3000\n",
+        "invisible": "\u200b\u200d\ufeff\u202e\x00",
+    }
+    for name, text in texts.items():
+        _save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_bytes(text.encode())
+    rows, failed, files = _ingest(file_store, _data(folder), captions_needed=True)
+    captions = {name.removesuffix(".png"): row["caption"] for name, row in rows.items()}
+    assert captions == kept | {"long": ("word " * 400).strip(), "controls": "a[2J b"}
+    assert failed == dict.fromkeys(
+        ("nothing.png", "spaces.png", "invisible.png"), "no caption (name a captioner in caption.captioner)"
+    )
+    for row in rows.values():
+        assert json.loads(files[row["key"]]["json"])["caption"] == row["caption"]
+    cut = {item.name for shard in list_source(_data(folder), 0) for item in shard.items if item.cut}
+    assert cut == {"long.png"}
 
 
 def test_keys():
