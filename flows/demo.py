@@ -14,10 +14,11 @@ from uuid import UUID
 
 from rich.console import Console
 
-from flows.home import PROJECT
+from flows.home import PROJECT, run_store
 from flows.interrupt import Interrupted, put_off, unheard
 from flows.recipes import find_recipe
 from flows.services import ServiceError, Services, up
+from flows.summary import print_summary, summary_path
 from sd3core.errors import DataError, UserError
 from sd3core.recipe import Recipe, load_recipe
 
@@ -63,13 +64,12 @@ def demo(
     if folder is not None:
         overrides = [*folder_overrides(load_recipe(source, []), folder), *overrides]
     recipe = load_recipe(source, overrides)
+    store = run_store(recipe)
+    store.exists(summary_path(recipe))  # a store that cannot be reached is told before anything starts
     services = up(lambda line: console.print(line, soft_wrap=True, highlight=False))
 
     from flows.redo import forget_from
-    from flows.session import run_store
-    from flows.summary import print_summary, summary_path
 
-    store = run_store(recipe)
     run_id = _run_at_work(name, recipe, overrides)
     if run_id and from_stage:
         raise UserError(f"run {recipe.run} is at work; `sd3 down` ends it, then --from-stage {from_stage} can begin")

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sd3core.data.store import Store, open_store
+from sd3core.recipe import Recipe
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -26,6 +29,11 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text)
     partial.replace(path)
+
+
+def run_store(recipe: Recipe) -> Store:
+    """The recipe's store; one it does not name is this machine's own."""
+    return open_store(recipe.store or f"file://{home()}/store")
 
 
 @contextmanager

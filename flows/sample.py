@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flows import upstream
-from flows.session import run_store
+from flows.home import run_store
 from sd3core.errors import UserError
 from sd3core.generate import sample_to_files
 from sd3core.recipe import Recipe

@@ -145,10 +145,28 @@ def _start_what_is_missing(services: Services, say: Say) -> None:
         apply_deployments()
         services.deployed = deployments_fingerprint()
         services.save()
+    _end_a_worker_with_other_keys(services, say)
     if not (services.worker and services.worker.alive()):
         _start_worker(services, say)
     for name in fail_dead_runs(services.worker.born):
         say(f"run {name}: its process is gone, marked as crashed; the same command goes on with it")
+
+
+def _end_a_worker_with_other_keys(services: Services, say: Say) -> None:
+    """Runs get the worker's environment: with an S3 endpoint or keys that were set after it began they would not reach the store."""
+    if not (services.worker and services.worker.alive()):
+        return
+    has = psutil.Process(services.worker.pid).environ()
+    changed = sorted(name for name, value in os.environ.items() if name.startswith("AWS_") and has.get(name) != value)
+    if not changed:
+        return
+    from flows.runs import unfinished_runs
+
+    if unfinished_runs():
+        say(f"the worker keeps its own {', '.join(changed)} while it has runs at work")
+    else:
+        say(f"the worker is started again with this shell's {', '.join(changed)}")
+        _stop_tree(services.worker)
 
 
 def _stop_those_started(services: Services, found: tuple[Process | None, Process | None]) -> None:
@@ -190,6 +208,11 @@ def require() -> Services:
     if services is None or not server_answers(services):
         raise ServiceError("the local services are not running; start them with `sd3 up`")
     return services
+
+
+def worker_lives() -> bool:
+    services = Services.load()
+    return bool(services and services.worker and services.worker.alive())
 
 
 def _server_is_well(services: Services) -> bool:

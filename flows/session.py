@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from prefect import runtime
 
-from flows.home import ensure, home
+from flows.home import ensure, home, run_store
 from flows.runs import remember_process
 from flows.services import Process
-from sd3core.data.store import Store, open_store
+from sd3core.data.store import Store
 from sd3core.errors import UserError
 from sd3core.recipe import Recipe, load_recipe
 from workers.pool import start_ray
@@ -34,11 +34,6 @@ _current: ContextVar[Session | None] = ContextVar("session", default=None)
 
 class RunBusyError(UserError):
     """Another process works on the same run."""
-
-
-def run_store(recipe: Recipe) -> Store:
-    """The recipe's store; one it does not name is this machine's own."""
-    return open_store(recipe.store or f"file://{home()}/store")
 
 
 @contextmanager

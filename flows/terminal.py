@@ -22,7 +22,7 @@ from rich.table import Table
 
 from flows.deployments import STAGES
 from flows.runs import RUNS_READ, fail_dead_runs, read_stage_runs
-from flows.services import ServiceError
+from flows.services import ServiceError, worker_lives
 from flows.terminal_picture import can_show_pictures, half_blocks
 from sd3core.progress import format_seconds
 
@@ -130,6 +130,8 @@ def follow(flow_run_id: UUID, console: Console) -> RunView:
                     ) from None
                 time.sleep(POLL_SECONDS)
                 continue
+            if view.state in (StateType.SCHEDULED, StateType.PENDING) and not worker_lives():
+                raise ServiceError("the Prefect worker has ended before it began the run; the same command goes on with it")
             if view.picture and not picture_seen:
                 console.print(f"first pictures: {view.picture.path}", soft_wrap=True, highlight=False)
                 picture_seen = True

@@ -31,13 +31,15 @@ if TYPE_CHECKING:
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]  # becomes a folder and a deployment
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what numpy and torch both take
 AspectRatio = Annotated[float, Field(gt=0, allow_inf_nan=False)]  # width / height
 AspectRatios = Annotated[tuple[AspectRatio, ...], Field(min_length=1)]
 FourLevels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=4, max_length=4)]  # they make f8
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -46,7 +48,7 @@ class Data(Section):
     name: Name  # datasets/NAME in the store
     source: Literal["small_world", "folder"]
     folder: str | None = None  # a local folder: name.jpg with name.txt, or a metadata.jsonl with file_name and text
-    images: int = Field(4096, ge=1)  # small world only: how many scenes
+    images: int = Field(4096, ge=1, le=100_000_000)  # small world only: how many scenes
     image_side_px: int = Field(128, ge=16)  # small world only: side of the square whose area each scene has
     aspect_ratios: AspectRatios = (1.0,)  # small world only: drawn evenly
     max_objects: int = Field(4, ge=1, le=4)  # small world only
@@ -96,7 +98,14 @@ class SmallClip(Section):
     batch: int = Field(64, ge=2)
     steps: int = Field(300, ge=1)
     learning_rate: float = Field(0.02, gt=0)  # of Muon; embeddings, biases and norms learn at a tenth of it
-    seed: int = 0
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _divides(self) -> SmallClip:
+        _check_heads(self.width, self.heads)
+        if self.image_px % self.patch_px:
+            raise ValueError(f"image_px {self.image_px} is not a multiple of patch_px {self.patch_px}")
+        return self
 
 
 class SmallT5(Section):
@@ -106,7 +115,17 @@ class SmallT5(Section):
     batch: int = Field(64, ge=1)
     steps: int = Field(300, ge=1)
     learning_rate: float = Field(0.02, gt=0)  # of Muon; embeddings, biases and norms learn at a tenth of it
-    seed: int = 0
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _divides(self) -> SmallT5:
+        _check_heads(self.width, self.heads)
+        return self
+
+
+def _check_heads(width: int, heads: int) -> None:
+    if width % heads:
+        raise ValueError(f"width {width} is not a multiple of heads {heads}")
 
 
 class SmallTowers(Section):
@@ -177,7 +196,7 @@ class Encode(Section):
 
 
 class Model(Section):
-    depth: int = Field(24, ge=1)  # blocks; width 64 * depth, heads = depth
+    depth: int = Field(24, ge=1, le=256)  # blocks; width 64 * depth, heads = depth
     base_side_px: int = Field(256, ge=16)  # the side whose positions are 0, 1, 2, ... (256 in the paper)
     max_side_px: int = Field(2048, ge=16)  # longest side of any bucket: the size of the position table
 
@@ -194,8 +213,8 @@ class Training(Section):
     warmup_samples: int = Field(0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"  # cosine ends at a tenth of the rate
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: orthogonal steps for the blocks' matrices, Adam for all else
-    matrix_rate: float = Field(1.0, gt=0)  # muon: the matrices' rate, as a multiple of learning_rate
-    betas: tuple[float, float] = (0.9, 0.999)
+    matrix_rate: float = Field(1.0, gt=0, allow_inf_nan=False)  # muon: the matrices' rate, as a multiple of learning_rate
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     adam_eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float = Field(1.0, gt=0)
@@ -246,7 +265,7 @@ class Evaluate(Section):
     batch: int = Field(64, ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"  # of the transformer; the towers run in fp32
     checkpoints: Literal["all", "last"] = "all"  # score every checkpoint kept, or the last of each phase
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Compute(Section):
@@ -268,7 +287,7 @@ class Compute(Section):
 class Recipe(Section):
     name: Name
     run: Name  # runs/RUN in the store
-    seed: int = 0
+    seed: Seed = 0
     store: str | None = None  # a path, file:///path or s3://bucket/prefix; None: this machine's own, SD3_HOME/store
     data: Data
     towers: Towers

@@ -139,6 +139,23 @@ def test_the_papers_models(name):
             "pretrain.side_px=8",
             "recipe tiny-test: pretrain.side_px: Input should be greater than or equal to 16 (it is 8)",
         ),
+        ("seed=-1", "recipe tiny-test: seed: Input should be greater than or equal to 0 (it is -1)"),
+        (
+            "pretrain.learning_rate=.inf",
+            "recipe tiny-test: pretrain.learning_rate: Input should be a finite number (it is inf)",
+        ),
+        ("pretrain.betas=[0.9, 1.5]", "recipe tiny-test: pretrain.betas.1: Input should be less than 1 (it is 1.5)"),
+        (
+            "data.images=1000000000000",
+            "recipe tiny-test: data.images: Input should be less than or equal to 100000000 (it is 1000000000000)",
+        ),
+        ("model.depth=100000", "recipe tiny-test: model.depth: Input should be less than or equal to 256 (it is 100000)"),
+        ("towers.small.clip_l.heads=3", "recipe tiny-test: towers.small.clip_l: width 32 is not a multiple of heads 3"),
+        ("towers.small.t5.heads=3", "recipe tiny-test: towers.small.t5: width 64 is not a multiple of heads 3"),
+        (
+            "towers.small.judge.patch_px=64",
+            "recipe tiny-test: towers.small.judge: image_px 32 is not a multiple of patch_px 64",
+        ),
         ("pretrain", "override 'pretrain': write it as section.key=value"),
         ("finetune.1.samples=8", "override 'finetune.1.samples=8': '1' is not one of the positions 0 to 0"),
         ("finetune.first.samples=8", "override 'finetune.first.samples=8': 'first' is not one of the positions 0 to 0"),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote, urlparse
 
-from sd3core.errors import StoreError
+from sd3core.errors import StoreError, with_mend
 
 PARTIAL = ".partial-"  # names of files being written; never listed
 ABANDONED_S = 3600  # a file being written that has not grown for so long has lost its writer
@@ -232,7 +232,7 @@ class FileStore(Store):
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise StoreNotFound(f"{self.uri(path)}: no such object") from None
         except OSError as error:
-            raise StoreError(f"{self.uri(path)}: cannot be read: {error.strerror or error}") from None
+            raise StoreError(f"{self.uri(path)}: cannot be read: {with_mend(error)}") from None
 
     def _replacing(self, path: str):
         return _replaced(self.local_path(path), self.uri(path))
@@ -253,7 +253,7 @@ def _replaced(target: Path, shown: str) -> Iterator[BinaryIO]:
         os.replace(partial, target)
         partial = None
     except OSError as error:
-        raise StoreError(f"{shown}: cannot be written: {error.strerror or error}") from None
+        raise StoreError(f"{shown}: cannot be written: {with_mend(error)}") from None
     finally:
         if partial:
             Path(partial).unlink(missing_ok=True)
@@ -312,13 +312,14 @@ class S3Store(Store):
             raise self._unreachable(error) from None
         except OSError as error:
             raise StoreError(
-                f"{self.url}/{path}: {error.filename or 'local disk'}: {error.strerror or error}"
+                f"{self.url}/{path}: {error.filename or 'local disk'}: {with_mend(error)}"
             ) from None
 
     def _unreachable(self, error: BaseException) -> StoreError:
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the default endpoint"
         return StoreError(
-            f"{self.url}: cannot be reached at {endpoint} (AWS_ENDPOINT_URL): {' '.join(str(error).split())}"
+            f"{self.url}: cannot be reached at {endpoint}; mend AWS_ENDPOINT_URL, or start this again when the server is"
+            f" back: it goes on ({' '.join(str(error).split())})"
         )
 
     def _refused(self, path: str, error: Any) -> StoreError:

@@ -112,10 +112,29 @@ class Installation:
             "sd3", "demo", "--recipe", "tiny-test", *(word for o in overrides for word in ("--set", o)), seconds=seconds
         )
 
-    def start(self, deployment: str, overrides: Sequence[str] = ()) -> str:
-        """Starts a deployment with Prefect's own command; the run's id."""
+    def ends(self, *arguments: str, seconds: float = 180) -> tuple[int, str]:
+        """Exit code and output of a command that may fail."""
+        done = subprocess.run(
+            arguments,
+            env=self.environment,
+            cwd=PROJECT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+        return done.returncode, done.stdout
+
+    def enter(self) -> None:
+        """As `eval "$(sd3 env)"` does in a shell."""
         exported = self.command("sd3", "env", seconds=60)
         self.environment |= dict(re.findall(r"^export (\w+)=(\S+)$", exported, re.MULTILINE))
+
+    def start(self, deployment: str, overrides: Sequence[str] = ()) -> str:
+        """Starts a deployment with Prefect's own command; the run's id."""
+        self.enter()
         printed = self.command(
             "prefect",
             "--no-prompt",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -79,8 +80,17 @@ def fresh() -> Iterator[Installation]:
         made.close()
 
 
-def test_while_services_start(fresh):
-    for moment in ("waiting for the Prefect server", "waiting for the Prefect worker"):
+def test_while_services_start_on_a_port_that_is_taken(fresh):
+    """The server takes another port and says so; Ctrl-C leaves nothing of what was being started."""
+    port = fresh.services["port"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        code, printed = fresh.interrupted(["sd3", "up"], "waiting for the Prefect server")
+    assert printed.startswith(f"port {port} is taken by another program; the server takes {fresh.services['port']}\n")
+    assert (code, printed.splitlines()[-1]) == (130, STOPPED), printed
+    assert not fresh.processes(), [described(process) for process in fresh.processes()]
+    for moment in ("deployments: writing", "waiting for the Prefect worker"):
         code, printed = fresh.interrupted(["sd3", "up"], moment)
         assert (code, printed.splitlines()[-1]) == (130, STOPPED), printed
         assert not fresh.processes(), [described(process) for process in fresh.processes()]

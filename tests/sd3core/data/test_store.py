@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -202,9 +203,39 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(file_store, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(store_module.os, "fsync", full)
-    with pytest.raises(StoreError, match=r"/store/x: cannot be written: No space left on device$"):
+    with pytest.raises(StoreError, match=r"/store/x: cannot be written: No space left on device; make room there, and "):
         file_store.put("x", b"data")
     assert list(file_store.root.iterdir()) == []
+
+
+FILLS_THE_STORE = """
+import sys
+from sd3core.data.store import open_store
+from sd3core.errors import StoreError
+store, number = open_store(sys.argv[1]), 0
+try:
+    while True:
+        store.put(f"a/{number}", bytes(100_000))
+        number += 1
+except StoreError as error:
+    assert "/a/" in str(error) and "No space left on device; make room there" in str(error), error
+assert number >= 5 and [entry.size for entry in store.list()] == [100_000] * number
+assert len(list(store.root.rglob("*"))) == 1 + number
+store.delete("a/0")
+store.put("a/new", bytes(100_000))
+"""
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    """A file system of 1 MB: what was put stays whole, and once there is room the store goes on."""
+    mount = f"mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c '{FILLS_THE_STORE}' {tmp_path}/store"
+    unshared = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    if subprocess.run([*unshared, f"mount -t tmpfs none {tmp_path}"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a file system")
+    done = subprocess.run(
+        [*unshared, mount], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3]
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_file_where_a_folder_should_be(file_store):
