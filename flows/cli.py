@@ -29,10 +29,14 @@ def _line(error: Exception) -> str | None:
     """What to tell a user who can mend it; None where it is a fault of the program."""
     import httpx  # what Prefect's client raises when its server is away; not needed to start
 
+    from flows.home import full_disk, home
     from sd3core.errors import UserError, described_os_error
 
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, httpx.HTTPStatusError):
+        said = f"{error.response.status_code} {error.response.reason_phrase}"
+        return full_disk() or f"the Prefect server answers {said}; {home()}/logs/server.log says why"
     if isinstance(error, httpx.HTTPError):
         return "the Prefect server does not answer; `sd3 up` starts it again"
     if isinstance(error, OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from sd3core.data.store import Store, open_store
 from sd3core.recipe import Recipe
 
+LEAST_FREE_MB = 10
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -27,8 +29,20 @@ def ensure(folder: Path) -> Path:
 def write_whole(path: Path, text: str) -> None:
     """A reader sees the old file or the new one, never a part."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError as error:  # a failed write does not say where
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def full_disk() -> str | None:
+    """What to tell where this machine's own has no room: Prefect's database lies there too, and says it less clearly."""
+    free = shutil.disk_usage(ensure(home())).free
+    if free > LEAST_FREE_MB * 1e6:
+        return None
+    return f"only {free / 1e6:.1f} MB are free in {home()}; make room there, and the same command goes on"
 
 
 def run_store(recipe: Recipe) -> Store:

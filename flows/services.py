@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from flows.home import PROJECT, ensure, home, one_at_a_time, write_whole
+from flows.home import PROJECT, ensure, full_disk, home, one_at_a_time, write_whole
 from flows.interrupt import put_off, unheard
 from sd3core.errors import UserError
 
@@ -286,7 +286,7 @@ def _wait(what: str, seconds: float, ready: Callable[[], bool], process: Process
     log = home() / "logs" / f"{name}.log"
     while not ready():
         if not process.alive():
-            raise ServiceError(f"{what} ended while starting: {_last_line(log)} (all of it: {log})")
+            raise ServiceError(f"{what} ended while starting: {full_disk() or _last_line(log)} (all of it: {log})")
         if time.monotonic() > deadline:
             raise ServiceError(f"{what} did not answer within {seconds:.0f} s; see {log}")
         time.sleep(0.3)

@@ -213,7 +213,7 @@ class Training(Section):
     warmup_samples: int = Field(0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"  # cosine ends at a tenth of the rate
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: orthogonal steps for the blocks' matrices, Adam for all else
-    matrix_rate: float = Field(1.0, gt=0, allow_inf_nan=False)  # muon: the matrices' rate, as a multiple of learning_rate
+    matrix_rate: float = Field(1.0, gt=0)  # muon: the matrices' rate, as a multiple of learning_rate
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     adam_eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)

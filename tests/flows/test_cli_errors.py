@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
+from flows import commands, home
 from flows.cli import main
 from flows.sample import read_prompts
 
@@ -106,3 +108,51 @@ def test_the_process_ends_with_the_code():
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("sd3: recipe 'mimi'")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (httpx.ConnectError("refused"), "sd3: the Prefect server does not answer; `sd3 up` starts it again\n"),
+        (
+            httpx.HTTPStatusError("", request=None, response=httpx.Response(500)),
+            "sd3: the Prefect server answers 500 Internal Server Error; HOME/logs/server.log says why\n",
+        ),
+        (
+            PermissionError(13, "Permission denied", "/data/photos"),
+            "sd3: /data/photos: Permission denied; give this user the right to it\n",
+        ),
+        (
+            OSError(28, "No space left on device", "/home/store"),
+            "sd3: /home/store: No space left on device; make room there, and the same command goes on: what was finished stays\n",
+        ),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(sd3, monkeypatch, tmp_path, error, line):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(commands, "_load", fail)
+    assert sd3("plan") == (1, "", line.replace("HOME", str(tmp_path)))
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(sd3, monkeypatch):
+    monkeypatch.setattr(commands, "_load", lambda *_: {}["missing"])
+    with pytest.raises(KeyError):
+        sd3("plan")
+
+
+def test_a_machine_without_room_says_so(sd3, monkeypatch, tmp_path):
+    """A file that could not be written is named, and keeps what it was."""
+    (tmp_path / "services.json").write_text("before")
+    monkeypatch.setattr(home.Path, "replace", full)
+    with pytest.raises(OSError) as raised:
+        home.write_whole(tmp_path / "services.json", "after")
+    assert raised.value.filename == str(tmp_path / "services.json")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"services.json": "before"}
+    monkeypatch.setattr(home, "LEAST_FREE_MB", 1e12)
+    assert home.full_disk().endswith(f"MB are free in {tmp_path}; make room there, and the same command goes on")
+
+
+def full(*_):
+    raise OSError(28, "No space left on device")

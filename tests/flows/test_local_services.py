@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -105,3 +106,20 @@ def test_waiting_is_bounded_and_says_what_for(own_home, child):
         ServiceError, match=r"^the server ended while starting: Port 4200 is in use \(all of it: .*server.log\)$"
     ):
         services._wait("the server", 5, lambda: False, alive, "server", said.append)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_worker_with_other_s3_keys_is_started_again(monkeypatch, child, busy):
+    """But not under a run that is at work."""
+    monkeypatch.setitem(sys.modules, "flows.runs", SimpleNamespace(unfinished_runs=lambda: ["a run"] * busy))
+    found, said = Services(port=1, worker=Process.of(child.pid)), []
+    services._end_a_worker_with_other_keys(found, said.append)
+    assert (said, found.worker.alive()) == ([], True)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    services._end_a_worker_with_other_keys(found, said.append)
+    assert found.worker.alive() == busy
+    assert said == [
+        "the worker keeps its own AWS_ENDPOINT_URL while it has runs at work"
+        if busy
+        else "the worker is started again with this shell's AWS_ENDPOINT_URL"
+    ]

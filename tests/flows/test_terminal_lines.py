@@ -4,6 +4,7 @@ import io
 from types import SimpleNamespace
 from uuid import uuid4
 
+import httpx
 import numpy as np
 import pytest
 from prefect.client.schemas.objects import StateType
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from flows import terminal
 from flows.artifacts import markdown_picture
+from flows.services import ServiceError
 from flows.terminal import Picture, RunView, StageView, _LinePrinter, _picture, _problem, _screen, _table
 from flows.terminal_picture import half_blocks
 from sd3core.pictures import encode_png
@@ -172,3 +174,25 @@ def test_a_run_that_is_well_has_no_problem():
         _problem(SimpleNamespace(state_type=StateType.RUNNING, state=SimpleNamespace(message="hello", name="Running")))
         == ""
     )
+
+
+@pytest.mark.parametrize("state", [StateType.SCHEDULED, StateType.PENDING])
+def test_a_run_that_waits_for_a_dead_worker_says_so(monkeypatch, state):
+    monkeypatch.setattr(terminal, "fail_dead_runs", lambda: [])
+    monkeypatch.setattr(terminal, "look", lambda run: RunView(state, "", []))
+    monkeypatch.setattr(terminal, "worker_lives", lambda: False)
+    with pytest.raises(ServiceError, match="worker has ended before it began the run; the same command goes on with it$"):
+        terminal.follow(uuid4(), Console(file=io.StringIO()))
+
+
+def test_a_server_that_stays_away_is_an_error_of_one_line(monkeypatch, clock):
+    def away(run):
+        clock.seconds += 20
+        raise httpx.ConnectError("refused")
+
+    monkeypatch.setattr(terminal, "fail_dead_runs", lambda: [])
+    monkeypatch.setattr(terminal, "look", away)
+    monkeypatch.setattr(terminal.time, "sleep", lambda seconds: None)
+    with pytest.raises(ServiceError, match="away for a minute; the same command starts it and goes on$"):
+        terminal.follow(uuid4(), Console(file=io.StringIO()))
+    assert clock.seconds >= 1060
