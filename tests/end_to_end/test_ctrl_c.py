@@ -57,7 +57,7 @@ def test_while_training_pressed_twice(installation, resumed):
     assert [path.parent.name for path in checkpoints.glob("*/*/DONE.json")] == [f"{FIRST:012d}"]
 
 
-def test_a_run_that_was_joined_goes_on(installation, resumed):
+def test_a_run_that_was_joined_goes_on(installation):
     """It was started elsewhere: here it only came into view."""
     run = installation.start("pipeline/tiny-test", ["run=joined", *OVERRIDES])
     code, printed = installation.interrupted(demo("run=joined", *OVERRIDES), "ingest: ")

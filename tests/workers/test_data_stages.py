@@ -19,10 +19,12 @@ from sd3core.data.loader import ShardCache, ShardReader, load_split
 from sd3core.data.manifest import read_manifest
 from sd3core.data.shards import read_index, read_samples, read_table
 from sd3core.data.store import open_store
+from sd3core.progress import ignore_progress
 from sd3core.small_world.captioner import caption_from_pixels
 from sd3core.text_encoders import load_text_encoders
 from sd3core.towers import fetch_towers
 from workers.encode_text import TextWorker, caption_id
+from workers.ingest import ingest_stage
 from workers.inputs import input_shards, read_images
 from workers.shard_stage import NOTHING_TO_DO
 from workers.towers import training_rows
@@ -54,6 +56,37 @@ def pictures(chain) -> dict[str, Image.Image]:
 def rows(chain, result, read=read_index) -> list[dict]:
     manifest = read_manifest(chain.store, result.manifest.folder, result.manifest.digest)
     return [row for entry in manifest.shards for row in read(chain.store, manifest.folder, entry.stem).to_pylist()]
+
+
+def test_what_a_folder_holds_that_cannot_be_used_is_named_and_the_rest_goes_on(tmp_path, local_ray):
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    good = ["good.png", "grey.png", "cmyk.jpg", "sub/good.png"]
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
+    for name, mode in zip(good, ("RGB", "L", "CMYK", "RGB"), strict=True):
+        picture.convert(mode).save(folder / name)
+    picture.save(folder / "film.gif", save_all=True, append_images=[picture.rotate(180)])
+    for name in ("a", "b", "c", "d"):
+        (folder / f"{name}.jpg").write_bytes(b"")
+    for path in folder.rglob("*.*"):
+        path.with_suffix(".txt").write_text("word " * 3_000 if path.name == "grey.png" else "a caption")
+    recipe = small_recipe(
+        "data.source=folder", f"data.folder={folder}", "caption.captioner=none", "data.rows_per_shard=3"
+    )
+    store = open_store(str(tmp_path / "store"))
+    made = ingest_stage(recipe, store, ignore_progress)
+    manifest = read_manifest(store, made.manifest.folder)
+    rows = [
+        row for entry in manifest.shards for row in read_index(store, manifest.folder, entry.stem).to_pylist()
+    ]
+    assert sorted(row["source"] for row in rows) == sorted(good)
+    assert made.warnings == [
+        "1 row left out: animated, or several pictures in one file; save the one you want as a file of its own: film.gif",
+        "4 rows left out: empty file: a.jpg, b.jpg, c.jpg and 1 more",
+        "1 caption cut at 2,000 characters (data.max_caption_chars): grey.png",
+    ]
+    again = ingest_stage(recipe, store, ignore_progress)
+    assert again.skipped and again.warnings == made.warnings
 
 
 def test_every_stage_makes_its_shards_and_a_second_run_makes_nothing(chain):
