@@ -31,7 +31,8 @@ def _cut_captions(data: Data, sources: list[SourceShard]) -> list[str]:
     cut = [item.name for source in sources for item in source.items if isinstance(item, FolderItem) and item.cut]
     if not cut:
         return []
-    return [f"{counted(len(cut), 'caption')} cut at {data.max_caption_chars:,} characters (data.max_caption_chars): {some(cut, len(cut))}"]
+    limit = f"{data.max_caption_chars:,} characters (data.max_caption_chars)"
+    return [f"{counted(len(cut), 'caption')} cut at {limit}: {some(cut, len(cut))}"]
 
 
 class IngestShard:

@@ -99,6 +99,7 @@ class Installation:
             reached = moment if callable(moment) else lambda: moment in so_far()
             try:
                 self.wait(f"{arguments} to come to {moment}", lambda: reached() or running.poll() is not None, seconds)
+                assert running.poll() is None, self.story(f"{arguments} ended before it could be interrupted", so_far())
                 for _ in range(times):
                     os.killpg(running.pid, signal.SIGINT)
                     time.sleep(0.5)
