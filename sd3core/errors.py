@@ -39,7 +39,7 @@ def with_mend(error: OSError) -> str:
     """The system's words, and what a user can do about them."""
     words = error.strerror or str(error)
     if error.errno in NO_SPACE:
-        return f"{words}; make room there, and the same command goes on: what was finished stays"
+        return f"{words}; make room there, and the same command goes on"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{words}; give this user the right to it"
     return words

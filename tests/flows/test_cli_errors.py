@@ -124,7 +124,7 @@ def test_the_process_ends_with_the_code():
         ),
         (
             OSError(28, "No space left on device", "/home/store"),
-            "sd3: /home/store: No space left on device; make room there, and the same command goes on: what was finished stays\n",
+            "sd3: /home/store: No space left on device; make room there, and the same command goes on\n",
         ),
     ],
 )

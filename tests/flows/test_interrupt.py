@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from uuid import uuid4
 
 import pytest
+from rich.console import Console
 
-from flows import cli, commands, services
+from flows import cli, commands, demo, services
 from flows.interrupt import Interrupted, listen, put_off, unheard
 from flows.services import Services
 
@@ -78,3 +80,37 @@ def test_services_that_were_being_started_are_stopped(monkeypatch, tmp_path, int
     assert not any(process.alive() for process in spawned)
     left = Services.load()
     assert (left.server, left.worker) == (None, None)
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """Runs that were cancelled. Following one is interrupted."""
+    runs = []
+    monkeypatch.setattr("flows.terminal.follow", lambda *_: press())
+    monkeypatch.setattr("flows.runs.cancel_run", lambda run: (runs.append(run), press()))
+    return runs
+
+
+def run_to_the_end(joined):
+    demo._run_to_the_end(joined, "pipeline/mini", [], Services(port=1), Console(quiet=True))
+
+
+def test_a_run_that_the_command_started_is_ended_whenever_it_is_pressed(monkeypatch, ended):
+    """Also while the run is being asked for, and again while it is being ended."""
+    run = uuid4()
+
+    def start(*_):
+        press()
+        return run
+
+    for asking in (lambda *_: run, start):
+        monkeypatch.setattr(demo, "start_run", asking)
+        with pytest.raises(Interrupted, match="is cancelled and its processes have ended; the same command goes on"):
+            run_to_the_end(None)
+    assert ended == [run, run]
+
+
+def test_a_run_that_the_command_joined_goes_on(ended):
+    with pytest.raises(Interrupted, match="the run goes on; the same command shows it again, `sd3 down` ends it"):
+        run_to_the_end(uuid4())
+    assert ended == []
