@@ -17,7 +17,7 @@ from rich.console import Console
 from flows.home import PROJECT, run_store
 from flows.interrupt import Interrupted, put_off, unheard
 from flows.recipes import find_recipe
-from flows.services import ServiceError, Services, up
+from flows.services import ServiceError, Services, up, worker_lives
 from flows.summary import print_summary, summary_path
 from sd3core.errors import DataError, UserError
 from sd3core.recipe import Recipe, load_recipe
@@ -131,6 +131,8 @@ def _run_at_work(name: str, recipe: Recipe, overrides: list[str]) -> UUID | None
 
 
 def _first_failure(view: RunView) -> str:
+    if not worker_lives():
+        return "the Prefect worker has ended, and the run with it"
     failed = [stage for stage in view.stages if stage.state in ("failed", "crashed", "cancelled")]
     return f"{failed[0].name}: {failed[0].progress}" if failed else view.message or view.state.value.lower()
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from contextlib import suppress
 
 import psutil
 import pytest
 from conftest import OVERRIDES as TRAINING
 from conftest import described, ended
-from installation import FileState, Installation
+from installation import PROJECT, FileState, Installation
 
 pytestmark = [pytest.mark.kills, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -80,6 +81,28 @@ def test_the_same_command_goes_on_after_a_kill(complete: Installation, stage: st
                 for line in path.read_text().splitlines()
             ]
             assert [row["step"] for row in rows] == list(range(1, steps + 1))
+
+
+def test_the_same_command_goes_on_after_a_kill_of_the_prefect_worker(complete: Installation):
+    """It takes its runs with it, and the command that follows one says so."""
+    installation = complete
+    shutil.rmtree(installation.store / RESULTS["towers"][0])
+    demo = ["sd3", "demo", "--recipe", "tiny-test", *(word for o in OVERRIDES for word in ("--set", o))]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(demo, env=installation.environment, cwd=PROJECT, **piped) as shown:
+        installation.wait("towers to be at work", lambda: worker_of(installation, "towers"), seconds=300)
+        psutil.Process(installation.services["worker"]["pid"]).kill()
+        printed, _ = shown.communicate(timeout=300)
+    assert shown.returncode == 1
+    assert printed.splitlines()[-1] == (
+        "sd3: the Prefect worker has ended, and the run with it (the same command goes on from there)"
+    )
+    finished = finished_files(installation)
+
+    installation.demo(OVERRIDES)
+
+    assert {name: state for name, state in installation.files("").items() if name in finished} == finished
+    assert not installation.running()
 
 
 def worker_of(installation: Installation, stage: str) -> psutil.Process | None:

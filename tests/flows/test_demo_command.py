@@ -3,8 +3,11 @@ from __future__ import annotations
 import shlex
 
 import pytest
+from prefect.client.schemas.objects import StateType
 
+from flows import demo
 from flows.demo import folder_overrides, sample_command
+from flows.terminal import RunView, StageView
 from sd3core.errors import DataError
 from sd3core.recipe import load_recipe
 
@@ -48,6 +51,17 @@ def test_a_captioner_for_real_images_stays(tmp_path):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(DataError, match=f"^DATA={tmp_path}/none: no such folder$"):
         folder_overrides(load_recipe("tiny-test"), tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("worker", "said"),
+    [(True, "towers: vae: No space left on device"), (False, "the Prefect worker has ended, and the run with it")],
+)
+def test_what_a_run_failed_of(monkeypatch, worker, said):
+    """Prefect's own words for the second: `Execution was aborted by Python system exit call.`"""
+    monkeypatch.setattr(demo, "worker_lives", lambda: worker)
+    stages = [StageView("ingest", "done", 1, ""), StageView("towers", "failed", 1, "vae: No space left on device")]
+    assert demo._first_failure(RunView(StateType.FAILED, "", stages)) == said
 
 
 def test_the_sample_command_can_be_pasted():
