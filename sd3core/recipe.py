@@ -149,6 +149,16 @@ class SmallTowers(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _clips_differ(self) -> SmallTowers:
+        # A section that is given replaces its default whole, seed included.
+        seeds = {name: getattr(self, name).seed for name in ("clip_l", "clip_g", "judge")}
+        for name, seed in seeds.items():
+            alike = [other for other in seeds if other > name and seeds[other] == seed]
+            if alike:
+                raise ValueError(f"{name}.seed and {alike[0]}.seed are both {seed}, so the two would learn alike; give them different seeds")
+        return self
+
 
 class Towers(Section):
     name: Name  # towers/NAME in the store

@@ -124,6 +124,10 @@ def test_the_papers_models(name):
             "recipe tiny-test: pretrain: its bucket 144x144 px is longer than model.max_side_px 128; raise that, or leave out the aspect ratio",
         ),
         (
+            "towers.small.clip_g.seed=1",
+            "recipe tiny-test: towers.small: clip_g.seed and clip_l.seed are both 1, so the two would learn alike; give them different seeds",
+        ),
+        (
             "towers.small.t5.width=48",
             "recipe tiny-test: towers.small: t5.width 48 is less than clip_l.width 32 + clip_g.width 32; take a T5 as wide as both CLIPs together or wider",
         ),
