@@ -45,6 +45,15 @@ def remember_process(flow_run_id: str, process: Process) -> None:
     write_whole(ensure(home() / "live") / f"{flow_run_id}.json", json.dumps(record))
 
 
+def was_cancelled(flow_run_id: str) -> bool:
+    """Asked by a flow run once it is remembered: whether it was cancelled while its process was still to come."""
+    return _cancelled(flow_run_id).exists()
+
+
+def _cancelled(flow_run_id: str) -> Path:
+    return ensure(home() / "live") / f"{flow_run_id}.cancelled"
+
+
 def fail_dead_runs(worker_born: float | None = None) -> list[str]:
     """Marks runs whose process is gone as Crashed. Their names.
 
@@ -86,12 +95,15 @@ def cancel_waiting_runs() -> list[str]:
     waiting = _unfinished([StateType.SCHEDULED])
     for run in waiting:
         _set_state(run, Cancelled(message="The services were stopped before it began."))
+    for path in (home() / "live").glob("*.cancelled"):
+        path.unlink(missing_ok=True)
     return [run.name for run in waiting]
 
 
 def cancel_run(flow_run_id: UUID) -> None:
     """Ends a run's processes, then the run and its stages are Cancelled. A server that is away finds out at the next start."""
-    with suppress(httpx.HTTPError):  # Cancelling first: a process that only starts now finds it, and does not begin
+    write_whole(_cancelled(str(flow_run_id)), "")  # a worker that has just taken the run may start its process after this
+    with suppress(httpx.HTTPError):
         _set_states(flow_run_id, Cancelling())
     _end_processes(flow_run_id)
     with suppress(httpx.HTTPError):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from prefect import runtime
 
 from flows.home import ensure, home, run_store
-from flows.runs import remember_process
+from flows.runs import remember_process, was_cancelled
 from flows.services import Process
 from sd3core.data.store import Store
 from sd3core.errors import UserError
@@ -36,6 +36,10 @@ class RunBusyError(UserError):
     """Another process works on the same run."""
 
 
+class RunCancelledError(UserError):
+    """The run was cancelled while its process was still to come."""
+
+
 @contextmanager
 def session(recipe: str, overrides: list[str] | None) -> Iterator[Session]:
     """Opens a session, or joins the one of the pipeline that this stage runs in."""
@@ -46,6 +50,8 @@ def session(recipe: str, overrides: list[str] | None) -> Iterator[Session]:
     loaded = load_recipe(recipe, overrides)
     store = run_store(loaded)
     remember_process(runtime.flow_run.id, Process.of(os.getpid()))
+    if was_cancelled(runtime.flow_run.id):
+        raise RunCancelledError("this run was cancelled before it began")
     with _run_lock(store.url, loaded.run), start_ray(loaded.compute):
         opened = Session(loaded, store)
         token = _current.set(opened)

@@ -140,9 +140,10 @@ def test_pictures_of_the_training_with_their_captions_and_path(installation, pag
     assert path.startswith(f"{installation.store}/{RUN}/previews/pretrain-") and Path(path).is_file()
 
 
-def test_the_first_pictures_came_long_before_the_end(installation, killed):
+def test_the_first_pictures_came_long_before_the_end(installation, killed, resumed):
     """After 64 of 200 steps: the process was killed after a hundred."""
-    drawn = sorted(path.stem for path in (installation.store / RUN / "previews").glob("pretrain-*/*.safetensors"))
+    folder = next((installation.store / RUN / "previews").glob(f"pretrain-*/{LAST:012d}.safetensors")).parent
+    drawn = sorted(path.stem for path in folder.glob("*.safetensors"))
     assert drawn[0] == f"{64 * BATCH:012d}"
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from uuid import uuid4
 
 import pytest
 from rich.console import Console
 
-from flows import cli, commands, demo, services
+from flows import cli, commands, demo, runs, services
+from flows import session as sessions
 from flows.interrupt import Interrupted, listen, put_off, unheard
 from flows.services import Services
 
@@ -114,3 +116,17 @@ def test_a_run_that_the_command_joined_goes_on(ended):
     with pytest.raises(Interrupted, match="the run goes on; the same command shows it again, `sd3 down` ends it"):
         run_to_the_end(uuid4())
     assert ended == []
+
+
+def test_a_process_that_comes_after_its_run_was_cancelled_does_not_begin(monkeypatch):
+    """A worker that has just taken a run starts its process a second later."""
+    run = uuid4()
+    monkeypatch.setattr(runs, "_set_states", lambda *_: None)  # there is no server here
+    runs.cancel_run(run)
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", str(run))
+    with pytest.raises(sessions.RunCancelledError, match="before it began"), sessions.session("tiny-test", None):
+        pass
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", str(uuid4()))
+    monkeypatch.setattr(sessions, "start_ray", lambda compute: nullcontext())
+    with sessions.session("tiny-test", None) as opened:
+        assert opened.recipe.run == "tiny-test"
