@@ -42,6 +42,7 @@ def test_before_and_in_the_first_stage(installation, moment):
     assert not installation.running()
 
 
+@pytest.mark.kills
 def test_while_training_pressed_twice(installation, resumed):
     """Data and towers are those of the run before; its own first checkpoint stays."""
     before = installation.files(*DATA)
@@ -57,6 +58,7 @@ def test_while_training_pressed_twice(installation, resumed):
     assert [path.parent.name for path in checkpoints.glob("*/*/DONE.json")] == [f"{FIRST:012d}"]
 
 
+@pytest.mark.kills
 def test_a_run_that_was_joined_goes_on(installation):
     """It was started elsewhere: here it only came into view."""
     run = installation.start("pipeline/tiny-test", ["run=joined", *OVERRIDES])

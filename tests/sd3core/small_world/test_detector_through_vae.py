@@ -21,8 +21,12 @@ TRAINING, SCENES = 1024, 256
 
 @pytest.fixture(scope="module")
 def autoencoder() -> Autoencoder:
-    small = load_recipe("mini").towers.small
-    vae, _ = train_vae(small.vae, [render(draw_scene(0, index)) for index in range(TRAINING)], seed=0)
+    small, threads = load_recipe("mini").towers.small, torch.get_num_threads()
+    torch.set_num_threads(2)  # nothing else runs beside it
+    try:
+        vae, _ = train_vae(small.vae, [render(draw_scene(0, index)) for index in range(TRAINING)], seed=0)
+    finally:
+        torch.set_num_threads(threads)
     return Autoencoder(vae)
 
 
