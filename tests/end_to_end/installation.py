@@ -207,12 +207,14 @@ class Installation:
         """Every process that was started with this SD3_HOME, and those below it (which may have overwritten their environment)."""
         found: set[psutil.Process] = set()
         for process in psutil.process_iter():
-            try:
-                if process.environ().get("SD3_HOME") == str(self.home) and process.pid != os.getpid():
+            with suppress(psutil.NoSuchProcess):
+                if environment_of(process).get("SD3_HOME") == str(self.home) and process.pid != os.getpid():
                     found |= {process, *process.children(recursive=True)}
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
         return found
+
+    def flow_processes(self) -> set[psutil.Process]:
+        """Those of flow runs: Prefect's worker writes the run's id into their environment."""
+        return {process for process in self.processes() if "PREFECT__FLOW_RUN_ID" in environment_of(process)}
 
     def service_processes(self) -> set[psutil.Process]:
         """The server, the worker, and what these have below them."""
@@ -263,6 +265,14 @@ class Installation:
                     process.kill()
             psutil.wait_procs(left, timeout=10)
             shutil.rmtree(self.home, ignore_errors=True)
+
+
+def environment_of(process: psutil.Process) -> dict[str, str]:
+    """Nothing of a process that is gone, or another user's."""
+    try:
+        return process.environ()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return {}
 
 
 def tail(text: str) -> str:

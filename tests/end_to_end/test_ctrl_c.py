@@ -24,7 +24,8 @@ def demo(*overrides: str) -> list[str]:
 
 
 def only_services_run(installation: Installation) -> bool:
-    return installation.processes() == installation.service_processes()
+    """A flow's process stands below the Prefect worker, so among the services' processes: it is looked for by its own mark."""
+    return not installation.flow_processes() and installation.processes() == installation.service_processes()
 
 
 def states(installation: Installation, run: str) -> set[str]:
