@@ -45,9 +45,16 @@ def remember_process(flow_run_id: str, process: Process) -> None:
     write_whole(ensure(home() / "live") / f"{flow_run_id}.json", json.dumps(record))
 
 
-def was_cancelled(flow_run_id: str) -> bool:
-    """Asked by a flow run once it is remembered: whether it was cancelled while its process was still to come."""
-    return _cancelled(flow_run_id).exists()
+def take_cancellation(flow_run_id: str) -> bool:
+    """Asked by a flow run once it is remembered: whether it was cancelled while its process was still to come.
+
+    Told once, so that a retry of the run, as Prefect's UI offers it, begins.
+    """
+    try:
+        _cancelled(flow_run_id).unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _cancelled(flow_run_id: str) -> Path:
@@ -105,7 +112,8 @@ def cancel_run(flow_run_id: UUID) -> None:
     write_whole(_cancelled(str(flow_run_id)), "")  # a worker that has just taken the run may start its process after this
     with suppress(httpx.HTTPError):
         _set_states(flow_run_id, Cancelling())
-    _end_processes(flow_run_id)
+    if _end_processes(flow_run_id):
+        take_cancellation(str(flow_run_id))  # its process had come: the next one that comes is a retry's
     with suppress(httpx.HTTPError):
         _set_states(flow_run_id, Cancelled(message="Ctrl-C in the terminal that started it."))
 
@@ -128,14 +136,19 @@ def _set_states(flow_run_id: UUID, state: Any) -> None:
             _set_state(run, state)
 
 
-def _end_processes(flow_run_id: UUID) -> None:
-    """SIGKILL, as they may be killed at any moment: asked to end, Ray and the ranks take half a minute over it."""
-    deadline = time.monotonic() + END_SECONDS
+def _end_processes(flow_run_id: UUID) -> bool:
+    """SIGKILL, as they may be killed at any moment: asked to end, Ray and the ranks take half a minute over it.
+
+    Whether there were any.
+    """
+    found, deadline = False, time.monotonic() + END_SECONDS
     while (family := _processes(flow_run_id)) and time.monotonic() < deadline:
+        found = True
         for process in family:
             with suppress(psutil.Error):
                 process.kill()
         time.sleep(0.2)  # what one of them was just starting shows in the next look
+    return found
 
 
 def _processes(flow_run_id: UUID) -> set[psutil.Process]:

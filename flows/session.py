@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from prefect import runtime
 
 from flows.home import ensure, home, run_store
-from flows.runs import remember_process, was_cancelled
+from flows.runs import remember_process, take_cancellation
 from flows.services import Process
 from sd3core.data.store import Store
 from sd3core.errors import UserError
@@ -50,7 +50,7 @@ def session(recipe: str, overrides: list[str] | None) -> Iterator[Session]:
     loaded = load_recipe(recipe, overrides)
     store = run_store(loaded)
     remember_process(runtime.flow_run.id, Process.of(os.getpid()))
-    if was_cancelled(runtime.flow_run.id):
+    if take_cancellation(runtime.flow_run.id):
         raise RunCancelledError("this run was cancelled before it began")
     with _run_lock(store.url, loaded.run), start_ray(loaded.compute):
         opened = Session(loaded, store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -118,15 +119,34 @@ def test_a_run_that_the_command_joined_goes_on(ended):
     assert ended == []
 
 
-def test_a_process_that_comes_after_its_run_was_cancelled_does_not_begin(monkeypatch):
-    """A worker that has just taken a run starts its process a second later."""
-    run = uuid4()
+@pytest.fixture
+def begin(monkeypatch):
+    """Opens the session of a run, as its process does first of all; nothing is started."""
     monkeypatch.setattr(runs, "_set_states", lambda *_: None)  # there is no server here
-    runs.cancel_run(run)
-    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", str(run))
-    with pytest.raises(sessions.RunCancelledError, match="before it began"), sessions.session("tiny-test", None):
-        pass
-    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", str(uuid4()))
     monkeypatch.setattr(sessions, "start_ray", lambda compute: nullcontext())
-    with sessions.session("tiny-test", None) as opened:
-        assert opened.recipe.run == "tiny-test"
+
+    def begin(run):
+        monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", str(run))
+        with sessions.session("tiny-test", None) as opened:
+            return opened.recipe.run
+
+    return begin
+
+
+def test_a_process_that_comes_after_its_run_was_cancelled_does_not_begin(begin):
+    """A worker that has just taken a run starts its process a second later. Retried, the run goes on."""
+    run = uuid4()
+    runs.cancel_run(run)
+    with pytest.raises(sessions.RunCancelledError, match="before it began"):
+        begin(run)
+    assert begin(uuid4()) == "tiny-test"
+    assert begin(run) == "tiny-test"
+
+
+def test_a_run_that_was_cancelled_at_work_goes_on_when_it_is_retried(begin):
+    run = uuid4()
+    environment = {**os.environ, "PREFECT__FLOW_RUN_ID": str(run)}
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=environment) as at_work:
+        runs.cancel_run(run)
+        assert at_work.wait(10) == -signal.SIGKILL
+    assert begin(run) == "tiny-test"
