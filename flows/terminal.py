@@ -26,7 +26,7 @@ from flows.services import ServiceError, worker_lives
 from flows.terminal_picture import can_show_pictures, half_blocks
 from sd3core.progress import format_seconds
 
-POLL_SECONDS, LINE_SECONDS, SERVER_AWAY_SECONDS = 2.0, 20.0, 60.0
+POLL_SECONDS, PICTURE_SECONDS, LINE_SECONDS, SERVER_AWAY_SECONDS = 2.0, 10.0, 20.0, 60.0
 PICTURE_COLUMNS, PICTURE_MIN_ROWS, LINES_BESIDE = 80, 6, 4  # beside table and picture: headings, what is above, the cursor
 DATA_URL = re.compile(r"\(data:image/\w+;base64,([^)]+)\)")
 EXCEPTION = re.compile(r"^Flow run encountered an exception: (?:[\w.]+: )?")  # Prefect's words before an error's own
@@ -63,7 +63,6 @@ class RunView:
     state: StateType
     message: str
     stages: list[StageView]
-    picture: Picture | None = None  # the newest
 
     @property
     def finished(self) -> bool:
@@ -76,8 +75,7 @@ def look(flow_run_id: UUID) -> RunView:
         run = client.read_flow_run(flow_run_id)
         runs = read_stage_runs(flow_run_id) or [run]
         flows = {child.flow_id: client.read_flow(child.flow_id).name for child in runs}
-        artifacts = _artifacts(client, runs, RUNS_READ, type={"any_": ["progress"]})
-        pictures = _artifacts(client, runs, 1, key={"like_": "-pictures"})
+        artifacts = _artifacts(client, flow_run_id, RUNS_READ, type={"any_": ["progress"]})
     lines = {UUID(artifact["flow_run_id"]): artifact["description"] or "" for artifact in reversed(artifacts)}
     stages = [
         StageView(
@@ -88,15 +86,22 @@ def look(flow_run_id: UUID) -> RunView:
         )
         for child in runs
     ]
-    return RunView(run.state_type or StateType.PENDING, _problem(run), stages, _picture(pictures))
+    return RunView(run.state_type or StateType.PENDING, _problem(run), stages)
 
 
-def _artifacts(client: SyncPrefectClient, runs: list[FlowRun], limit: int, **wanted: Any) -> list[dict[str, Any]]:
-    """Those of some runs, the newest first. Not client.read_artifacts: without filters for task runs it sends what the
-    server refuses.
+def newest_picture(flow_run_id: UUID) -> Picture | None:
+    """Of a run and the stage runs it started."""
+    with get_client(sync_client=True) as client:
+        return _picture(_artifacts(client, flow_run_id, 1, key={"like_": "-pictures"}))
+
+
+def _artifacts(client: SyncPrefectClient, flow_run_id: UUID, limit: int, **wanted: Any) -> list[dict[str, Any]]:
+    """Those of a run and the stage runs it started, the newest first. Not client.read_artifacts: without filters for task runs
+    it sends what the server refuses.
     """
-    wanted["flow_run_id"] = {"any_": [str(run.id) for run in runs]}
-    request = {"artifacts": wanted, "sort": "UPDATED_DESC", "limit": limit}
+    its_own = {"any_": [str(flow_run_id)]}
+    runs = {"operator": "or_", "id": its_own, "parent_flow_run_id": its_own}
+    request = {"flow_runs": runs, "artifacts": wanted, "sort": "UPDATED_DESC", "limit": limit}
     return client.request("POST", "/artifacts/filter", json=request).json()
 
 
@@ -113,7 +118,7 @@ def follow(flow_run_id: UUID, console: Console) -> RunView:
     """Shows the run until it has ended, and returns the last look. ServiceError if the server stays away."""
     redraws = console.is_terminal and not console.is_dumb_terminal
     live = Live(console=console, auto_refresh=False, transient=False) if redraws else None
-    printer, picture_seen = _LinePrinter(console), False
+    printer, pictures, picture_seen = _LinePrinter(console), _Pictures(flow_run_id, console), False
     last_answer = time.monotonic()
     if live:
         live.start()
@@ -122,6 +127,7 @@ def follow(flow_run_id: UUID, console: Console) -> RunView:
             try:
                 fail_dead_runs()
                 view = look(flow_run_id)
+                picture = pictures.newest(view.finished)
                 last_answer = time.monotonic()
             except httpx.HTTPError:  # away, or busy: it has a minute to come back
                 if time.monotonic() - last_answer > SERVER_AWAY_SECONDS:
@@ -132,11 +138,11 @@ def follow(flow_run_id: UUID, console: Console) -> RunView:
                 continue
             if view.state in (StateType.SCHEDULED, StateType.PENDING) and not worker_lives():
                 raise ServiceError("the Prefect worker has ended before it began the run; the same command goes on with it")
-            if view.picture and not picture_seen:
-                console.print(f"first pictures: {view.picture.path}", soft_wrap=True, highlight=False)
+            if picture and not picture_seen:
+                console.print(f"first pictures: {picture.path}", soft_wrap=True, highlight=False)
                 picture_seen = True
             if live:
-                live.update(_screen(view, console), refresh=True)
+                live.update(_screen(view, picture, console), refresh=True)
             else:
                 printer.show(view)
             if view.finished:
@@ -169,13 +175,30 @@ def _table(view: RunView) -> Table:
     return table
 
 
-def _screen(view: RunView, console: Console) -> Group:
+def _screen(view: RunView, picture: Picture | None, console: Console) -> Group:
     """The table, and the newest picture below it where the terminal has the colours and the room."""
     table = _table(view)
     rows = console.height - table.row_count - LINES_BESIDE
-    if view.picture is None or rows < PICTURE_MIN_ROWS or not can_show_pictures(console):
+    if picture is None or rows < PICTURE_MIN_ROWS or not can_show_pictures(console):
         return Group(table)
-    return Group(table, "", half_blocks(view.picture.image, min(console.width, PICTURE_COLUMNS), rows))
+    return Group(table, "", half_blocks(picture.image, min(console.width, PICTURE_COLUMNS), rows))
+
+
+class _Pictures:
+    """A run's newest picture, of some 100 kB: looked for until there is one, then now and then where it can be shown."""
+
+    def __init__(self, flow_run_id: UUID, console: Console) -> None:
+        self._flow_run_id, self._can_show = flow_run_id, can_show_pictures(console)
+        self._newest: Picture | None = None
+        self._looked_at = 0.0
+
+    def newest(self, finished: bool) -> Picture | None:
+        """`finished`: the last one is worth a look, whenever the look before was."""
+        now = time.monotonic()
+        due = self._can_show and (finished or now - self._looked_at >= PICTURE_SECONDS)
+        if self._newest is None or due:
+            self._newest, self._looked_at = newest_picture(self._flow_run_id) or self._newest, now
+        return self._newest
 
 
 class _LinePrinter:

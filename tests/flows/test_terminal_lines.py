@@ -124,8 +124,8 @@ def test_a_picture_keeps_its_shape_and_is_never_enlarged(columns, rows, shown):
 
 def screen(picture: bytes | None, **options) -> str:
     console = Console(file=io.StringIO(), force_terminal=True, width=60, **options)
-    shown = RunView(StateType.RUNNING, "", [], Picture("/p.png", picture) if picture else None)
-    console.print(_screen(shown, console))
+    shown = RunView(StateType.RUNNING, "", [])
+    console.print(_screen(shown, Picture("/p.png", picture) if picture else None, console))
     return console.file.getvalue()
 
 
@@ -142,24 +142,57 @@ def test_the_newest_picture_stands_below_the_table_where_there_are_colours_and_r
     assert "▀" not in screen(None, color_system="truecolor", height=24)
 
 
-@pytest.mark.parametrize("kind", [{}, {"force_terminal": True, "color_system": "truecolor", "height": 40}])
-def test_the_path_of_the_first_picture_is_printed_once(monkeypatch, kind):
-    picture = picture_file([(1, 2, 3)], [(1, 2, 3)])
-    looks = [
-        RunView(state, "", [StageView("pretrain", "running", 1, "")], shown)
-        for state, shown in [
-            (StateType.RUNNING, None),
-            (StateType.RUNNING, Picture("/store/a.png", picture)),
-            (StateType.COMPLETED, Picture("/store/b.png", picture)),
-        ]
-    ]
+@pytest.fixture
+def server(monkeypatch, clock):
+    """What it would answer: `look` to every look at a run, `pictures` to one after the other for the newest (then none any more).
+    `fetched`: when those were asked for, in seconds."""
+    answers = SimpleNamespace(look=None, pictures=[], fetched=[])
+
+    def newest_picture(run):
+        answers.fetched.append(clock.seconds - 1000)
+        return answers.pictures.pop(0) if answers.pictures else None
+
+    def sleep(seconds):
+        clock.seconds += seconds
+
     monkeypatch.setattr(terminal, "fail_dead_runs", lambda: [])
-    monkeypatch.setattr(terminal, "look", lambda run: looks.pop(0))
-    monkeypatch.setattr(terminal.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(terminal, "look", lambda run: answers.look(run))
+    monkeypatch.setattr(terminal, "newest_picture", newest_picture)
+    monkeypatch.setattr(terminal.time, "sleep", sleep)
+    return answers
+
+
+def pretraining(*states: StateType):
+    """Looks at a run that is in these states."""
+    views = [RunView(state, "", [StageView("pretrain", "running", 1, "")]) for state in states]
+    return lambda run: views.pop(0)
+
+
+COLOURFUL = {"force_terminal": True, "color_system": "truecolor", "height": 40}
+
+
+@pytest.mark.parametrize("kind", [{}, COLOURFUL])
+def test_the_path_of_the_first_picture_is_printed_once(server, kind):
+    picture = picture_file([(1, 2, 3)], [(1, 2, 3)])
+    server.look = pretraining(StateType.RUNNING, StateType.RUNNING, StateType.COMPLETED)
+    server.pictures = [None, Picture("/store/a.png", picture), Picture("/store/b.png", picture)]
     out = io.StringIO()
     terminal.follow(uuid4(), Console(file=out, width=60, **kind))
     assert out.getvalue().count("first pictures: /store/a.png") == 1 and "b.png" not in out.getvalue()
     assert ("▀" in out.getvalue()) == bool(kind)
+
+
+@pytest.mark.parametrize(("kind", "fetched"), [({}, [0, 2, 4]), (COLOURFUL, [0, 2, 4, 14, 24, 28])])
+def test_a_picture_is_fetched_until_there_is_one_then_now_and_then_where_it_can_be_shown(server, kind, fetched):
+    """Every two seconds, every ten, and once more at the end."""
+    picture = Picture("/store/a.png", picture_file([(1, 2, 3)], [(1, 2, 3)]))
+    server.look = pretraining(*[StateType.RUNNING] * 14, StateType.COMPLETED)
+    server.pictures = [None, None, picture]
+    out = io.StringIO()
+    terminal.follow(uuid4(), Console(file=out, width=60, **kind))
+    assert server.fetched == fetched
+    last_screen = out.getvalue().rpartition("progress")[2]
+    assert ("▀" in last_screen) == bool(kind)  # the last one found stays
 
 
 def test_a_picture_is_found_in_its_artifact():
@@ -177,22 +210,19 @@ def test_a_run_that_is_well_has_no_problem():
 
 
 @pytest.mark.parametrize("state", [StateType.SCHEDULED, StateType.PENDING])
-def test_a_run_that_waits_for_a_dead_worker_says_so(monkeypatch, state):
-    monkeypatch.setattr(terminal, "fail_dead_runs", lambda: [])
-    monkeypatch.setattr(terminal, "look", lambda run: RunView(state, "", []))
+def test_a_run_that_waits_for_a_dead_worker_says_so(monkeypatch, server, state):
+    server.look = lambda run: RunView(state, "", [])
     monkeypatch.setattr(terminal, "worker_lives", lambda: False)
     with pytest.raises(ServiceError, match="worker has ended before it began the run; the same command goes on with it$"):
         terminal.follow(uuid4(), Console(file=io.StringIO()))
 
 
-def test_a_server_that_stays_away_is_an_error_of_one_line(monkeypatch, clock):
+def test_a_server_that_stays_away_is_an_error_of_one_line(server, clock):
     def away(run):
         clock.seconds += 20
         raise httpx.ConnectError("refused")
 
-    monkeypatch.setattr(terminal, "fail_dead_runs", lambda: [])
-    monkeypatch.setattr(terminal, "look", away)
-    monkeypatch.setattr(terminal.time, "sleep", lambda seconds: None)
+    server.look = away
     with pytest.raises(ServiceError, match="away for a minute; the same command starts it and goes on$"):
         terminal.follow(uuid4(), Console(file=io.StringIO()))
     assert clock.seconds >= 1060
