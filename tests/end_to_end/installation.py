@@ -59,6 +59,12 @@ class Installation:
 
     def command(self, *arguments: str, seconds: float) -> str:
         """What it printed. Fails with the output and the logs' ends unless it ends with exit code 0 in time."""
+        code, printed = self.ends(*arguments, seconds=seconds)
+        assert code == 0, self.story(f"{arguments} ended with exit code {code}", printed)
+        return printed
+
+    def ends(self, *arguments: str, seconds: float = 180) -> tuple[int, str]:
+        """Exit code and output of a command that may fail, but ends in time."""
         try:
             done = subprocess.run(
                 arguments,
@@ -74,8 +80,7 @@ class Installation:
         except subprocess.TimeoutExpired as expired:
             printed = (expired.stdout or b"").decode(errors="replace")
             raise AssertionError(self.story(f"{arguments} did not end within {seconds} s", printed)) from None
-        assert done.returncode == 0, self.story(f"{arguments} ended with exit code {done.returncode}", done.stdout)
-        return done.stdout
+        return done.returncode, done.stdout
 
     def interrupted(
         self, arguments: Sequence[str], moment: str | Callable[[], Any], times: int = 1, seconds: float = 180
@@ -112,21 +117,6 @@ class Installation:
         return self.command(
             "sd3", "demo", "--recipe", "tiny-test", *(word for o in overrides for word in ("--set", o)), seconds=seconds
         )
-
-    def ends(self, *arguments: str, seconds: float = 180) -> tuple[int, str]:
-        """Exit code and output of a command that may fail."""
-        done = subprocess.run(
-            arguments,
-            env=self.environment,
-            cwd=PROJECT,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
-        return done.returncode, done.stdout
 
     def enter(self) -> None:
         """As `eval "$(sd3 env)"` does in a shell."""
