@@ -13,6 +13,7 @@ import pytest
 from installation import FileState, Installation
 
 RUN = "runs/tiny-test"
+STAGES = ["ingest", "towers", "caption", "encode", "pretrain", "finetune", "evaluate", "export"]
 STEPS, BATCH = 200, 8
 FIRST, LAST = 800, 1600  # samples at the checkpoints
 # Ranks notice a killed driver after seconds: slow steps, and enough of them, keep the last checkpoint from being written by then.

@@ -114,9 +114,7 @@ class Installation:
             return code, so_far()
 
     def demo(self, overrides: Sequence[str] = (), seconds: float = 420) -> str:
-        return self.command(
-            "sd3", "demo", "--recipe", "tiny-test", *(word for o in overrides for word in ("--set", o)), seconds=seconds
-        )
+        return self.command(*demo_command(*overrides), seconds=seconds)
 
     def enter(self) -> None:
         """As `eval "$(sd3 env)"` does in a shell."""
@@ -255,6 +253,10 @@ class Installation:
                     process.kill()
             psutil.wait_procs(left, timeout=10)
             shutil.rmtree(self.home, ignore_errors=True)
+
+
+def demo_command(*overrides: str) -> list[str]:
+    return ["sd3", "demo", "--recipe", "tiny-test", *(word for o in overrides for word in ("--set", o))]
 
 
 def environment_of(process: psutil.Process) -> dict[str, str]:

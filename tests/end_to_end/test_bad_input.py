@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from conftest import ended
+from installation import demo_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -23,7 +24,7 @@ def test_a_misspelt_key_of_a_run_is_its_message(installation):
 
 
 def test_an_empty_folder(installation, tmp_path):
-    code, printed = installation.ends("sd3", "demo", "--recipe", "tiny-test", "--data", str(tmp_path))
+    code, printed = installation.ends(*demo_command(), "--data", str(tmp_path))
     assert code == 1
     assert printed.splitlines()[-1] == (
         f"sd3: ingest: data.folder {tmp_path}: no usable image (it holds no image file); name another folder, or mend that"
@@ -34,7 +35,7 @@ def test_an_empty_folder(installation, tmp_path):
 
 def test_a_store_that_cannot_be_reached(installation):
     """Told before a run is started."""
-    code, printed = installation.ends("sd3", "demo", "--recipe", "tiny-test", "--set", "store=s3://bucket/x")
+    code, printed = installation.ends(*demo_command("store=s3://bucket/x"))
     endpoint = installation.environment["AWS_ENDPOINT_URL"]
     assert code == 1 and printed.count("\n") == 1
     assert printed.startswith(f"sd3: s3://bucket/x: cannot be reached at {endpoint}; mend AWS_ENDPOINT_URL, or start")

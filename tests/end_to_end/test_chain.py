@@ -8,11 +8,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import BATCH, DATA, FIRST, LAST, OVERRIDES, RUN, STEPS, Finished, demo
+from conftest import BATCH, DATA, FIRST, LAST, OVERRIDES, RUN, STAGES, STEPS, Finished, demo
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-
-STAGES = ["ingest", "towers", "caption", "encode", "pretrain", "finetune", "evaluate", "export"]
 
 
 def rows_of(installation, phase: str) -> list[dict]:

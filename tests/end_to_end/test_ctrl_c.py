@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from conftest import DATA, FIRST, OVERRIDES, described
-from installation import Installation
+from installation import Installation, demo_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -17,10 +17,6 @@ CANCELLED = (
 )
 STOPPED = "sd3: stopped; what was finished stays, and nothing that it started is left running"
 SETTLES_SECONDS = 20  # Prefect's worker looks after a cancelled run with a process of its own
-
-
-def demo(*overrides: str) -> list[str]:
-    return ["sd3", "demo", "--recipe", "tiny-test", *(word for o in overrides for word in ("--set", o))]
 
 
 def only_services_run(installation: Installation) -> bool:
@@ -36,7 +32,7 @@ def states(installation: Installation, run: str) -> set[str]:
 
 @pytest.mark.parametrize("moment", ["$ prefect", "ingest: running"])
 def test_before_and_in_the_first_stage(installation, moment):
-    code, printed = installation.interrupted(demo("run=early", "data.name=early", "towers.name=early"), moment)
+    code, printed = installation.interrupted(demo_command("run=early", "data.name=early", "towers.name=early"), moment)
     assert (code, printed.splitlines()[-1]) == (130, CANCELLED), printed
     assert "Traceback" not in printed
     installation.wait("its processes to end", lambda: only_services_run(installation), SETTLES_SECONDS)
@@ -49,7 +45,7 @@ def test_while_training_pressed_twice(installation, resumed):
     before = installation.files(*DATA)
     checkpoints = installation.store / "runs/training/checkpoints/pretrain"
     code, printed = installation.interrupted(
-        demo("run=training", *OVERRIDES), lambda: list(checkpoints.glob(f"*/{FIRST:012d}/DONE.json")), times=2
+        demo_command("run=training", *OVERRIDES), lambda: list(checkpoints.glob(f"*/{FIRST:012d}/DONE.json")), times=2
     )
     assert (code, printed.splitlines()[-1]) == (130, CANCELLED), printed
     assert "Traceback" not in printed
@@ -63,7 +59,7 @@ def test_while_training_pressed_twice(installation, resumed):
 def test_a_run_that_was_joined_goes_on(installation):
     """It was started elsewhere: here it only came into view."""
     run = installation.start("pipeline/tiny-test", ["run=joined", *OVERRIDES])
-    code, printed = installation.interrupted(demo("run=joined", *OVERRIDES), "ingest: ")
+    code, printed = installation.interrupted(demo_command("run=joined", *OVERRIDES), "ingest: ")
     assert (code, printed.splitlines()[-1]) == (
         130,
         "sd3: the run goes on; the same command shows it again, `sd3 down` ends it",

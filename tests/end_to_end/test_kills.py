@@ -15,7 +15,7 @@ import psutil
 import pytest
 from conftest import OVERRIDES as TRAINING
 from conftest import described, ended
-from installation import PROJECT, FileState, Installation
+from installation import PROJECT, FileState, Installation, demo_command
 
 pytestmark = [pytest.mark.kills, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -87,9 +87,8 @@ def test_the_same_command_goes_on_after_a_kill_of_the_prefect_worker(complete: I
     """It takes its runs with it, and the command that follows one says so."""
     installation = complete
     shutil.rmtree(installation.store / RESULTS["towers"][0])
-    demo = ["sd3", "demo", "--recipe", "tiny-test", *(word for o in OVERRIDES for word in ("--set", o))]
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(demo, env=installation.environment, cwd=PROJECT, **piped) as shown:
+    with subprocess.Popen(demo_command(*OVERRIDES), env=installation.environment, cwd=PROJECT, **piped) as shown:
         installation.wait("towers to be at work", lambda: worker_of(installation, "towers"), seconds=300)
         psutil.Process(installation.services["worker"]["pid"]).kill()
         printed, _ = shown.communicate(timeout=300)

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import BATCH, FIRST, LAST, RUN, Finished
+from conftest import BATCH, FIRST, LAST, RUN, STAGES, Finished
 from installation import RUN_ID, Installation
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-STAGES = ["ingest", "towers", "caption", "encode", "pretrain", "finetune", "evaluate", "export"]
 PAGE_MS = 30_000  # on busy cores the UI's scripts take their time
 FLAGS = (
     "--no-sandbox",
