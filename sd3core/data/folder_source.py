@@ -77,8 +77,8 @@ def image_key(path: str) -> str:
     return f"{name[:60]}-{digest}"
 
 
-def clean_caption(text: str, max_chars: int) -> str:
-    """One line without control characters, cut at a word where it is longer than max_chars. Any script.
+def one_line(text: str) -> str:
+    """A caption without control characters or line breaks. Any script.
 
     Characters that show nothing (joiners, marks of direction) stay beside those that do; alone they are no caption.
     """
@@ -86,8 +86,11 @@ def clean_caption(text: str, max_chars: int) -> str:
         " " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs")
     )
     line = " ".join(kept.split())
-    if not any(unicodedata.category(c)[0] in "LMNPS" for c in line):
-        return ""
+    return line if any(unicodedata.category(c)[0] in "LMNPS" for c in line) else ""
+
+
+def cut_at_word(line: str, max_chars: int) -> str:
+    """At most so many characters of the line: whole words, where it has spaces."""
     if len(line) <= max_chars:
         return line
     cut = line[:max_chars]
@@ -144,8 +147,9 @@ def _image_item(root: Path, path: str, metadata: _Metadata, max_chars: int, capt
         return _problem(path, f"cannot be read: {with_mend(error)}")
     except DataError as error:
         return _problem(path, str(error))
-    caption = clean_caption(text, max_chars)
-    item = FolderItem(image_key(path), path, caption, sha256, cut=len(caption) < len(clean_caption(text, len(text))))
+    line = one_line(text)
+    caption = cut_at_word(line, max_chars)
+    item = FolderItem(image_key(path), path, caption, sha256, cut=caption != line)
     return replace(item, problem=NO_CAPTION) if captions_needed and not item.caption else item
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd3core.data.folder_source import clean_caption, image_key
+from sd3core.data.folder_source import cut_at_word, image_key, one_line
 from sd3core.data.images import decode_image
 from sd3core.data.ingest import FolderChanged, IngestWorker, list_source
 from sd3core.data.shards import is_held_out, read_index, read_samples, shard_stem
@@ -335,12 +335,16 @@ def test_keys():
 
 
 def test_captions_are_one_clean_line():
-    assert clean_caption("  a\tb\r\n c\x00\x1b[31m\x7f d\u2028e ", 99) == "a b c[31m d e"
-    assert clean_caption("one two three", 9) == "one two" and clean_caption("one two three", 7) == "one two"
-    assert clean_caption("unbroken" * 4, 10) == "unbrokenun" and clean_caption("猫" * 30, 10) == "猫" * 10
+    assert one_line("  a\tb\r\n c\x00\x1b[31m\x7f d\u2028e ") == "a b c[31m d e"
     family = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # joined by zero-width joiners, which mean something
-    assert clean_caption(family, 99) == family and clean_caption("می\u200cخواهم", 99) == "می\u200cخواهم"
-    assert not any(unicodedata.category(c) == "Cc" for c in clean_caption("".join(map(chr, range(300))), 999))
+    assert one_line(family) == family and one_line("می\u200cخواهم") == "می\u200cخواهم"
+    assert not any(unicodedata.category(c) == "Cc" for c in one_line("".join(map(chr, range(300)))))
+
+
+def test_long_captions_are_cut_at_a_word():
+    assert cut_at_word("one two three", 9) == "one two" and cut_at_word("one two three", 7) == "one two"
+    assert cut_at_word("unbroken" * 4, 10) == "unbrokenun" and cut_at_word("猫" * 30, 10) == "猫" * 10
+    assert cut_at_word("one two three", 99) == "one two three"
 
 
 WORLD = Data(
