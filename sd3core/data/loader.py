@@ -87,8 +87,7 @@ class BatchLoader:
         batches = []
         for bucket, pairs in places.items():
             shards, rows = np.array(pairs, dtype=np.int64).T
-            originals, epochs = np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=np.int64)
-            batches.append(self.reader.gather(shards, rows, originals, epochs, bucket))
+            batches.append(_originals(self.reader, shards, rows, bucket))
         return batches
 
     def close(self) -> None:
@@ -125,8 +124,13 @@ def load_split(reader: ShardReader, split: Split, batch: int, limit: int | None 
         rows = chosen[table.bucket[chosen] == code]
         for start in range(0, len(rows), batch):
             part = rows[start : start + batch]
-            originals, epochs = np.zeros(len(part), dtype=bool), np.zeros(len(part), dtype=np.int64)
-            yield reader.gather(table.shard[part], table.row[part], originals, epochs, bucket)
+            yield _originals(reader, table.shard[part], table.row[part], bucket)
+
+
+def _originals(reader: ShardReader, shards: np.ndarray, rows: np.ndarray, bucket: str) -> Batch:
+    """Rows with their original captions first choice, outside any epoch."""
+    synthetic, epochs = np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=np.int64)
+    return reader.gather(shards, rows, synthetic, epochs, bucket)
 
 
 def _spread(reader: ShardReader, table: PlanTable, limit: int) -> np.ndarray:
