@@ -214,6 +214,11 @@ class ShardedTrainer:
         return float(norm)
 
 
+def forward_dtype(training: Training) -> torch.dtype:
+    """Of the forward pass; the masters are fp32."""
+    return torch.bfloat16 if training.precision == "bf16" else torch.float32
+
+
 def prepare(use_gpu: bool) -> None:
     """DeepSpeed's part of the process group that Ray Train has made. Compiles nothing."""
     import deepspeed
@@ -237,8 +242,7 @@ def _initialize(model: nn.Module, training: Training, accumulation: int):
         "weight_decay": training.weight_decay,
     }
     if training.optimizer == "muon":
-        dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
-        optimizer = Muon(parameters, **settings, matrix_rate=training.matrix_rate, dtype=dtype)
+        optimizer = Muon(parameters, **settings, matrix_rate=training.matrix_rate, dtype=forward_dtype(training))
     else:
         optimizer = torch.optim.AdamW(parameters, **settings, foreach=False)
     elements = sum(p.numel() for p in parameters)

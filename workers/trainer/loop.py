@@ -130,8 +130,7 @@ class PhaseTraining:
         self.previews = Previews(job, self.store, self.null, place.device, self._shown_samples, self._warn)
         model = MMDiT(self.config).to(place.device)  # its weights do not matter: `_restore` sets them
         self.trainer = ShardedTrainer(model, job.training, place.rank, place.world)
-        dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
-        self.peak, _ = peak_flops(place.device, dtype)
+        self.peak, _ = peak_flops(place.device, engine.forward_dtype(job.training))
 
     def run(self) -> None:
         """Trains from the last checkpoint to the end of the phase."""

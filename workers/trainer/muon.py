@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 import torch.distributed as dist
@@ -67,7 +68,8 @@ class Muon(Optimizer):
     def place(self, flat: Tensor, pieces: list[MatrixPiece]) -> None:
         """pieces: what this rank holds of whole matrices, and all split ones, in the same order on every rank."""
         self._pieces[id(flat)] = pieces
-        edges = [0, *(edge for p in sorted(pieces, key=_offset) if p.length for edge in (p.offset, p.offset + p.length))]
+        held = sorted((piece for piece in pieces if piece.length), key=attrgetter("offset"))
+        edges = [0, *(edge for piece in held for edge in (piece.offset, piece.offset + piece.length))]
         bounds = zip(edges[::2], [*edges[1::2], flat.numel()], strict=True)
         self._others[id(flat)] = [slice(begin, end) for begin, end in bounds if begin < end]
 
@@ -105,7 +107,3 @@ class Muon(Optimizer):
         parts = whole.view(piece.shape).chunk(piece.matrices)
         scale = STEP_RMS * max(parts[0].shape) ** 0.5
         return torch.cat([orthogonalise(part.to(self.dtype)) * scale for part in parts]).view(-1)[mine]
-
-
-def _offset(piece: MatrixPiece) -> int:
-    return piece.offset
