@@ -12,6 +12,7 @@ from flows import upstream
 from flows.home import run_store
 from sd3core.errors import UserError
 from sd3core.generate import sample_to_files
+from sd3core.progress import counted
 from sd3core.recipe import Recipe
 from sd3core.text_encoders import ENCODERS
 from sd3core.towers import fetch_towers
@@ -82,8 +83,8 @@ def sample_run(
             guidance_scale=guidance if guidance is not None else recipe.evaluate.guidance_scale,
             drop=tuple(sorted(without)),
         )
-    seconds, pictures = time.monotonic() - loaded[0], len(paths) - 1
-    console.print(f"{pictures} picture{'s' if pictures > 1 else ''} in {seconds:.1f} s after loading", highlight=False)
+    seconds, pictures = time.monotonic() - loaded[0], counted(len(paths) - 1, "picture")
+    console.print(f"{pictures} in {seconds:.1f} s after loading", highlight=False)
     for path in paths:
         console.print(str(path), soft_wrap=True, highlight=False)
     return paths

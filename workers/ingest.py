@@ -8,10 +8,10 @@ from sd3core.data.folder_source import FolderItem
 from sd3core.data.ingest import IngestWorker, SourceShard, list_source
 from sd3core.data.shards import DoneRecord
 from sd3core.data.store import Store
-from sd3core.progress import ProgressCallback
+from sd3core.progress import ProgressCallback, counted
 from sd3core.recipe import Data, Recipe
 from sd3core.specs import raw_fields, raw_folder
-from workers.shard_stage import ShardStage, ShardTask, StageResult, counted, run_shard_stage, some
+from workers.shard_stage import ShardStage, ShardTask, StageResult, run_shard_stage, some
 
 
 def ingest_stage(recipe: Recipe, store: Store, report: ProgressCallback) -> StageResult:

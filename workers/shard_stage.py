@@ -25,7 +25,7 @@ from sd3core.data.manifest import (
 from sd3core.data.shards import INDEX, DoneRecord, finished_stems, read_done, shard_stem
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError, UserError
-from sd3core.progress import Progress, ProgressCallback, ProgressMeter
+from sd3core.progress import Progress, ProgressCallback, ProgressMeter, counted
 from sd3core.recipe import Compute
 from sd3core.specs import fingerprint
 from workers.pool import Outcome, PoolSettings, map_over_actors, start_ray
@@ -266,10 +266,6 @@ def _left_out(store: Store, manifest: Manifest) -> list[str]:
         f"{counted(count, 'row')} left out: {reason}" + (f": {some(names[reason], count)}" if names[reason] else "")
         for reason, count in sorted(manifest.failed_reasons.items())
     ]
-
-
-def counted(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def some(names: list[str], count: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sd3core.progress import Progress, ProgressMeter, format_seconds
+from sd3core.progress import Progress, ProgressMeter, counted, format_seconds
 
 
 @pytest.fixture
@@ -33,3 +33,8 @@ def test_line_says_what_a_person_wants_to_know():
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (61, "1 min 01 s"), (3725, "1 h 02 min")])
 def test_seconds_for_people(seconds, text):
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 rows"), (1, "1 row"), (1200, "1,200 rows")])
+def test_counts_for_people(number, text):
+    assert counted(number, "row") == text
