@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from importlib import resources
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]  # becomes a folder and a deployment
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]  # of a running mean
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what numpy and torch both take
-AspectRatio = Annotated[float, Field(gt=0, allow_inf_nan=False)]  # width / height
+AspectRatio = Annotated[float, Field(gt=0)]  # width / height
 AspectRatios = Annotated[tuple[AspectRatio, ...], Field(min_length=1)]
 FourLevels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=4, max_length=4)]  # they make f8
 
@@ -152,11 +153,12 @@ class SmallTowers(Section):
     @model_validator(mode="after")
     def _clips_differ(self) -> SmallTowers:
         # A section that is given replaces its default whole, seed included.
-        seeds = {name: getattr(self, name).seed for name in ("clip_l", "clip_g", "judge")}
-        for name, seed in seeds.items():
-            alike = [other for other in seeds if other > name and seeds[other] == seed]
-            if alike:
-                raise ValueError(f"{name}.seed and {alike[0]}.seed are both {seed}, so the two would learn alike; give them different seeds")
+        for one, other in combinations(("clip_g", "clip_l", "judge"), 2):
+            seed = getattr(self, one).seed
+            if seed == getattr(self, other).seed:
+                raise ValueError(
+                    f"{one}.seed and {other}.seed are both {seed}, so the two would learn alike; give them different seeds"
+                )
         return self
 
 
@@ -224,7 +226,7 @@ class Training(Section):
     schedule: Literal["constant", "cosine"] = "constant"  # cosine ends at a tenth of the rate
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: orthogonal steps for the blocks' matrices, Adam for all else
     matrix_rate: float = Field(1.0, gt=0)  # muon: the matrices' rate, as a multiple of learning_rate
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     adam_eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float = Field(1.0, gt=0)
@@ -234,7 +236,7 @@ class Training(Section):
     text_dropout: Fraction = 0.464  # per encoder
     text_dropout_together: Fraction = 0.0  # of all encoders at once, besides; the paper has none
     original_caption_fraction: Fraction = 0.5
-    ema_decay: float = Field(0.99, ge=0, lt=1)
+    ema_decay: Decay = 0.99
     ema_every_steps: int = Field(100, ge=1)
     checkpoint_every_samples: int = Field(ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
