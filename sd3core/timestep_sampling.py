@@ -7,6 +7,7 @@ sample(n). All work elementwise in the dtype of their input.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -17,16 +18,16 @@ from sd3core.errors import UserError
 MODE_SCALE_LIMIT = 2 / (math.pi - 2)  # beyond it the map of Mode is no longer monotonic
 
 
-class TimestepDensity:
+class TimestepDensity(ABC):
     """A density on [0, 1], given by its quantile function."""
 
+    @abstractmethod
     def quantile(self, u: Tensor) -> Tensor:
         """u in [0, 1] -> t with P(T <= t) = u."""
-        raise NotImplementedError
 
+    @abstractmethod
     def density(self, t: Tensor) -> Tensor:
         """pi(t), which integrates to 1 over [0, 1]."""
-        raise NotImplementedError
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n independent draws, (n,) float32."""
