@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 from sd3core.data.store import Store
@@ -25,26 +26,23 @@ def bench_rows(tasks: list[dict[str, Any]]) -> list[dict[str, object]]:
     """ShapesBench of the newest EMA weights: a row a task, right pictures of all, beside what chance gives."""
     ema = [row for row in tasks if row["weights"] == "ema"]
     newest = [row for row in ema if row["checkpoint"] == ema[-1]["checkpoint"]]
-    rows: list[dict[str, object]] = [
-        {
-            "task": row["task"],
-            "right": _share(row["all"]),
-            "seen combinations": _share(row["seen"]),
-            "unseen": _share(row["unseen"]),
-            "chance": f"{row['chance']:.3f}",
-        }
+    if not newest:
+        return []
+    kinds = {"right": "all", "seen combinations": "seen", "unseen": "unseen"}
+    rows = [
+        {"task": row["task"]}
+        | {column: _share(row[kind]) for column, kind in kinds.items()}
+        | {"chance": f"{row['chance']:.3f}"}
         for row in newest
     ]
-    if newest:
-        kinds = {"right": "all", "seen combinations": "seen", "unseen": "unseen"}
-        shares = {column: [row[kind] for row in newest if row[kind]["pictures"]] for column, kind in kinds.items()}
-        overall = {
-            column: f"{sum(tally['right'] / tally['pictures'] for tally in tallies) / len(tallies):.3f}" if tallies else "-"
-            for column, tallies in shares.items()
-        }
-        chance = sum(row["chance"] for row in newest) / len(newest)
-        rows.append({"task": "mean of the tasks"} | overall | {"chance": f"{chance:.3f}"})
-    return rows
+    means = {column: _mean_share([row[kind] for row in newest]) for column, kind in kinds.items()}
+    chance = fmean(row["chance"] for row in newest)
+    return [*rows, {"task": "mean of the tasks"} | means | {"chance": f"{chance:.3f}"}]
+
+
+def _mean_share(tallies: list[dict[str, int]]) -> str:
+    shares = [tally["right"] / tally["pictures"] for tally in tallies if tally["pictures"]]
+    return f"{fmean(shares):.3f}" if shares else "-"
 
 
 def _share(tally: dict[str, int]) -> str:

@@ -213,8 +213,7 @@ def _render_background(scene: Scene, x: np.ndarray, y: np.ndarray) -> np.ndarray
     background, side = scene.background, min(scene.width, scene.height)
     u, v = (x - scene.width / 2) / side, (y - scene.height / 2) / side
     ramp = np.clip(0.5 + 0.7 * (u * np.cos(background.angle) + v * np.sin(background.angle)), 0, 1)[..., None]
-    canvas = (1 - ramp) * np.array(background.first) + ramp * np.array(background.second)
-    return canvas
+    return (1 - ramp) * np.array(background.first) + ramp * np.array(background.second)
 
 
 def _write_word(picture: np.ndarray, word: Word) -> np.ndarray:
