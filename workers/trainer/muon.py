@@ -66,8 +66,11 @@ class Muon(Optimizer):
         self._others: dict[int, list[slice]] = {}  # what lies between the matrices
 
     def place(self, flat: Tensor, pieces: list[MatrixPiece]) -> None:
-        """pieces: what this rank holds of whole matrices, and all split ones, in the same order on every rank."""
-        self._pieces[id(flat)] = pieces
+        """pieces: what this rank holds of whole matrices, and all split ones, in the same order on every rank.
+
+        The split ones are stepped along first, so that no rank waits for another's whole ones.
+        """
+        self._pieces[id(flat)] = sorted(pieces, key=attrgetter("split"), reverse=True)  # stable
         held = sorted((piece for piece in pieces if piece.length), key=attrgetter("offset"))
         edges = [0, *(edge for piece in held for edge in (piece.offset, piece.offset + piece.length))]
         bounds = zip(edges[::2], [*edges[1::2], flat.numel()], strict=True)
