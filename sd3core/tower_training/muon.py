@@ -73,9 +73,10 @@ def _is_table(name: str) -> bool:
 
 def orthogonalise(matrix: Tensor) -> Tensor:
     """(m, n) -> nearly U V^T of its singular value decomposition: singular values between about 0.7 and 1.2."""
+    a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-7)
+    x = ((matrix.T if tall else matrix) / (matrix.norm() + 1e-7)).contiguous()  # transposed bf16 multiplies slowly
     for _ in range(5):
         square = x @ x.T
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x
