@@ -74,7 +74,7 @@ def look(flow_run_id: UUID) -> RunView:
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(flow_run_id)
         runs = read_stage_runs(flow_run_id) or [run]
-        flows = {child.flow_id: client.read_flow(child.flow_id).name for child in runs}
+        flows = {child.flow_id: _flow_name(client, child.flow_id) for child in runs}
         artifacts = _artifacts(client, flow_run_id, RUNS_READ, type={"any_": ["progress"]})
     lines = {UUID(artifact["flow_run_id"]): artifact["description"] or "" for artifact in reversed(artifacts)}
     stages = [
@@ -87,6 +87,15 @@ def look(flow_run_id: UUID) -> RunView:
         for child in runs
     ]
     return RunView(run.state_type or StateType.PENDING, _problem(run), stages)
+
+
+_FLOW_NAMES: dict[UUID, str] = {}  # they never change, and the server would be asked for each at every look
+
+
+def _flow_name(client: SyncPrefectClient, flow_id: UUID) -> str:
+    if flow_id not in _FLOW_NAMES:
+        _FLOW_NAMES[flow_id] = client.read_flow(flow_id).name
+    return _FLOW_NAMES[flow_id]
 
 
 def newest_picture(flow_run_id: UUID) -> Picture | None:
