@@ -23,19 +23,26 @@ def score_rows(scores: list[dict[str, Any]]) -> list[dict[str, object]]:
 
 
 def bench_rows(tasks: list[dict[str, Any]]) -> list[dict[str, object]]:
-    """ShapesBench of the newest EMA weights: a row a task, right pictures of all, beside what chance gives."""
+    """ShapesBench of the newest EMA weights: a row a task, right pictures of all and by kind and size, beside what chance gives."""
     ema = [row for row in tasks if row["weights"] == "ema"]
     newest = [row for row in ema if row["checkpoint"] == ema[-1]["checkpoint"]]
     if not newest:
         return []
-    kinds = {"right": "all", "seen combinations": "seen", "unseen": "unseen"}
+    tallies = {
+        "right": [row["all"] for row in newest],
+        "seen combinations": [row["seen"] for row in newest],
+        "unseen": [row["unseen"] for row in newest],
+    }
+    sizes = newest[0]["sizes"]
+    if len(sizes) > 1:  # height x width
+        tallies |= {f"{size} px": [row["sizes"][size] for row in newest] for size in sizes}
     rows = [
         {"task": row["task"]}
-        | {column: _share(row[kind]) for column, kind in kinds.items()}
+        | {column: _share(of_tasks[place]) for column, of_tasks in tallies.items()}
         | {"chance": f"{row['chance']:.3f}"}
-        for row in newest
+        for place, row in enumerate(newest)
     ]
-    means = {column: _mean_share([row[kind] for row in newest]) for column, kind in kinds.items()}
+    means = {column: _mean_share(of_tasks) for column, of_tasks in tallies.items()}
     chance = fmean(row["chance"] for row in newest)
     return [*rows, {"task": "mean of the tasks"} | means | {"chance": f"{chance:.3f}"}]
 

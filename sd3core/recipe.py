@@ -223,7 +223,7 @@ class Training(Section):
     micro_batch: int = Field(ge=1)  # per rank and forward
     learning_rate: float = Field(1e-4, gt=0)
     warmup_samples: int = Field(0, ge=0)
-    schedule: Literal["constant", "cosine"] = "constant"  # cosine ends at zero
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine ends at a tenth of the rate
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: orthogonal steps for the blocks' matrices, Adam for all else
     matrix_rate: float = Field(1.0, gt=0)  # muon: the matrices' rate, as a multiple of learning_rate
     betas: tuple[Decay, Decay] = (0.9, 0.999)

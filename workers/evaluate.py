@@ -22,6 +22,7 @@ from sd3core.metrics.validation_loss import LEVELS
 from sd3core.progress import Progress, ProgressCallback, ProgressMeter
 from sd3core.recipe import Recipe, Training
 from sd3core.sample_settings import SampleSettings
+from sd3core.small_world.detector import MIN_SIDE_PX
 from sd3core.small_world.world import TASKS
 from sd3core.specs import FORMATS, fingerprint
 from sd3core.towers import read_towers
@@ -70,7 +71,8 @@ class EvaluationResult:
     fingerprint.
 
     `pictures`: phase, samples, weights, name, uri, thumbnail (paths in the store). `left_out`: which score, and why
-    there is none. `bench`: a row for each task of ShapesBench with its tallies (all, seen, unseen) and chance.
+    there is none. `bench`: a row for each task of ShapesBench with its tallies (all, seen, unseen, and
+    by size, "HEIGHTxWIDTH") and chance.
     """
 
     path: str  # of scores.json
@@ -198,7 +200,7 @@ def _protocols(
         used = {name: towers[name] for name in ("vae", "clip_l", "clip_g", "t5")}
         return common | {"settings": settings.to_dict(), "towers": fingerprint(used)}
 
-    square = sampled(phase.side_px, phase.side_px)
+    square, all_sides = sampled(phase.side_px, phase.side_px), bucket_sides(phase.side_px, phase.aspect_ratios)
     reference = reference_fields(inputs.raw, towers["judge"], phase.side_px, evaluate.reference_images)
     yield (
         "pictures",
@@ -215,14 +217,16 @@ def _protocols(
     if not last and evaluate.earlier_bench_prompts_per_task is not None:
         per_task = evaluate.earlier_bench_prompts_per_task
     if recipe.data.source == "small_world" and per_task:
+        readable = [list(sides) for sides in all_sides if min(sides) >= MIN_SIDE_PX]
         for task in TASKS:
             bench = {
                 "kind": "shapes_bench",
                 "prompts_per_task": per_task,
                 "images_per_prompt": evaluate.bench_images_per_prompt,
+                "sizes": readable or [[phase.side_px, phase.side_px]],
             }
             yield f"bench-{task}", square | bench
-    for height, width in bucket_sides(phase.side_px, phase.aspect_ratios):
+    for height, width in all_sides:
         if len(phase.aspect_ratios) > 1 and height != width and evaluate.bucket_grid_prompts:
             yield (
                 f"grid-{height}x{width}",

@@ -32,6 +32,7 @@ from sd3core.recipe import Recipe
 from sd3core.sample_settings import SampleSettings
 from sd3core.small_world import shapes_bench
 from sd3core.small_world.detector import MIN_SIDE_PX
+from sd3core.small_world.shapes_bench import BenchPrompt, Verdict
 from sd3core.text_encoders import load_text_encoders
 from sd3core.towers import fetch_towers
 from workers.evaluate import EvaluationInputs, EvaluationTask
@@ -81,17 +82,20 @@ class EvaluationWorker:
             self._loaded = (key, Generator(model, self.encoders, self.autoencoder, null))
         return self._loaded[1]
 
-    def _sample(self, task: EvaluationTask, drawn: list[Draw]) -> Sequence[np.ndarray]:
+    def _sample(self, task: EvaluationTask, drawn: list[Draw], size: Sequence[int] = ()) -> Sequence[np.ndarray]:
+        """`size`: (height, width) in pixels, where it is not the protocol's."""
+
         def count(done: int, total: int) -> None:
             self.progress = Progress(done, total, "sampler steps")
 
         if not drawn:
             return []
         prompts, seeds = zip(*drawn, strict=True)
+        own = dict(zip(("height", "width"), size))
         return self._generator(task).sample(
             prompts,
             seeds,
-            SampleSettings.from_dict(task.protocol["settings"]),
+            SampleSettings.from_dict(task.protocol["settings"] | own),
             batch=self.recipe.evaluate.batch,
             on_step=count,
         )
@@ -144,14 +148,14 @@ class EvaluationWorker:
         self._write_grid(task, result, grid, self._sample(task, grid))
 
     def _bench(self, task: EvaluationTask, result: _Part) -> None:
-        """Every prompt keeps its seeds, whichever of the prompts are taken."""
+        """Every prompt keeps its seeds, whichever of the prompts are taken. The pictures take the phase's sizes in turn."""
         protocol, name = task.protocol, task.part.removeprefix("bench-")
-        side = protocol["settings"]["height"]
-        if side < MIN_SIDE_PX:
-            reason = f"its detector needs pictures of at least {MIN_SIDE_PX} px; this phase makes {side} px"
+        sizes, copies = protocol["sizes"], protocol["images_per_prompt"]
+        if min(sizes[0]) < MIN_SIDE_PX:
+            reason = f"its detector needs pictures of at least {MIN_SIDE_PX} px; this phase makes {min(sizes[0])} px"
             result.left_out.append({"metric": "shapes_bench", "reason": reason})
             return
-        prompts, copies = shapes_bench.load_prompts(name), protocol["images_per_prompt"]
+        prompts = shapes_bench.load_prompts(name)
         count = min(protocol["prompts_per_task"], len(prompts))
         chosen = [position * len(prompts) // count for position in range(count)]
         drawn = [
@@ -159,12 +163,17 @@ class EvaluationWorker:
             for position in chosen
             for copy in range(copies)
         ]
-        images = self._sample(task, [(prompt.text, seed) for prompt, seed in drawn])
-        found = shapes_bench.score(
-            (prompt, shapes_bench.judge(image, prompt)) for image, (prompt, _) in zip(images, drawn, strict=True)
-        )
+        verdicts: list[tuple[BenchPrompt, Verdict]] = []
+        of_sizes = {}
+        for turn, size in enumerate(sizes):
+            own = drawn[turn :: len(sizes)]
+            images = self._sample(task, [(prompt.text, seed) for prompt, seed in own], size)
+            judged = [(prompt, shapes_bench.judge(image, prompt)) for image, (prompt, _) in zip(images, own, strict=True)]
+            verdicts += judged
+            of_sizes["x".join(map(str, size))] = asdict(shapes_bench.score(judged).all)
+        found = shapes_bench.score(verdicts)
         result.add(f"shapes_bench/{name}", Score(found.all.right / found.all.pictures, found.all.pictures))
-        result.details |= asdict(found) | {"chance": shapes_bench.chance()[name]}
+        result.details |= asdict(found) | {"sizes": of_sizes, "chance": shapes_bench.chance()[name]}
 
     def _grid_prompts(self, task: EvaluationTask) -> list[Draw]:
         """The small world's own grid; else captions of the held-out part, filled up from the training part."""

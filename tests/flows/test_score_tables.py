@@ -34,10 +34,12 @@ def test_a_row_for_each_checkpoint_and_kind_of_weights():
     assert score_rows([]) == []
 
 
-def bench(checkpoint, weights, task, seen, unseen, chance):
+def bench(checkpoint, weights, task, seen, unseen, chance, **sizes):
     tally = dict(zip(("right", "pictures"), (a + b for a, b in zip(seen, unseen, strict=True)), strict=True))
     kinds = {"seen": {"right": seen[0], "pictures": seen[1]}, "unseen": {"right": unseen[0], "pictures": unseen[1]}}
-    return {"checkpoint": checkpoint, "weights": weights, "task": task, "all": tally, "chance": chance} | kinds
+    sizes = {size.strip("_"): {"right": right, "pictures": pictures} for size, (right, pictures) in sizes.items()}
+    own = {"checkpoint": checkpoint, "weights": weights, "task": task, "all": tally, "chance": chance}
+    return own | kinds | {"sizes": sizes or {"64x64": tally}}
 
 
 def test_shapes_bench_beside_seen_unseen_and_chance():
@@ -74,6 +76,17 @@ def test_shapes_bench_beside_seen_unseen_and_chance():
         },
     ]
     assert bench_rows([]) == []
+
+
+def test_shapes_bench_by_size_where_there_are_several():
+    rows = bench_rows(
+        [
+            bench("new", "ema", "colors", (18, 20), (0, 0), 0.01, _96x96=(9, 10), _80x112=(5, 10)),
+            bench("new", "ema", "counting", (4, 10), (1, 10), 0.03, _96x96=(1, 10), _80x112=(0, 0)),
+        ]
+    )
+    assert [row["96x96 px"] for row in rows] == ["0.900 (9 of 10)", "0.100 (1 of 10)", "0.500"]
+    assert [row["80x112 px"] for row in rows] == ["0.500 (5 of 10)", "-", "0.500"]
 
 
 def test_the_newest_ema_pictures_are_shown(tmp_path):

@@ -26,6 +26,7 @@ from sd3core.checkpoint import (
     rank_file,
     record_file,
 )
+from sd3core.data.buckets import bucket_sides
 from sd3core.data.manifest import read_manifest
 from sd3core.data.store import Store, open_store
 from sd3core.metrics.held_out import read_rows
@@ -171,6 +172,19 @@ def test_earlier_checkpoints_get_fewer_bench_prompts(world):
         if task.part == "bench-colors" and task.phase == "pretrain"
     }
     assert counts == {(32, 1), (64, 2)}
+
+
+def test_bench_pictures_take_the_phases_sizes_in_turn(world, result):
+    tasks = plan_tasks(world.recipe, world.store, world.checkpoints, world.inputs)
+    sizes = next(task for task in tasks if task.part == "bench-colors" and task.phase == "finetune.0").protocol["sizes"]
+    phase = dict(world.recipe.phases())["finetune.0"]
+    assert [tuple(size) for size in sizes] == [
+        size for size in bucket_sides(phase.side_px, phase.aspect_ratios) if min(size) >= 48
+    ]
+    assert len(sizes) > 1
+    for row in result.bench:
+        pictures = [row["sizes"][f"{height}x{width}"]["pictures"] for height, width in sizes]
+        assert pictures == [len(range(turn, 2, len(sizes))) for turn in range(len(sizes))]
 
 
 def test_bench_below_the_detectors_size_is_left_out(result):

@@ -19,14 +19,14 @@ DECLARED_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12
 
 
 def learning_rate(training: Training, samples_seen: int) -> float:
-    """Linear warm-up, then constant, or half a cosine down to zero. `samples_seen`: before the step."""
+    """Linear warm-up, then constant, or a cosine that ends at a tenth. `samples_seen`: before the step."""
     warmup = training.warmup_samples
     if samples_seen < warmup:
         return training.learning_rate * (samples_seen + training.global_batch) / (warmup + training.global_batch)
     if training.schedule == "constant":
         return training.learning_rate
     progress = min(1.0, (samples_seen - warmup) / max(1, training.samples - warmup))
-    return training.learning_rate * (0.5 + 0.5 * math.cos(math.pi * progress))
+    return training.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
 class StepLoss:
