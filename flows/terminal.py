@@ -105,8 +105,8 @@ def newest_picture(flow_run_id: UUID) -> Picture | None:
 
 
 def _artifacts(client: SyncPrefectClient, flow_run_id: UUID, limit: int, **wanted: Any) -> list[dict[str, Any]]:
-    """Those of a run and the stage runs it started, the newest first. Not client.read_artifacts: without filters for task runs
-    it sends what the server refuses.
+    """Those of a run and the stage runs it started, the newest first. Not client.read_artifacts: where it has no filter it sends
+    null, which a server of another installation may refuse (fastapi from 0.151 on).
     """
     its_own = {"any_": [str(flow_run_id)]}
     runs = {"operator": "or_", "id": its_own, "parent_flow_run_id": its_own}

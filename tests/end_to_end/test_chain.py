@@ -41,6 +41,12 @@ def test_no_run_stays_running_for_ever(installation, killed, resumed):
     assert not installation.running()
 
 
+@pytest.mark.parametrize("listing", ["deployment", "flow-run", "work-pool"])
+def test_prefects_own_commands_list_what_is_there(installation, resumed, listing):
+    installation.enter()
+    assert installation.command("prefect", "--no-prompt", listing, "ls", seconds=60).strip()
+
+
 def test_finished_shards_and_towers_are_not_redone(killed, resumed):
     assert {name: state for name, state in resumed.files.items() if name.startswith(DATA)} == killed.data
 
