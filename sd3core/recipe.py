@@ -443,10 +443,17 @@ def _list_position(items: list, text: str, override: str) -> int:
 
 
 def _first_problem(error: ValidationError) -> str:
-    """The first of pydantic's findings as one line: the key, what is wrong, the nearest valid key."""
-    problem = error.errors()[0]
+    """The first of pydantic's findings as one line: the key, what is wrong, the nearest valid key.
+
+    Unknown keys come first, and then nothing is said to be missing: it may be what a misspelt key was meant to be.
+    """
+    problems = error.errors()
+    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
+    if unknown:
+        problems = unknown + [problem for problem in problems if problem["type"] not in ("extra_forbidden", "missing")]
+    problem = problems[0]
     key = ".".join(str(part) for part in problem["loc"])
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if problem["type"] == "extra_forbidden":
         siblings = _valid_keys(problem["loc"][:-1])
         return f"unknown key {key}{_nearest(str(problem['loc'][-1]), siblings)}{more}"

@@ -186,6 +186,16 @@ def test_errors_of_the_file_itself(tmp_path):
     assert problem(str(missing)) == f"recipe {missing}: model is missing"
 
 
+def test_a_misspelt_key_is_named_before_the_one_that_is_missing_for_it(tmp_path):
+    fields = load_recipe("tiny-test").model_dump(mode="json")
+    fields["pretrain"]["sampels"] = fields["pretrain"].pop("samples")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml.safe_dump(fields))
+    assert problem(str(mine)) == f"recipe {mine}: unknown key pretrain.sampels; did you mean 'samples'?"
+    mine.write_text(yaml.safe_dump(fields | {"sed": 1, "seed": -1}))
+    assert problem(str(mine)) == f"recipe {mine}: unknown key pretrain.sampels; did you mean 'samples'? (and 2 more)"
+
+
 def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     locked = tmp_path / "locked.yaml"
     locked.write_text("name: x\n")
