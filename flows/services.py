@@ -22,6 +22,7 @@ import psutil
 from flows.home import PROJECT, ensure, full_disk, home, one_at_a_time, write_whole
 from flows.interrupt import put_off, unheard
 from sd3core.errors import UserError
+from workers.session_folders import remove_dead_sessions
 
 WORK_POOL = "local"
 FIRST_PORT, PORTS_TRIED = 4200, 20
@@ -200,6 +201,7 @@ def down(say: Say = print) -> None:
                 say(f"{name}: was not running")
             setattr(services, name, None)
         services.save()
+        remove_dead_sessions()
 
 
 def require() -> Services:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -36,7 +34,7 @@ from sd3core.small_world.shapes_bench import BenchPrompt, Verdict
 from sd3core.text_encoders import load_text_encoders
 from sd3core.towers import fetch_towers
 from workers.evaluate import EvaluationInputs, EvaluationTask
-from workers.towers import towers_cache
+from workers.towers import shards_cache, towers_cache
 
 Draw = tuple[str, int]  # prompt and seed
 
@@ -47,7 +45,6 @@ class EvaluationWorker:
     def __init__(self, store_url: str, recipe: Recipe, inputs: EvaluationInputs, device: str = "cpu") -> None:
         self.store, self.recipe, self.inputs, self.device = open_store(store_url), recipe, inputs, device
         self.progress: Progress | None = None  # of the part at hand
-        self._cache = tempfile.TemporaryDirectory(prefix="sd3-shards-")  # gone with the worker
         self.towers = fetch_towers(self.store, inputs.towers, towers_cache())
         self.encoders = load_text_encoders(self.towers, recipe.text, device=device)
         self.autoencoder = load_autoencoder(self.towers, device=device)
@@ -120,7 +117,7 @@ class EvaluationWorker:
             evaluate, text = self.recipe.evaluate, self.recipe.text
             references = (self.inputs.latents[phase], self.inputs.text)
             manifests = (read_manifest(self.store, ref.folder, ref.digest) for ref in references)
-            cache = ShardCache(self.store, Path(self._cache.name), self.recipe.compute.cache_gb * 1e9)
+            cache = ShardCache(self.store, shards_cache(), self.recipe.compute.cache_gb * 1e9)
             reader = ShardReader(self.store, *manifests, cache, clip_tokens=text.clip_tokens, t5_tokens=text.t5_tokens)
             self._batches[phase] = list(load_split(reader, "held_out", evaluate.batch, evaluate.validation_images))
         return self._batches[phase]

@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import shutil
-import tempfile
 import time
 import traceback
 from collections import deque
@@ -22,19 +21,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import psutil
 import ray
 from ray._private import ray_constants
 from ray.exceptions import RayActorError, RayError
 
 from sd3core.errors import UserError
+from workers.session_folders import scratch_folder, sessions_folder
 
 if TYPE_CHECKING:  # the recipe brings torch, which not every worker needs
     from sd3core.recipe import Compute
 
 Task = TypeVar("Task")
 POLL_S = 1.0  # how often workers are asked for their progress
-LONGEST_TEMP_DIR = 40  # Ray adds up to 65 characters for its sockets, whose paths may have 107
 
 
 class PoolFailed(UserError):
@@ -72,12 +70,12 @@ class Outcome(Generic[Task]):
 
 
 @contextmanager
-def start_ray(compute: Compute, temp_dir: Path | None = None) -> Iterator[None]:
+def start_ray(compute: Compute) -> Iterator[None]:
     """Ray for the duration of the block: this machine on loopback, or the cluster at compute.ray_address.
 
     A Ray that the process has already is used and left as it is. CPUs are Ray's scheduling units: as many as the recipe
-    asks for, whatever the machine has. `temp_dir` holds Ray's sessions; one too long for socket paths gives way to a
-    short one.
+    asks for, whatever the machine has. What Ray's processes on this machine leave in their folder for temporary files
+    goes when the block ends, whoever was killed in it.
     """
     if ray.is_initialized():
         yield
@@ -85,22 +83,23 @@ def start_ray(compute: Compute, temp_dir: Path | None = None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    clusters_allowed = ray_constants.ENABLE_RAY_CLUSTER
+    clusters_allowed, scratch = ray_constants.ENABLE_RAY_CLUSTER, None
     try:
         if compute.ray_address:
             ray.init(address=compute.ray_address, **quiet)
         else:
             ray_constants.ENABLE_RAY_CLUSTER = False  # else ray.init turns 127.0.0.1 into the address that others reach
             cpus = max(compute.actors * compute.cpus_per_actor, compute.train_ranks * compute.cpus_per_rank)
-            ray.init(
-                address="local",  # also where RAY_ADDRESS names a cluster, or an older session left its traces
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(_short_temp_dir(temp_dir)),
-                num_cpus=max(1, math.ceil(cpus)),
-                object_store_memory=compute.object_store_mb * 1024**2,
-                include_dashboard=False,
-                **quiet,
-            )
+            with scratch_folder() as scratch:
+                ray.init(
+                    address="local",  # also where RAY_ADDRESS names a cluster, or an older session left its traces
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=str(sessions_folder()),
+                    num_cpus=max(1, math.ceil(cpus)),
+                    object_store_memory=compute.object_store_mb * 1024**2,
+                    include_dashboard=False,
+                    **quiet,
+                )
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         where = f"at compute.ray_address {compute.ray_address!r}" if compute.ray_address else "on this machine"
         raise PoolFailed(f"Ray {where} cannot be reached or started: {_one_line(error)}") from None
@@ -110,18 +109,8 @@ def start_ray(compute: Compute, temp_dir: Path | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _short_temp_dir(wanted: Path | None) -> Path:
-    candidates = [wanted.absolute()] if wanted else []
-    candidates += [Path(root) / f"sd3-ray-{os.getuid()}" for root in (tempfile.gettempdir(), "/tmp")]
-    folder = next((c for c in candidates if len(str(c)) <= LONGEST_TEMP_DIR), candidates[-1])
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for session in folder.glob("session_*_*_*_*"):
-        owner = session.name.rpartition("_")[2]  # Ray ends a session's name with the driver's process id
-        if session.is_dir() and not session.is_symlink() and owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(session, ignore_errors=True)
-    return folder
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def map_over_actors(

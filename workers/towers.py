@@ -33,6 +33,11 @@ def towers_cache() -> Path:
     return Path(home) / "cache" if home else Path.home() / ".cache" / "sd3"
 
 
+def shards_cache() -> Path:
+    """Where this machine keeps fetched shards, for all that read latents and text: bounded by its readers."""
+    return towers_cache() / "shards"
+
+
 def towers_stage(recipe: Recipe, store: Store, raw: ManifestRef | None, report: ProgressCallback) -> StageResult:
     """Makes the towers that are not finished and commits their manifest. `raw` may be None where the towers are
     released.

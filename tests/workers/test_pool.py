@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -51,6 +52,8 @@ class Worker:
         lines = self.log.read_text().split() if self.log.exists() else []
         with self.log.open("a") as log:
             log.write(f"{name}\n")
+        if action == "leave":
+            return tempfile.mkdtemp()
         if action == "raise":
             raise StoreError(f"shard {name} cannot be read")
         if action == "bug":
@@ -135,6 +138,11 @@ def test_a_stalled_task_is_given_up_but_one_that_progresses_is_not(tmp_path):
     assert outcomes[0].error == "no progress for 3 s"
     assert outcomes[1].result == "LONG1"
     assert seen[-1][0] == "long" and seen[-1][1] >= 5
+
+
+def test_what_a_killed_worker_leaves_lies_in_the_sessions_folder(tmp_path):
+    left = Path(run(tmp_path, [("a", "leave")], PoolSettings(actors=1))[0].result)
+    assert left.is_dir() and left.parent.name == f"scratch_{os.getpid()}"
 
 
 def test_no_tasks_start_nothing(tmp_path):

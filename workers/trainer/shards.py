@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from pathlib import Path
-
 from sd3core.data.loader import BatchLoader, ShardCache, ShardReader
 from sd3core.data.manifest import read_manifest
 from sd3core.data.plan import TrainingPlan
 from sd3core.data.store import Store
+from workers.towers import shards_cache
 from workers.trainer.job import TrainingJob
 from workers.trainer.loop import Place, Warn
 
@@ -18,7 +15,7 @@ def open_shards(job: TrainingJob, store: Store, place: Place, warn: Warn) -> Bat
     """Raises DataError where a manifest is missing, is another one than the job names, or the two do not line up."""
     latents = read_manifest(store, job.latents.folder, job.latents.digest)
     text = read_manifest(store, job.text_features.folder, job.text_features.digest)
-    cache = ShardCache(store, Path(tempfile.gettempdir()) / f"sd3-cache-{os.getuid()}", place.cache_bytes)
+    cache = ShardCache(store, shards_cache(), place.cache_bytes)
     reader = ShardReader(store, latents, text, cache, clip_tokens=job.text.clip_tokens, t5_tokens=job.text.t5_tokens)
     table, without_caption = reader.table("train")
     if without_caption:
