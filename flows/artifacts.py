@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -20,6 +21,8 @@ from prefect.logging import get_run_logger
 from sd3core.progress import Progress
 
 POST_SECONDS = 1.0
+WARNINGS_SHOWN = 5  # below the progress, the newest
+SKIPPED = "skipped: "  # how the progress of a stage that found nothing to do begins; a reason follows
 PROGRESS_KEY = "progress"
 NOT_POSTED = (httpx.HTTPError, PrefectException, OSError)
 
@@ -67,6 +70,7 @@ class LiveArtifact:
 class StageReporter:
     """Takes every Progress at once and posts the newest to the run's progress artifact, once a second.
 
+    Its description is the progress in one line, and a line for each of the last warnings that came while the stage worked.
     Posting is on a thread of its own: neither a slow server nor one that is being restarted holds up the work. What went
     wrong is a warning in the run's log at once.
     """
@@ -74,6 +78,8 @@ class StageReporter:
     def __init__(self, stage: str, flow_run_id: str, log: Log) -> None:
         self._stage, self._flow_run_id, self._log = stage, flow_run_id, log
         self._latest: Progress | None = None
+        self._skipped = ""
+        self._warnings: list[str] = []
         self._artifacts: list[LiveArtifact] = []
         self._show(f"{stage}-{PROGRESS_KEY}", "progress", self._progress, POST_SECONDS)
         self._stop = threading.Event()
@@ -84,6 +90,14 @@ class StageReporter:
         if progress.warning:
             self._log.warning(progress.warning)
 
+    def warn(self, message: str) -> None:
+        """Of what a person who follows the run should know at once."""
+        self._warnings = [*self._warnings, message]
+        self._log.warning(message)
+
+    def skipped(self, reason: str) -> None:
+        self._skipped = f"{SKIPPED}{reason}"
+
     def show(self, key: str, look: Look, seconds: float) -> None:
         """Keeps a markdown artifact up to date; `look` is called on the posting thread."""
         self._show(key, "markdown", look, seconds)
@@ -92,7 +106,9 @@ class StageReporter:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._latest and error is None:
+            self._latest = replace(self._latest, note="")  # what was done last says nothing of the whole
         self._stop.set()
         self._thread.join(timeout=30)
 
@@ -100,9 +116,12 @@ class StageReporter:
         self._artifacts = [*self._artifacts, LiveArtifact(key, kind, self._flow_run_id, look, seconds)]
 
     def _progress(self) -> Shown | None:
+        if self._skipped:
+            return 100.0, self._skipped
         if self._latest is None:
             return None
-        return 100.0 * self._latest.done / max(self._latest.total, 1), self._latest.line()
+        lines = [self._latest.line(), *self._warnings[-WARNINGS_SHOWN:]]
+        return 100.0 * self._latest.done / max(self._latest.total, 1), "\n".join(lines)
 
     def _post_until_stopped(self) -> None:
         while not self._stop.wait(POST_SECONDS):

@@ -63,10 +63,10 @@ class StageRun:
     logged: list[str] = field(default_factory=list)  # warnings
 
     def warn(self, message: str) -> None:
-        """A warning in the run's log, once."""
+        """A warning while the stage works, once: in the run's log, and where the run is followed."""
         if message not in self.logged:
             self.logged.append(message)
-            self.log.warning(message)
+            self.report.warn(message)
 
     def finish(
         self,
@@ -85,7 +85,10 @@ class StageRun:
         """
         warnings = warnings or []
         for warning in warnings:
-            self.warn(warning)
+            if warning not in self.logged:
+                self.log.warning(warning)
+        if skipped:
+            self.report.skipped(reason)
         self.outcome = StageOutcome(
             name=self.name,
             manifest=self.store.uri(manifest),

@@ -1,7 +1,8 @@
 """The live view of a run: its stages with state, progress, rate and time left, and pictures. Reads Prefect's API and nothing else.
 
 On a terminal one table is redrawn, with the newest picture below it where there are colours; elsewhere (a log, CI) a line is
-printed when something changes, at most one a stage every twenty seconds. The path of the first picture is always printed.
+printed when something changes, at most one a stage every twenty seconds. Warnings that come while a stage works, and the path of
+the first picture, are always printed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from flows.artifacts import SKIPPED
 from flows.deployments import STAGES
 from flows.runs import RUNS_READ, fail_dead_runs, read_stage_runs
 from flows.services import ServiceError, worker_lives
@@ -50,6 +52,7 @@ class StageView:
     state: str
     seconds: float
     progress: str
+    warnings: tuple[str, ...] = ()  # that came while it worked, the last few
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,7 @@ def look(flow_run_id: UUID) -> RunView:
         flows = {child.flow_id: _flow_name(client, child.flow_id) for child in runs}
         artifacts = _artifacts(client, flow_run_id, RUNS_READ, type={"any_": ["progress"]})
     lines = {UUID(artifact["flow_run_id"]): artifact["description"] or "" for artifact in reversed(artifacts)}
-    stages = [
-        StageView(
-            flows[child.flow_id],
-            STATE_WORDS.get(child.state_type, "waiting"),
-            child.estimated_run_time.total_seconds(),
-            _problem(child) or lines.get(child.id, ""),
-        )
-        for child in runs
-    ]
+    stages = [_stage_view(child, flows[child.flow_id], lines.get(child.id, "")) for child in runs]
     return RunView(run.state_type or StateType.PENDING, _problem(run), stages)
 
 
@@ -96,6 +91,16 @@ def _flow_name(client: SyncPrefectClient, flow_id: UUID) -> str:
     if flow_id not in _FLOW_NAMES:
         _FLOW_NAMES[flow_id] = client.read_flow(flow_id).name
     return _FLOW_NAMES[flow_id]
+
+
+def _stage_view(run: FlowRun, name: str, described: str) -> StageView:
+    """`described`: of its progress artifact."""
+    progress, *warnings = described.splitlines() or [""]
+    state = STATE_WORDS.get(run.state_type, "waiting")
+    if run.state_type == StateType.COMPLETED and progress.startswith(SKIPPED):
+        state, progress = "skipped", progress.removeprefix(SKIPPED)
+    seconds = run.estimated_run_time.total_seconds()
+    return StageView(name, state, seconds, _problem(run) or progress, tuple(warnings))
 
 
 def newest_picture(flow_run_id: UUID) -> Picture | None:
@@ -128,6 +133,7 @@ def follow(flow_run_id: UUID, console: Console) -> RunView:
     redraws = console.is_terminal and not console.is_dumb_terminal
     live = Live(console=console, auto_refresh=False, transient=False) if redraws else None
     printer, pictures, picture_seen = _LinePrinter(console), _Pictures(flow_run_id, console), False
+    warned: set[str] = set()
     last_answer = time.monotonic()
     if live:
         live.start()
@@ -150,6 +156,10 @@ def follow(flow_run_id: UUID, console: Console) -> RunView:
             if picture and not picture_seen:
                 console.print(f"first pictures: {picture.path}", soft_wrap=True, highlight=False)
                 picture_seen = True
+            for warning in _warnings(view):
+                if warning not in warned:
+                    console.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
+                    warned.add(warning)
             if live:
                 live.update(_screen(view, picture, console), refresh=True)
             else:
@@ -160,6 +170,15 @@ def follow(flow_run_id: UUID, console: Console) -> RunView:
     finally:
         if live:
             live.stop()
+
+
+def _warnings(view: RunView) -> list[str]:
+    """Each with its stage, which a training phase's own begin with."""
+    return [
+        warning if warning.startswith(stage.name) else f"{stage.name}: {warning}"
+        for stage in view.stages
+        for warning in stage.warnings
+    ]
 
 
 def _problem(run: FlowRun) -> str:

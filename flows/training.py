@@ -47,15 +47,18 @@ def train_phase(run: StageRun, key: str, init: CheckpointRef | None) -> PhaseRes
         result = train(job, run.recipe.compute, run.report, tell=view)
     last = result.checkpoints[-1]
     skipped = result.resumed_from == result.samples
-    remember_stage(run.store, run.recipe.run, key, job.folder, read_done(run.store, last).digest, job.fields)
+    digest = read_done(run.store, last).digest
+    known = note.warnings if skipped and note is not None and note.digest == digest else ()
+    warnings = list(dict.fromkeys([*known, *result.warnings]))
+    remember_stage(run.store, run.recipe.run, key, job.folder, digest, job.fields, tuple(warnings))
     return PhaseResult(
         key=key,
         manifest=f"{last}/DONE.json",
-        digest=read_done(run.store, last).digest,
+        digest=digest,
         skipped=skipped,
         reason=NOTHING_TO_DO if skipped else _reason(note, job, result),
         table=checkpoint_table(run.store, key, result.checkpoints),
-        warnings=result.warnings,
+        warnings=warnings,
         pictures={f"loss, {key}": loss_curve(read_metrics(run.store, job.folder), key)},
     )
 

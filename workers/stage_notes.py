@@ -25,6 +25,7 @@ class StageNote(BaseModel):
     folder: str
     digest: str
     fields: dict[str, Any]
+    warnings: tuple[str, ...] = ()  # of its making, for a later run that has nothing to do
 
 
 def recall_stage(store: Store, run: str, stage: str) -> StageNote | None:
@@ -35,8 +36,10 @@ def recall_stage(store: Store, run: str, stage: str) -> StageNote | None:
         return None  # written by another version: it explains nothing, and decides nothing
 
 
-def remember_stage(store: Store, run: str, stage: str, folder: str, digest: str, fields: dict[str, Any]) -> None:
-    note = StageNote(folder=folder, digest=digest, fields=fields)
+def remember_stage(
+    store: Store, run: str, stage: str, folder: str, digest: str, fields: dict[str, Any], warnings: tuple[str, ...] = ()
+) -> None:
+    note = StageNote(folder=folder, digest=digest, fields=fields, warnings=warnings)
     if recall_stage(store, run, stage) != note:
         store.put_json(_note_path(run, stage), note.model_dump(mode="json"))
 

@@ -89,6 +89,24 @@ def test_what_cannot_be_drawn_is_one_warning_and_the_progress_goes_on(server, ca
     assert list(server.posted.values()) == [[(50.0, "2/4 steps")]]
 
 
+def test_the_progress_has_the_newest_warnings_below_it_and_ends_without_what_was_done_last(server):
+    with StageReporter("pretrain", str(uuid4()), logging.getLogger("run")) as report:
+        report(Progress(4, 4, "steps", note="writing a checkpoint"))
+        for number in range(7):
+            report.warn(f"warning {number}")
+        assert report._progress() == (100.0, "\n".join(["4/4 steps, writing a checkpoint", *(f"warning {n}" for n in range(2, 7))]))
+    [posted] = server.posted.values()
+    assert posted[-1][1].splitlines()[0] == "4/4 steps"
+
+
+def test_a_stage_with_nothing_to_do_says_so(server):
+    with StageReporter("pretrain", str(uuid4()), logging.getLogger("run")) as report:
+        report(Progress(4, 4, "steps"))
+        report.skipped("finished before")
+    [posted] = server.posted.values()
+    assert posted[-1] == (100.0, "skipped: finished before")
+
+
 @pytest.mark.parametrize(("recipe", "name"), [("mini", "pretrain mini"), ("/home/a/own.v2.yaml", "pretrain own.v2")])
 def test_a_run_is_named_by_its_flow_and_its_recipe(monkeypatch, recipe, name):
     run = SimpleNamespace(flow_name="pretrain", parameters={"recipe": recipe})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from datetime import timedelta
 from types import SimpleNamespace
 from uuid import uuid4
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from flows import terminal
 from flows.artifacts import markdown_picture
 from flows.services import ServiceError
-from flows.terminal import Picture, RunView, StageView, _LinePrinter, _picture, _problem, _screen, _table
+from flows.terminal import Picture, RunView, StageView, _LinePrinter, _picture, _problem, _screen, _stage_view, _table
 from flows.terminal_picture import half_blocks
 from sd3core.pictures import encode_png
 
@@ -180,6 +181,38 @@ def test_the_path_of_the_first_picture_is_printed_once(server, kind):
     terminal.follow(uuid4(), Console(file=out, width=60, **kind))
     assert out.getvalue().count("first pictures: /store/a.png") == 1 and "b.png" not in out.getvalue()
     assert ("▀" in out.getvalue()) == bool(kind)
+
+
+@pytest.mark.parametrize("kind", [{}, COLOURFUL])
+def test_a_warning_is_printed_once_and_as_it_comes(server, kind):
+    lost = "pretrain: a rank was lost; went on from 3,000 samples"
+    views = [
+        RunView(state, "", [StageView("pretrain", "running", 1, "", warnings)])
+        for state, warnings in [
+            (StateType.RUNNING, ()),
+            (StateType.RUNNING, (lost,)),
+            (StateType.COMPLETED, (lost, "a.png cannot be shown")),
+        ]
+    ]
+    server.look = lambda run: views.pop(0)
+    out = io.StringIO()
+    terminal.follow(uuid4(), Console(file=out, width=100, **kind))
+    assert out.getvalue().count(f"warning: {lost}\n") == 1
+    assert out.getvalue().count("warning: pretrain: a.png cannot be shown\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "described", "shown"),
+    [
+        (StateType.COMPLETED, "skipped: finished before", ("skipped", "finished before", ())),
+        (StateType.COMPLETED, "4/4 steps\none\ntwo", ("done", "4/4 steps", ("one", "two"))),
+        (StateType.RUNNING, "", ("running", "", ())),
+    ],
+)
+def test_a_stage_by_its_state_and_what_its_progress_says(state, described, shown):
+    run = SimpleNamespace(state_type=state, state=None, estimated_run_time=timedelta(seconds=2))
+    view = _stage_view(run, "pretrain", described)
+    assert (view.state, view.progress, view.warnings) == shown
 
 
 @pytest.mark.parametrize(("kind", "fetched"), [({}, [0, 2, 4]), (COLOURFUL, [0, 2, 4, 14, 24, 28])])

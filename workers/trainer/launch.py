@@ -327,8 +327,7 @@ class _Supervisor:
 
     def _warnings(self, news: _News) -> list[str]:
         restarts = [
-            f"{self.job.phase}: a rank was lost; attempt {attempt} went on from {samples} samples"
-            for attempt, samples in news.began[1:]
+            f"{self.job.phase}: a rank was lost; went on from {samples:,} samples" for _, samples in news.began[1:]
         ]
         return [*news.warnings, *restarts]
 

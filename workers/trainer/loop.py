@@ -257,8 +257,7 @@ class PhaseTraining:
     def _tell(self, row: dict[str, Any], doing: str = "") -> None:
         if self.place.rank == 0:
             loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
-            note = f"loss {loss}, {row['samples_per_s']:,.0f} img/s{doing}"
-            self.watcher.progress(row["samples"], note, None if doing else row["loss"])
+            self.watcher.progress(row["samples"], f"loss {loss}{doing}", None if doing else row["loss"])
 
     def _warn(self, message: str) -> None:
         if self.place.rank == 0:
