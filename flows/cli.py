@@ -29,7 +29,7 @@ def _line(error: Exception) -> str | None:
     """What to tell a user who can mend it; None where it is a fault of the program."""
     import httpx  # what Prefect's client raises when its server is away; not needed to start
 
-    from flows.home import full_disk, home
+    from flows.home import full_disk, home, pasted
     from sd3core.errors import UserError, described_os_error
 
     if isinstance(error, UserError):
@@ -38,7 +38,7 @@ def _line(error: Exception) -> str | None:
         said = f"{error.response.status_code} {error.response.reason_phrase}"
         return full_disk() or f"the Prefect server answers {said}; {home()}/logs/server.log says why"
     if isinstance(error, httpx.HTTPError):
-        return "the Prefect server does not answer; `sd3 up` starts it again"
+        return f"the Prefect server does not answer; `{pasted('sd3 up')}` starts it again"
     if isinstance(error, OSError):
         return described_os_error(error)
     return None

@@ -10,6 +10,7 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
+from flows.home import pasted
 from flows.recipes import known_recipes
 from sd3core.recipe import Recipe, load_recipe
 
@@ -60,7 +61,7 @@ def up() -> None:
 
     services = start(_say)
     _say(f"UI: {services.ui_url}")
-    _say('in this shell, for the prefect command: eval "$(sd3 env)"')
+    _say(f'in this shell, for the prefect command: eval "$({pasted("sd3 env")})"')
 
 
 @app.command()
@@ -89,7 +90,7 @@ def status() -> None:
 
     services = Services.load()
     if services is None:
-        _say("services: never started here; `sd3 up` starts them")
+        _say(f"services: never started here; `{pasted('sd3 up')}` starts them")
         raise typer.Exit(1)
     answers = server_answers(services)
     _say(f"server: {'answers at ' + services.ui_url if answers else 'does not answer'}")
@@ -101,7 +102,7 @@ def status() -> None:
         for run in unfinished_runs():
             _say(described(run))
     if not answers or not (services.worker and services.worker.alive()):
-        _say("`sd3 up` starts what is missing")
+        _say(f"`{pasted('sd3 up')}` starts what is missing")
         raise typer.Exit(1)
 
 

@@ -14,7 +14,7 @@ from uuid import UUID
 
 from rich.console import Console
 
-from flows.home import PROJECT, run_store
+from flows.home import PROJECT, pasted, run_store
 from flows.interrupt import Interrupted, put_off, unheard
 from flows.recipes import find_recipe
 from flows.services import ServiceError, Services, up, worker_lives
@@ -25,6 +25,7 @@ from sd3core.recipe import Recipe, load_recipe
 if TYPE_CHECKING:
     from flows.terminal import RunView
 
+DOWN = pasted("sd3 down")
 EXAMPLE_PROMPT = "a red circle left of a blue square"
 RUN_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -72,7 +73,7 @@ def demo(
 
     run_id = _run_at_work(name, recipe, overrides)
     if run_id and from_stage:
-        raise UserError(f"run {recipe.run} is at work; `sd3 down` ends it, then --from-stage {from_stage} can begin")
+        raise UserError(f"run {recipe.run} is at work; `{DOWN}` ends it, then --from-stage {from_stage} can begin")
     if from_stage:
         forgotten = forget_from(recipe, store, from_stage)
         console.print(f"made again: {', '.join(forgotten)}", soft_wrap=True, highlight=False)
@@ -104,13 +105,13 @@ def _run_to_the_end(
         if run_id is None:
             raise
         if joined:
-            raise Interrupted("the run goes on; the same command shows it again, `sd3 down` ends it") from None
+            raise Interrupted(f"the run goes on; the same command shows it again, `{DOWN}` ends it") from None
         with unheard():
             console.print("ending the run", highlight=False)
             cancel_run(run_id)
         raise Interrupted(
             "the run is cancelled and its processes have ended; the same command goes on from there,"
-            " `sd3 down` stops the services"
+            f" `{DOWN}` stops the services"
         ) from None
 
 
@@ -125,7 +126,7 @@ def _run_at_work(name: str, recipe: Recipe, overrides: list[str]) -> UUID | None
         if load_recipe(run.parameters["recipe"], others).run == recipe.run:
             shown = " ".join(others) or "no overrides"
             raise RunFailed(
-                f"run {recipe.run}: flow run {run.name} works on it with other settings ({shown}); wait for it, or `sd3 down` ends it"
+                f"run {recipe.run}: flow run {run.name} works on it with other settings ({shown}); wait for it, or `{DOWN}` ends it"
             )
     return None
 
@@ -139,7 +140,7 @@ def _first_failure(view: RunView) -> str:
 
 def sample_command(name_or_path: str, overrides: list[str]) -> list[str]:
     """The command that draws from what this run made, ready to paste."""
-    command = [".venv/bin/sd3", "sample", shlex.quote(EXAMPLE_PROMPT)]
+    command = [pasted("sd3"), "sample", shlex.quote(EXAMPLE_PROMPT)]
     if name_or_path != "mini":
         command += ["--recipe", shlex.quote(name_or_path)]
     for override in overrides:

@@ -37,6 +37,11 @@ def write_whole(path: Path, text: str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+def pasted(command: str) -> str:
+    """A command of this installation as a message shows it: it can be pasted in the project's folder."""
+    return f".venv/bin/{command}"
+
+
 def full_disk() -> str | None:
     """What to tell where this machine's own has no room: Prefect's database lies there too, and says it less clearly."""
     free = shutil.disk_usage(ensure(home())).free

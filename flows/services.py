@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from flows.home import PROJECT, ensure, full_disk, home, one_at_a_time, write_whole
+from flows.home import PROJECT, ensure, full_disk, home, one_at_a_time, pasted, write_whole
 from flows.interrupt import put_off, unheard
 from sd3core.errors import UserError
 from workers.session_folders import remove_dead_sessions
@@ -208,7 +208,7 @@ def require() -> Services:
     """The running services, or a ServiceError that says how to start them."""
     services = Services.load()
     if services is None or not server_answers(services):
-        raise ServiceError("the local services are not running; start them with `sd3 up`")
+        raise ServiceError(f"the local services are not running; start them with `{pasted('sd3 up')}`")
     return services
 
 

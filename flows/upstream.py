@@ -5,6 +5,7 @@ A stage that is missing, or stands behind the one before it, is a DataError that
 
 from __future__ import annotations
 
+from flows.home import pasted
 from sd3core import specs
 from sd3core.checkpoint import CheckpointRef, list_checkpoints, read_done
 from sd3core.data.manifest import MANIFEST, Manifest, ManifestRef, manifest_ref, read_manifest
@@ -100,7 +101,7 @@ def _up_to_date(recipe: Recipe, manifest: Manifest, stage: str, **inputs: Manife
     behind = [name for name, digest in wanted.items() if manifest.inputs.get(name) != digest]
     if behind:
         raise DataError(
-            f"{stage}: what it made is older than {behind[0]}; run `prefect deployment run '{stage}/{recipe.name}'` first"
+            f"{stage}: what it made is older than {behind[0]}; run `{_deployment_run(recipe, stage)}` first"
         )
     return manifest
 
@@ -111,5 +112,9 @@ def _ref(manifest: Manifest) -> ManifestRef:
 
 def _missing(recipe: Recipe, stage: str) -> DataError:
     return DataError(
-        f"{stage} is not finished for this recipe; run `prefect deployment run '{stage}/{recipe.name}'` first, or 'pipeline/{recipe.name}' for all"
+        f"{stage} is not finished for this recipe; run `{_deployment_run(recipe, stage)}` first, or 'pipeline/{recipe.name}' for all"
     )
+
+
+def _deployment_run(recipe: Recipe, stage: str) -> str:
+    return pasted(f"prefect deployment run '{stage}/{recipe.name}'")

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 CANCELLED = (
     "sd3: the run is cancelled and its processes have ended; the same command goes on from there,"
-    " `sd3 down` stops the services"
+    " `.venv/bin/sd3 down` stops the services"
 )
 STOPPED = "sd3: stopped; what was finished stays, and nothing that it started is left running"
 SETTLES_SECONDS = 20  # Prefect's worker looks after a cancelled run with a process of its own
@@ -62,7 +62,7 @@ def test_a_run_that_was_joined_goes_on(installation):
     code, printed = installation.interrupted(demo_command("run=joined", *OVERRIDES), "ingest: ")
     assert (code, printed.splitlines()[-1]) == (
         130,
-        "sd3: the run goes on; the same command shows it again, `sd3 down` ends it",
+        "sd3: the run goes on; the same command shows it again, `.venv/bin/sd3 down` ends it",
     ), printed
     assert run in printed and installation.running()
     installation.api(f"flow_runs/{run}/set_state", state={"type": "CANCELLING"})  # as the UI's Cancel does

@@ -48,7 +48,7 @@ def sd3(monkeypatch, capsys):
         (["demo", "-r", "mimi"], "sd3: recipe 'mimi': no recipe of that name"),
         (["demo", "--data", "/none"], "sd3: DATA=/none: no such folder"),
         (["deploy", "none.yaml"], "sd3: recipe none.yaml: no such file"),
-        (["env"], "sd3: the local services are not running; start them with `sd3 up`"),
+        (["env"], "sd3: the local services are not running; start them with `.venv/bin/sd3 up`"),
         (
             ["sample", "a circle", "-r", "tiny-test", "--without", "clip"],
             "sd3: --without clip: the encoders are clip_l, clip_g, t5",
@@ -77,7 +77,7 @@ def test_a_file_of_prompts_has_one_on_each_line(tmp_path):
 
 def test_a_stage_that_is_missing_names_the_deployment_to_run(sd3):
     _, _, err = sd3("sample", "a circle", "-r", "tiny-test")
-    assert "run `prefect deployment run 'towers/tiny-test'` first" in err
+    assert "run `.venv/bin/prefect deployment run 'towers/tiny-test'` first" in err
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_command_that_cannot_be_read_is_exit_code_2(sd3, arguments):
 
 
 def test_status_and_down_where_nothing_was_started(sd3):
-    assert sd3("status")[:2] == (1, "services: never started here; `sd3 up` starts them\n")
+    assert sd3("status")[:2] == (1, "services: never started here; `.venv/bin/sd3 up` starts them\n")
     assert sd3("down")[:2] == (0, "services: none were started here\n")
 
 
@@ -113,7 +113,7 @@ def test_the_process_ends_with_the_code():
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (httpx.ConnectError("refused"), "sd3: the Prefect server does not answer; `sd3 up` starts it again\n"),
+        (httpx.ConnectError("refused"), "sd3: the Prefect server does not answer; `.venv/bin/sd3 up` starts it again\n"),
         (
             httpx.HTTPStatusError("", request=None, response=httpx.Response(500)),
             "sd3: the Prefect server answers 500 Internal Server Error; HOME/logs/server.log says why\n",

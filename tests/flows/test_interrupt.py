@@ -114,7 +114,7 @@ def test_a_run_that_the_command_started_is_ended_whenever_it_is_pressed(monkeypa
 
 
 def test_a_run_that_the_command_joined_goes_on(ended):
-    with pytest.raises(Interrupted, match="the run goes on; the same command shows it again, `sd3 down` ends it"):
+    with pytest.raises(Interrupted, match="the run goes on; the same command shows it again, `.venv/bin/sd3 down` ends it"):
         run_to_the_end(uuid4())
     assert ended == []
 

@@ -69,10 +69,10 @@ def test_no_free_port_is_an_error_that_says_so(monkeypatch):
 
 
 def test_services_that_do_not_answer_are_named_with_the_mend():
-    with pytest.raises(ServiceError, match="not running; start them with `sd3 up`$"):
+    with pytest.raises(ServiceError, match="not running; start them with `.venv/bin/sd3 up`$"):
         services.require()
     Services(port=1).save()  # nobody listens there
-    with pytest.raises(ServiceError, match="not running; start them with `sd3 up`$"):
+    with pytest.raises(ServiceError, match="not running; start them with `.venv/bin/sd3 up`$"):
         services.require()
 
 
