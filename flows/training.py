@@ -129,4 +129,6 @@ def checkpoint_table(store: Store, key: str, folders: list[str]) -> list[dict[st
 def _reason(note: Any, job: TrainingJob, result: TrainingResult) -> str:
     if result.resumed_from:
         return f"went on from {result.resumed_from:,} samples"
-    return reason_to_work(note, job.folder, job.fields, 1, 1, "phases")
+    return reason_to_work(
+        note, job.folder, job.fields, 1, 1, "phase", {"training": job.phase, "init": "its starting checkpoint"}
+    )

@@ -234,7 +234,7 @@ def _conclude(
         if not state.is_newest:  # another run has added shards to the folder: let later stages find this one first
             commit_manifest(store, stage.folder, manifest)
     else:
-        reason = reason_to_work(state.note, stage.folder, stage.fields, len(made_here), len(stage.tasks), "shards")
+        reason = reason_to_work(state.note, stage.folder, stage.fields, len(made_here), len(stage.tasks), "shard")
         manifest = _build_manifest(store, state, made)
         reference = commit_manifest(store, stage.folder, manifest)
         store.remove_abandoned(stage.folder)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sd3core.data.manifest import explain_difference
 from sd3core.data.store import Store
 from sd3core.errors import StoreError
+from sd3core.progress import counted
 
 NOTHING_TO_DO = "finished before, nothing to do"
 
@@ -49,21 +50,34 @@ def _note_path(run: str, stage: str) -> str:
 
 
 def reason_to_work(
-    note: StageNote | None, folder: str, fields: dict[str, Any], missing: int, total: int, unit: str
+    note: StageNote | None,
+    folder: str,
+    fields: dict[str, Any],
+    missing: int,
+    total: int,
+    thing: str,
+    names: dict[str, str] | None = None,
 ) -> str:
-    """Why a stage has work to do: which field changed since this run last used the stage, and how much is missing."""
+    """Why a stage has work to do: which field changed since this run last used the stage, and how many things are missing.
+
+    `names`: what a reader calls some of the fields.
+    """
     causes = []
     if note is not None and note.fields != fields:
-        causes = [_readable(line) for line in explain_difference(note.fields, fields)]
+        causes = [_readable(line, names or {}) for line in explain_difference(note.fields, fields)]
     elif note is not None and note.folder != folder:
         causes = [f"{note.folder} -> {folder}"]
     elif note is None and missing == total:
         causes = ["first run"]
-    if missing and causes != ["first run"]:
-        causes.append(f"{missing} of {total} {unit} were missing")
+    if missing and causes != ["first run"] and not (causes and total == 1):
+        causes.append(f"{missing:,} of {counted(total, thing)} {'was' if missing == 1 else 'were'} missing")
     return "; ".join(causes) or "its inputs or its list of shards changed"
 
 
-def _readable(difference: str) -> str:
+def _readable(difference: str, names: dict[str, str]) -> str:
     """A fingerprint says nothing to a reader: "raw: 0123456789ab -> ba9876543210" becomes "raw changed"."""
-    return re.sub(r"^(\S+): [0-9a-f]{12,64} -> [0-9a-f]{12,64}$", r"\1 changed", difference)
+    field, change = difference.split(": ", 1)
+    first, dot, rest = field.partition(".")
+    named = f"{names.get(first, first)}{dot}{rest}"
+    fingerprints = re.fullmatch(r"([0-9a-f]{12,64}|None) -> ([0-9a-f]{12,64}|None)", change)
+    return f"{named} changed" if fingerprints else f"{named}: {change}"

@@ -54,7 +54,7 @@ def towers_stage(recipe: Recipe, store: Store, raw: ManifestRef | None, report: 
     if not missing:
         manifest = _standing_manifest(store, folder)
     if manifest is None:
-        reason = reason_to_work(note, folder, fields, len(missing), len(TOWER_FOLDERS), "towers")
+        reason = reason_to_work(note, folder, fields, len(missing), len(TOWER_FOLDERS), "tower")
         if missing:
             _make(recipe, store, raw, folder, missing, report)
         manifest = commit_towers(store, folder, fields)

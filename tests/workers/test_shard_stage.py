@@ -84,7 +84,7 @@ def test_first_run_then_nothing_to_do_then_only_what_is_missing(store):
 
     store.delete(f"{manifest.folder}/{manifest.shards[2].stem}.done.json")
     third = run(store, a_stage())
-    assert (third.skipped, third.reason, third.made) == (False, "1 of 4 shards were missing", 1)
+    assert (third.skipped, third.reason, third.made) == (False, "1 of 4 shards was missing", 1)
     assert third.manifest == first.manifest  # the bytes are a function of the inputs
     assert attempts(store) == {"00000": 1, "00001": 1, "00002": 2, "00003": 1}
 
@@ -121,7 +121,7 @@ def test_poison_shards_are_named_after_all_others_are_done(store):
         run(store, a_stage(), poison=(1,))
     assert recall_stage(store, "r", "text") is None
     mended = run(store, a_stage())
-    assert (mended.made, mended.done_before, mended.reason) == (1, 3, "1 of 4 shards were missing")
+    assert (mended.made, mended.done_before, mended.reason) == (1, 3, "1 of 4 shards was missing")
 
 
 def test_a_worker_killed_in_its_shard_costs_only_that_shard(store):
