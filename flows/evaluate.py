@@ -7,8 +7,9 @@ from typing import Any
 from prefect import flow
 
 from flows import upstream
-from flows.scores import bench_rows, score_rows, thumbnails
+from flows.scores import bench_rows, left_out_lines, score_rows, thumbnails
 from flows.stage import FLOW_OPTIONS, stage
+from sd3core.progress import counted
 from workers.evaluate import EvaluationInputs, evaluate_stage
 from workers.shard_stage import NOTHING_TO_DO
 
@@ -34,9 +35,9 @@ def evaluate(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
             skipped=result.skipped,
             reason=NOTHING_TO_DO
             if result.skipped
-            else f"{result.made} of {result.made + result.done_before} parts were not scored yet",
+            else f"{result.made} of {counted(result.made + result.done_before, 'part')} not scored yet",
             table=score_rows(result.scores),
             second_table=bench_rows(result.bench),
-            warnings=sorted({f"{row['metric']} is left out: {row['reason']}" for row in result.left_out}),
+            warnings=left_out_lines(result.scores, result.left_out),
             pictures=thumbnails(run.store, result.pictures),
         )

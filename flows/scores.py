@@ -47,6 +47,15 @@ def bench_rows(tasks: list[dict[str, Any]]) -> list[dict[str, object]]:
     return [*rows, {"task": "mean of the tasks"} | means | {"chance": f"{chance:.3f}"}]
 
 
+def left_out_lines(scores: list[dict[str, Any]], left_out: list[dict[str, Any]]) -> list[str]:
+    """What is left out and why; where there is no score at all one line says it, by the reason of the plainest."""
+    found = {(row["metric"], row["reason"]) for row in left_out}
+    plainest = {("every score", reason) for metric, reason in found if metric == "validation_loss"}
+    if plainest and not scores:
+        found = plainest | {(metric, reason) for metric, reason in found if metric == "grid"}
+    return sorted(f"{metric} is left out: {reason}" for metric, reason in found)
+
+
 def _mean_share(tallies: list[dict[str, int]]) -> str:
     shares = [tally["right"] / tally["pictures"] for tally in tallies if tally["pictures"]]
     return f"{fmean(shares):.3f}" if shares else "-"

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from sd3core.data.folder_source import FolderItem
 from sd3core.data.ingest import IngestWorker, SourceShard, list_source
-from sd3core.data.shards import DoneRecord
+from sd3core.data.manifest import read_manifest
+from sd3core.data.shards import DoneRecord, read_index
 from sd3core.data.store import Store
 from sd3core.progress import ProgressCallback, counted
 from sd3core.recipe import Data, Recipe
@@ -24,7 +25,22 @@ def ingest_stage(recipe: Recipe, store: Store, report: ProgressCallback) -> Stag
     stage = ShardStage("ingest", "raw", folder, raw_fields(recipe), {}, tasks)
     worker = {"data": recipe.data, "store_url": store.url, "folder": folder}
     result = run_shard_stage(store, recipe.run, stage, IngestShard, worker, recipe.compute, report)
-    return replace(result, warnings=[*result.warnings, *_cut_captions(recipe.data, sources)])
+    reason = result.reason if result.skipped else "; ".join([result.reason, *_images_used(store, recipe.data, result)])
+    return replace(result, reason=reason, warnings=[*result.warnings, *_cut_captions(recipe.data, sources)])
+
+
+def _images_used(store: Store, data: Data, result: StageResult) -> list[str]:
+    """Of a user's own images: how many there are to train and to score on."""
+    if data.source != "folder":
+        return []
+    manifest = read_manifest(store, result.manifest.folder, result.manifest.digest)
+    splits = [
+        split
+        for shard in manifest.shards
+        for split in read_index(store, manifest.folder, shard.stem)["split"].to_pylist()
+    ]
+    found = manifest.rows + sum(manifest.failed_reasons.values())
+    return [f"{manifest.rows:,} of {counted(found, 'image')} used, {splits.count('held_out'):,} held out"]
 
 
 def _cut_captions(data: Data, sources: list[SourceShard]) -> list[str]:

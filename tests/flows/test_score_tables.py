@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from flows.scores import PICTURES_SHOWN, bench_rows, score_rows, thumbnails
+from flows.scores import PICTURES_SHOWN, bench_rows, left_out_lines, score_rows, thumbnails
 from sd3core.data.store import open_store
 
 
@@ -107,3 +107,13 @@ def test_the_newest_ema_pictures_are_shown(tmp_path):
     shown = thumbnails(store, pictures)
     assert list(shown.values()) == [f"{number}-ema".encode() for number in range(2, PICTURES_SHOWN + 2)]
     assert list(shown)[-1] == "grid, pretrain, 7,000 samples"
+
+
+def test_without_any_score_one_line_says_why():
+    left_out = [
+        {"metric": "clip_fid", "reason": "FID needs at least 65 generated images; there is 1"},
+        {"metric": "validation_loss", "reason": "validation loss needs at least 8 held-out images; there is 1"},
+    ] * 2
+    assert left_out_lines([], left_out) == ["every score is left out: validation loss needs at least 8 held-out images; there is 1"]
+    scored = [score("pretrain", 8, "ema", "clip_score", 0.5)]
+    assert left_out_lines(scored, left_out[:1]) == ["clip_fid is left out: FID needs at least 65 generated images; there is 1"]

@@ -80,6 +80,8 @@ def test_what_a_folder_holds_that_cannot_be_used_is_named_and_the_rest_goes_on(t
         row for entry in manifest.shards for row in read_index(store, manifest.folder, entry.stem).to_pylist()
     ]
     assert sorted(row["source"] for row in rows) == sorted(good)
+    held_out = sum(row["split"] == "held_out" for row in rows)
+    assert made.reason == f"first run; 4 of 9 images used, {held_out} held out"
     assert made.warnings == [
         "1 row left out: animated, or several pictures in one file; save the one you want as a file of its own: film.gif",
         "4 rows left out: empty file: a.jpg, b.jpg, c.jpg and 1 more",
@@ -212,7 +214,7 @@ def test_a_finished_tower_is_not_made_again(chain):
     chain.store.delete(f"{folder}/t5.done.json")
     result = run_chain(recipe, chain.store).towers
     assert (result.made, result.done_before, result.skipped) == (1, 4, False)
-    assert result.reason == "1 of 5 towers were missing"
+    assert result.reason == "1 of 5 towers was missing"
     after = {path: chain.store.get(path) for path in before}
     assert {path for path in before if before[path] != after[path]} <= {f"{folder}/t5.done.json"}
 
