@@ -12,7 +12,7 @@ from sd3core.recipe import Text, Training
 
 
 class TrainingFailed(UserError):
-    """Training cannot go on; the message says where it stopped and what to do."""
+    """Training cannot go on; the message says where it stopped and why."""
 
 
 class TrainingSuperseded(TrainingFailed):

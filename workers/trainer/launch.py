@@ -75,7 +75,7 @@ def train(
             _check_resources(compute)
             warnings = _Supervisor(job, compute, report, tell, stands).run(open_loader)
         if _samples_that_stand(job) < job.samples_at(job.total_steps):
-            raise TrainingFailed(f"{job.phase}: the ranks ended before the last checkpoint was written; run it again")
+            raise TrainingFailed(f"{job.phase}: the ranks ended before the last checkpoint was written")
     store = open_store(job.store)
     folders = [ref.folder for ref in list_checkpoints(store, job.folder)]
     stored = [f"{job.phase}: {row['warning']}" for row in read_metrics(store, job.folder) if "warning" in row]
@@ -300,7 +300,7 @@ class _Supervisor:
             self.meter.update(self.meter.total, news.note)
             return self._warnings(news)
         except RayActorError:
-            raise TrainingFailed(f"{self.job.phase}: Ray Train's own process died; run it again to go on") from None
+            raise TrainingFailed(f"{self.job.phase}: Ray Train's own process died") from None
         finally:
             _end(desk, finished, label)
 
@@ -315,7 +315,7 @@ class _Supervisor:
             elif time.monotonic() - heard_at > self.compute.stall_timeout_s:
                 raise TrainingFailed(
                     f"{self.job.phase}: no progress for {self.compute.stall_timeout_s:g} s (compute.stall_timeout_s)"
-                    f" after {news.samples} samples; last word: {news.note or 'none'}; run it again to go on"
+                    f" after {news.samples} samples; last word: {news.note or 'none'}"
                 )
             news = latest
             if news.fatal is not None:
