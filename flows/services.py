@@ -22,6 +22,7 @@ import psutil
 from flows.home import PROJECT, ensure, full_disk, home, one_at_a_time, pasted, write_whole
 from flows.interrupt import put_off, unheard
 from sd3core.errors import UserError
+from sd3core.progress import counted
 from workers.session_folders import remove_dead_sessions
 
 WORK_POOL = "local"
@@ -187,10 +188,12 @@ def down(say: Say = print) -> None:
         return
     if server_answers(services):
         use(services)
-        from flows.runs import cancel_waiting_runs
+        from flows.runs import cancel_waiting_runs, unfinished_runs
 
         for name in cancel_waiting_runs():
             say(f"run {name}: cancelled before it began")
+        if at_work := [run.name for run in unfinished_runs()]:
+            say(f"ending {counted(len(at_work), 'run')} ({', '.join(at_work)}), at most {2 * STOP_SECONDS} s")
     with put_off():
         for name in ("worker", "server"):
             process = getattr(services, name)

@@ -93,6 +93,17 @@ def test_down_where_nothing_was_started():
     assert said == ["services: none were started here"]
 
 
+def test_down_says_which_runs_it_ends_before_it_does(monkeypatch):
+    ended = SimpleNamespace(cancel_waiting_runs=lambda: [], unfinished_runs=lambda: [SimpleNamespace(name="pipeline mini")])
+    monkeypatch.setitem(sys.modules, "flows.runs", ended)
+    monkeypatch.setattr(services, "server_answers", lambda found: True)
+    monkeypatch.setattr(services, "use", lambda found: None)
+    Services(port=1).save()
+    said = []
+    services.down(said.append)
+    assert said == ["ending 1 run (pipeline mini), at most 30 s", "worker: was not running", "server: was not running"]
+
+
 def test_waiting_is_bounded_and_says_what_for(own_home, child):
     (own_home / "logs").mkdir()
     (own_home / "logs" / "server.log").write_text("first\nPort 4200 is in use\n\n")
