@@ -10,7 +10,7 @@ SMOOTHING_ROWS = 25
 
 
 def loss_curve(rows: Sequence[dict[str, Any]], title: str) -> bytes:
-    """The loss over samples seen: every step in `rows`, and their running mean. `rows`: metrics with `samples` and `loss`."""
+    """The loss over samples seen: every step in `rows`, and their running mean where there are enough. `rows`: metrics with `samples` and `loss`."""
     from matplotlib.figure import Figure  # without pyplot: no global state, works in any thread
 
     logged = [(row["samples"], row["loss"]) for row in rows if row.get("loss") is not None]
@@ -19,9 +19,10 @@ def loss_curve(rows: Sequence[dict[str, Any]], title: str) -> bytes:
     if logged:
         samples, losses = zip(*logged, strict=True)
         axes.plot(samples, losses, linewidth=0.5, alpha=0.4, label="single steps")
-        axes.plot(
-            samples, _running_mean(losses, SMOOTHING_ROWS), linewidth=1.5, label=f"mean of {SMOOTHING_ROWS} of them"
-        )
+        if len(losses) >= SMOOTHING_ROWS:
+            axes.plot(
+                samples, _running_mean(losses, SMOOTHING_ROWS), linewidth=1.5, label=f"mean of {SMOOTHING_ROWS} of them"
+            )
         axes.legend(loc="upper right")
     axes.set(title=title, xlabel="samples seen", ylabel="loss (velocity MSE)")
     axes.grid(alpha=0.3)
