@@ -5,7 +5,7 @@
 # VARIANT=cpu|cuda     which lock to install (default: what the machine has)
 # PIP_ARGS=...         more arguments for pip, e.g. an index that serves PyTorch's CPU build
 # FROM=stage           makes this stage and those after it again, finished or not
-# RECIPE=name          another recipe; SET="pretrain.samples=9600 seed=1" changes fields of it
+# RECIPE=name          another recipe; SET="pretrain.samples=9600 seed=1" changes fields of it (no spaces inside a value)
 
 PYTHON  ?= python3.11
 VARIANT ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)

@@ -37,6 +37,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what numpy and torch both take
 AspectRatio = Annotated[float, Field(gt=0)]  # width / height
 AspectRatios = Annotated[tuple[AspectRatio, ...], Field(min_length=1)]
 FourLevels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=4, max_length=4)]  # they make f8
+NO_SPACES = "; in `make SET=...` a value has no spaces inside"
+ENDINGS = (".yaml", ".yml")  # of a path; anything else is a name
 
 
 class Section(BaseModel):
@@ -384,7 +386,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
 
 
 def _read_yaml(name_or_path: str) -> dict[str, Any]:
-    if name_or_path.endswith((".yaml", ".yml")):
+    if name_or_path.endswith(ENDINGS):
         path = Path(name_or_path)
         try:
             if not path.is_file():
@@ -396,8 +398,10 @@ def _read_yaml(name_or_path: str) -> dict[str, Any]:
             raise RecipeError(f"recipe {name_or_path}: cannot be read ({error.strerror or error})") from None
     else:
         if name_or_path not in shipped_recipes():
+            beside = [f"{name_or_path}{ending}" for ending in ENDINGS if Path(f"{name_or_path}{ending}").is_file()]
+            meant = f"; for the file write {beside[0]}" if beside else _meant(name_or_path, shipped_recipes())
             raise RecipeError(
-                f"recipe {name_or_path!r}: no recipe of that name{_nearest(name_or_path, shipped_recipes())};"
+                f"recipe {name_or_path!r}: no recipe of that name{meant};"
                 f" shipped: {', '.join(shipped_recipes())}; or give a path that ends in .yaml"
             )
         text = (resources.files("infra") / "recipes" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
@@ -416,7 +420,7 @@ def _read_yaml(name_or_path: str) -> dict[str, Any]:
 def _apply_override(fields: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"override {override!r}: write it as section.key=value")
+        raise RecipeError(f"override {override!r}: write it as section.key=value{NO_SPACES}")
     *sections, last = key.split(".")
     target: Any = fields
     for section in sections:
@@ -429,7 +433,7 @@ def _apply_override(fields: dict[str, Any], override: str) -> None:
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: the value is not YAML; put it in quotes") from None
+        raise RecipeError(f"override {override!r}: the value is not YAML; put it in quotes{NO_SPACES}") from None
     if isinstance(target, list):
         target[_list_position(target, last, override)] = parsed
     else:
@@ -476,5 +480,9 @@ def _valid_keys(location: tuple[Any, ...]) -> list[str]:
 
 
 def _nearest(word: str, known: list[str]) -> str:
+    return _meant(word, known) or f"; valid here: {', '.join(known)}"
+
+
+def _meant(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]!r}?" if close else f"; valid here: {', '.join(known)}"
+    return f"; did you mean {close[0]!r}?" if close else ""

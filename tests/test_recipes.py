@@ -160,10 +160,10 @@ def test_the_papers_models(name):
             "towers.small.judge.patch_px=64",
             "recipe tiny-test: towers.small.judge: image_px 32 is not a multiple of patch_px 64",
         ),
-        ("pretrain", "override 'pretrain': write it as section.key=value"),
+        ("pretrain", "override 'pretrain': write it as section.key=value; in `make SET=...` a value has no spaces inside"),
         ("finetune.1.samples=8", "override 'finetune.1.samples=8': '1' is not one of the positions 0 to 0"),
         ("finetune.first.samples=8", "override 'finetune.first.samples=8': 'first' is not one of the positions 0 to 0"),
-        ("run=[a", "override 'run=[a': the value is not YAML; put it in quotes"),
+        ("run=[a", "override 'run=[a': the value is not YAML; put it in quotes; in `make SET=...` a value has no spaces inside"),
     ],
 )
 def test_errors_name_the_key_and_the_mend(override, message):
@@ -173,6 +173,7 @@ def test_errors_name_the_key_and_the_mend(override, message):
 def test_errors_of_the_file_itself(tmp_path):
     assert problem("mimi").startswith("recipe 'mimi': no recipe of that name; did you mean 'mini'?; shipped: mini, ")
     assert problem("mimi").endswith("; or give a path that ends in .yaml")
+    assert problem("zzzz").startswith("recipe 'zzzz': no recipe of that name; shipped: mini, ")
     missing = tmp_path / "mine.yaml"
     assert problem(str(missing)) == f"recipe {missing}: no such file"
     missing.write_text("a: [1\n")
@@ -184,6 +185,12 @@ def test_errors_of_the_file_itself(tmp_path):
     fields = load_recipe("tiny-test").model_dump(mode="json", exclude={"model"})
     missing.write_text(yaml.safe_dump(fields))
     assert problem(str(missing)) == f"recipe {missing}: model is missing"
+
+
+def test_a_file_that_is_named_without_its_ending(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-recipe.yaml").write_text("")
+    assert problem("my-recipe").startswith("recipe 'my-recipe': no recipe of that name; for the file write my-recipe.yaml; ")
 
 
 def test_a_misspelt_key_is_named_before_the_one_that_is_missing_for_it(tmp_path):
