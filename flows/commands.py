@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from flows.home import pasted
-from flows.recipes import known_recipes
+from flows.recipes import DEFAULT_RECIPE, known_recipes
 from sd3core.recipe import Recipe, load_recipe
 
 LOG_WIDTH = 160
@@ -39,7 +39,7 @@ def _load(name_or_path: str, overrides: list[str]) -> Recipe:
 
 @app.command()
 def demo(
-    recipe: RecipeOption = "mini",
+    recipe: RecipeOption = DEFAULT_RECIPE,
     data: Annotated[
         Optional[Path], typer.Option("--data", help="A folder of images: name.jpg with name.txt, or a metadata.jsonl.")
     ] = None,
@@ -129,7 +129,7 @@ def deploy(
 
 
 @app.command()
-def plan(recipe: RecipeOption = "mini", set_: SetOption = None) -> None:
+def plan(recipe: RecipeOption = DEFAULT_RECIPE, set_: SetOption = None) -> None:
     """Before money is spent: parameters, rows, bytes in the store, memory per GPU at each ZeRO stage, steps, FLOPs, hours."""
     from flows.plan import print_plan
 
@@ -140,7 +140,7 @@ def plan(recipe: RecipeOption = "mini", set_: SetOption = None) -> None:
 def sample(
     prompt: Annotated[Optional[list[str]], typer.Argument(help="One or more prompts.")] = None,
     file: Annotated[Optional[Path], typer.Option("--file", "-f", help="A text file with a prompt on each line.")] = None,
-    recipe: RecipeOption = "mini",
+    recipe: RecipeOption = DEFAULT_RECIPE,
     run: Annotated[Optional[str], typer.Option(help="The run to sample from; default: the recipe's.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     height: Annotated[Optional[int], typer.Option(help="px; default: the last phase's side.")] = None,

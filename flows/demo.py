@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -16,9 +17,10 @@ from rich.console import Console
 
 from flows.home import PROJECT, pasted, run_store
 from flows.interrupt import Interrupted, put_off, unheard
-from flows.recipes import find_recipe
+from flows.recipes import DEFAULT_RECIPE, find_recipe
 from flows.services import ServiceError, Services, up, worker_lives
 from flows.summary import print_summary, summary_path
+from sd3core.data.store import Store
 from sd3core.errors import DataError, UserError
 from sd3core.recipe import Recipe, load_recipe
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from flows.terminal import RunView
 
 DOWN = pasted("sd3 down")
+PROMPT_CHARS = 120
 EXAMPLE_PROMPT = "a red circle left of a blue square"
 RUN_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -83,7 +86,8 @@ def demo(
             f"{_first_failure(view)} (the same command{' without --from-stage' if from_stage else ''} goes on from there)"
         )
     summary = store.get_json(summary_path(recipe))
-    print_summary(summary, store, recipe, services, console, sample_command(name_or_path, overrides))
+    command = sample_command(name_or_path, overrides, _example_prompt(recipe, store))
+    print_summary(summary, store, recipe, services, console, command)
     return summary
 
 
@@ -135,13 +139,25 @@ def _first_failure(view: RunView) -> str:
     if not worker_lives():
         return "the Prefect worker has ended, and the run with it"
     failed = [stage for stage in view.stages if stage.state in ("failed", "crashed", "cancelled")]
+    if failed and failed[0].progress.startswith(failed[0].name):  # a training phase's own words name it
+        return failed[0].progress
     return f"{failed[0].name}: {failed[0].progress}" if failed else view.message or view.state.value.lower()
 
 
-def sample_command(name_or_path: str, overrides: list[str]) -> list[str]:
+def _example_prompt(recipe: Recipe, store: Store) -> str:
+    """Of what the run has learned: a caption of a user's own images."""
+    if recipe.data.source == "small_world":
+        return EXAMPLE_PROMPT
+    from flows.previews import preview_settings
+
+    captions = (" ".join(shown.caption.split()) for shown in preview_settings(recipe, store).captions)
+    return next((shorten(caption, PROMPT_CHARS, placeholder="") for caption in captions if caption), EXAMPLE_PROMPT)
+
+
+def sample_command(name_or_path: str, overrides: list[str], prompt: str = EXAMPLE_PROMPT) -> list[str]:
     """The command that draws from what this run made, ready to paste."""
-    command = [pasted("sd3"), "sample", shlex.quote(EXAMPLE_PROMPT)]
-    if name_or_path != "mini":
+    command = [pasted("sd3"), "sample", shlex.quote(prompt)]
+    if name_or_path != DEFAULT_RECIPE:
         command += ["--recipe", shlex.quote(name_or_path)]
     for override in overrides:
         command += ["--set", shlex.quote(override)]

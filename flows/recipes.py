@@ -9,6 +9,8 @@ from flows.home import ensure, home, write_whole
 from sd3core.errors import RecipeError
 from sd3core.recipe import Recipe, load_recipe, shipped_recipes
 
+DEFAULT_RECIPE = "mini"
+
 
 def known_recipes() -> dict[str, str]:
     """Name -> what load_recipe takes."""

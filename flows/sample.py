@@ -10,6 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flows import upstream
 from flows.home import run_store
+from flows.recipes import DEFAULT_RECIPE
+from flows.summary import finished_runs
+from sd3core.checkpoint import CheckpointRef
+from sd3core.data.store import Store
 from sd3core.errors import UserError
 from sd3core.generate import sample_to_files
 from sd3core.progress import counted
@@ -56,7 +60,7 @@ def sample_run(
     if weights not in ("ema", "live"):
         raise UserError(f"--weights {weights}: it is ema or live")
     store = run_store(recipe)
-    checkpoint = upstream.last_checkpoint(recipe, store, recipe.phases()[-1][0])
+    checkpoint = _last_checkpoint(recipe, store)
     towers = fetch_towers(store, upstream.towers_manifest(recipe, store).folder, towers_cache())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -83,8 +87,21 @@ def sample_run(
             guidance_scale=guidance if guidance is not None else recipe.evaluate.guidance_scale,
             drop=tuple(sorted(without)),
         )
-    seconds, pictures = time.monotonic() - loaded[0], counted(len(paths) - 1, "picture")
+    seconds, pictures = time.monotonic() - loaded[0], counted(len(prompts) * images, "picture")
     console.print(f"{pictures} in {seconds:.1f} s after loading", highlight=False)
     for path in paths:
         console.print(str(path), soft_wrap=True, highlight=False)
     return paths
+
+
+def _last_checkpoint(recipe: Recipe, store: Store) -> CheckpointRef:
+    """Of the last phase. Where this run is not finished and others are, the UserError names those."""
+    try:
+        return upstream.last_checkpoint(recipe, store, recipe.phases()[-1][0])
+    except upstream.NotFinishedError:
+        finished = finished_runs(store)
+        if not finished or recipe.run in finished:  # finished with other settings: the error names the stage
+            raise
+        default = " (the default)" if recipe.name == DEFAULT_RECIPE else ""
+        named = ", ".join(f"{run} (--recipe {of})" if run == of else run for run, of in finished.items())
+        raise UserError(f"recipe {recipe.name}{default} is not finished here; finished: {named}") from None

@@ -12,11 +12,18 @@ from flows.services import Services
 from sd3core.data.store import Store
 from sd3core.recipe import Recipe
 
+PICTURES_NAMED = 6
 TASKS_PREFIX = "shapes_bench/"
 
 
 def summary_path(recipe: Recipe) -> str:
     return f"runs/{recipe.run}/summary.json"
+
+
+def finished_runs(store: Store) -> dict[str, str]:
+    """Run -> recipe, of the pipeline runs that this store has to their end."""
+    paths = [entry.path for entry in store.list("runs") if entry.path.endswith("/summary.json")]
+    return {(summary := store.get_json(path))["run"]: summary["recipe"] for path in paths if path.count("/") == 2}
 
 
 def write_summary(store: Store, recipe: Recipe, stages: list[dict[str, Any]], scores: dict[str, Any]) -> dict[str, Any]:
@@ -47,9 +54,10 @@ def print_summary(
     _print_scores(bench_rows(summary["bench"]), console)
     console.print()
     say = lambda label, text: console.print(f"{label:<10}{text}", soft_wrap=True, highlight=False)  # noqa: E731
-    last = [picture for picture in summary["pictures"] if picture["weights"] == "ema"]
-    for picture in last[-3:]:
-        say("pictures", _shown(store, picture["path"]))
+    newest = {(picture["phase"], picture["name"]): picture for picture in summary["pictures"] if picture["weights"] == "ema"}
+    for (phase, size), picture in [*newest.items()][-PICTURES_NAMED:]:
+        height, _, width = size.partition("x")
+        say("pictures", f"{_shown(store, picture['path'])}  {phase} {height if height == width else size} px")
     say("all", _shown(store, f"runs/{recipe.run}/evaluations"))
     say("export", summary["export"].removeprefix("file://"))
     say("summary", _shown(store, summary_path(recipe)))

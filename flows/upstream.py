@@ -16,6 +16,10 @@ from sd3core.towers import TowersManifest, read_towers
 from workers.stage_notes import recall_stage
 
 
+class NotFinishedError(DataError):
+    """A stage that this recipe needs has not been made to its end."""
+
+
 def raw(recipe: Recipe, store: Store) -> ManifestRef:
     return _ref(_manifest(recipe, store, specs.raw_folder(recipe), "ingest", "ingest"))
 
@@ -110,8 +114,8 @@ def _ref(manifest: Manifest) -> ManifestRef:
     return manifest_ref(manifest.folder, manifest.digest)
 
 
-def _missing(recipe: Recipe, stage: str) -> DataError:
-    return DataError(
+def _missing(recipe: Recipe, stage: str) -> NotFinishedError:
+    return NotFinishedError(
         f"{stage} is not finished for this recipe; run `{_deployment_run(recipe, stage)}` first, or 'pipeline/{recipe.name}' for all"
     )
 

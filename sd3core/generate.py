@@ -159,8 +159,8 @@ def sample_to_files(
     on_step: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> list[Path]:
-    """Draws every prompt and writes OUT/00000.png ... and OUT/grid.png, with the settings inside each file. -> paths,
-    grid last.
+    """Draws every prompt and writes OUT/00000.png ... and, of more than one, OUT/grid.png, with the settings inside each
+    file. -> paths, grid last.
 
     `settings`: fields of SampleSettings; None takes the default, which for size and shift is the checkpoint's own.
     """
@@ -178,13 +178,16 @@ def sample_to_files(
         "weights": weights or "ema",
         "precision": precision,
     }
-    paths = [out / f"{position:05d}.png" for position in range(len(images))] + [out / "grid.png"]
-    for path, image, prompt, own_seed in zip(paths, images, repeated, seeds, strict=False):
+    paths = [out / f"{position:05d}.png" for position in range(len(images))]
+    for path, image, prompt, own_seed in zip(paths, images, repeated, seeds, strict=True):
         path.write_bytes(encode_png(image, {"prompt": prompt, "seed": own_seed} | common))
+    if len(images) == 1:
+        return paths
     columns = pictures_per_prompt if pictures_per_prompt > 1 else grid_columns(len(images))
     many = {"prompts": json.dumps(repeated, ensure_ascii=False), "seeds": json.dumps(seeds)}
-    paths[-1].write_bytes(encode_png(make_grid(list(images), columns), many | common))
-    return paths
+    grid = out / "grid.png"
+    grid.write_bytes(encode_png(make_grid(list(images), columns), many | common))
+    return [*paths, grid]
 
 
 def grid_columns(count: int) -> int:

@@ -12,6 +12,7 @@ import pytest
 from flows import commands, home
 from flows.cli import main
 from flows.sample import read_prompts
+from sd3core.data.store import open_store
 
 SD3 = [sys.executable, "-m", "flows.cli"]
 
@@ -77,6 +78,16 @@ def test_a_file_of_prompts_has_one_on_each_line(tmp_path):
 
 def test_a_stage_that_is_missing_names_the_deployment_to_run(sd3):
     _, _, err = sd3("sample", "a circle", "-r", "tiny-test")
+    assert "run `.venv/bin/prefect deployment run 'towers/tiny-test'` first" in err
+
+
+def test_where_other_runs_are_finished_they_are_named(sd3, tmp_path):
+    for run, recipe in (("tiny-test", "tiny-test"), ("photos-1", "mini")):
+        open_store(str(tmp_path / "store")).put_json(f"runs/{run}/summary.json", {"run": run, "recipe": recipe})
+    finished = "finished: photos-1, tiny-test (--recipe tiny-test)\n"
+    assert sd3("sample", "a circle")[2] == f"sd3: recipe mini (the default) is not finished here; {finished}"
+    assert sd3("sample", "a circle", "-r", "small")[2] == f"sd3: recipe small is not finished here; {finished}"
+    _, _, err = sd3("sample", "a circle", "-r", "tiny-test")  # its data are gone, or its settings changed
     assert "run `.venv/bin/prefect deployment run 'towers/tiny-test'` first" in err
 
 

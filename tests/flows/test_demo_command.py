@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import shlex
+from types import SimpleNamespace
 
 import pytest
 from prefect.client.schemas.objects import StateType
 
-from flows import demo
+from flows import demo, previews
 from flows.demo import folder_overrides, sample_command
 from flows.terminal import RunView, StageView
 from sd3core.errors import DataError
@@ -62,6 +63,20 @@ def test_what_a_run_failed_of(monkeypatch, worker, said):
     monkeypatch.setattr(demo, "worker_lives", lambda: worker)
     stages = [StageView("ingest", "done", 1, ""), StageView("towers", "failed", 1, "vae: No space left on device")]
     assert demo._first_failure(RunView(StateType.FAILED, "", stages)) == said
+
+
+def test_a_training_phase_is_named_once(monkeypatch):
+    monkeypatch.setattr(demo, "worker_lives", lambda: True)
+    stages = [StageView("pretrain", "failed", 1, "pretrain: Ray Train's own process died")]
+    assert demo._first_failure(RunView(StateType.FAILED, "", stages)) == "pretrain: Ray Train's own process died"
+
+
+@pytest.mark.parametrize(("captions", "prompt"), [(["", "a  cat\non a mat"], "a cat on a mat"), ([""], demo.EXAMPLE_PROMPT)])
+def test_a_users_own_caption_is_the_prompt(monkeypatch, tmp_path, captions, prompt):
+    shown = SimpleNamespace(captions=[SimpleNamespace(caption=caption) for caption in captions])
+    monkeypatch.setattr(previews, "preview_settings", lambda recipe, store: shown)
+    assert demo._example_prompt(on_folder("tiny-test", tmp_path), None) == prompt
+    assert demo._example_prompt(load_recipe("tiny-test"), None) == demo.EXAMPLE_PROMPT
 
 
 def test_the_sample_command_can_be_pasted():

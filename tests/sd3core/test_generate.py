@@ -131,6 +131,8 @@ def test_files_carry_their_settings(checkpoint, towers_folder, tmp_path):
         inside["settings"]
     )
     assert json.loads(read_settings(paths[-1].read_bytes())["seeds"]) == [3, 4, 5, 6]
+    alone = sample_to_files(checkpoint, towers_folder, PROMPTS[:1], tmp_path / "alone", num_steps=1)
+    assert alone == [*(tmp_path / "alone").iterdir()] and alone[0].name == "00000.png"
 
 
 def test_grid_columns():

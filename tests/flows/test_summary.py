@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from flows.services import Services
+from flows.summary import print_summary
+from sd3core.data.store import open_store
+from sd3core.recipe import load_recipe
+
+
+def picture(phase: str, samples: int, name: str, weights: str = "ema") -> dict[str, object]:
+    return {"phase": phase, "samples": samples, "name": name, "weights": weights, "path": f"{phase}-{samples}-{name}.png"}
+
+
+def test_the_newest_pictures_of_each_phase_and_size_are_named(tmp_path):
+    pictures = [
+        picture("pretrain", 8, "64x64"),
+        picture("pretrain", 16, "64x64"),
+        picture("pretrain", 16, "64x64", "live"),
+        picture("finetune.0", 8, "96x96"),
+        picture("finetune.0", 8, "112x80"),
+    ]
+    summary = {"stages": [], "scores": [], "bench": [], "pictures": pictures, "export": "e"}
+    out = io.StringIO()
+    store = open_store(str(tmp_path))
+    print_summary(summary, store, load_recipe("tiny-test"), Services(port=1), Console(file=out), ["sd3"])
+    said = [line.removeprefix("pictures  ") for line in out.getvalue().splitlines() if line.startswith("pictures")]
+    assert said == [
+        f"{tmp_path}/pretrain-16-64x64.png  pretrain 64 px",
+        f"{tmp_path}/finetune.0-8-96x96.png  finetune.0 96 px",
+        f"{tmp_path}/finetune.0-8-112x80.png  finetune.0 112x80 px",
+    ]
