@@ -19,7 +19,7 @@ from flows.home import PROJECT, pasted, run_store
 from flows.interrupt import Interrupted, put_off, unheard
 from flows.recipes import DEFAULT_RECIPE, find_recipe
 from flows.services import ServiceError, Services, up, worker_lives
-from flows.summary import print_summary, summary_path
+from flows.summary import of_stage, print_summary, summary_path
 from sd3core.data.store import Store
 from sd3core.errors import DataError, UserError
 from sd3core.recipe import Recipe, load_recipe
@@ -139,9 +139,7 @@ def _first_failure(view: RunView) -> str:
     if not worker_lives():
         return "the Prefect worker has ended, and the run with it"
     failed = [stage for stage in view.stages if stage.state in ("failed", "crashed", "cancelled")]
-    if failed and failed[0].progress.startswith(failed[0].name):  # a training phase's own words name it
-        return failed[0].progress
-    return f"{failed[0].name}: {failed[0].progress}" if failed else view.message or view.state.value.lower()
+    return of_stage(failed[0].name, failed[0].progress) if failed else view.message or view.state.value.lower()
 
 
 def _example_prompt(recipe: Recipe, store: Store) -> str:

@@ -16,6 +16,11 @@ PICTURES_NAMED = 6
 TASKS_PREFIX = "shapes_bench/"
 
 
+def of_stage(stage: str, words: str) -> str:
+    """Words with their stage before them, once: a training phase's own begin with it."""
+    return words if words.startswith((f"{stage}:", f"{stage}.")) else f"{stage}: {words}"
+
+
 def summary_path(recipe: Recipe) -> str:
     return f"runs/{recipe.run}/summary.json"
 
@@ -49,7 +54,7 @@ def print_summary(
     _print_stages(summary["stages"], console)
     for stage in summary["stages"]:
         for warning in stage["warnings"]:
-            console.print(f"{stage['name']}: {warning}", soft_wrap=True, highlight=False)
+            console.print(of_stage(stage["name"], warning), soft_wrap=True, highlight=False)
     _print_scores(score_rows(summary["scores"]), console)
     _print_scores(bench_rows(summary["bench"]), console)
     console.print()

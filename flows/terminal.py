@@ -25,6 +25,7 @@ from flows.artifacts import SKIPPED
 from flows.deployments import STAGES
 from flows.runs import RUNS_READ, fail_dead_runs, read_stage_runs
 from flows.services import ServiceError, worker_lives
+from flows.summary import of_stage
 from flows.terminal_picture import can_show_pictures, half_blocks
 from sd3core.progress import format_seconds
 
@@ -173,12 +174,7 @@ def follow(flow_run_id: UUID, console: Console) -> RunView:
 
 
 def _warnings(view: RunView) -> list[str]:
-    """Each with its stage, which a training phase's own begin with."""
-    return [
-        warning if warning.startswith(stage.name) else f"{stage.name}: {warning}"
-        for stage in view.stages
-        for warning in stage.warnings
-    ]
+    return [of_stage(stage.name, warning) for stage in view.stages for warning in stage.warnings]
 
 
 def _problem(run: FlowRun) -> str:

@@ -98,10 +98,13 @@ def test_down_says_which_runs_it_ends_before_it_does(monkeypatch):
     monkeypatch.setitem(sys.modules, "flows.runs", ended)
     monkeypatch.setattr(services, "server_answers", lambda found: True)
     monkeypatch.setattr(services, "use", lambda found: None)
+    swept = []
+    monkeypatch.setattr(services, "remove_dead_sessions", lambda: swept.append(True))
     Services(port=1).save()
     said = []
     services.down(said.append)
     assert said == ["ending 1 run (pipeline mini), at most 30 s", "worker: was not running", "server: was not running"]
+    assert swept  # what the killed runs left in /tmp
 
 
 def test_waiting_is_bounded_and_says_what_for(own_home, child):

@@ -14,7 +14,7 @@ def picture(phase: str, samples: int, name: str, weights: str = "ema") -> dict[s
     return {"phase": phase, "samples": samples, "name": name, "weights": weights, "path": f"{phase}-{samples}-{name}.png"}
 
 
-def test_the_newest_pictures_of_each_phase_and_size_are_named(tmp_path):
+def test_the_newest_pictures_of_each_phase_and_size_are_named_and_warnings_with_their_stage(tmp_path):
     pictures = [
         picture("pretrain", 8, "64x64"),
         picture("pretrain", 16, "64x64"),
@@ -22,10 +22,13 @@ def test_the_newest_pictures_of_each_phase_and_size_are_named(tmp_path):
         picture("finetune.0", 8, "96x96"),
         picture("finetune.0", 8, "112x80"),
     ]
-    summary = {"stages": [], "scores": [], "bench": [], "pictures": pictures, "export": "e"}
+    lost = "pretrain: a rank was lost; went on from 3,000 samples"
+    stage = {"name": "pretrain", "state": "skipped", "seconds": 0.0, "digest": "", "reason": "", "warnings": [lost, "x"]}
+    summary = {"stages": [stage], "scores": [], "bench": [], "pictures": pictures, "export": "e"}
     out = io.StringIO()
     store = open_store(str(tmp_path))
-    print_summary(summary, store, load_recipe("tiny-test"), Services(port=1), Console(file=out), ["sd3"])
+    print_summary(summary, store, load_recipe("tiny-test"), Services(port=1), Console(file=out, width=200), ["sd3"])
+    assert f"\n{lost}\npretrain: x\n" in out.getvalue()
     said = [line.removeprefix("pictures  ") for line in out.getvalue().splitlines() if line.startswith("pictures")]
     assert said == [
         f"{tmp_path}/pretrain-16-64x64.png  pretrain 64 px",
