@@ -9,7 +9,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -20,6 +19,7 @@ from flows.interrupt import Interrupted, put_off, unheard
 from flows.recipes import DEFAULT_RECIPE, find_recipe
 from flows.services import ServiceError, Services, up, worker_lives
 from flows.summary import of_stage, print_summary, summary_path
+from sd3core.data.folder_source import cut_at_word, one_line
 from sd3core.data.store import Store
 from sd3core.errors import DataError, UserError
 from sd3core.recipe import Recipe, load_recipe
@@ -148,8 +148,8 @@ def _example_prompt(recipe: Recipe, store: Store) -> str:
         return EXAMPLE_PROMPT
     from flows.previews import preview_settings
 
-    captions = (" ".join(shown.caption.split()) for shown in preview_settings(recipe, store).captions)
-    return next((shorten(caption, PROMPT_CHARS, placeholder="") for caption in captions if caption), EXAMPLE_PROMPT)
+    captions = (cut_at_word(one_line(shown.caption), PROMPT_CHARS) for shown in preview_settings(recipe, store).captions)
+    return next(filter(None, captions), EXAMPLE_PROMPT)
 
 
 def sample_command(name_or_path: str, overrides: list[str], prompt: str = EXAMPLE_PROMPT) -> list[str]:

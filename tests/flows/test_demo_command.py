@@ -71,7 +71,10 @@ def test_a_training_phase_is_named_once(monkeypatch):
     assert demo._first_failure(RunView(StateType.FAILED, "", stages)) == "pretrain: Ray Train's own process died"
 
 
-@pytest.mark.parametrize(("captions", "prompt"), [(["", "a  cat\non a mat"], "a cat on a mat"), ([""], demo.EXAMPLE_PROMPT)])
+@pytest.mark.parametrize(
+    ("captions", "prompt"),
+    [(["", "a  cat\non a mat"], "a cat on a mat"), ([""], demo.EXAMPLE_PROMPT), (["猫" * 200], "猫" * demo.PROMPT_CHARS)],
+)
 def test_a_users_own_caption_is_the_prompt(monkeypatch, tmp_path, captions, prompt):
     shown = SimpleNamespace(captions=[SimpleNamespace(caption=caption) for caption in captions])
     monkeypatch.setattr(previews, "preview_settings", lambda recipe, store: shown)
