@@ -11,8 +11,8 @@ from flows.stage import FLOW_OPTIONS, stage
 from sd3core.export import export_stage
 from sd3core.progress import Progress
 from sd3core.towers import fetch_towers
+from workers.caches import towers_cache
 from workers.shard_stage import NOTHING_TO_DO
-from workers.towers import towers_cache
 
 
 @flow(name="export", **FLOW_OPTIONS)

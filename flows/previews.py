@@ -17,7 +17,7 @@ from sd3core.metrics.held_out import read_rows
 from sd3core.pictures import encode_png, make_grid, thumbnail_jpeg, to_uint8
 from sd3core.recipe import Recipe
 from sd3core.towers import fetch_towers
-from workers.towers import towers_cache
+from workers.caches import towers_cache
 from workers.trainer.job import PreviewCaption, PreviewSettings
 
 PICTURES, COLUMNS = 8, 4

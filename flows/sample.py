@@ -20,7 +20,7 @@ from sd3core.progress import counted
 from sd3core.recipe import Recipe
 from sd3core.text_encoders import ENCODERS
 from sd3core.towers import fetch_towers
-from workers.towers import towers_cache
+from workers.caches import towers_cache
 
 
 def read_prompts(path: Path) -> list[str]:

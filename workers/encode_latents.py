@@ -19,9 +19,9 @@ from sd3core.data.store import Store
 from sd3core.errors import UserError
 from sd3core.progress import ProgressCallback, ignore_progress
 from sd3core.towers import fetch_towers
+from workers.caches import towers_cache
 from workers.inputs import InputShard, map_ahead, read_images, read_input_index
 from workers.shard_stage import ShardTask
-from workers.towers import towers_cache
 
 SCHEMA = pa.schema(
     [("bucket", pa.string())]

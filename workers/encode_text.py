@@ -19,9 +19,9 @@ from sd3core.data.store import Store
 from sd3core.progress import ProgressCallback, ignore_progress
 from sd3core.recipe import Text
 from sd3core.towers import fetch_towers
+from workers.caches import towers_cache
 from workers.inputs import InputShard, read_input_index, read_input_table
 from workers.shard_stage import ShardTask
-from workers.towers import towers_cache
 
 NULL = "NULL.safetensors"  # the encoded empty string, beside the text shards
 ORIGINAL, SYNTHETIC = "original", "synthetic"

@@ -33,8 +33,8 @@ from sd3core.small_world.detector import MIN_SIDE_PX
 from sd3core.small_world.shapes_bench import BenchPrompt, Verdict
 from sd3core.text_encoders import load_text_encoders
 from sd3core.towers import fetch_towers
+from workers.caches import shards_cache, towers_cache
 from workers.evaluate import EvaluationInputs, EvaluationTask
-from workers.towers import shards_cache, towers_cache
 
 Draw = tuple[str, int]  # prompt and seed
 

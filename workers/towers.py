@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,17 +24,6 @@ from workers.stage_notes import NOTHING_TO_DO, reason_to_work, recall_stage, rem
 
 LONGEST_FIRST = ("vae", "judge", "clip_l", "clip_g", "t5")
 LEFT_BEHIND = (".bin", ".msgpack", ".h5", ".onnx", ".md")  # other forms of the weights that lie in released folders
-
-
-def towers_cache() -> Path:
-    """Where this machine keeps fetched towers for all its workers."""
-    home = os.environ.get("SD3_HOME")
-    return Path(home) / "cache" if home else Path.home() / ".cache" / "sd3"
-
-
-def shards_cache() -> Path:
-    """Where this machine keeps fetched shards, for all that read latents and text: bounded by its readers."""
-    return towers_cache() / "shards"
 
 
 def towers_stage(recipe: Recipe, store: Store, raw: ManifestRef | None, report: ProgressCallback) -> StageResult:

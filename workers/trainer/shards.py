@@ -6,7 +6,7 @@ from sd3core.data.loader import BatchLoader, ShardCache, ShardReader
 from sd3core.data.manifest import read_manifest
 from sd3core.data.plan import TrainingPlan
 from sd3core.data.store import Store
-from workers.towers import shards_cache
+from workers.caches import shards_cache
 from workers.trainer.job import TrainingJob
 from workers.trainer.loop import Place, Warn
 

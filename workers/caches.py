@@ -1,0 +1,17 @@
+"""Where this machine keeps what its processes have fetched from the store."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def towers_cache() -> Path:
+    """Fetched towers, for all workers."""
+    home = os.environ.get("SD3_HOME")
+    return Path(home) / "cache" if home else Path.home() / ".cache" / "sd3"
+
+
+def shards_cache() -> Path:
+    """Fetched shards, for all that read latents and text: bounded by its readers."""
+    return towers_cache() / "shards"
