@@ -71,8 +71,8 @@ class EvaluationResult:
     fingerprint.
 
     `pictures`: phase, samples, weights, name, uri, thumbnail (paths in the store). `left_out`: which score, and why
-    there is none. `bench`: a row for each task of ShapesBench with its tallies (all, seen, unseen, and
-    by size, "HEIGHTxWIDTH") and chance.
+    there is none. `bench`: a row for each task of ShapesBench with its tallies (all, seen, unseen,
+    and by size, "HEIGHTxWIDTH") and chance.
     """
 
     path: str  # of scores.json
@@ -217,13 +217,13 @@ def _protocols(
     if not last and evaluate.earlier_bench_prompts_per_task is not None:
         per_task = evaluate.earlier_bench_prompts_per_task
     if recipe.data.source == "small_world" and per_task:
-        readable = [list(sides) for sides in all_sides if min(sides) >= MIN_SIDE_PX]
+        readable = [sides for sides in all_sides if min(sides) >= MIN_SIDE_PX]
         for task in TASKS:
             bench = {
                 "kind": "shapes_bench",
                 "prompts_per_task": per_task,
                 "images_per_prompt": evaluate.bench_images_per_prompt,
-                "sizes": readable or [[phase.side_px, phase.side_px]],
+                "sizes": readable,  # (height, width); none: the bench is left out
             }
             yield f"bench-{task}", square | bench
     for height, width in all_sides:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +31,6 @@ from sd3core.recipe import Recipe
 from sd3core.sample_settings import SampleSettings
 from sd3core.small_world import shapes_bench
 from sd3core.small_world.detector import MIN_SIDE_PX
-from sd3core.small_world.shapes_bench import BenchPrompt, Verdict
 from sd3core.text_encoders import load_text_encoders
 from sd3core.towers import fetch_towers
 from workers.caches import shards_cache, towers_cache
@@ -79,8 +79,8 @@ class EvaluationWorker:
             self._loaded = (key, Generator(model, self.encoders, self.autoencoder, null))
         return self._loaded[1]
 
-    def _sample(self, task: EvaluationTask, drawn: list[Draw], size: Sequence[int] = ()) -> Sequence[np.ndarray]:
-        """`size`: (height, width) in pixels, where it is not the protocol's."""
+    def _sample(self, task: EvaluationTask, drawn: list[Draw], **changed: int) -> Sequence[np.ndarray]:
+        """`changed`: settings that are not the protocol's."""
 
         def count(done: int, total: int) -> None:
             self.progress = Progress(done, total, "sampler steps")
@@ -88,11 +88,10 @@ class EvaluationWorker:
         if not drawn:
             return []
         prompts, seeds = zip(*drawn, strict=True)
-        own = dict(zip(("height", "width"), size))
         return self._generator(task).sample(
             prompts,
             seeds,
-            SampleSettings.from_dict(task.protocol["settings"] | own),
+            SampleSettings.from_dict(task.protocol["settings"] | changed),
             batch=self.recipe.evaluate.batch,
             on_step=count,
         )
@@ -148,8 +147,9 @@ class EvaluationWorker:
         """Every prompt keeps its seeds, whichever of the prompts are taken. The pictures take the phase's sizes in turn."""
         protocol, name = task.protocol, task.part.removeprefix("bench-")
         sizes, copies = protocol["sizes"], protocol["images_per_prompt"]
-        if min(sizes[0]) < MIN_SIDE_PX:
-            reason = f"its detector needs pictures of at least {MIN_SIDE_PX} px; this phase makes {min(sizes[0])} px"
+        if not sizes:
+            made = protocol["settings"]["height"]
+            reason = f"its detector needs pictures of at least {MIN_SIDE_PX} px; this phase makes {made} px"
             result.left_out.append({"metric": "shapes_bench", "reason": reason})
             return
         prompts = shapes_bench.load_prompts(name)
@@ -160,15 +160,15 @@ class EvaluationWorker:
             for position in chosen
             for copy in range(copies)
         ]
-        verdicts: list[tuple[BenchPrompt, Verdict]] = []
-        of_sizes = {}
-        for turn, size in enumerate(sizes):
+        judged = {}
+        for turn, (height, width) in enumerate(sizes):
             own = drawn[turn :: len(sizes)]
-            images = self._sample(task, [(prompt.text, seed) for prompt, seed in own], size)
-            judged = [(prompt, shapes_bench.judge(image, prompt)) for image, (prompt, _) in zip(images, own, strict=True)]
-            verdicts += judged
-            of_sizes["x".join(map(str, size))] = asdict(shapes_bench.score(judged).all)
-        found = shapes_bench.score(verdicts)
+            images = self._sample(task, [(prompt.text, seed) for prompt, seed in own], height=height, width=width)
+            judged[f"{height}x{width}"] = [
+                (prompt, shapes_bench.judge(image, prompt)) for image, (prompt, _) in zip(images, own, strict=True)
+            ]
+        found = shapes_bench.score(chain.from_iterable(judged.values()))
+        of_sizes = {size: asdict(shapes_bench.score(verdicts).all) for size, verdicts in judged.items()}
         result.add(f"shapes_bench/{name}", Score(found.all.right / found.all.pictures, found.all.pictures))
         result.details |= asdict(found) | {"sizes": of_sizes, "chance": shapes_bench.chance()[name]}
 
