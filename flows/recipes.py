@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flows.home import ensure, home, write_whole
 from sd3core.errors import RecipeError
-from sd3core.recipe import Recipe, load_recipe, shipped_recipes
+from sd3core.recipe import RECIPE_ENDINGS, Recipe, load_recipe, shipped_recipes
 
 DEFAULT_RECIPE = "mini"
 
@@ -30,7 +30,7 @@ def add_recipe(path: Path) -> Recipe:
 
 def find_recipe(name_or_path: str) -> tuple[str, str]:
     """(deployment name, what load_recipe takes). A file is added first, so that it has deployments."""
-    if name_or_path.endswith((".yaml", ".yml")):
+    if name_or_path.endswith(RECIPE_ENDINGS):
         return add_recipe(Path(name_or_path)).name, str(Path(name_or_path).resolve())
     return name_or_path, _added().get(name_or_path, name_or_path)
 

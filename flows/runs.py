@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -93,8 +94,14 @@ def unfinished_runs(deployment: str | None = None) -> list[FlowRun]:
 
 
 def described(run: FlowRun) -> str:
+    return f"run {run.name}: {flow_name(run.flow_id)}, {(run.state_name or 'waiting').lower()}"
+
+
+@cache
+def flow_name(flow_id: UUID) -> str:
+    """It never changes: the server is asked once."""
     with get_client(sync_client=True) as client:
-        return f"run {run.name}: {client.read_flow(run.flow_id).name}, {(run.state_name or 'waiting').lower()}"
+        return client.read_flow(flow_id).name
 
 
 def cancel_waiting_runs() -> list[str]:

@@ -84,7 +84,7 @@ class StageRun:
         outcome as the flow's result.
         """
         warnings = warnings or []
-        for warning in warnings:
+        for warning in dict.fromkeys(warnings):
             if warning not in self.logged:
                 self.log.warning(warning)
         if skipped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from rich.console import Console
@@ -27,8 +28,8 @@ def summary_path(recipe: Recipe) -> str:
 
 def finished_runs(store: Store) -> dict[str, str]:
     """Run -> recipe, of the pipeline runs that this store has to their end."""
-    paths = [entry.path for entry in store.list("runs") if entry.path.endswith("/summary.json")]
-    return {(summary := store.get_json(path))["run"]: summary["recipe"] for path in paths if path.count("/") == 2}
+    paths = [entry.path for entry in store.list("runs") if re.fullmatch("runs/[^/]+/summary.json", entry.path)]
+    return {summary["run"]: summary["recipe"] for summary in map(store.get_json, paths)}
 
 
 def write_summary(store: Store, recipe: Recipe, stages: list[dict[str, Any]], scores: dict[str, Any]) -> dict[str, Any]:

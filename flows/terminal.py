@@ -23,7 +23,7 @@ from rich.table import Table
 
 from flows.artifacts import SKIPPED
 from flows.deployments import STAGES
-from flows.runs import RUNS_READ, fail_dead_runs, read_stage_runs
+from flows.runs import RUNS_READ, fail_dead_runs, flow_name, read_stage_runs
 from flows.services import ServiceError, worker_lives
 from flows.summary import of_stage
 from flows.terminal_picture import can_show_pictures, half_blocks
@@ -78,20 +78,10 @@ def look(flow_run_id: UUID) -> RunView:
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(flow_run_id)
         runs = read_stage_runs(flow_run_id) or [run]
-        flows = {child.flow_id: _flow_name(client, child.flow_id) for child in runs}
         artifacts = _artifacts(client, flow_run_id, RUNS_READ, type={"any_": ["progress"]})
     lines = {UUID(artifact["flow_run_id"]): artifact["description"] or "" for artifact in reversed(artifacts)}
-    stages = [_stage_view(child, flows[child.flow_id], lines.get(child.id, "")) for child in runs]
+    stages = [_stage_view(child, flow_name(child.flow_id), lines.get(child.id, "")) for child in runs]
     return RunView(run.state_type or StateType.PENDING, _problem(run), stages)
-
-
-_FLOW_NAMES: dict[UUID, str] = {}  # they never change, and the server would be asked for each at every look
-
-
-def _flow_name(client: SyncPrefectClient, flow_id: UUID) -> str:
-    if flow_id not in _FLOW_NAMES:
-        _FLOW_NAMES[flow_id] = client.read_flow(flow_id).name
-    return _FLOW_NAMES[flow_id]
 
 
 def _stage_view(run: FlowRun, name: str, described: str) -> StageView:

@@ -38,7 +38,7 @@ AspectRatio = Annotated[float, Field(gt=0)]  # width / height
 AspectRatios = Annotated[tuple[AspectRatio, ...], Field(min_length=1)]
 FourLevels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=4, max_length=4)]  # they make f8
 NO_SPACES = "; in `make SET=...` a value has no spaces inside"
-ENDINGS = (".yaml", ".yml")  # of a path; anything else is a name
+RECIPE_ENDINGS = (".yaml", ".yml")  # of a path; anything else is a name
 
 
 class Section(BaseModel):
@@ -386,7 +386,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
 
 
 def _read_yaml(name_or_path: str) -> dict[str, Any]:
-    if name_or_path.endswith(ENDINGS):
+    if name_or_path.endswith(RECIPE_ENDINGS):
         path = Path(name_or_path)
         try:
             if not path.is_file():
@@ -398,7 +398,7 @@ def _read_yaml(name_or_path: str) -> dict[str, Any]:
             raise RecipeError(f"recipe {name_or_path}: cannot be read ({error.strerror or error})") from None
     else:
         if name_or_path not in shipped_recipes():
-            beside = [f"{name_or_path}{ending}" for ending in ENDINGS if Path(f"{name_or_path}{ending}").is_file()]
+            beside = [f"{name_or_path}{ending}" for ending in RECIPE_ENDINGS if Path(f"{name_or_path}{ending}").is_file()]
             meant = f"; for the file write {beside[0]}" if beside else _meant(name_or_path, shipped_recipes())
             raise RecipeError(
                 f"recipe {name_or_path!r}: no recipe of that name{meant};"

@@ -90,11 +90,12 @@ def start_ray(compute: Compute) -> Iterator[None]:
         else:
             ray_constants.ENABLE_RAY_CLUSTER = False  # else ray.init turns 127.0.0.1 into the address that others reach
             cpus = max(compute.actors * compute.cpus_per_actor, compute.train_ranks * compute.cpus_per_rank)
+            sessions = sessions_folder()
             with scratch_folder() as scratch:
                 ray.init(
                     address="local",  # also where RAY_ADDRESS names a cluster, or an older session left its traces
                     _node_ip_address="127.0.0.1",
-                    _temp_dir=str(sessions_folder()),
+                    _temp_dir=str(sessions),
                     num_cpus=max(1, math.ceil(cpus)),
                     object_store_memory=compute.object_store_mb * 1024**2,
                     include_dashboard=False,
