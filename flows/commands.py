@@ -12,7 +12,8 @@ from rich.console import Console
 
 from flows.home import pasted
 from flows.recipes import DEFAULT_RECIPE, known_recipes
-from sd3core.recipe import Recipe, load_recipe
+from sd3core.recipe import Recipe
+from sd3core.recipe_file import load_recipe
 
 LOG_WIDTH = 160
 

@@ -22,7 +22,8 @@ from flows.summary import of_stage, print_summary, summary_path
 from sd3core.data.folder_source import cut_at_word, one_line
 from sd3core.data.store import Store
 from sd3core.errors import DataError, UserError
-from sd3core.recipe import Recipe, load_recipe
+from sd3core.recipe import Recipe
+from sd3core.recipe_file import load_recipe
 
 if TYPE_CHECKING:
     from flows.terminal import RunView

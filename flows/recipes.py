@@ -7,7 +7,8 @@ from pathlib import Path
 
 from flows.home import ensure, home, write_whole
 from sd3core.errors import RecipeError
-from sd3core.recipe import RECIPE_ENDINGS, Recipe, load_recipe, shipped_recipes
+from sd3core.recipe import Recipe
+from sd3core.recipe_file import RECIPE_ENDINGS, load_recipe, shipped_recipes
 
 DEFAULT_RECIPE = "mini"
 

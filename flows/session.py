@@ -17,7 +17,8 @@ from flows.runs import remember_process, take_cancellation
 from flows.services import Process
 from sd3core.data.store import Store
 from sd3core.errors import UserError
-from sd3core.recipe import Recipe, load_recipe
+from sd3core.recipe import Recipe
+from sd3core.recipe_file import load_recipe
 from workers.pool import start_ray
 
 LOCK_SECONDS = 60

@@ -121,7 +121,7 @@ def sd3_commands() -> dict[str, typer.core.TyperCommand]:
 def deployed() -> set[str]:
     """STAGE/RECIPE of the shipped recipes, and of those that the README itself deploys."""
     from flows.deployments import FLOWS
-    from sd3core.recipe import shipped_recipes
+    from sd3core.recipe_file import shipped_recipes
 
     own = [Path(words[2]).stem for _, words in commands() if words[:2] == ["sd3", "deploy"]]
     return {f"{flow}/{recipe}" for flow in FLOWS for recipe in [*shipped_recipes(), *own]}
@@ -201,7 +201,7 @@ def test_sd3_commands_and_their_options_exist(arguments):
 
 @pytest.mark.parametrize("arguments", calls_of("sd3"))
 def test_recipes_and_overrides_of_sd3_commands_are_valid(arguments):
-    from sd3core.recipe import load_recipe
+    from sd3core.recipe_file import load_recipe
 
     given = [
         (arguments[i], arguments[i + 1])

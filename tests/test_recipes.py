@@ -11,7 +11,8 @@ import yaml
 
 from sd3core import specs
 from sd3core.errors import DataError, RecipeError
-from sd3core.recipe import Compute, Evaluate, Recipe, load_recipe, shipped_recipes
+from sd3core.recipe import Compute, Evaluate, Recipe
+from sd3core.recipe_file import load_recipe, shipped_recipes
 from sd3core.specs import fingerprint
 
 PAPER = {  # depth, and parameters without and with QK-norm: sd3-facts, counted on the released architecture
@@ -215,7 +216,7 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
 
 
 def test_reading_a_recipe_loads_no_torch():
-    script = "import sys; from sd3core.recipe import load_recipe; load_recipe('mini'); sys.exit('torch' in sys.modules)"
+    script = "import sys; from sd3core.recipe_file import load_recipe; load_recipe('mini'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 

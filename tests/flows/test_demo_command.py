@@ -10,7 +10,7 @@ from flows import demo, previews
 from flows.demo import folder_overrides, sample_command
 from flows.terminal import RunView, StageView
 from sd3core.errors import DataError
-from sd3core.recipe import load_recipe
+from sd3core.recipe_file import load_recipe
 
 
 def on_folder(name, folder):

@@ -7,7 +7,7 @@ import pytest
 from flows.redo import forget_from
 from sd3core.data.store import open_store
 from sd3core.errors import RecipeError
-from sd3core.recipe import load_recipe
+from sd3core.recipe_file import load_recipe
 from sd3core.specs import captions_folder, raw_folder
 
 

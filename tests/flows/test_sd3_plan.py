@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from flows.commands import app
 from flows.plan import plan_phase, text_bytes, zero_bytes
-from sd3core.recipe import load_recipe, shipped_recipes
+from sd3core.recipe_file import load_recipe, shipped_recipes
 
 
 def test_training_state_shrinks_with_the_zero_stage():

@@ -7,7 +7,7 @@ from rich.console import Console
 from flows.services import Services
 from flows.summary import print_summary
 from sd3core.data.store import open_store
-from sd3core.recipe import load_recipe
+from sd3core.recipe_file import load_recipe
 
 
 def picture(phase: str, samples: int, name: str, weights: str = "ema") -> dict[str, object]:

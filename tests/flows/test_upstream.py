@@ -8,7 +8,7 @@ from flows import upstream
 from sd3core.data.manifest import MANIFEST, Manifest, commit_manifest
 from sd3core.data.store import open_store
 from sd3core.errors import DataError
-from sd3core.recipe import load_recipe
+from sd3core.recipe_file import load_recipe
 from sd3core.specs import captions_folder, fingerprint, raw_fields, raw_folder
 from workers.stage_notes import remember_stage
 

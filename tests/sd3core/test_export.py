@@ -138,7 +138,7 @@ def test_the_stage_writes_its_manifest_last_and_once(towers_folder, tmp_path):
     from sd3core.checkpoint import record_file
     from sd3core.data.store import open_store
     from sd3core.export import export_stage
-    from sd3core.recipe import load_recipe
+    from sd3core.recipe_file import load_recipe
 
     store, recipe = open_store(str(tmp_path / "store")), load_recipe("tiny-test")
     write_checkpoint(tmp_path / "store" / "runs" / "tiny-test" / "model")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from sd3core.data.store import Store
 from sd3core.progress import ignore_progress
-from sd3core.recipe import Recipe, load_recipe
+from sd3core.recipe import Recipe
+from sd3core.recipe_file import load_recipe
 from workers.caption import caption_stage
 from workers.encode import encode_stage
 from workers.ingest import ingest_stage

@@ -33,7 +33,8 @@ from sd3core.metrics.held_out import read_rows
 from sd3core.mmdit import MMDiT
 from sd3core.pictures import read_settings
 from sd3core.progress import Progress
-from sd3core.recipe import Recipe, load_recipe
+from sd3core.recipe import Recipe
+from sd3core.recipe_file import load_recipe
 from workers.encode import encode_stage
 from workers.evaluate import (
     EvaluationFailed,

@@ -9,7 +9,7 @@ from scene_pictures import at_64, kinds
 
 from sd3core.autoencoder import Autoencoder
 from sd3core.pictures import to_uint8
-from sd3core.recipe import load_recipe
+from sd3core.recipe_file import load_recipe
 from sd3core.small_world.detector import detect
 from sd3core.small_world.scenes import draw_scene, render
 from sd3core.tower_training.vae import train_vae

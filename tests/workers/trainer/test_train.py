@@ -13,7 +13,7 @@ import torch
 from fake_training import FakeLoader, make_job
 from ray import cloudpickle
 
-from sd3core.checkpoint import assemble, list_checkpoints, read_done
+from sd3core.checkpoint import assemble, list_checkpoints
 from sd3core.data.store import StoreNotFound, open_store
 from sd3core.errors import DataError, StoreError
 from sd3core.recipe import Compute
