@@ -1,13 +1,16 @@
 """Scenes of the small world: drawn, rendered and described as pure functions of (seed, index).
 
-The six GenEval tasks are covered evenly. Objects lie within the central square, do not touch, and keep a gap, so that a
-square centre crop loses none and the detector can tell them apart at 64 px. Words are off by default; they are drawn in
+The six GenEval tasks are covered evenly. Objects stand on a loose grid: a lone one near the middle, two side by side or
+one above the other, three or four near the corners of a square; where exactly, and how large, varies. So a model of a
+few minutes' training has to learn what to draw more than where. Objects lie within the central square, do not touch, and
+keep a gap, so that a square centre crop loses none and the detector can tell them apart at 64 px. Words are off by default; they are drawn in
 grey, which the detector, going by chroma, does not see.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations, permutations
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -27,9 +30,17 @@ from sd3core.small_world.world import (
 )
 
 # All lengths below are in 64ths of the central square, that is in pixels at the demo's base size.
-WIDTHS = {1: (28.0, 44.0), 2: (22.0, 30.0), 3: (20.0, 25.0), 4: (19.0, 23.0)}  # by the number of objects
+WIDTHS = {1: (30.0, 42.0), 2: (22.0, 30.0), 3: (20.0, 25.0), 4: (19.0, 23.0)}  # by the number of objects
 MARGIN = 2.5
 GAP = 4.0
+_CORNERS = ((17.5, 17.5), (46.5, 17.5), (17.5, 46.5), (46.5, 46.5))
+LAYOUTS = {  # by the number of objects: centres (x, y) in the central square
+    1: (((32.0, 32.0),),),
+    2: tuple(permutations(((17.0, 32.0), (47.0, 32.0)))) + tuple(permutations(((32.0, 17.0), (32.0, 47.0)))),
+    3: tuple(combinations(_CORNERS, 3)),
+    4: (_CORNERS,),
+}
+JITTER = {1: 4.0, 2: 3.0, 3: 3.0, 4: 3.0}  # how far an object may stand from its layout's place, along each axis
 COLOUR_JITTER = 8  # of 255
 MAX_TINT = 18  # of 255: how far a background leaves grey
 WORDS = ("sun", "moon", "tree", "fish", "bird", "star", "home", "open")
@@ -128,20 +139,25 @@ def _draw_kinds(task: str, max_objects: int, rng: np.random.Generator) -> list[t
 
 
 def _place(count: int, relation: str | None, rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """(x, y, width) of each object in the central square of side 64: the first fitting one of many layouts drawn at
-    once.
-    """
+    """(x, y, width) of each object in the central square of side 64: the first fitting one of many drawn at once."""
     low, high = WIDTHS[count]
+    layouts = np.array(LAYOUTS[count])  # (layouts, objects, 2)
     for attempt in range(100):
         top = low + (high - low) * max(1 - attempt / 20, 0)  # smaller, should no layout fit
         sizes = rng.uniform(low, top, (256, count))
-        edge = MARGIN + sizes / 2
-        x, y = rng.uniform(edge, 64 - edge), rng.uniform(edge, 64 - edge)
-        fits = _apart(x, y, sizes) & _related(x, y, relation)
+        centres = layouts[rng.integers(len(layouts), size=256)]
+        x, y = np.moveaxis(centres + rng.uniform(-JITTER[count], JITTER[count], centres.shape), -1, 0)
+        fits = _inside(x, y, sizes) & _apart(x, y, sizes) & _related(x, y, relation)
         if fits.any():
             first = int(fits.argmax())
             return [(float(a), float(b), float(c)) for a, b, c in zip(x[first], y[first], sizes[first])]
     raise AssertionError(f"no room for {count} objects")
+
+
+def _inside(x: np.ndarray, y: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """For each layout (row): whether all objects keep the margin to the central square's edge."""
+    edge = MARGIN + sizes / 2
+    return ((np.minimum(x, y) >= edge) & (np.maximum(x, y) <= 64 - edge)).all(1)
 
 
 def _apart(x: np.ndarray, y: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import pytest
 
 from sd3core.errors import RecipeError
 from sd3core.small_world import shapes_bench
-from sd3core.small_world.scenes import describe, draw_scene, render, scene_rng
+from sd3core.small_world.scenes import JITTER, LAYOUTS, describe, draw_scene, render, scene_rng
 from sd3core.small_world.world import (
     AREAS,
     CENTROIDS_Y,
@@ -35,7 +35,7 @@ def test_a_scene_is_a_pure_function_of_seed_and_index():
     assert draw_scene(3, 7) != draw_scene(3, 8) and draw_scene(3, 7) != draw_scene(4, 7)
     np.testing.assert_array_equal(render(draw_scene(3, 7)), render(draw_scene(3, 7)))
     golden = hashlib.sha256(repr([draw_scene(0, index) for index in range(8)]).encode()).hexdigest()[:16]
-    assert golden == "5bb4894f7e1e39e7", "scenes changed: raise the format of the raw stage (specs.FORMATS) with them"
+    assert golden == "b5d4a956641a8c14", "scenes changed: raise the format of the raw stage (specs.FORMATS) with them"
 
 
 def test_tasks_counts_shapes_and_colours_are_even():
@@ -80,6 +80,19 @@ def test_objects_lie_in_the_central_square_and_keep_a_gap(aspect):
     assert (
         abs(scene.width / scene.height - aspect) < 0.02 * aspect and abs(scene.width * scene.height / 128**2 - 1) < 0.02
     )
+
+
+def test_every_layout_is_drawn_and_objects_stand_near_its_places():
+    nearest = Counter()
+    for scene in SCENES:  # 128 px: two pixels a 64th
+        count = len(scene.objects)
+        places = [tuple(coordinate / 2 for coordinate in item.centre) for item in scene.objects]
+        offsets = np.abs(np.subtract(LAYOUTS[count], [places])).max((1, 2))  # (layouts,) the furthest object
+        nearest[count, int(offsets.argmin())] += 1
+        assert offsets.min() <= JITTER[count] + 1e-6
+    for count, layouts in LAYOUTS.items():
+        drawn = [nearest[count, layout] for layout in range(len(layouts))]
+        assert min(drawn) > 0.7 * sum(drawn) / len(layouts)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
