@@ -26,6 +26,7 @@ from sd3core.text_encoders import TextEncoders, load_text_encoders
 
 Pair = tuple[Tensor, Tensor]  # context (B, L, D), pooled (B, P)
 Draw = tuple[str, int]  # prompt and seed
+Weights = Literal["ema", "live"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -42,7 +43,7 @@ class Generator:
         checkpoint: str,
         towers: Path | str,
         *,
-        weights: Literal["ema", "live"] | None = None,
+        weights: Weights | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Generator:
@@ -162,7 +163,7 @@ def sample_to_files(
     out: Path | str,
     *,
     columns: int | None = None,
-    weights: Literal["ema", "live"] | None = None,
+    weights: Weights | None = None,
     precision: Literal["bf16", "fp32"] = "fp32",
     device: str = "cpu",
     batch: int = 64,

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Sampler = Literal["euler", "heun", "dpm++2m"]  # sampling.SAMPLERS
+Convention = Literal["reference", "textbook"]  # of sampling.sigma_schedule
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class SampleSettings:
     guidance_scale: float = 5.0
     shift: float = 1.0
     drop: tuple[str, ...] = ()  # encoders left out, of clip_l, clip_g and t5
-    convention: Literal["reference", "textbook"] = "reference"  # of the sigma schedule
+    convention: Convention = "reference"
     sampler: Sampler = "euler"
     negative_prompt: str | None = None  # what guidance leads away from; None: "no prompt" as in training
 

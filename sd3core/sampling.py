@@ -11,23 +11,20 @@ import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sd3core.errors import UserError
 from sd3core.rectified_flow import resolution_shift
-from sd3core.sample_settings import Sampler
+from sd3core.sample_settings import Convention, Sampler
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (z_t (B, ...), t (B,)) -> velocity (B, ...)
 OnStep = Callable[[int, Tensor], None]
 Step = Callable[[Tensor, float, float], Tensor]  # (z, sigma, next_sigma) -> z at next_sigma
 
 
-def sigma_schedule(
-    num_steps: int, *, shift: float, convention: Literal["reference", "textbook"] = "reference"
-) -> Tensor:
+def sigma_schedule(num_steps: int, *, shift: float, convention: Convention = "reference") -> Tensor:
     """Noise levels from 1 to 0, shifted for the resolution. (num_steps + 1,) float32.
 
     textbook   shift(1 - i / num_steps): the paper's formula (5.3.2) on an even grid.
