@@ -154,7 +154,7 @@ def sample(
     ] = None,
     images: Annotated[Optional[int], typer.Option(min=1, help="Pictures per prompt; default: 1.")] = None,
     seeds: Annotated[
-        Optional[str], typer.Option(help="Draws every prompt with each of these, as 3,17,4; instead of the two above.")
+        Optional[str], typer.Option(help="Draws every prompt with each of these, as 3,17,4; for --seed and --images.")
     ] = None,
     negative: Annotated[
         Optional[str], typer.Option(help="Guidance leads away from this prompt; default: from none, as in training.")
@@ -165,7 +165,8 @@ def sample(
     ] = None,
     sampler: Annotated[Optional[str], typer.Option(help="euler, heun or dpm++2m; default: the recipe's.")] = None,
     steps: Annotated[
-        Optional[int], typer.Option(min=1, help="Heun calls the model twice in each; default: the recipe's.")
+        Optional[int],
+        typer.Option(min=1, help="Of the sampler; heun calls the model twice in each. Default: the recipe's."),
     ] = None,
     schedule: Annotated[
         str, typer.Option(help="reference (the released code's sigmas) or textbook (an even grid, shifted).")

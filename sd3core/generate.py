@@ -106,8 +106,8 @@ class Generator:
     def conditioning(
         self, prompts: Sequence[str], drop: Sequence[str] = (), negative_prompt: str | None = None
     ) -> tuple[Pair, Pair]:
-        """(context, pooled) of the prompts, and that of what guidance leads away from: the negative prompt, or "no prompt"
-        as the checkpoint was trained with it. An encoder in `drop` says of both what it says of no prompt.
+        """(context, pooled) of the prompts, and that of what guidance leads away from: the negative prompt, or
+        "no prompt" as the checkpoint was trained with it. An encoder in `drop` says of both what it says of no prompt.
         """
         dim, null = self.model.config.context_dim, self._null_features
         features = self.encoders.encode(list(prompts), drop=drop)
@@ -170,8 +170,8 @@ def sample_to_files(
     on_step: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> list[Path]:
-    """Draws each prompt with its seed and writes OUT/00000.png ... and, of more than one, OUT/grid.png, with the settings
-    inside each file. -> paths, grid last.
+    """Draws each prompt with its seed and writes OUT/00000.png ... and, of more than one, OUT/grid.png, with the
+    settings inside each file. -> paths, grid last.
 
     columns: of the grid; None makes it square. `settings`: fields of SampleSettings; None takes the default, which for
     size and shift is the checkpoint's own.

@@ -1,8 +1,9 @@
-"""From noise to a latent: sigma schedules, guidance, and three solvers of dz/dt = velocity; sigma is t.
+"""From noise to a latent: sigma schedules, guidance, and solvers of dz/dt = velocity: Euler, Heun, DPM-Solver++(2M).
 
-A solver is one function over a sequence of sigmas: (predict, noise (B, ...), sigmas (N + 1,)) -> latent (B, ...). The
-sigmas descend and start at the noise's level; only the last may be 0. The state is kept in float32 at least and comes back
-in noise's dtype. on_step(i, z) is called after step i = 0 .. N - 1. Gradients are the caller's business.
+sigma is t. A solver is one function over a sequence of sigmas: (predict, noise (B, ...), sigmas (N + 1,)) -> latent
+(B, ...). The sigmas descend and start at the noise's level; only the last may be 0. The state is kept in float32 at
+least and comes back in noise's dtype. on_step(i, z) is called after step i = 0 .. N - 1. Gradients are the caller's
+business.
 """
 
 from __future__ import annotations
@@ -85,14 +86,14 @@ def sample_heun(predict: Predict, noise: Tensor, sigmas: Tensor, *, on_step: OnS
 def sample_dpmpp_2m(predict: Predict, noise: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) for rectified flow: second order, one call of the network a step.
 
-    z <- (sigma' / sigma) z + (1 - sigma' / sigma) D, where D is x0 = z - sigma * velocity, carried on half a step along its
-    change since the step before: D = x0 + h' / (2 h) (x0 - x0_before), h and h' being the steps behind and ahead in
+    z <- (sigma' / sigma) z + (1 - sigma' / sigma) D, where D is x0 = z - sigma * velocity, carried on half a step along
+    its change since the step before: D = x0 + h' / (2 h) (x0 - x0_before), h and h' being the steps behind and ahead in
     lambda = ln((1 - sigma) / sigma). With D = x0 it is Euler's step.
 
-    lambda is infinite at both ends. At sigma = 1 the step behind is infinitely long, so D = x0 for the first step and also
-    for the second. The step to sigma 0 takes D = x0, too. (The released SD3.5 code measures steps in -ln(sigma) instead,
-    which is finite at 1 and gives other weights.) The textbook schedule suits it: in the reference schedule the step to the
-    last, tiny sigma is so long in lambda that D overshoots.
+    lambda is infinite at both ends. The first step has none behind it, and for the second, h is infinite where sigmas
+    start at 1: both take D = x0. So does the step to sigma 0. (The released SD3.5 code measures steps in -ln(sigma)
+    instead, which is finite at 1 and gives other weights.) The textbook schedule suits it: in the reference schedule
+    the step to the last, tiny sigma is so long in lambda that D overshoots.
     """
     sigma_before, x0_before = 1.0, None
 

@@ -20,7 +20,7 @@ PROMPTS = ["a red circle", "ein grüner Kreis"]
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """Runs `sd3 sample ARGUMENTS` with everything real but the run's files and the drawing: what it was asked to draw."""
+    """Runs `sd3 sample ARGUMENTS` without a run's files and without drawing: what it was asked to draw."""
     monkeypatch.setenv("SD3_HOME", str(tmp_path))
     monkeypatch.setattr(sample, "_last_checkpoint", lambda *_: SimpleNamespace(folder="runs/r/checkpoints/last"))
     monkeypatch.setattr(sample.upstream, "towers_manifest", lambda *_: SimpleNamespace(folder="towers/t"))

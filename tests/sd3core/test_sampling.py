@@ -98,7 +98,7 @@ def test_order_of_convergence(name, order, largest):
 
 
 def test_second_order_pays_on_the_whole_way_from_noise_to_data():
-    """At 50 calls of the network, the ends of the grid included; 2M loses some of its order where lambda is infinite."""
+    """At 50 calls of the network and with both ends, where lambda is infinite: 2M loses some of its order there."""
     error = {
         name: gaussian_error(sampler, sigma_schedule(steps, shift=1.0, convention="textbook").double())
         for (name, sampler), steps in zip(SAMPLERS.items(), (50, 25, 50), strict=True)
