@@ -140,37 +140,71 @@ def plan(recipe: RecipeOption = DEFAULT_RECIPE, set_: SetOption = None) -> None:
 @app.command()
 def sample(
     prompt: Annotated[Optional[list[str]], typer.Argument(help="One or more prompts.")] = None,
-    file: Annotated[Optional[Path], typer.Option("--file", "-f", help="A text file with a prompt on each line.")] = None,
+    file: Annotated[
+        Optional[Path], typer.Option("--file", "-f", help="A text file with a prompt on each line.")
+    ] = None,
     recipe: RecipeOption = DEFAULT_RECIPE,
     run: Annotated[Optional[str], typer.Option(help="The run to sample from; default: the recipe's.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     height: Annotated[Optional[int], typer.Option(help="px; default: the last phase's side.")] = None,
     width: Annotated[Optional[int], typer.Option(help="px; default: the last phase's side.")] = None,
-    seed: Annotated[int, typer.Option(help="The first picture's seed; the next take the numbers after it.")] = 0,
-    images: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
-    steps: Annotated[Optional[int], typer.Option(min=1, help="Euler steps; default: the recipe's.")] = None,
+    seed: Annotated[
+        Optional[int],
+        typer.Option(min=0, max=2**63 - 1, help="The first picture's; the next take the numbers after it; default: 0."),
+    ] = None,
+    images: Annotated[Optional[int], typer.Option(min=1, help="Pictures per prompt; default: 1.")] = None,
+    seeds: Annotated[
+        Optional[str], typer.Option(help="Draws every prompt with each of these, as 3,17,4; for --seed and --images.")
+    ] = None,
+    negative: Annotated[
+        Optional[str], typer.Option(help="Guidance leads away from this prompt; default: from none, as in training.")
+    ] = None,
     guidance: Annotated[Optional[float], typer.Option(min=0.0, help="1 = no guidance; default: the recipe's.")] = None,
     without: Annotated[
         Optional[list[str]], typer.Option(help="Leaves an encoder out: clip_l, clip_g or t5. Repeatable.")
     ] = None,
+    sampler: Annotated[Optional[str], typer.Option(help="euler, heun or dpm++2m; default: the recipe's.")] = None,
+    steps: Annotated[
+        Optional[int],
+        typer.Option(min=1, help="Of the sampler; heun calls the model twice in each. Default: the recipe's."),
+    ] = None,
+    schedule: Annotated[
+        str, typer.Option(help="reference (the released code's sigmas) or textbook (an even grid, shifted).")
+    ] = "reference",
+    shift: Annotated[
+        Optional[float], typer.Option(help="Alpha of the resolution shift; default: the last phase's.")
+    ] = None,
     weights: Annotated[str, typer.Option(help="ema or live.")] = "ema",
+    precision: Annotated[str, typer.Option(help="Of the model: fp32 or bf16; its towers run in fp32.")] = "fp32",
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once, as memory allows.")] = 64,
     set_: SetOption = None,
 ) -> None:
     """Pictures from prompts, from a run's last checkpoint."""
-    from flows.sample import read_prompts, sample_run
+    from flows.sample import draws_of, read_prompts, sample_run
 
     overrides = [*(set_ or []), *([f"run={run}"] if run else [])]
+    loaded = _load(recipe, overrides)
+    prompts = [*(prompt or []), *(read_prompts(file) if file else [])]
     sample_run(
-        _load(recipe, overrides),
-        prompts=[*(prompt or []), *(read_prompts(file) if file else [])],
-        out=out,
-        size=(height, width),
-        seed=seed,
-        images=images,
-        steps=steps,
-        guidance=guidance,
-        without=set(without or []),
+        loaded,
+        draws_of(prompts, seed, images, seeds),
+        out,
         weights=weights,
+        precision=precision,
+        device=device,
+        batch=batch,
+        settings={
+            "height": height,
+            "width": width,
+            "num_steps": steps,
+            "guidance_scale": guidance,
+            "shift": shift,
+            "drop": tuple(sorted(set(without or []))),
+            "convention": schedule,
+            "sampler": sampler,
+            "negative_prompt": negative,
+        },
         console=console,
     )
 
