@@ -20,6 +20,8 @@ LOG_WIDTH = 160
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Training of SD3-class models."
 )
+bench = typer.Typer(no_args_is_help=True, help="What things cost on this machine.")
+app.add_typer(bench, name="bench")
 console = Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)  # tables in logs and pipes keep their columns
 
 RecipeOption = Annotated[
@@ -216,3 +218,57 @@ def photographs(folder: Annotated[Path, typer.Argument(help="Where to write them
 
     written = write_photographs(folder)
     _say(f"{len(written)} photographs with captions in {folder}")
+
+
+@bench.command("model")
+def bench_model(
+    depth: Annotated[int, typer.Option(min=1, help="Blocks; the width is 64 times as much.")] = 6,
+    image_tokens: Annotated[int, typer.Option(help="A square number: 256 is a picture of 256 px.")] = 256,
+    text_tokens: Annotated[int, typer.Option(min=1)] = 154,
+    batch: Annotated[int, typer.Option(help="Even: sampling takes half of it, with guidance.")] = 4,
+    qk_norm: Annotated[bool, typer.Option("--qk-norm", help="With RMS norms of queries and keys.")] = False,
+    mode: Annotated[
+        Optional[list[str]], typer.Option(help="fp32, bf16 (fp32 master) or autocast. Repeatable; default: all.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Euler steps of a sampling.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Each measures both models once, in turn.")] = 7,
+    threads: Annotated[Optional[int], typer.Option(min=1, help="Of the CPU; default: PyTorch's.")] = None,
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile on both sides.")] = False,
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    json_out: Annotated[Optional[Path], typer.Option("--json", help="Also writes the figures to this file.")] = None,
+) -> None:
+    """Training step, sampling and activation memory of the MM-DiT against diffusers' SD3 transformer, same weights."""
+    import json
+    from dataclasses import asdict
+
+    import torch
+
+    from sd3core.bench.model import MODES, ModelBench, measure, parameter_count
+    from sd3core.bench.report import heading, result_table
+    from sd3core.errors import UserError
+
+    modes = tuple(mode or MODES)
+    if unknown := sorted(set(modes) - set(MODES)):
+        raise UserError(f"--mode {unknown[0]}: it is one of {', '.join(MODES)}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    settings = ModelBench(
+        depth=depth,
+        image_tokens=image_tokens,
+        text_tokens=text_tokens,
+        batch=batch,
+        qk_norm="rms" if qk_norm else None,
+        sampling_steps=steps,
+        rounds=rounds,
+        compile=compile_,
+        device=device,
+    )
+    title = heading(settings, parameter_count(settings), torch.get_num_threads())
+    _say(title)
+    with console.status("loading") as status:
+        results = list(measure(settings, modes, status.update))
+    console.print(result_table(results))
+    if json_out is not None:
+        figures = {"bench": asdict(settings), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        json_out.write_text(json.dumps(figures | {"results": [result.to_dict() for result in results]}, indent=1))
