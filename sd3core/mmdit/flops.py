@@ -16,6 +16,7 @@ def forward_flops(config: MMDiTConfig, image_tokens: int, text_tokens: int) -> f
     stream = (3 + 1 + 2 * MLP_RATIO) * width**2  # qkv, proj, MLP: multiply-adds a token
     tokens = image_tokens + text_tokens
     block = stream * tokens + 2 * tokens**2 * width + 2 * 6 * width**2
+    dual = 4 * width**2 * image_tokens + 2 * image_tokens**2 * width + 3 * width**2
     last_text_saved = (1 + 2 * MLP_RATIO) * width**2 * text_tokens + 4 * width**2  # it only gives q, k and v
     embed = (
         image_tokens * patch * width
@@ -23,4 +24,4 @@ def forward_flops(config: MMDiTConfig, image_tokens: int, text_tokens: int) -> f
         + (SINUSOID_CHANNELS + config.pooled_dim + 2 * width) * width
     )
     final = image_tokens * width * patch + 2 * width**2
-    return 2.0 * (config.depth * block - last_text_saved + embed + final)
+    return 2.0 * (config.depth * block + config.dual_attention_blocks * dual - last_text_saved + embed + final)

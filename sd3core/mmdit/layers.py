@@ -107,8 +107,8 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class JointAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v over text and image tokens together, without a mask. Holds no weights.
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v without a mask. q (B, L, n, d); k, v (B, M, n, d) -> (B, L, H). Holds no weights.
 
     A module, so that a hook can look at queries and keys (see `max_attention_logit`) without a branch in the forward.
     """
@@ -129,23 +129,37 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class StreamBlock(nn.Module):
     """One modality's weights of a joint block: adaptive layer norm, attention projections, MLP.
 
-    `last` marks the text stream of the last block: nothing reads its output, so it only gives queries, keys and values.
+    `last` marks a text stream of the last block: nothing reads its output, so it only gives queries, keys and values.
+    `dual` gives a second attention, of the stream with itself: SD3.5-medium has it for the image in its first blocks.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: str | None, last: bool = False):
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: str | None, last: bool = False, dual: bool = False):
         super().__init__()
-        self.last = last
+        self.last, self.dual = last, dual
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = AttentionWeights(hidden_size, num_heads, qk_norm, output=not last)
+        if dual:
+            self.attn2 = AttentionWeights(hidden_size, num_heads, qk_norm)
+            self.attention2 = Attention()
         if not last:
             self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
             self.mlp = Mlp(hidden_size)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, (2 if last else 6) * hidden_size))
+        self.chunks = 2 if last else 9 if dual else 6
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, self.chunks * hidden_size))
 
-    def before_attention(self, x: Tensor, y: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
-        """Queries, keys and values (B, L, n, d), and what `after_attention` needs of the modulation, (B, H) each."""
-        shift_attn, scale_attn, *rest = self.adaLN_modulation(y).chunk(2 if self.last else 6, dim=-1)
-        return self.attn(modulate(self.norm1(x), shift_attn, scale_attn)), tuple(rest)
+    def before_attention(self, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """x, with the second attention added where there is one; q, k, v (B, L, n, d); (B, H) each for `after_attention`.
+
+        Both attentions read the same layer norm, each under its own modulation.
+        """
+        shift_attn, scale_attn, *rest = self.adaLN_modulation(y).chunk(self.chunks, dim=-1)
+        normed = self.norm1(x)
+        qkv = self.attn(modulate(normed, shift_attn, scale_attn))
+        if self.dual:
+            *rest, shift_attn2, scale_attn2, gate_attn2 = rest
+            attended = self.attention2(*self.attn2(modulate(normed, shift_attn2, scale_attn2)))
+            x = gated_add(x, gate_attn2, self.attn2.proj(attended))
+        return x, qkv, tuple(rest)
 
     def after_attention(
         self, x: Tensor, attended: Tensor, gate_attn: Tensor, shift_mlp: Tensor, scale_mlp: Tensor, gate_mlp: Tensor
@@ -160,15 +174,15 @@ class JointBlock(nn.Module):
     x (B, Lx, H), c (B, Lc, H), y (B, H) -> x, c. The last block leaves c as it is: nothing reads it.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: str | None, last: bool = False):
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: str | None, last: bool = False, dual: bool = False):
         super().__init__()
         self.context_block = StreamBlock(hidden_size, num_heads, qk_norm, last=last)
-        self.x_block = StreamBlock(hidden_size, num_heads, qk_norm)
-        self.attention = JointAttention()
+        self.x_block = StreamBlock(hidden_size, num_heads, qk_norm, dual=dual)
+        self.attention = Attention()
 
     def forward(self, x: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        qkv_c, modulation_c = self.context_block.before_attention(c, y)
-        qkv_x, modulation_x = self.x_block.before_attention(x, y)
+        c, qkv_c, modulation_c = self.context_block.before_attention(c, y)
+        x, qkv_x, modulation_x = self.x_block.before_attention(x, y)
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(qkv_c, qkv_x, strict=True))  # (B, Lc + Lx, n, d), text first
         attended = self.attention(q, k, v)  # (B, Lc + Lx, H)
         attended_c, attended_x = attended.split([c.shape[1], x.shape[1]], dim=1)

@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from sd3core.errors import CheckpointError, DataError
 from sd3core.mmdit.layers import (
     SINUSOID_CHANNELS,
+    Attention,
+    AttentionWeights,
     FinalLayer,
-    JointAttention,
     JointBlock,
     PatchEmbed,
-    StreamBlock,
     VectorEmbed,
     timestep_sinusoid,
 )
 from sd3core.mmdit.positions import crop_positions, grid_coordinates, position_table
 
 HEAD_WIDTH = 64
+ADDED_LATER = {"dual_attention_blocks": 0}  # fields of MMDiTConfig -> default
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class MMDiTConfig:
     position_base: int = 16
     position_side: int = 64
     position_max: int = 192
+    dual_attention_blocks: int = 0  # the first n blocks give the image a second attention; SD3.5-medium: 13 of 24
 
     def __post_init__(self) -> None:
         if self.qk_norm not in (None, "rms"):
@@ -57,6 +59,10 @@ class MMDiTConfig:
             raise CheckpointError(f"model config: hidden_size {self.hidden_size} is no multiple of 4 and of num_heads")
         if min(self.depth, self.num_heads, self.position_base, self.position_side, self.position_max) < 1:
             raise CheckpointError("model config: depth, num_heads and the three position sizes must be at least 1")
+        if not 0 <= self.dual_attention_blocks <= self.depth:
+            raise CheckpointError(
+                f"model config: dual_attention_blocks {self.dual_attention_blocks} is not between 0 and depth {self.depth}"
+            )
 
     @classmethod
     def from_depth(cls, depth: int, **overrides: Any) -> MMDiTConfig:
@@ -64,7 +70,11 @@ class MMDiTConfig:
         return cls.from_dict({"depth": depth, "hidden_size": HEAD_WIDTH * depth, "num_heads": depth} | overrides)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """All fields; those that came after the first checkpoints only where they are not at their default, so that
+        fingerprints of older recipes and checkpoints stay.
+        """
+        fields = dataclasses.asdict(self)
+        return {k: v for k, v in fields.items() if k not in ADDED_LATER or v != ADDED_LATER[k]}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> MMDiTConfig:
@@ -93,7 +103,14 @@ class MMDiT(nn.Module):
         self.y_embedder = VectorEmbed(config.pooled_dim, width)
         self.context_embedder = nn.Linear(config.context_dim, width)
         self.joint_blocks = nn.ModuleList(
-            JointBlock(width, config.num_heads, config.qk_norm, last=i == config.depth - 1) for i in range(config.depth)
+            JointBlock(
+                width,
+                config.num_heads,
+                config.qk_norm,
+                last=i == config.depth - 1,
+                dual=i < config.dual_attention_blocks,
+            )
+            for i in range(config.depth)
         )
         self.final_layer = FinalLayer(width, config.patch_size, config.latent_channels)
         self.register_buffer("pos_embed", torch.empty(1, config.position_max**2, width))
@@ -168,16 +185,17 @@ def insert_qk_norm(model: MMDiT) -> MMDiT:
     """
     if model.config.qk_norm is None:
         for module in model.modules():
-            if isinstance(module, StreamBlock):
-                module.attn.insert_qk_norm()
+            if isinstance(module, AttentionWeights):
+                module.insert_qk_norm()
         model.config = dataclasses.replace(model.config, qk_norm="rms")
     return model
 
 
 @torch.no_grad()
 def max_attention_logit(model: MMDiT, latent: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
-    """max |q k^T| / sqrt(d) of every block in one forward pass of these inputs (paper figure 5). -> (depth,) float32.
+    """max |q k^T| / sqrt(d) of every attention in one forward pass of these inputs (paper figure 5). float32.
 
+    -> (attentions,), in the order of the forward pass: one a block, and one more where a block has a second attention.
     Looks in through hooks that are gone afterwards; costs one attention matrix of one sample at a time.
     """
     maxima: list[Tensor] = []
@@ -187,7 +205,7 @@ def max_attention_logit(model: MMDiT, latent: Tensor, t: Tensor, context: Tensor
         logits = (torch.einsum("l n d, m n d -> n l m", *pair) for pair in zip(q.float(), k.float(), strict=True))
         maxima.append(torch.stack([sample.abs().amax() for sample in logits]).amax() / q.shape[-1] ** 0.5)
 
-    hooks = [m.register_forward_pre_hook(record) for m in model.modules() if isinstance(m, JointAttention)]
+    hooks = [m.register_forward_pre_hook(record) for m in model.modules() if isinstance(m, Attention)]
     try:
         model(latent, t, context, pooled)
     finally:

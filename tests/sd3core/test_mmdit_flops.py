@@ -11,9 +11,10 @@ from sd3core.mmdit import MMDiT, MMDiTConfig
 from sd3core.mmdit.flops import forward_flops
 
 
-@pytest.mark.parametrize("depth", [1, 3])
-def test_flops_are_those_that_torch_counts(depth):
-    config = MMDiTConfig.from_depth(depth, context_dim=48, pooled_dim=40, position_max=8, position_side=8)
+@pytest.mark.parametrize(("depth", "dual"), [(1, 0), (3, 0), (3, 2)])
+def test_flops_are_those_that_torch_counts(depth, dual):
+    sizes = {"context_dim": 48, "pooled_dim": 40, "position_max": 8, "position_side": 8}
+    config = MMDiTConfig.from_depth(depth, **sizes, dual_attention_blocks=dual)
     model = MMDiT(config)
     inputs = torch.randn(1, 16, 8, 12), torch.rand(1), torch.randn(1, 10, 48), torch.randn(1, 40)
     with FlopCounterMode(display=False) as counted, torch.no_grad():
