@@ -16,22 +16,25 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sd3core.data.store import Store, open_store
 from sd3core.errors import CheckpointError
 from sd3core.mmdit.model import MMDiT, MMDiTConfig, config_positions
+from sd3core.progress import counted
+from sd3core.tensor_files import Shape, TensorFiles
 
+NAMED = 3  # of the tensors that an error is about
 FORMAT = 1  # raise it when a reader of today could not read what is written
 KINDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
 Kind = Literal["weights", "exp_avg", "exp_avg_sq", "ema"]
@@ -161,34 +164,43 @@ def read_pieces(
     Other pieces are not read from the file. Raises CheckpointError that names a damaged file or tensor.
     """
     for name in done.rank_files:
-        verified = _verified_local_file(store, _join(folder, name), done.files[name])
-        with verified as path, _open_tensors(path, name) as tensors:
-            for key in tensors.keys():
+        with verified_local_file(store, _join(folder, name), done.files[name]) as path, TensorFiles([path]) as tensors:
+            for key, info in tensors.infos.items():
                 kind, parameter, start = parse_piece_name(key)
-                (count,) = tensors.get_slice(key).get_shape()
-                if wanted(kind, parameter, start, start + count):
-                    yield Piece(kind, parameter, start, tensors.get_tensor(key))
+                if wanted(kind, parameter, start, start + info.elements):
+                    yield Piece(kind, parameter, start, tensors[key])
 
 
-def assemble(store: Store, folder: str, kind: Kind) -> dict[str, Tensor]:
-    """One kind of tensor of every parameter, whole, float32. Holds one rank's file in memory besides the result.
+def read_kind(store: Store, folder: str, kind: Kind) -> Iterator[Piece]:
+    """Every piece of one kind, as the ranks wrote them; holds one of them at a time.
 
-    Raises CheckpointError unless the pieces cover every element of every parameter exactly once.
+    Raises CheckpointError, at the latest after the last piece, unless they cover every element of every parameter once.
     """
     done = read_done(store, folder)
     where = store.uri(folder) if folder else store.url
-    flat = {name: torch.empty(math.prod(shape)) for name, shape in done.parameters.items()}
-    covered: dict[str, list[tuple[int, int]]] = {name: [] for name in flat}
+    sizes = {name: math.prod(shape) for name, shape in done.parameters.items()}
+    covered: dict[str, list[tuple[int, int]]] = {name: [] for name in sizes}
     for piece in read_pieces(store, folder, done, lambda k, *_: k == kind):
         stop = piece.start + len(piece.values)
-        if piece.parameter not in flat or stop > len(flat[piece.parameter]):
+        if piece.parameter not in sizes or stop > sizes[piece.parameter]:
             name = piece_name(piece.kind, piece.parameter, piece.start)
             raise CheckpointError(f"{where}: piece {name} lies outside the parameters of {DONE_FILE}")
-        flat[piece.parameter][piece.start : stop] = piece.values
         covered[piece.parameter].append((piece.start, stop))
+        yield piece
     for name, spans in covered.items():
-        _check_covered(where, kind, name, sorted(spans), len(flat[name]))
-    return {name: flat[name].view(shape) for name, shape in done.parameters.items()}
+        _check_covered(where, kind, name, sorted(spans), sizes[name])
+
+
+def assemble(store: Store, folder: str, kind: Kind) -> dict[str, Tensor]:
+    """One kind of tensor of every parameter, whole, float32.
+
+    Raises CheckpointError unless the pieces cover every element of every parameter exactly once.
+    """
+    shapes = read_done(store, folder).parameters
+    flat = {name: torch.empty(math.prod(shape)) for name, shape in shapes.items()}
+    for piece in read_kind(store, folder, kind):
+        flat[piece.parameter][piece.start : piece.start + len(piece.values)] = piece.values
+    return {name: flat[name].view(shape) for name, shape in shapes.items()}
 
 
 def save_model(url_or_path: str | Path, model: MMDiT, extra: dict[str, Any] | None = None) -> None:
@@ -221,10 +233,9 @@ def load_model(url_or_path: str | Path, weights: Literal["ema", "live"] | None =
         raise CheckpointError(f"{store.url}: no {CONFIG_FILE} (a model) and no {DONE_FILE} (a checkpoint) there")
     if weights is not None:
         raise CheckpointError(f"{store.url}: a model folder has one set of weights; leave out weights={weights!r}")
-    config, record = _read_model_fields(store)
-    with _verified_local_file(store, MODEL_FILE, record) as path, _open_tensors(path, MODEL_FILE) as tensors:
-        state = {name: tensors.get_tensor(name).clone() for name in tensors.keys()}
-    return model_from_state(config, state, store.url)
+    config, record = read_model_fields(store)
+    with verified_local_file(store, MODEL_FILE, record) as path, TensorFiles([path]) as tensors:
+        return model_from_state(config, dict(tensors), store.url)
 
 
 def model_from_state(config: MMDiTConfig, state: dict[str, Tensor], where: str) -> MMDiT:
@@ -232,21 +243,39 @@ def model_from_state(config: MMDiTConfig, state: dict[str, Tensor], where: str) 
 
     Raises CheckpointError that names a missing, unknown or wrongly shaped tensor.
     """
+    check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, model_shapes(config), where)
     with torch.device("meta"):
         model = MMDiT(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for problem, names in (("missing", shapes.keys() - state.keys()), ("unknown", state.keys() - shapes.keys())):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(f"{where}: tensor {min(names)!r}{more} {problem} for a model of depth {config.depth}")
-    for name, shape in shapes.items():
-        if tuple(state[name].shape) != shape:
-            raise CheckpointError(f"{where}: tensor {name!r} has shape {tuple(state[name].shape)}, the model {shape}")
     model.load_state_dict(state, assign=True)
     return model
 
 
-def _read_model_fields(store: Store) -> tuple[MMDiTConfig, FileRecord]:
+@cache
+def model_shapes(config: MMDiTConfig) -> Mapping[str, Shape]:
+    """Name and shape of every tensor of such a model, its position table included. Takes no memory."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in MMDiT(config).state_dict().items()}
+
+
+def check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where: str) -> None:
+    """Raises CheckpointError of one line unless both say the same: each kind of difference with its count and names."""
+    other = [name for name in sorted(wanted.keys() & found.keys()) if found[name] != wanted[name]]
+    differences = (
+        ("missing", [repr(name) for name in sorted(wanted.keys() - found.keys())]),
+        ("unknown", [repr(name) for name in sorted(found.keys() - wanted.keys())]),
+        ("of another shape", [f"{name!r} {found[name]} instead of {wanted[name]}" for name in other]),
+    )
+    said = [
+        f"{counted(len(names), 'tensor')} {problem}: {', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}"
+        for problem, names in differences
+        if names
+    ]
+    if said:
+        raise CheckpointError(f"{where}: {'; '.join(said)}")
+
+
+def read_model_fields(store: Store) -> tuple[MMDiTConfig, FileRecord]:
+    """Sizes and file of a plain model folder, from its config.json."""
     where = store.uri(CONFIG_FILE)
     try:
         fields = store.get_json(CONFIG_FILE)
@@ -280,7 +309,7 @@ def _check_covered(where: str, kind: Kind, name: str, spans: list[tuple[int, int
 
 
 @contextmanager
-def _verified_local_file(store: Store, path: str, record: FileRecord) -> Iterator[Path]:
+def verified_local_file(store: Store, path: str, record: FileRecord) -> Iterator[Path]:
     """The object as a local file: in place where the store is files, else a temporary copy. Size and digest checked."""
     uri = store.uri(path)
     if not store.exists(path):
@@ -295,12 +324,3 @@ def _verified_local_file(store: Store, path: str, record: FileRecord) -> Iterato
             detail = f"{found.bytes} bytes, not {record.bytes}" if found.bytes != record.bytes else "another SHA-256"
             raise CheckpointError(f"{uri} is damaged ({detail}); take another checkpoint")
         yield local
-
-
-@contextmanager
-def _open_tensors(path: Path, name: str) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise CheckpointError(f"{name}: not a safetensors file: {error}") from None
