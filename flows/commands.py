@@ -28,6 +28,8 @@ RecipeOption = Annotated[
 SetOption = Annotated[
     Optional[list[str]], typer.Option("--set", "-s", help="Changes one field: section.key=value. Repeatable.")
 ]
+WeightsOption = Annotated[Optional[str], typer.Option(help="ema (the default) or live, of a training checkpoint.")]
+DtypeOption = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; default: as it is stored.")]
 
 
 def _say(line: str) -> None:
@@ -140,9 +142,18 @@ def plan(recipe: RecipeOption = DEFAULT_RECIPE, set_: SetOption = None) -> None:
 @app.command()
 def sample(
     prompt: Annotated[Optional[list[str]], typer.Argument(help="One or more prompts.")] = None,
-    file: Annotated[Optional[Path], typer.Option("--file", "-f", help="A text file with a prompt on each line.")] = None,
+    file: Annotated[
+        Optional[Path], typer.Option("--file", "-f", help="A text file with a prompt on each line.")
+    ] = None,
     recipe: RecipeOption = DEFAULT_RECIPE,
     run: Annotated[Optional[str], typer.Option(help="The run to sample from; default: the recipe's.")] = None,
+    checkpoint: Annotated[
+        Optional[str],
+        typer.Option(help="A model folder or training checkpoint, by path or URL, instead of a run's last."),
+    ] = None,
+    towers: Annotated[
+        Optional[Path], typer.Option(help="A folder with VAE and text encoders, as diffusers' pipelines have them.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     height: Annotated[Optional[int], typer.Option(help="px; default: the last phase's side.")] = None,
     width: Annotated[Optional[int], typer.Option(help="px; default: the last phase's side.")] = None,
@@ -153,16 +164,18 @@ def sample(
     without: Annotated[
         Optional[list[str]], typer.Option(help="Leaves an encoder out: clip_l, clip_g or t5. Repeatable.")
     ] = None,
-    weights: Annotated[str, typer.Option(help="ema or live.")] = "ema",
+    weights: WeightsOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Pictures from prompts, from a run's last checkpoint."""
+    """Pictures from prompts, from a run's last checkpoint or from --checkpoint."""
     from flows.sample import read_prompts, sample_run
 
     overrides = [*(set_ or []), *([f"run={run}"] if run else [])]
     sample_run(
         _load(recipe, overrides),
         prompts=[*(prompt or []), *(read_prompts(file) if file else [])],
+        checkpoint=checkpoint,
+        towers=towers,
         out=out,
         size=(height, width),
         seed=seed,
@@ -173,6 +186,57 @@ def sample(
         weights=weights,
         console=console,
     )
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        Path, typer.Argument(help="A .safetensors file, or a diffusers folder: a transformer's or a whole pipeline's.")
+    ],
+    out: Annotated[str, typer.Argument(help="The model folder to make: a path, or a store's URL.")],
+    dtype: DtypeOption = None,
+    null: Annotated[
+        Optional[str], typer.Option(help='What it knows as "no prompt": empty (the default) or zeros.')
+    ] = None,
+    t5_tokens: Annotated[Optional[int], typer.Option(min=4, max=512, help="T5 tokens; default: 77.")] = None,
+    shift: Annotated[
+        Optional[float], typer.Option(min=0.01, help="Of the schedule; default: the pipeline's, or 3.")
+    ] = None,
+    side: Annotated[
+        Optional[int], typer.Option(min=16, help="px of the square it makes best; default: as it says.")
+    ] = None,
+) -> None:
+    """Released weights (SD3, SD3.5-medium, SD3.5-large) as a model folder that `sd3 sample` and training start from."""
+    from flows.convert import import_weights
+
+    import_weights(source, out, dtype=dtype, null=null, t5_tokens=t5_tokens, shift=shift, side_px=side, console=console)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        Optional[list[str]],
+        typer.Argument(help="A model folder or training checkpoint, by path or URL; without it a run's last."),
+    ] = None,
+    out: Annotated[str, typer.Argument(help="The folder or .safetensors file to make.")] = ...,
+    format_: Annotated[
+        str, typer.Option("--format", help="diffusers (a transformer folder) or single-file.")
+    ] = "diffusers",
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    run: Annotated[Optional[str], typer.Option(help="The run whose last checkpoint; default: the recipe's.")] = None,
+    weights: WeightsOption = None,
+    dtype: DtypeOption = None,
+    set_: SetOption = None,
+) -> None:
+    """The transformer alone, for other programs. The stage `export` makes a whole diffusers pipeline folder of a run."""
+    from flows.convert import export_weights
+    from flows.sample import last_checkpoint
+
+    given = checkpoint or []
+    if len(given) > 1 or (given and run):
+        raise typer.BadParameter("give one checkpoint, or none and --run")
+    chosen = given[0] if given else last_checkpoint(_load(recipe, [*(set_ or []), *([f"run={run}"] if run else [])]))
+    export_weights(chosen, out, format_, weights=weights, dtype=dtype, console=console)
 
 
 @app.command()

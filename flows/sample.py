@@ -1,4 +1,4 @@
-"""`sd3 sample`: pictures from a run's last checkpoint."""
+"""`sd3 sample`: pictures from a run's last checkpoint, or from any other."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from flows import upstream
 from flows.home import run_store
 from flows.recipes import DEFAULT_RECIPE
 from flows.summary import finished_runs
-from sd3core.checkpoint import CheckpointRef
-from sd3core.data.store import Store
 from sd3core.errors import UserError
 from sd3core.generate import sample_to_files
 from sd3core.progress import counted
@@ -41,6 +39,8 @@ def sample_run(
     recipe: Recipe,
     *,
     prompts: list[str],
+    checkpoint: str | None,
+    towers: Path | None,
     out: Path,
     size: tuple[int | None, int | None],
     seed: int,
@@ -48,20 +48,26 @@ def sample_run(
     steps: int | None,
     guidance: float | None,
     without: set[str],
-    weights: str,
+    weights: str | None,
     console: Console,
 ) -> list[Path]:
-    """Draws the prompts and prints where the pictures are. UserError for settings that cannot be."""
+    """Draws the prompts and prints where the pictures are. UserError for settings that cannot be.
+
+    Without `checkpoint` and `towers` they are those of the recipe's run.
+    """
     if not prompts:
         raise UserError("no prompt: give one or more, or --file with a prompt on each line")
     unknown = sorted(without - set(ENCODERS))
     if unknown:
         raise UserError(f"--without {unknown[0]}: the encoders are {', '.join(ENCODERS)}")
-    if weights not in ("ema", "live"):
+    if weights not in (None, "ema", "live"):
         raise UserError(f"--weights {weights}: it is ema or live")
-    store = run_store(recipe)
-    checkpoint = _last_checkpoint(recipe, store)
-    towers = fetch_towers(store, upstream.towers_manifest(recipe, store).folder, towers_cache())
+    checkpoint = checkpoint or last_checkpoint(recipe)
+    if towers is None:
+        store = run_store(recipe)
+        towers = fetch_towers(store, upstream.towers_manifest(recipe, store).folder, towers_cache())
+    elif not (towers / "vae").is_dir():
+        raise UserError(f"--towers {towers}: no vae folder there; name a folder as diffusers' pipelines have it")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         drawing = bar.add_task("loading", total=None)
@@ -73,7 +79,7 @@ def sample_run(
             bar.update(drawing, description="sampling", completed=done, total=total)
 
         paths = sample_to_files(
-            store.uri(checkpoint.folder),
+            checkpoint,
             towers,
             prompts,
             out,
@@ -94,10 +100,11 @@ def sample_run(
     return paths
 
 
-def _last_checkpoint(recipe: Recipe, store: Store) -> CheckpointRef:
-    """Of the last phase. Where this run is not finished and others are, the UserError names those."""
+def last_checkpoint(recipe: Recipe) -> str:
+    """URL of the last phase's. Where this run is not finished and others are, the UserError names those."""
+    store = run_store(recipe)
     try:
-        return upstream.last_checkpoint(recipe, store, recipe.phases()[-1][0])
+        return store.uri(upstream.last_checkpoint(recipe, store, recipe.phases()[-1][0]).folder)
     except upstream.NotFinishedError:
         finished = finished_runs(store)
         if not finished or recipe.run in finished:  # finished with other settings: the error names the stage

@@ -23,7 +23,7 @@ FORMATS = {
     "latents": 1,
     "train": 1,
     "evaluations": 2,
-    "export": 1,
+    "export": 2,
 }
 
 
