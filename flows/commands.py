@@ -231,10 +231,13 @@ def export(
     """The transformer alone, for other programs. The stage `export` makes a whole diffusers pipeline folder of a run."""
     from flows.convert import export_weights
     from flows.sample import last_checkpoint
+    from sd3core.errors import UserError
 
     given = checkpoint or []
-    if len(given) > 1 or (given and run):
-        raise typer.BadParameter("give one checkpoint, or none and --run")
+    if len(given) > 1:
+        raise UserError(f"{', '.join(given)}: name one checkpoint and the output")
+    if given and (run or set_ or recipe != DEFAULT_RECIPE):
+        raise UserError(f"{given[0]}, and --run or --recipe: name the one checkpoint or the other")
     chosen = given[0] if given else last_checkpoint(_load(recipe, [*(set_ or []), *([f"run={run}"] if run else [])]))
     export_weights(chosen, out, format_, weights=weights, dtype=dtype, console=console)
 

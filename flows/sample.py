@@ -62,12 +62,8 @@ def sample_run(
         raise UserError(f"--without {unknown[0]}: the encoders are {', '.join(ENCODERS)}")
     if weights not in (None, "ema", "live"):
         raise UserError(f"--weights {weights}: it is ema or live")
+    towers = _towers(recipe, checkpoint, towers)
     checkpoint = checkpoint or last_checkpoint(recipe)
-    if towers is None:
-        store = run_store(recipe)
-        towers = fetch_towers(store, upstream.towers_manifest(recipe, store).folder, towers_cache())
-    elif not (towers / "vae").is_dir():
-        raise UserError(f"--towers {towers}: no vae folder there; name a folder as diffusers' pipelines have it")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         drawing = bar.add_task("loading", total=None)
@@ -98,6 +94,23 @@ def sample_run(
     for path in paths:
         console.print(str(path), soft_wrap=True, highlight=False)
     return paths
+
+
+def _towers(recipe: Recipe, checkpoint: str | None, given: Path | None) -> Path:
+    """The folder that is given, or the recipe's, fetched from its store."""
+    if given is not None:
+        if not (given / "vae").is_dir():
+            raise UserError(f"--towers {given}: no vae folder there; name a folder as diffusers' pipelines have it")
+        return given
+    store = run_store(recipe)
+    try:
+        return fetch_towers(store, upstream.towers_manifest(recipe, store).folder, towers_cache())
+    except upstream.NotFinishedError:
+        if checkpoint is None:
+            raise
+        raise UserError(
+            f"--checkpoint {checkpoint}: name its VAE and text encoders too, with --towers FOLDER"
+        ) from None
 
 
 def last_checkpoint(recipe: Recipe) -> str:

@@ -91,7 +91,7 @@ def open_foreign_weights(path: Path | str, any_dtype: bool = False) -> Iterator[
             config, lambda i: files.read(table, i * count, count).view(side, config.hidden_size)
         )
         passed_over = passed_over_in(files)
-        notes = [f"{where}: {passed_over} in it are passed over"] if passed_over else []
+        notes = [f"{where}: left aside: {passed_over}"] if passed_over else []
         notes += [] if follows else [foreign_positions(where)]
         yield ForeignWeights(path, form, config, files, tuple(notes), stated, pipeline)
 

@@ -8,20 +8,25 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_models import randomise, small_config, small_inputs
 from test_checkpoint import checkpoint_folder, write_checkpoint
 from test_generate import FACTS
+from test_generate import write_checkpoint as write_model
 
 from sd3core.checkpoint import KINDS, load_model, save_model
 from sd3core.checkpoint_facts import read_facts
 from sd3core.checkpoint_formats import diffusers_config, to_diffusers, to_single_file
 from sd3core.convert import assumed_facts, export_model, import_model
 from sd3core.errors import CheckpointError, UserError
+from sd3core.export import export_diffusers
 from sd3core.foreign_weights import open_foreign_weights
+from sd3core.generate import sample_to_files
 from sd3core.mmdit import MMDiT
 
 RELEASED_KINDS = {
@@ -173,6 +178,7 @@ import json, os, resource, sys
 from sd3core.checkpoint import model_shapes
 from sd3core.checkpoint_formats import SINGLE_FILE
 from sd3core.convert import import_model, export_model
+from sd3core.export import export_diffusers
 from sd3core.foreign_weights import open_foreign_weights
 from sd3core.mmdit import MMDiTConfig
 from sd3core.tensor_files import TensorFiles, TensorFileWriter, TensorInfo
@@ -337,3 +343,20 @@ def test_a_model_folder_goes_to_a_store(tmp_path):
         export_model("s3://models/sd3", tmp_path / "b.safetensors", "single-file")
     one, other = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_imported_pipeline_draws_the_pictures_of_the_model_that_was_exported(towers_folder, tmp_path):
+    """The same model, through a diffusers pipeline folder and back, with that folder's own towers."""
+    facts = replace(FACTS, null="empty")
+    checkpoint = write_model(tmp_path / "model", facts)
+    pipeline = export_diffusers(checkpoint, towers_folder, tmp_path / "pipeline")
+    with open_foreign_weights(pipeline) as foreign:
+        found = assumed_facts(foreign, t5_tokens=facts.text.t5_tokens)
+        import_model(foreign, str(tmp_path / "imported"), found.to_extra())
+    assert replace(found, samples=None) == facts  # shift, CLIP tokens and size lie in the folder
+    drawn = [
+        sample_to_files(str(path), towers, ["a red square"], tmp_path / name, num_steps=2)[0]
+        for name, path, towers in (("one", checkpoint, towers_folder), ("two", tmp_path / "imported", pipeline))
+    ]
+    one, other = (np.asarray(Image.open(path)) for path in drawn)
+    assert one.shape == (32, 32, 3) and one.std() > 5 and np.array_equal(one, other)
