@@ -30,7 +30,8 @@ from torch import Tensor
 
 from sd3core.data.store import Store, open_store
 from sd3core.errors import CheckpointError
-from sd3core.mmdit.model import MMDiT, MMDiTConfig, config_positions
+from sd3core.mmdit import Backbone, BackboneConfig, config_from_dict, make_model
+from sd3core.mmdit.backbone import config_positions
 
 FORMAT = 1  # raise it when a reader of today could not read what is written
 KINDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
@@ -59,7 +60,7 @@ class CheckpointDone(BaseModel):
     steps: int  # taken so far, of the global batch
     attempt: int  # of the training that wrote it: an older attempt must not commit after a newer one
     optimizer_step: int  # Adam's bias correction; behind `steps` when steps were skipped
-    config: dict[str, Any]  # MMDiTConfig.to_dict()
+    config: dict[str, Any]  # BackboneConfig.to_dict()
     training: dict[str, Any]  # the recipe's training phase
     parameters: dict[str, list[int]]  # name -> shape, every trained parameter
     files: dict[str, FileRecord]  # every file but DONE.json
@@ -67,8 +68,8 @@ class CheckpointDone(BaseModel):
     null: Literal["zeros", "empty"]  # what the model knows as "no prompt"
     recipe: dict[str, Any] | None = None
 
-    def model_config_of(self) -> MMDiTConfig:
-        return MMDiTConfig.from_dict(self.config)
+    def model_config_of(self) -> BackboneConfig:
+        return config_from_dict(self.config)
 
     @property
     def rank_files(self) -> list[str]:
@@ -191,7 +192,7 @@ def assemble(store: Store, folder: str, kind: Kind) -> dict[str, Tensor]:
     return {name: flat[name].view(shape) for name, shape in done.parameters.items()}
 
 
-def save_model(url_or_path: str | Path, model: MMDiT, extra: dict[str, Any] | None = None) -> None:
+def save_model(url_or_path: str | Path, model: Backbone, extra: dict[str, Any] | None = None) -> None:
     """Writes a plain folder: model.safetensors in the model's dtype, then config.json. `extra` is kept there."""
     store = open_store(str(url_or_path))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -204,7 +205,7 @@ def save_model(url_or_path: str | Path, model: MMDiT, extra: dict[str, Any] | No
     store.put_json(CONFIG_FILE, fields)
 
 
-def load_model(url_or_path: str | Path, weights: Literal["ema", "live"] | None = None) -> MMDiT:
+def load_model(url_or_path: str | Path, weights: Literal["ema", "live"] | None = None) -> Backbone:
     """The model of a plain folder or of a training checkpoint (folder of DONE.json), on the CPU, in the stored dtype.
 
     `weights` chooses in a training checkpoint: the moving average (also the default) or the live weights.
@@ -227,13 +228,13 @@ def load_model(url_or_path: str | Path, weights: Literal["ema", "live"] | None =
     return model_from_state(config, state, store.url)
 
 
-def model_from_state(config: MMDiTConfig, state: dict[str, Tensor], where: str) -> MMDiT:
+def model_from_state(config: BackboneConfig, state: dict[str, Tensor], where: str) -> Backbone:
     """A model whose parameters and position table are exactly those tensors (they are not copied).
 
     Raises CheckpointError that names a missing, unknown or wrongly shaped tensor.
     """
     with torch.device("meta"):
-        model = MMDiT(config)
+        model = make_model(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for problem, names in (("missing", shapes.keys() - state.keys()), ("unknown", state.keys() - shapes.keys())):
         if names:
@@ -246,7 +247,7 @@ def model_from_state(config: MMDiTConfig, state: dict[str, Tensor], where: str) 
     return model
 
 
-def _read_model_fields(store: Store) -> tuple[MMDiTConfig, FileRecord]:
+def _read_model_fields(store: Store) -> tuple[BackboneConfig, FileRecord]:
     where = store.uri(CONFIG_FILE)
     try:
         fields = store.get_json(CONFIG_FILE)
@@ -255,7 +256,7 @@ def _read_model_fields(store: Store) -> tuple[MMDiTConfig, FileRecord]:
             raise CheckpointError(f"{where}: unknown key {unknown[0]!r}")
         if fields["format"] != FORMAT:
             raise CheckpointError(f"{where}: format {fields['format']}; this version reads {FORMAT}")
-        return MMDiTConfig.from_dict(fields["model"]), FileRecord.model_validate(fields["files"][MODEL_FILE])
+        return config_from_dict(fields["model"]), FileRecord.model_validate(fields["files"][MODEL_FILE])
     except KeyError as error:
         raise CheckpointError(f"{where}: key {error} is missing; write the folder with save_model") from None
     except (ValueError, AttributeError, TypeError):

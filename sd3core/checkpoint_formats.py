@@ -16,7 +16,8 @@ from torch import Tensor
 
 from sd3core.checkpoint import model_from_state
 from sd3core.errors import CheckpointError
-from sd3core.mmdit.model import HEAD_WIDTH, MMDiT, MMDiTConfig
+from sd3core.mmdit import BackboneConfig, MMDiT, MMDiTConfig
+from sd3core.mmdit.config import HEAD_WIDTH
 from sd3core.mmdit.positions import coordinates_of_table, grid_coordinates, position_table
 
 SINGLE_FILE_PREFIX = "model.diffusion_model."
@@ -54,8 +55,16 @@ BLOCK_NAMES = {
 }
 
 
+def check_released_form(config: BackboneConfig) -> None:
+    """Raises CheckpointError for a model that diffusers and the released files have no form for."""
+    if not config.released_form:
+        what = "three-stream MM-DiT" if isinstance(config, MMDiTConfig) else config.architecture
+        raise CheckpointError(f"a {what} has no diffusers or single-file form, only a two-stream MM-DiT has; use save_model")
+
+
 def to_diffusers(model: MMDiT) -> dict[str, Tensor]:
     """State dict for SD3Transformer2DModel(**diffusers_config(model.config))."""
+    check_released_form(model.config)
     return dict(to_diffusers_tensors(model.state_dict().items(), model.config.depth))
 
 
@@ -115,6 +124,7 @@ def diffusers_config(config: MMDiTConfig) -> dict[str, Any]:
 
 def to_single_file(model: MMDiT) -> dict[str, Tensor]:
     """State dict under the released file's prefix; VAE and encoders are not in it."""
+    check_released_form(model.config)
     return dict(to_single_file_tensors(model.state_dict().items()))
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from sd3core.checkpoint import load_model, record_file
 from sd3core.checkpoint_facts import CheckpointFacts, read_facts
-from sd3core.checkpoint_formats import diffusers_config, to_diffusers_tensors
+from sd3core.checkpoint_formats import check_released_form, diffusers_config, to_diffusers_tensors
 from sd3core.data.store import Store
 from sd3core.errors import CheckpointError, UserError
 from sd3core.export_readme import readme
@@ -54,6 +54,7 @@ def export_diffusers(
         raise UserError(f"{out} exists already; name a folder that does not")
     facts = read_facts(checkpoint)
     model = load_model(checkpoint, weights)
+    check_released_form(model.config)
     _check_widths(towers, model)
     with _renamed_at_the_end(out) as folder:
         _write_transformer(folder / "transformer", model, DTYPES[dtype])
