@@ -62,8 +62,8 @@ def sample_run(
         raise UserError(f"--without {unknown[0]}: the encoders are {', '.join(ENCODERS)}")
     if weights not in (None, "ema", "live"):
         raise UserError(f"--weights {weights}: it is ema or live")
+    chosen = checkpoint or last_checkpoint(recipe)
     towers = _towers(recipe, checkpoint, towers)
-    checkpoint = checkpoint or last_checkpoint(recipe)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         drawing = bar.add_task("loading", total=None)
@@ -75,7 +75,7 @@ def sample_run(
             bar.update(drawing, description="sampling", completed=done, total=total)
 
         paths = sample_to_files(
-            checkpoint,
+            chosen,
             towers,
             prompts,
             out,

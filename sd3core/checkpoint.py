@@ -30,7 +30,8 @@ from torch import Tensor
 
 from sd3core.data.store import Store, open_store
 from sd3core.errors import CheckpointError
-from sd3core.mmdit.model import MMDiT, MMDiTConfig, config_positions
+from sd3core.mmdit import Backbone, BackboneConfig, config_from_dict, make_model
+from sd3core.mmdit.backbone import config_positions
 from sd3core.progress import counted
 from sd3core.tensor_files import Shape, TensorFiles
 
@@ -62,7 +63,7 @@ class CheckpointDone(BaseModel):
     steps: int  # taken so far, of the global batch
     attempt: int  # of the training that wrote it: an older attempt must not commit after a newer one
     optimizer_step: int  # Adam's bias correction; behind `steps` when steps were skipped
-    config: dict[str, Any]  # MMDiTConfig.to_dict()
+    config: dict[str, Any]  # BackboneConfig.to_dict()
     training: dict[str, Any]  # the recipe's training phase
     parameters: dict[str, list[int]]  # name -> shape, every trained parameter
     files: dict[str, FileRecord]  # every file but DONE.json
@@ -70,8 +71,8 @@ class CheckpointDone(BaseModel):
     null: Literal["zeros", "empty"]  # what the model knows as "no prompt"
     recipe: dict[str, Any] | None = None
 
-    def model_config_of(self) -> MMDiTConfig:
-        return MMDiTConfig.from_dict(self.config)
+    def model_config_of(self) -> BackboneConfig:
+        return config_from_dict(self.config)
 
     @property
     def rank_files(self) -> list[str]:
@@ -203,7 +204,7 @@ def assemble(store: Store, folder: str, kind: Kind) -> dict[str, Tensor]:
     return {name: flat[name].view(shape) for name, shape in shapes.items()}
 
 
-def save_model(url_or_path: str | Path, model: MMDiT, extra: dict[str, Any] | None = None) -> None:
+def save_model(url_or_path: str | Path, model: Backbone, extra: dict[str, Any] | None = None) -> None:
     """Writes a plain folder: model.safetensors in the model's dtype, then config.json. `extra` is kept there."""
     store = open_store(str(url_or_path))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -216,7 +217,7 @@ def save_model(url_or_path: str | Path, model: MMDiT, extra: dict[str, Any] | No
     store.put_json(CONFIG_FILE, fields)
 
 
-def load_model(url_or_path: str | Path, weights: Literal["ema", "live"] | None = None) -> MMDiT:
+def load_model(url_or_path: str | Path, weights: Literal["ema", "live"] | None = None) -> Backbone:
     """The model of a plain folder or of a training checkpoint (folder of DONE.json), on the CPU, in the stored dtype.
 
     `weights` chooses in a training checkpoint: the moving average (also the default) or the live weights.
@@ -238,23 +239,23 @@ def load_model(url_or_path: str | Path, weights: Literal["ema", "live"] | None =
         return model_from_state(config, dict(tensors), store.url)
 
 
-def model_from_state(config: MMDiTConfig, state: dict[str, Tensor], where: str) -> MMDiT:
+def model_from_state(config: BackboneConfig, state: dict[str, Tensor], where: str) -> Backbone:
     """A model whose parameters and position table are exactly those tensors (they are not copied).
 
     Raises CheckpointError that names a missing, unknown or wrongly shaped tensor.
     """
     check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, model_shapes(config), where)
     with torch.device("meta"):
-        model = MMDiT(config)
+        model = make_model(config)
     model.load_state_dict(state, assign=True)
     return model
 
 
 @cache
-def model_shapes(config: MMDiTConfig) -> Mapping[str, Shape]:
+def model_shapes(config: BackboneConfig) -> Mapping[str, Shape]:
     """Name and shape of every tensor of such a model, its position table included. Takes no memory."""
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in MMDiT(config).state_dict().items()}
+        return {name: tuple(tensor.shape) for name, tensor in make_model(config).state_dict().items()}
 
 
 def check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where: str) -> None:
@@ -274,7 +275,7 @@ def check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where:
         raise CheckpointError(f"{where}: {'; '.join(said)}")
 
 
-def read_model_fields(store: Store) -> tuple[MMDiTConfig, FileRecord]:
+def read_model_fields(store: Store) -> tuple[BackboneConfig, FileRecord]:
     """Sizes and file of a plain model folder, from its config.json."""
     where = store.uri(CONFIG_FILE)
     try:
@@ -284,7 +285,7 @@ def read_model_fields(store: Store) -> tuple[MMDiTConfig, FileRecord]:
             raise CheckpointError(f"{where}: unknown key {unknown[0]!r}")
         if fields["format"] != FORMAT:
             raise CheckpointError(f"{where}: format {fields['format']}; this version reads {FORMAT}")
-        return MMDiTConfig.from_dict(fields["model"]), FileRecord.model_validate(fields["files"][MODEL_FILE])
+        return config_from_dict(fields["model"]), FileRecord.model_validate(fields["files"][MODEL_FILE])
     except KeyError as error:
         raise CheckpointError(f"{where}: key {error} is missing; write the folder with save_model") from None
     except (ValueError, AttributeError, TypeError):

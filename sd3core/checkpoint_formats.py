@@ -20,7 +20,8 @@ from torch import Tensor
 
 from sd3core.checkpoint import check_shapes, model_from_state, model_shapes
 from sd3core.errors import CheckpointError
-from sd3core.mmdit.model import HEAD_WIDTH, MMDiT, MMDiTConfig
+from sd3core.mmdit import BackboneConfig, MMDiT, MMDiTConfig
+from sd3core.mmdit.config import HEAD_WIDTH
 from sd3core.mmdit.positions import coordinates_of_row, grid_coordinates, sine_cosine
 from sd3core.tensor_files import Shape
 
@@ -127,8 +128,17 @@ def recognise(names: Iterable[str]) -> Format | None:
     return next((f for f in FORMATS if any(name.startswith(f.blocks) for name in names)), None)
 
 
+def check_released_form(config: BackboneConfig, where: str | None = None) -> None:
+    """Raises CheckpointError for a model that diffusers and the released files have no form for."""
+    if not config.released_form:
+        what = "three-stream MM-DiT" if isinstance(config, MMDiTConfig) else config.architecture
+        said = f"a {what} has no diffusers or single-file form, only a two-stream MM-DiT has"
+        raise CheckpointError(f"{where}: {said}" if where else said)
+
+
 def to_diffusers(model: MMDiT) -> dict[str, Tensor]:
     """State dict for SD3Transformer2DModel(**diffusers_config(model.config))."""
+    check_released_form(model.config)
     return dict(to_diffusers_tensors(model.state_dict().items(), model.config.depth))
 
 
@@ -156,6 +166,7 @@ def from_diffusers_tensors(state_dict: Mapping[str, Tensor]) -> Iterator[tuple[s
 
 def to_single_file(model: MMDiT) -> dict[str, Tensor]:
     """State dict under the released file's prefix; VAE and encoders are not in it."""
+    check_released_form(model.config)
     return dict(to_single_file_tensors(model.state_dict().items()))
 
 

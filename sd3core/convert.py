@@ -34,12 +34,12 @@ from sd3core.checkpoint import (
     verified_local_file,
 )
 from sd3core.checkpoint_facts import CheckpointFacts, Null
-from sd3core.checkpoint_formats import BARE, DIFFUSERS, SINGLE_FILE, Format, diffusers_config
+from sd3core.checkpoint_formats import BARE, DIFFUSERS, SINGLE_FILE, Format, check_released_form, diffusers_config
 from sd3core.data.store import Store, canonical_json, open_store
 from sd3core.errors import CheckpointError, UserError
 from sd3core.foreign_weights import ForeignWeights
 from sd3core.mmdit import MMDiTConfig
-from sd3core.mmdit.model import config_positions
+from sd3core.mmdit.backbone import config_positions
 from sd3core.recipe import Text
 from sd3core.tensor_files import TensorFiles, TensorFileWriter, TensorInfo
 from sd3core.whole_output import made_whole
@@ -183,9 +183,9 @@ def write_tensors(path: Path, source: Source, form: Format, dtype: DtypeName | N
 
 @contextmanager
 def open_source(checkpoint: str, weights: Literal["ema", "live"] | None = None) -> Iterator[Source]:
-    """A plain model folder or a training checkpoint, by URL or path.
+    """A plain model folder or a training checkpoint, by URL or path, of an MM-DiT that other systems know.
 
-    Raises CheckpointError that names what is missing, damaged or unknown.
+    Raises CheckpointError that names what is missing, damaged or unknown, or the architecture.
     """
     store = open_store(checkpoint)
     if weights not in (None, *WEIGHTS_TO_KIND):
@@ -198,6 +198,7 @@ def open_source(checkpoint: str, weights: Literal["ema", "live"] | None = None) 
     if weights is not None:
         raise CheckpointError(f"{store.url}: a model folder has one set of weights; leave out weights={weights!r}")
     config, record = read_model_fields(store)
+    check_released_form(config, store.url)
     with verified_local_file(store, MODEL_FILE, record) as path, TensorFiles([path]) as files:
         check_shapes(files.shapes, model_shapes(config), store.url)
         dtypes = {name: info.dtype for name, info in files.infos.items()}
@@ -208,6 +209,7 @@ def open_source(checkpoint: str, weights: Literal["ema", "live"] | None = None) 
 def _training_source(store: Store, weights: Literal["ema", "live"]) -> Source:
     done = read_done(store, "")
     config = done.model_config_of()
+    check_released_form(config, store.url)
     shapes = model_shapes(config)
     trained = {name: tuple(shape) for name, shape in done.parameters.items()}
     check_shapes(trained | {"pos_embed": shapes["pos_embed"]}, shapes, store.url)

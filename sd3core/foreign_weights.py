@@ -26,7 +26,7 @@ from sd3core.checkpoint_formats import (
 )
 from sd3core.errors import CheckpointError
 from sd3core.mmdit import MMDiTConfig
-from sd3core.mmdit.model import HEAD_WIDTH
+from sd3core.mmdit.config import HEAD_WIDTH
 from sd3core.tensor_files import TensorFiles
 
 WEIGHTS = "diffusion_pytorch_model"

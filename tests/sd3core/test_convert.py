@@ -327,6 +327,13 @@ def test_what_is_no_such_model_is_named(tmp_path, folder):
     refused(fifo.parent, "missing; get the folder again")
 
 
+def test_an_architecture_that_others_do_not_know_is_not_exported(tmp_path):
+    save_model(tmp_path / "model", MMDiT(small_config(depth=1, clip_tokens=4)))
+    with pytest.raises(CheckpointError, match="model: a three-stream MM-DiT has no diffusers or single-file form"):
+        export_model(str(tmp_path / "model"), tmp_path / "out", "diffusers")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_model_folder_goes_to_a_store(tmp_path):
     import boto3
     from moto import mock_aws

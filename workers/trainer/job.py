@@ -54,7 +54,7 @@ class TrainingJob(BaseModel):
     phase: str  # "pretrain", "finetune.0": also the recipe's key, for messages
     spec: str  # fingerprint of `fields`
     fields: dict[str, Any]
-    model: dict[str, Any]  # MMDiTConfig
+    model: dict[str, Any]  # BackboneConfig.to_dict()
     training: Training
     seed: int
     text: Text
