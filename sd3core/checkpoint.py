@@ -204,6 +204,12 @@ def assemble(store: Store, folder: str, kind: Kind) -> dict[str, Tensor]:
     return {name: flat[name].view(shape) for name, shape in shapes.items()}
 
 
+def content_digest(url_or_path: str | Path) -> str:
+    """What names the content of a training checkpoint (its digest) or of a model folder (SHA-256 of its weights)."""
+    store = open_store(str(url_or_path))
+    return read_done(store, "").digest if is_training_checkpoint(store) else read_model_fields(store)[1].sha256
+
+
 def save_model(url_or_path: str | Path, model: Backbone, extra: dict[str, Any] | None = None) -> None:
     """Writes a plain folder: model.safetensors in the model's dtype, then config.json. `extra` is kept there."""
     store = open_store(str(url_or_path))
@@ -226,17 +232,24 @@ def load_model(url_or_path: str | Path, weights: Literal["ema", "live"] | None =
     store = open_store(str(url_or_path))
     if weights not in (None, *WEIGHTS_TO_KIND):
         raise CheckpointError(f"weights={weights!r}: take 'ema' or 'live'")
-    if store.exists(DONE_FILE):
+    if is_training_checkpoint(store):
         config = read_done(store, "").model_config_of()
         state = assemble(store, "", WEIGHTS_TO_KIND[weights or "ema"])
         return model_from_state(config, state | {"pos_embed": config_positions(config)}, store.url)
-    if not store.exists(CONFIG_FILE):
-        raise CheckpointError(f"{store.url}: no {CONFIG_FILE} (a model) and no {DONE_FILE} (a checkpoint) there")
     if weights is not None:
         raise CheckpointError(f"{store.url}: a model folder has one set of weights; leave out weights={weights!r}")
     config, record = read_model_fields(store)
     with verified_local_file(store, MODEL_FILE, record) as path, TensorFiles([path]) as tensors:
         return model_from_state(config, dict(tensors), store.url)
+
+
+def is_training_checkpoint(store: Store) -> bool:
+    """True for a training checkpoint, False for a plain model folder; CheckpointError where the store is neither."""
+    if store.exists(DONE_FILE):
+        return True
+    if not store.exists(CONFIG_FILE):
+        raise CheckpointError(f"{store.url}: no {CONFIG_FILE} (a model) and no {DONE_FILE} (a checkpoint) there")
+    return False
 
 
 def model_from_state(config: BackboneConfig, state: dict[str, Tensor], where: str) -> Backbone:

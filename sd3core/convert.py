@@ -21,11 +21,11 @@ from torch import Tensor
 
 from sd3core.checkpoint import (
     CONFIG_FILE,
-    DONE_FILE,
     FORMAT,
     MODEL_FILE,
     WEIGHTS_TO_KIND,
     check_shapes,
+    is_training_checkpoint,
     model_shapes,
     read_done,
     read_kind,
@@ -190,11 +190,9 @@ def open_source(checkpoint: str, weights: Literal["ema", "live"] | None = None) 
     store = open_store(checkpoint)
     if weights not in (None, *WEIGHTS_TO_KIND):
         raise CheckpointError(f"weights={weights!r}: take 'ema' or 'live'")
-    if store.exists(DONE_FILE):
+    if is_training_checkpoint(store):
         yield _training_source(store, weights or "ema")
         return
-    if not store.exists(CONFIG_FILE):
-        raise CheckpointError(f"{store.url}: no {CONFIG_FILE} (a model) and no {DONE_FILE} (a checkpoint) there")
     if weights is not None:
         raise CheckpointError(f"{store.url}: a model folder has one set of weights; leave out weights={weights!r}")
     config, record = read_model_fields(store)

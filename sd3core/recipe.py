@@ -208,6 +208,7 @@ class Model(Section):
     architecture: Literal["mmdit", "dit", "cross_dit", "uvit"] = "mmdit"  # or a rival of the paper's figure 4
     streams: Literal[2, 3] = 2  # mmdit: sets of weights, for text and image or for CLIP, T5 and image
     dual_attention_blocks: int = Field(0, ge=0)  # mmdit: the first n blocks have SD3.5-medium's second attention
+    start_from: str | None = None  # path or URL of a model folder or checkpoint: pretrain's start
 
     @model_validator(mode="after")
     def _of_the_mmdit(self) -> Model:
@@ -383,10 +384,12 @@ class Recipe(Section):
         return [("pretrain", self.pretrain), *((f"finetune.{i}", phase) for i, phase in enumerate(self.finetune))]
 
     def inserts_qk_norm(self, phase: Training) -> bool:
-        """Whether the phase adds QK-norm to weights that were trained without it."""
+        """Whether the phase adds QK-norm to weights that were trained without it; of `model.start_from`, whether it may."""
         phases = [other for _, other in self.phases()]
         position = phases.index(phase)
-        return position > 0 and phase.qk_norm is not None and phases[position - 1].qk_norm is None
+        if position == 0:
+            return phase.qk_norm is not None and self.model.start_from is not None
+        return phase.qk_norm is not None and phases[position - 1].qk_norm is None
 
     def model_config_for(self, phase: Training) -> BackboneConfig:
         """The model of one phase: the recipe's architecture and depth, the towers' widths, the phase's QK-norm."""

@@ -88,7 +88,7 @@ def latents_fields(recipe: Recipe, phase: Training, tower_digests: dict[str, str
 
 
 def train_fields(recipe: Recipe, phase: Training, *, latents: str, text: str, init: str | None) -> dict[str, Any]:
-    """`latents`, `text`: manifest digests. `init`: the DONE digest of the checkpoint the phase starts from, or None.
+    """`latents`, `text`: manifest digests. `init`: the content digest of what the phase starts from, or None.
 
     Fields that came later stand there only where they change something: fingerprints from before them are good.
     """

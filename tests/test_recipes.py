@@ -372,6 +372,7 @@ CHANGES: list[tuple[set[str], dict[str, Any]]] = [
     ({"latents.pretrain", *TRAINED}, under("pretrain", buckets=Buckets())),
     ({"finetune"}, under("finetune.0", qk_norm_start="one")),
     (set(), under("pretrain", qk_norm_start="one")),  # it inserts no norm
+    (TRAINED, under("model", start_from="models/sd3")),
     (TRAINED, under("pretrain", qk_norm="rms", **LEARNED)),
     ({"finetune"}, under("finetune.0", qk_norm=None, **LEARNED)),
     (set(), {"name": "other", "run": "other", "store": "s3://bucket/x"}),
@@ -398,7 +399,7 @@ def stage_specs(recipe: Recipe) -> dict[str, str]:
         "captions": fingerprint(specs.captions_fields(recipe)),
         "text": fingerprint(specs.text_fields(recipe, digests)),
     }
-    init = None
+    init = recipe.model.start_from  # its content stands under the path
     for key, phase in recipe.phases():
         name = key.partition(".")[0]
         found[f"latents.{name}"] = fingerprint(specs.latents_fields(recipe, phase, digests))

@@ -60,7 +60,7 @@ class TrainingJob(BaseModel):
     text: Text
     latents: DataRef
     text_features: DataRef
-    init: str | None = None  # a checkpoint folder in the store: its EMA weights are the start
+    init: str | None = None  # URL of a checkpoint, whose EMA weights are the start, or of a model folder
     recipe: dict[str, Any] | None = None  # kept with every checkpoint
     previews: PreviewSettings | None = None
     log_dir: str | None = None  # local folder for TensorBoard files; None: a temporary one

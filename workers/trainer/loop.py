@@ -161,7 +161,7 @@ class PhaseTraining:
         return step
 
     def _load_start(self) -> None:
-        start = start_weights(self.job, self.store)
+        start = start_weights(self.job)
         load_start_weights(start.weights, self.trainer)
         if start.new and self.job.training.qk_norm_start == "fitted":
             first = draw_inputs(self.loader.batch(0), self.job, self.null, self.place.device)

@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sd3core.checkpoint import DONE_FILE, assemble, load_model
-from sd3core.data.store import Store
+from sd3core.checkpoint import load_model
 from sd3core.errors import CheckpointError
-from sd3core.mmdit import config_from_dict, make_model
+from sd3core.mmdit import Backbone, BackboneConfig, config_from_dict, make_model
+from sd3core.mmdit.backbone import config_positions
 from sd3core.mmdit.qk_norm import fitted_scale, inserted_norms, norms_passed_by
 from workers.trainer.job import TrainingJob
 
+POSITION_TOLERANCE = 1e-2  # a table in bf16
 QK_NORM_SCALES = (".ln_q.weight", ".ln_k.weight")  # the only parameters that may be new in a later phase
 
 
@@ -27,26 +28,40 @@ class Start:
     new: frozenset[str]
 
 
-def start_weights(job: TrainingJob, store: Store) -> Start:
-    """The weights before the first step, a function of the job alone: fresh, or the EMA weights of `job.init`."""
+def start_weights(job: TrainingJob) -> Start:
+    """The weights before the first step, a function of the job alone: fresh, or the weights (EMA) of `job.init`.
+
+    Raises CheckpointError where those are another model's.
+    """
     torch.manual_seed(job.seed)
-    fresh = dict(make_model(config_from_dict(job.model)).named_parameters())
+    config = config_from_dict(job.model)
+    fresh = dict(make_model(config).named_parameters())
     if job.init is None:
         return Start(fresh, frozenset())
-    where = store.uri(job.init)
-    if store.exists(f"{job.init}/{DONE_FILE}"):
-        stored = assemble(store, job.init, "ema")
-    else:
-        stored = dict(load_model(where).named_parameters())
+    init = load_model(job.init)
+    _check_like(init, config, f"{job.phase} starts from {job.init}")
+    stored = dict(init.named_parameters())
     new = frozenset(name for name in fresh.keys() - stored.keys() if name.endswith(QK_NORM_SCALES))
     for name in sorted((fresh.keys() | stored.keys()) - new):
         found, wanted = (tuple(z[name].shape) if name in z else "absent" for z in (stored, fresh))
         if found != wanted:
             raise CheckpointError(
-                f"{job.phase} starts from {where}: {name} is {found} there and {wanted} in the recipe's model"
+                f"{job.phase} starts from {job.init}: {name} is {found} there and {wanted} in the recipe's model"
             )
     weights = {name: (fresh[name] if name in new else stored[name]).detach().float() for name in fresh}
     return Start(weights, new)
+
+
+def _check_like(init: Backbone, config: BackboneConfig, where: str) -> None:
+    """What no parameter's shape tells: heads, and positions that this phase makes anew for its own resolution."""
+    for name in ("num_heads", "position_base"):
+        found, wanted = getattr(init.config, name), getattr(config, name)
+        if found != wanted:
+            raise CheckpointError(f"{where}: {name} is {found} there and {wanted} in the recipe's model")
+    if not torch.allclose(init.pos_embed.float(), config_positions(init.config), atol=POSITION_TOLERANCE):
+        raise CheckpointError(
+            f"{where}: its position table follows no grid, so it cannot be made for another resolution"
+        )
 
 
 def fitted_scales(model: nn.Module, new: frozenset[str], forward: Callable[[], None]) -> dict[str, Tensor]:
