@@ -42,7 +42,7 @@ def test_import_says_what_it_found_and_what_it_took_for_granted(sd3):
     assert code == 1 and err.endswith("model exists already; name another, or remove it\n")
 
 
-def test_export_in_both_formats(sd3):
+def test_export_in_both_formats(sd3, monkeypatch):
     sd3("import", "released.safetensors", "model")
     assert sd3("export", "model", "out") == (0, "out: the transformer of model\n", "")
     SD3Transformer2DModel.from_pretrained("out", low_cpu_mem_usage=False)
@@ -50,6 +50,9 @@ def test_export_in_both_formats(sd3):
     before, after = load_file("released.safetensors"), load_file("out.safetensors")
     assert after.keys() == before.keys() - {"first_stage_model.x"}
     assert all(torch.equal(tensor, before[name].half()) for name, tensor in after.items())
+    monkeypatch.setattr(sample, "last_checkpoint", lambda recipe: {"tiny-test": "model"}[recipe.run])
+    assert sd3("export", "again", "--recipe", "tiny-test") == (0, "again: the transformer of model\n", "")
+    assert open("again/config.json").read() == open("out/config.json").read()
     code, _, err = sd3("export", "model", "other", "--weights", "ema")
     assert code == 1 and "a model folder has one set of weights" in err
 

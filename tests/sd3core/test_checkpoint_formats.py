@@ -51,6 +51,16 @@ def test_from_diffusers_takes_sizes_from_shapes(kind):
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_diffusers_own_converter_of_single_files_gives_the_same(kind):
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+    model = randomise(MMDiT(MMDiTConfig.from_depth(3, context_dim=48, pooled_dim=40, **kind, **CONFIG)))
+    expected, ours = convert_sd3_transformer_checkpoint_to_diffusers(to_single_file(model)), to_diffusers(model)
+    assert expected.keys() == ours.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+
+
 @torch.no_grad()
 def test_a_transformer_made_by_diffusers_loads():
     sizes = diffusers_config(MMDiTConfig.from_depth(2, context_dim=48, pooled_dim=40, position_max=24))

@@ -174,7 +174,8 @@ def test_progress_ends_at_the_file_and_what_exists_is_kept(tmp_path):
 
 
 LARGE = """
-import json, os, resource, sys
+import os, resource, sys
+from contextlib import suppress
 from sd3core.checkpoint import model_shapes
 from sd3core.checkpoint_formats import SINGLE_FILE
 from sd3core.convert import import_model, export_model
@@ -188,8 +189,8 @@ folder, limit = sys.argv[1], 32_000_000
 config = MMDiTConfig.from_depth(2, hidden_size=1024, num_heads=16, context_dim=64, pooled_dim=64, position_max=8)
 infos = {name: TensorInfo(torch.float16, shape) for name, shape in SINGLE_FILE.shapes(config).items()}
 path = f"{folder}/large.safetensors"
-writer = TensorFileWriter(path, infos)  # left without data: zeros, and no room taken on the disk
-writer._file.close()
+with suppress(ValueError), TensorFileWriter(path, infos):
+    pass  # left without data: zeros, and no room taken on the disk
 assert os.path.getsize(path) > 3.5 * limit
 used = 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1])
 resource.setrlimit(resource.RLIMIT_DATA, (used + limit, used + limit))
