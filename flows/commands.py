@@ -206,7 +206,7 @@ def import_(
         Optional[int], typer.Option(min=16, help="px of the square it makes best; default: as it says.")
     ] = None,
 ) -> None:
-    """Released weights (SD3, SD3.5-medium, SD3.5-large) as a model folder that `sd3 sample` and training start from."""
+    """Released weights (SD3, SD3.5-medium, SD3.5-large) as a model folder, to sample or to train from."""
     from flows.convert import import_weights
 
     import_weights(source, out, dtype=dtype, null=null, t5_tokens=t5_tokens, shift=shift, side_px=side, console=console)

@@ -1,4 +1,4 @@
-"""`sd3 import` and `sd3 export`: weights alone, in and out. (A whole pipeline folder is what the stage `export` makes.)"""
+"""`sd3 import` and `sd3 export`: weights alone, in and out. (The stage `export` makes a whole pipeline folder.)"""
 
 from __future__ import annotations
 
