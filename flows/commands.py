@@ -30,6 +30,8 @@ RecipeOption = Annotated[
 SetOption = Annotated[
     Optional[list[str]], typer.Option("--set", "-s", help="Changes one field: section.key=value. Repeatable.")
 ]
+WeightsOption = Annotated[Optional[str], typer.Option(help="ema (the default) or live, of a training checkpoint.")]
+DtypeOption = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; default: as it is stored.")]
 
 
 def _say(line: str) -> None:
@@ -147,6 +149,13 @@ def sample(
     ] = None,
     recipe: RecipeOption = DEFAULT_RECIPE,
     run: Annotated[Optional[str], typer.Option(help="The run to sample from; default: the recipe's.")] = None,
+    checkpoint: Annotated[
+        Optional[str],
+        typer.Option(help="A model folder or training checkpoint, by path or URL, instead of a run's last."),
+    ] = None,
+    towers: Annotated[
+        Optional[Path], typer.Option(help="A folder with VAE and text encoders, as diffusers' pipelines have them.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     height: Annotated[Optional[int], typer.Option(help="px; default: the last phase's side.")] = None,
     width: Annotated[Optional[int], typer.Option(help="px; default: the last phase's side.")] = None,
@@ -176,13 +185,13 @@ def sample(
     shift: Annotated[
         Optional[float], typer.Option(help="Alpha of the resolution shift; default: the last phase's.")
     ] = None,
-    weights: Annotated[str, typer.Option(help="ema or live.")] = "ema",
+    weights: WeightsOption = None,
     precision: Annotated[str, typer.Option(help="Of the model: fp32 or bf16; its towers run in fp32.")] = "fp32",
     device: Annotated[Optional[str], typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once, as memory allows.")] = 64,
     set_: SetOption = None,
 ) -> None:
-    """Pictures from prompts, from a run's last checkpoint."""
+    """Pictures from prompts, from a run's last checkpoint or from --checkpoint."""
     from flows.sample import draws_of, read_prompts, sample_run
 
     overrides = [*(set_ or []), *([f"run={run}"] if run else [])]
@@ -192,6 +201,8 @@ def sample(
         loaded,
         draws_of(prompts, seed, images, seeds),
         out,
+        checkpoint=checkpoint,
+        towers=towers,
         weights=weights,
         precision=precision,
         device=device,
@@ -209,6 +220,60 @@ def sample(
         },
         console=console,
     )
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        Path, typer.Argument(help="A .safetensors file, or a diffusers folder: a transformer's or a whole pipeline's.")
+    ],
+    out: Annotated[str, typer.Argument(help="The model folder to make: a path, or a store's URL.")],
+    dtype: DtypeOption = None,
+    null: Annotated[
+        Optional[str], typer.Option(help='What it knows as "no prompt": empty (the default) or zeros.')
+    ] = None,
+    t5_tokens: Annotated[Optional[int], typer.Option(min=4, max=512, help="T5 tokens; default: 77.")] = None,
+    shift: Annotated[
+        Optional[float], typer.Option(min=0.01, help="Of the schedule; default: the pipeline's, or 3.")
+    ] = None,
+    side: Annotated[
+        Optional[int], typer.Option(min=16, help="px of the square it makes best; default: as it says.")
+    ] = None,
+) -> None:
+    """Released weights (SD3, SD3.5-medium, SD3.5-large) as a model folder, to sample or to train from."""
+    from flows.convert import import_weights
+
+    import_weights(source, out, dtype=dtype, null=null, t5_tokens=t5_tokens, shift=shift, side_px=side, console=console)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        Optional[list[str]],
+        typer.Argument(help="A model folder or training checkpoint, by path or URL; without it a run's last."),
+    ] = None,
+    out: Annotated[str, typer.Argument(help="The folder or .safetensors file to make.")] = ...,
+    format_: Annotated[
+        str, typer.Option("--format", help="diffusers (a transformer folder) or single-file.")
+    ] = "diffusers",
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    run: Annotated[Optional[str], typer.Option(help="The run whose last checkpoint; default: the recipe's.")] = None,
+    weights: WeightsOption = None,
+    dtype: DtypeOption = None,
+    set_: SetOption = None,
+) -> None:
+    """The transformer alone, for other programs. The stage `export` makes a whole diffusers pipeline folder of a run."""
+    from flows.convert import export_weights
+    from flows.sample import last_checkpoint
+    from sd3core.errors import UserError
+
+    given = checkpoint or []
+    if len(given) > 1:
+        raise UserError(f"{', '.join(given)}: name one checkpoint and the output")
+    if given and (run or set_ or recipe != DEFAULT_RECIPE):
+        raise UserError(f"{given[0]}, and --run or --recipe: name the one checkpoint or the other")
+    chosen = given[0] if given else last_checkpoint(_load(recipe, [*(set_ or []), *([f"run={run}"] if run else [])]))
+    export_weights(chosen, out, format_, weights=weights, dtype=dtype, console=console)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from prefect import flow
 
 from flows import upstream
 from flows.stage import FLOW_OPTIONS, stage
+from sd3core.checkpoint import DONE_FILE, read_done
 from sd3core.export import export_stage
 from sd3core.progress import Progress
 from sd3core.towers import fetch_towers
@@ -17,9 +18,22 @@ from workers.shard_stage import NOTHING_TO_DO
 
 @flow(name="export", **FLOW_OPTIONS)
 def export(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Transformer, VAE, text encoders, tokenizers, scheduler, and a README with the call that fits the null convention."""
+    """Transformer, VAE, text encoders, tokenizers, scheduler, and a README with the call that fits the null convention.
+
+    For a rival or three streams, which diffusers does not know, the last checkpoint itself is the result.
+    """
     with stage("export", recipe, overrides) as run:
-        last = upstream.last_checkpoint(run.recipe, run.store, run.recipe.phases()[-1][0])
+        key, phase = run.recipe.phases()[-1]
+        last = upstream.last_checkpoint(run.recipe, run.store, key)
+        config = run.recipe.model_config_for(phase)
+        if not config.released_form:
+            return run.finish(
+                manifest=f"{last.folder}/{DONE_FILE}",
+                digest=read_done(run.store, last.folder).digest,
+                skipped=True,
+                reason=f"diffusers has no form for {config.architecture} of model.streams {run.recipe.model.streams}",
+                table=[{"folder": "none", "checkpoint": last.folder}],
+            )
         manifest = upstream.towers_manifest(run.recipe, run.store)
         towers = fetch_towers(run.store, manifest.folder, towers_cache())
         run.report(Progress(0, 1, "folders"))

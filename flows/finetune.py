@@ -17,8 +17,7 @@ def finetune(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
     with stage("finetune", recipe, overrides) as run:
         results = []
         for index in range(len(run.recipe.finetune)):
-            before = run.recipe.phases()[index][0]
-            results.append(train_phase(run, f"finetune.{index}", init=last_checkpoint(run.recipe, run.store, before)))
+            results.append(train_phase(run, f"finetune.{index}"))
         if not results:
             start = last_checkpoint(run.recipe, run.store, "pretrain")
             return run.finish(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from sd3core.data.buckets import bucket_sides
-from sd3core.mmdit import MMDiT, MMDiTConfig
+from sd3core.mmdit import BackboneConfig, make_model
 from sd3core.mmdit.flops import forward_flops
 from sd3core.recipe import Recipe, Training
 
@@ -40,10 +40,11 @@ class PhasePlan:
         return self.step_flops * self.steps
 
 
-def count_parameters(config: MMDiTConfig) -> int:
+@lru_cache
+def count_parameters(config: BackboneConfig) -> int:
     """Trained parameters, counted on the real module without its memory (meta device)."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in MMDiT(config).parameters())
+        return sum(parameter.numel() for parameter in make_model(config).parameters())
 
 
 def zero_bytes(parameters: int, stage: int, ranks: int, precision: str) -> float:
@@ -62,7 +63,7 @@ def zero_bytes(parameters: int, stage: int, ranks: int, precision: str) -> float
 def plan_phase(recipe: Recipe, key: str, phase: Training) -> PhasePlan:
     config = recipe.model_config_for(phase)
     parameters = count_parameters(config)
-    sides = bucket_sides(phase.side_px, phase.aspect_ratios)
+    sides = phase.bucket_sides()
     pixels = max(height * width for height, width in sides)
     image_tokens = pixels // 256
     text_tokens = recipe.text.clip_tokens + recipe.text.t5_tokens
@@ -100,14 +101,37 @@ def text_bytes(recipe: Recipe) -> int:
     return (clip + recipe.text.t5_tokens * widths["t5"]) * BYTES[recipe.encode.text_dtype]
 
 
+@dataclass(frozen=True)
+class BackbonePlan:
+    """One of the paper's backbones at a recipe's depth and width."""
+
+    name: str
+    parameters: int
+    flops: float  # of a forward pass of one sample
+
+
+def compare_backbones(recipe: Recipe, phase: Training) -> list[BackbonePlan]:
+    """Figure 4's backbones under one recipe: equal depth and width, so unequal parameters and FLOPs."""
+    image_tokens, text_tokens = phase.side_px**2 // 256, recipe.text.clip_tokens + recipe.text.t5_tokens
+    plans = []
+    for architecture, streams in (("mmdit", 2), ("mmdit", 3), ("dit", 2), ("cross_dit", 2), ("uvit", 2)):
+        plain = {"architecture": architecture, "streams": streams, "dual_attention_blocks": 0}
+        config = recipe.model_copy(update={"model": recipe.model.model_copy(update=plain)}).model_config_for(phase)
+        name = f"{architecture}, {streams} streams" if architecture == "mmdit" else architecture
+        plans.append(BackbonePlan(name, count_parameters(config), forward_flops(config, image_tokens, text_tokens)))
+    return plans
+
+
 def print_plan(recipe: Recipe, console: Console) -> None:
     phases = [plan_phase(recipe, key, phase) for key, phase in recipe.phases()]
     captions = 1 if recipe.caption.captioner == "none" else 2
     console.print(
-        f"recipe {recipe.name}: run {recipe.run}, depth {recipe.model.depth}, {phases[0].parameters:,} parameters",
+        f"recipe {recipe.name}: run {recipe.run}, {recipe.model.architecture} of depth {recipe.model.depth},"
+        f" {phases[0].parameters:,} parameters",
         highlight=False,
     )
     _print_phases(recipe, phases, console)
+    _print_backbones(recipe, console)
     _print_storage(recipe, phases, captions, console)
     _print_time(recipe, phases, console)
 
@@ -131,6 +155,18 @@ def _print_phases(recipe: Recipe, phases: list[PhasePlan], console: Console) -> 
             key, *(f"{plan.rank_state_bytes[stage] / GIB:,.2f}" for stage in range(4)), f"ZeRO {phase.zero_stage}"
         )
     console.print(memory)
+
+
+def _print_backbones(recipe: Recipe, console: Console) -> None:
+    console.print("\nthe paper's backbones at this depth and width (model.architecture, model.streams)", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for column in ("backbone", "parameters", "FLOPs/forward", "of the first"):
+        table.add_column(column, justify="left" if column == "backbone" else "right")
+    plans = compare_backbones(recipe, recipe.pretrain)
+    for plan in plans:
+        share = f"{plan.flops / plans[0].flops:.2f}"
+        table.add_row(plan.name, f"{plan.parameters:,}", f"{plan.flops:.2e}", share)
+    console.print(table)
 
 
 def _print_storage(recipe: Recipe, phases: list[PhasePlan], captions: int, console: Console) -> None:

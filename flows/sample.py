@@ -1,4 +1,4 @@
-"""`sd3 sample`: pictures from a run's last checkpoint."""
+"""`sd3 sample`: pictures from a run's last checkpoint, or from any other."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from flows import upstream
 from flows.home import run_store
 from flows.recipes import DEFAULT_RECIPE
 from flows.summary import finished_runs
-from sd3core.checkpoint import CheckpointRef
-from sd3core.data.store import Store
 from sd3core.errors import UserError
 from sd3core.generate import DTYPES, Draw, Weights, sample_to_files
 from sd3core.progress import counted
@@ -70,7 +68,9 @@ def sample_run(
     draws: Sequence[Draw],
     out: Path,
     *,
-    weights: str,
+    checkpoint: str | None,
+    towers: Path | None,
+    weights: str | None,
     precision: str,
     device: str | None,
     batch: int,
@@ -80,18 +80,18 @@ def sample_run(
     """Draws the prompts with their seeds and prints where the pictures are. UserError for settings that cannot be.
 
     settings: fields of SampleSettings; None takes the recipe's, or the checkpoint's for size and shift.
-    device: None takes a GPU where there is one.
+    device: None takes a GPU where there is one. Without `checkpoint` and `towers` they are those of the recipe's run.
     """
-    _known("--weights", weights, get_args(Weights))
+    if weights is not None:
+        _known("--weights", weights, get_args(Weights))
     _known("--precision", precision, DTYPES)
     _known("--sampler", settings["sampler"] or recipe.evaluate.sampler, SAMPLERS)
     _known("--schedule", settings["convention"], get_args(Convention))
     for name in settings["drop"]:
         _known("--without", name, ENCODERS)
     device = _device(device)
-    store = run_store(recipe)
-    checkpoint = _last_checkpoint(recipe, store)
-    towers = fetch_towers(store, upstream.towers_manifest(recipe, store).folder, towers_cache())
+    chosen = checkpoint or last_checkpoint(recipe)
+    towers = _towers(recipe, checkpoint, towers)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         drawing = bar.add_task("loading", total=None)
@@ -104,7 +104,7 @@ def sample_run(
 
         of_recipe = recipe.evaluate.model_dump(include={"num_steps", "guidance_scale", "sampler"})
         paths = sample_to_files(
-            store.uri(checkpoint.folder),
+            chosen,
             towers,
             draws,
             out,
@@ -144,10 +144,28 @@ def _columns(draws: Sequence[Draw]) -> int | None:
     return of_a_prompt if of_a_prompt > 1 else None
 
 
-def _last_checkpoint(recipe: Recipe, store: Store) -> CheckpointRef:
-    """Of the last phase. Where this run is not finished and others are, the UserError names those."""
+def _towers(recipe: Recipe, checkpoint: str | None, given: Path | None) -> Path:
+    """The folder that is given, or the recipe's, fetched from its store."""
+    if given is not None:
+        if not (given / "vae").is_dir():
+            raise UserError(f"--towers {given}: no vae folder there; name a folder as diffusers' pipelines have it")
+        return given
+    store = run_store(recipe)
     try:
-        return upstream.last_checkpoint(recipe, store, recipe.phases()[-1][0])
+        return fetch_towers(store, upstream.towers_manifest(recipe, store).folder, towers_cache())
+    except upstream.NotFinishedError:
+        if checkpoint is None:
+            raise
+        raise UserError(
+            f"--checkpoint {checkpoint}: name its VAE and text encoders too, with --towers FOLDER"
+        ) from None
+
+
+def last_checkpoint(recipe: Recipe) -> str:
+    """URL of the last phase's. Where this run is not finished and others are, the UserError names those."""
+    store = run_store(recipe)
+    try:
+        return store.uri(upstream.last_checkpoint(recipe, store, recipe.phases()[-1][0]).folder)
     except upstream.NotFinishedError:
         finished = finished_runs(store)
         if not finished or recipe.run in finished:  # finished with other settings: the error names the stage

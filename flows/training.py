@@ -11,7 +11,7 @@ from flows.previews import preview_settings
 from flows.stage import StageRun
 from flows.training_view import training_view
 from sd3core import specs
-from sd3core.checkpoint import CheckpointRef, read_done
+from sd3core.checkpoint import content_digest, read_done
 from sd3core.data.store import Store
 from sd3core.plots import loss_curve
 from sd3core.specs import fingerprint
@@ -39,9 +39,9 @@ class PhaseResult:
         return {name: getattr(self, name) for name in names}
 
 
-def train_phase(run: StageRun, key: str, init: CheckpointRef | None) -> PhaseResult:
+def train_phase(run: StageRun, key: str) -> PhaseResult:
     """Trains one phase of the recipe to its end; a finished one returns at once."""
-    job = phase_job(run, key, init)
+    job = phase_job(run, key)
     note = recall_stage(run.store, run.recipe.run, key)
     with training_view(run, job) as view:
         result = train(job, run.recipe.compute, run.report, tell=view)
@@ -63,16 +63,17 @@ def train_phase(run: StageRun, key: str, init: CheckpointRef | None) -> PhaseRes
     )
 
 
-def phase_job(run: StageRun, key: str, init: CheckpointRef | None) -> TrainingJob:
+def phase_job(run: StageRun, key: str) -> TrainingJob:
     recipe, store = run.recipe, run.store
     phase = dict(recipe.phases())[key]
     latents, text = upstream.latents(recipe, store, phase), upstream.text(recipe, store)
+    init = upstream.start_of(recipe, store, key)
     fields = specs.train_fields(
         recipe,
         phase,
         latents=latents.digest,
         text=text.digest,
-        init=read_done(store, init.folder).digest if init else None,
+        init=content_digest(init) if init else None,
     )
     spec = fingerprint(fields)
     return TrainingJob(
@@ -87,7 +88,7 @@ def phase_job(run: StageRun, key: str, init: CheckpointRef | None) -> TrainingJo
         text=recipe.text,
         latents=DataRef(folder=latents.folder, digest=latents.digest),
         text_features=DataRef(folder=text.folder, digest=text.digest),
-        init=init.folder if init else None,
+        init=init,
         recipe=recipe.model_dump(mode="json"),
         previews=preview_settings(recipe, store),
         log_dir=str(ensure(home() / "logs" / recipe.run / f"{key}-{spec}")),

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from flows.home import pasted
 from sd3core import specs
-from sd3core.checkpoint import CheckpointRef, list_checkpoints, read_done
+from sd3core.checkpoint import CheckpointRef, content_digest, list_checkpoints
 from sd3core.data.manifest import MANIFEST, Manifest, ManifestRef, manifest_ref, read_manifest
-from sd3core.data.store import Store
+from sd3core.data.store import Store, open_store
 from sd3core.errors import DataError
 from sd3core.recipe import Recipe, Training
 from sd3core.towers import TowersManifest, read_towers
@@ -60,17 +60,24 @@ def latents(recipe: Recipe, store: Store, phase: Training) -> ManifestRef:
 
 def train_fields(recipe: Recipe, store: Store, phase_key: str) -> dict[str, object]:
     """What the checkpoints of a phase depend on; finding them needs the phase before to be finished."""
-    keys = [key for key, _ in recipe.phases()]
-    position = keys.index(phase_key)
     phase = dict(recipe.phases())[phase_key]
-    before = last_checkpoint(recipe, store, keys[position - 1]) if position else None
+    start = start_of(recipe, store, phase_key)
     return specs.train_fields(
         recipe,
         phase,
         latents=latents(recipe, store, phase).digest,
         text=text(recipe, store).digest,
-        init=read_done(store, before.folder).digest if before else None,
+        init=content_digest(start) if start else None,
     )
+
+
+def start_of(recipe: Recipe, store: Store, phase_key: str) -> str | None:
+    """URL of what a phase starts from: the last checkpoint of the phase before; for the first one model.start_from."""
+    keys = [key for key, _ in recipe.phases()]
+    position = keys.index(phase_key)
+    if position:
+        return store.uri(last_checkpoint(recipe, store, keys[position - 1]).folder)
+    return open_store(recipe.model.start_from).url if recipe.model.start_from else None
 
 
 def checkpoints(recipe: Recipe, store: Store, phase_key: str) -> list[CheckpointRef]:

@@ -16,22 +16,26 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sd3core.data.store import Store, open_store
 from sd3core.errors import CheckpointError
-from sd3core.mmdit.model import MMDiT, MMDiTConfig, config_positions
+from sd3core.mmdit import Backbone, BackboneConfig, config_from_dict, make_model
+from sd3core.mmdit.backbone import config_positions
+from sd3core.progress import counted
+from sd3core.tensor_files import Shape, TensorFiles
 
+NAMED = 3  # of the tensors that an error is about
 FORMAT = 1  # raise it when a reader of today could not read what is written
 KINDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
 Kind = Literal["weights", "exp_avg", "exp_avg_sq", "ema"]
@@ -59,7 +63,7 @@ class CheckpointDone(BaseModel):
     steps: int  # taken so far, of the global batch
     attempt: int  # of the training that wrote it: an older attempt must not commit after a newer one
     optimizer_step: int  # Adam's bias correction; behind `steps` when steps were skipped
-    config: dict[str, Any]  # MMDiTConfig.to_dict()
+    config: dict[str, Any]  # BackboneConfig.to_dict()
     training: dict[str, Any]  # the recipe's training phase
     parameters: dict[str, list[int]]  # name -> shape, every trained parameter
     files: dict[str, FileRecord]  # every file but DONE.json
@@ -67,8 +71,8 @@ class CheckpointDone(BaseModel):
     null: Literal["zeros", "empty"]  # what the model knows as "no prompt"
     recipe: dict[str, Any] | None = None
 
-    def model_config_of(self) -> MMDiTConfig:
-        return MMDiTConfig.from_dict(self.config)
+    def model_config_of(self) -> BackboneConfig:
+        return config_from_dict(self.config)
 
     @property
     def rank_files(self) -> list[str]:
@@ -161,37 +165,52 @@ def read_pieces(
     Other pieces are not read from the file. Raises CheckpointError that names a damaged file or tensor.
     """
     for name in done.rank_files:
-        verified = _verified_local_file(store, _join(folder, name), done.files[name])
-        with verified as path, _open_tensors(path, name) as tensors:
-            for key in tensors.keys():
+        with verified_local_file(store, _join(folder, name), done.files[name]) as path, TensorFiles([path]) as tensors:
+            for key, info in tensors.infos.items():
                 kind, parameter, start = parse_piece_name(key)
-                (count,) = tensors.get_slice(key).get_shape()
-                if wanted(kind, parameter, start, start + count):
-                    yield Piece(kind, parameter, start, tensors.get_tensor(key))
+                if wanted(kind, parameter, start, start + info.elements):
+                    yield Piece(kind, parameter, start, tensors[key])
 
 
-def assemble(store: Store, folder: str, kind: Kind) -> dict[str, Tensor]:
-    """One kind of tensor of every parameter, whole, float32. Holds one rank's file in memory besides the result.
+def read_kind(store: Store, folder: str, kind: Kind) -> Iterator[Piece]:
+    """Every piece of one kind, as the ranks wrote them; holds one of them at a time.
 
-    Raises CheckpointError unless the pieces cover every element of every parameter exactly once.
+    Raises CheckpointError, at the latest after the last piece, unless they cover every element of every parameter once.
     """
     done = read_done(store, folder)
     where = store.uri(folder) if folder else store.url
-    flat = {name: torch.empty(math.prod(shape)) for name, shape in done.parameters.items()}
-    covered: dict[str, list[tuple[int, int]]] = {name: [] for name in flat}
+    sizes = {name: math.prod(shape) for name, shape in done.parameters.items()}
+    covered: dict[str, list[tuple[int, int]]] = {name: [] for name in sizes}
     for piece in read_pieces(store, folder, done, lambda k, *_: k == kind):
         stop = piece.start + len(piece.values)
-        if piece.parameter not in flat or stop > len(flat[piece.parameter]):
+        if piece.parameter not in sizes or stop > sizes[piece.parameter]:
             name = piece_name(piece.kind, piece.parameter, piece.start)
             raise CheckpointError(f"{where}: piece {name} lies outside the parameters of {DONE_FILE}")
-        flat[piece.parameter][piece.start : stop] = piece.values
         covered[piece.parameter].append((piece.start, stop))
+        yield piece
     for name, spans in covered.items():
-        _check_covered(where, kind, name, sorted(spans), len(flat[name]))
-    return {name: flat[name].view(shape) for name, shape in done.parameters.items()}
+        _check_covered(where, kind, name, sorted(spans), sizes[name])
 
 
-def save_model(url_or_path: str | Path, model: MMDiT, extra: dict[str, Any] | None = None) -> None:
+def assemble(store: Store, folder: str, kind: Kind) -> dict[str, Tensor]:
+    """One kind of tensor of every parameter, whole, float32.
+
+    Raises CheckpointError unless the pieces cover every element of every parameter exactly once.
+    """
+    shapes = read_done(store, folder).parameters
+    flat = {name: torch.empty(math.prod(shape)) for name, shape in shapes.items()}
+    for piece in read_kind(store, folder, kind):
+        flat[piece.parameter][piece.start : piece.start + len(piece.values)] = piece.values
+    return {name: flat[name].view(shape) for name, shape in shapes.items()}
+
+
+def content_digest(url_or_path: str | Path) -> str:
+    """What names the content of a training checkpoint (its digest) or of a model folder (SHA-256 of its weights)."""
+    store = open_store(str(url_or_path))
+    return read_done(store, "").digest if is_training_checkpoint(store) else read_model_fields(store)[1].sha256
+
+
+def save_model(url_or_path: str | Path, model: Backbone, extra: dict[str, Any] | None = None) -> None:
     """Writes a plain folder: model.safetensors in the model's dtype, then config.json. `extra` is kept there."""
     store = open_store(str(url_or_path))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -204,7 +223,7 @@ def save_model(url_or_path: str | Path, model: MMDiT, extra: dict[str, Any] | No
     store.put_json(CONFIG_FILE, fields)
 
 
-def load_model(url_or_path: str | Path, weights: Literal["ema", "live"] | None = None) -> MMDiT:
+def load_model(url_or_path: str | Path, weights: Literal["ema", "live"] | None = None) -> Backbone:
     """The model of a plain folder or of a training checkpoint (folder of DONE.json), on the CPU, in the stored dtype.
 
     `weights` chooses in a training checkpoint: the moving average (also the default) or the live weights.
@@ -213,40 +232,64 @@ def load_model(url_or_path: str | Path, weights: Literal["ema", "live"] | None =
     store = open_store(str(url_or_path))
     if weights not in (None, *WEIGHTS_TO_KIND):
         raise CheckpointError(f"weights={weights!r}: take 'ema' or 'live'")
-    if store.exists(DONE_FILE):
+    if is_training_checkpoint(store):
         config = read_done(store, "").model_config_of()
         state = assemble(store, "", WEIGHTS_TO_KIND[weights or "ema"])
         return model_from_state(config, state | {"pos_embed": config_positions(config)}, store.url)
-    if not store.exists(CONFIG_FILE):
-        raise CheckpointError(f"{store.url}: no {CONFIG_FILE} (a model) and no {DONE_FILE} (a checkpoint) there")
     if weights is not None:
         raise CheckpointError(f"{store.url}: a model folder has one set of weights; leave out weights={weights!r}")
-    config, record = _read_model_fields(store)
-    with _verified_local_file(store, MODEL_FILE, record) as path, _open_tensors(path, MODEL_FILE) as tensors:
-        state = {name: tensors.get_tensor(name).clone() for name in tensors.keys()}
-    return model_from_state(config, state, store.url)
+    config, record = read_model_fields(store)
+    with verified_local_file(store, MODEL_FILE, record) as path, TensorFiles([path]) as tensors:
+        return model_from_state(config, dict(tensors), store.url)
 
 
-def model_from_state(config: MMDiTConfig, state: dict[str, Tensor], where: str) -> MMDiT:
+def is_training_checkpoint(store: Store) -> bool:
+    """True for a training checkpoint, False for a plain model folder; CheckpointError where the store is neither."""
+    if store.exists(DONE_FILE):
+        return True
+    if not store.exists(CONFIG_FILE):
+        raise CheckpointError(f"{store.url}: no {CONFIG_FILE} (a model) and no {DONE_FILE} (a checkpoint) there")
+    return False
+
+
+def model_from_state(config: BackboneConfig, state: dict[str, Tensor], where: str) -> Backbone:
     """A model whose parameters and position table are exactly those tensors (they are not copied).
 
     Raises CheckpointError that names a missing, unknown or wrongly shaped tensor.
     """
+    check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, model_shapes(config), where)
     with torch.device("meta"):
-        model = MMDiT(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for problem, names in (("missing", shapes.keys() - state.keys()), ("unknown", state.keys() - shapes.keys())):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(f"{where}: tensor {min(names)!r}{more} {problem} for a model of depth {config.depth}")
-    for name, shape in shapes.items():
-        if tuple(state[name].shape) != shape:
-            raise CheckpointError(f"{where}: tensor {name!r} has shape {tuple(state[name].shape)}, the model {shape}")
+        model = make_model(config)
     model.load_state_dict(state, assign=True)
     return model
 
 
-def _read_model_fields(store: Store) -> tuple[MMDiTConfig, FileRecord]:
+@cache
+def model_shapes(config: BackboneConfig) -> Mapping[str, Shape]:
+    """Name and shape of every tensor of such a model, its position table included. Takes no memory."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in make_model(config).state_dict().items()}
+
+
+def check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where: str) -> None:
+    """Raises CheckpointError of one line unless both say the same: each kind of difference with its count and names."""
+    other = [name for name in sorted(wanted.keys() & found.keys()) if found[name] != wanted[name]]
+    differences = (
+        ("missing", [repr(name) for name in sorted(wanted.keys() - found.keys())]),
+        ("unknown", [repr(name) for name in sorted(found.keys() - wanted.keys())]),
+        ("of another shape", [f"{name!r} {found[name]} instead of {wanted[name]}" for name in other]),
+    )
+    said = [
+        f"{counted(len(names), 'tensor')} {problem}: {', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}"
+        for problem, names in differences
+        if names
+    ]
+    if said:
+        raise CheckpointError(f"{where}: {'; '.join(said)}")
+
+
+def read_model_fields(store: Store) -> tuple[BackboneConfig, FileRecord]:
+    """Sizes and file of a plain model folder, from its config.json."""
     where = store.uri(CONFIG_FILE)
     try:
         fields = store.get_json(CONFIG_FILE)
@@ -255,7 +298,7 @@ def _read_model_fields(store: Store) -> tuple[MMDiTConfig, FileRecord]:
             raise CheckpointError(f"{where}: unknown key {unknown[0]!r}")
         if fields["format"] != FORMAT:
             raise CheckpointError(f"{where}: format {fields['format']}; this version reads {FORMAT}")
-        return MMDiTConfig.from_dict(fields["model"]), FileRecord.model_validate(fields["files"][MODEL_FILE])
+        return config_from_dict(fields["model"]), FileRecord.model_validate(fields["files"][MODEL_FILE])
     except KeyError as error:
         raise CheckpointError(f"{where}: key {error} is missing; write the folder with save_model") from None
     except (ValueError, AttributeError, TypeError):
@@ -280,7 +323,7 @@ def _check_covered(where: str, kind: Kind, name: str, spans: list[tuple[int, int
 
 
 @contextmanager
-def _verified_local_file(store: Store, path: str, record: FileRecord) -> Iterator[Path]:
+def verified_local_file(store: Store, path: str, record: FileRecord) -> Iterator[Path]:
     """The object as a local file: in place where the store is files, else a temporary copy. Size and digest checked."""
     uri = store.uri(path)
     if not store.exists(path):
@@ -295,12 +338,3 @@ def _verified_local_file(store: Store, path: str, record: FileRecord) -> Iterato
             detail = f"{found.bytes} bytes, not {record.bytes}" if found.bytes != record.bytes else "another SHA-256"
             raise CheckpointError(f"{uri} is damaged ({detail}); take another checkpoint")
         yield local
-
-
-@contextmanager
-def _open_tensors(path: Path, name: str) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise CheckpointError(f"{name}: not a safetensors file: {error}") from None

@@ -11,29 +11,26 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 
-from sd3core.checkpoint import load_model, record_file
+from sd3core.checkpoint import record_file
 from sd3core.checkpoint_facts import CheckpointFacts, read_facts
-from sd3core.checkpoint_formats import diffusers_config, to_diffusers_tensors
+from sd3core.convert import DtypeName, open_source, write_config, write_transformer
 from sd3core.data.store import Store
-from sd3core.errors import CheckpointError, UserError
+from sd3core.errors import CheckpointError
 from sd3core.export_readme import readme
-from sd3core.mmdit import MMDiT
+from sd3core.mmdit import MMDiTConfig
 from sd3core.recipe import Recipe
 from sd3core.specs import FORMATS, fingerprint
 from sd3core.towers import TOWER_FOLDERS
+from sd3core.whole_output import made_whole
 
 TEXT_TOWERS = {name: TOWER_FOLDERS[name] for name in ("clip_l", "clip_g", "t5")}  # folders of model and tokenizer
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MANIFEST_FILE = "MANIFEST.json"
 
 
@@ -43,24 +40,23 @@ def export_diffusers(
     out: Path | str,
     *,
     weights: Literal["ema", "live"] | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: DtypeName = "float32",
 ) -> Path:
     """Writes OUT, which must not exist yet, whole or not at all. Weights are the EMA where the checkpoint has both.
 
     Raises UserError where OUT exists, or where these towers cannot be put together as diffusers puts them together.
     """
     out, towers = Path(out), Path(towers)
-    if out.exists():
-        raise UserError(f"{out} exists already; name a folder that does not")
     facts = read_facts(checkpoint)
-    model = load_model(checkpoint, weights)
-    _check_widths(towers, model)
-    with _renamed_at_the_end(out) as folder:
-        _write_transformer(folder / "transformer", model, DTYPES[dtype])
+    with open_source(checkpoint, weights) as source, made_whole(out) as folder:
+        config = source.config
+        _check_widths(towers, config)
+        (folder / "transformer").mkdir(parents=True)
+        write_transformer(folder / "transformer", source, dtype)
         _write_towers(folder, towers, facts)
         _write_scheduler(folder / "scheduler", facts)
         _write_index(folder)
-        (folder / "README.md").write_text(readme(facts, checkpoint, model.config.context_dim, model.config.pooled_dim))
+        (folder / "README.md").write_text(readme(facts, checkpoint, config.context_dim, config.pooled_dim))
     return out
 
 
@@ -103,37 +99,14 @@ def export_stage(
     return Exported(folder, fingerprint(store.get_json(manifest_path)), skipped)
 
 
-@contextmanager
-def _renamed_at_the_end(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that takes its name when the block ends well, and is removed when it does not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _check_widths(towers: Path, model: MMDiT) -> None:
+def _check_widths(towers: Path, config: MMDiTConfig) -> None:
     """diffusers pads the CLIPs to T5's width, and expects that to be the transformer's."""
     width = json.loads((towers / "text_encoder_3" / "config.json").read_text())["d_model"]
-    if width != model.config.context_dim:
+    if width != config.context_dim:
         raise CheckpointError(
-            f"diffusers takes T5's width for the context's: T5 has {width}, the model {model.config.context_dim};"
+            f"diffusers takes T5's width for the context's: T5 has {width}, the model {config.context_dim};"
             " this model cannot be exported, take a T5 as wide as both CLIPs together or wider"
         )
-
-
-def _write_transformer(folder: Path, model: MMDiT, dtype: torch.dtype) -> None:
-    config = diffusers_config(model.config)
-    tensors = dict(to_diffusers_tensors(model.state_dict().items(), model.config.depth))
-    state = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
-    folder.mkdir()
-    save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    _write_config(folder / "config.json", "SD3Transformer2DModel", config)
 
 
 def _write_towers(folder: Path, towers: Path, facts: CheckpointFacts) -> None:
@@ -169,7 +142,7 @@ def _make_projection_identity(folder: Path) -> None:
 def _write_scheduler(folder: Path, facts: CheckpointFacts) -> None:
     folder.mkdir()
     fields = {"num_train_timesteps": 1000, "shift": facts.shift, "use_dynamic_shifting": False}
-    _write_config(folder / "scheduler_config.json", "FlowMatchEulerDiscreteScheduler", fields)
+    write_config(folder / "scheduler_config.json", "FlowMatchEulerDiscreteScheduler", fields)
 
 
 def _write_index(folder: Path) -> None:
@@ -186,9 +159,4 @@ def _write_index(folder: Path) -> None:
         model_class = "T5EncoderModel" if name == "t5" else "CLIPTextModelWithProjection"
         fields[model_folder] = ["transformers", model_class]
         fields[tokenizer_folder] = ["transformers", type(load_tokenizer(folder / tokenizer_folder)).__name__]
-    _write_config(folder / "model_index.json", "StableDiffusion3Pipeline", fields)
-
-
-def _write_config(path: Path, class_name: str, fields: dict[str, Any]) -> None:
-    named = {"_class_name": class_name, "_diffusers_version": version("diffusers")} | fields
-    path.write_text(json.dumps(named, indent=2) + "\n")
+    write_config(folder / "model_index.json", "StableDiffusion3Pipeline", fields)

@@ -18,7 +18,7 @@ from sd3core.checkpoint import load_model
 from sd3core.checkpoint_facts import Null, read_facts
 from sd3core.conditioning import ENCODERS, TextFeatures, assemble
 from sd3core.errors import UserError
-from sd3core.mmdit import MMDiT
+from sd3core.mmdit import Backbone
 from sd3core.pictures import encode_png, make_grid, to_uint8
 from sd3core.sample_settings import SampleSettings
 from sd3core.sampling import SAMPLERS, sigma_schedule
@@ -33,7 +33,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class Generator:
     """Pictures from prompts. A picture's noise is a function of its seed alone, so batches may be cut in any way."""
 
-    def __init__(self, model: MMDiT, encoders: TextEncoders, autoencoder: Autoencoder, null: Null) -> None:
+    def __init__(self, model: Backbone, encoders: TextEncoders, autoencoder: Autoencoder, null: Null) -> None:
         self.model = model.eval().requires_grad_(False)
         self.encoders, self.autoencoder, self.null = encoders, autoencoder, null
 
@@ -141,7 +141,7 @@ class Generator:
                 raise UserError(f"{side} {px} px: this model makes multiples of {step} px up to {largest}")
 
 
-def _guided_in_one_batch(model: MMDiT, cond: Pair, null: Pair, scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+def _guided_in_one_batch(model: Backbone, cond: Pair, null: Pair, scale: float) -> Callable[[Tensor, Tensor], Tensor]:
     """null + scale * (cond - null), as sampling.guided, with both halves in one forward pass."""
     if scale == 1:
         return lambda z, t: model(z, t, *cond)

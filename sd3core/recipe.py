@@ -18,12 +18,12 @@ from pydantic import (
     model_validator,
 )
 
-from sd3core.data.buckets import bucket_name, bucket_sides
+from sd3core.data.buckets import PATCH_PX, Side, bucket_name, bucket_sides, buckets_for_area
 from sd3core.formulation_names import unknown_formulation
 from sd3core.sample_settings import Sampler
 
 if TYPE_CHECKING:
-    from sd3core.mmdit import MMDiTConfig
+    from sd3core.mmdit import BackboneConfig
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]  # becomes a folder and a deployment
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -206,6 +206,29 @@ class Model(Section):
     depth: int = Field(24, ge=1, le=256)  # blocks; width 64 * depth, heads = depth
     base_side_px: int = Field(256, ge=16)  # the side whose positions are 0, 1, 2, ... (256 in the paper)
     max_side_px: int = Field(2048, ge=16)  # longest side of any bucket: the size of the position table
+    architecture: Literal["mmdit", "dit", "cross_dit", "uvit"] = "mmdit"  # or a rival of the paper's figure 4
+    streams: Literal[2, 3] = 2  # mmdit: sets of weights, for text and image or for CLIP, T5 and image
+    dual_attention_blocks: int = Field(0, ge=0)  # mmdit: the first n blocks have SD3.5-medium's second attention
+    start_from: str | None = None  # path or URL of a model folder or checkpoint: pretrain's start
+
+    @model_validator(mode="after")
+    def _of_the_mmdit(self) -> Model:
+        for key, plain in (("streams", 2), ("dual_attention_blocks", 0)):
+            if self.architecture != "mmdit" and getattr(self, key) != plain:
+                raise ValueError(
+                    f"{key} {getattr(self, key)} is for architecture 'mmdit'; leave it out for {self.architecture!r}"
+                )
+        if self.dual_attention_blocks > self.depth:
+            raise ValueError(f"dual_attention_blocks {self.dual_attention_blocks} is more than depth {self.depth}")
+        return self
+
+
+class Buckets(Section):
+    """Every size near the target area, instead of chosen ratios. As they stand these are SDXL's buckets, at any side_px."""
+
+    multiple_px: int | None = Field(None, ge=PATCH_PX, multiple_of=PATCH_PX)  # of both sides; None: side_px / 16
+    max_ratio: float = Field(4.0, ge=1)  # longer side / shorter side
+    min_area: Fraction = 0.9  # smallest area, as a part of side_px squared; the largest is 1
 
 
 class Training(Section):
@@ -213,6 +236,7 @@ class Training(Section):
 
     side_px: int = Field(256, ge=16)
     aspect_ratios: AspectRatios = (1.0,)  # more than one makes aspect buckets
+    buckets: Buckets | None = None  # in place of aspect_ratios: all sizes by a rule
     samples: int = Field(ge=1)
     global_batch: int = Field(ge=1)
     micro_batch: int = Field(ge=1)  # per rank and forward
@@ -228,6 +252,7 @@ class Training(Section):
     formulation: str = "rf/lognorm(0.00,1.00)"
     shift: float = Field(1.0, gt=0)  # alpha of the resolution shift, in training and in sampling
     qk_norm: Literal["rms"] | None = None
+    qk_norm_start: Literal["fitted", "one"] = "fitted"  # scales where a phase inserts it: from its first batch, or one
     text_dropout: Fraction = 0.464  # per encoder
     text_dropout_together: Fraction = 0.0  # of all encoders at once, besides; the paper has none
     original_caption_fraction: Fraction = 0.5
@@ -244,6 +269,26 @@ class Training(Section):
         if problem := unknown_formulation(name):
             raise ValueError(problem)
         return name
+
+    def bucket_sides(self) -> list[Side]:
+        """(height, width) px of every bucket."""
+        if self.buckets is None:
+            return bucket_sides(self.side_px, self.aspect_ratios)
+        rule = self.buckets
+        return buckets_for_area(self.side_px, rule.multiple_px, rule.max_ratio, rule.min_area)
+
+    @model_validator(mode="after")
+    def _buckets_once(self) -> Training:
+        if self.buckets is None:
+            return self
+        if self.aspect_ratios != (1.0,):
+            raise ValueError("buckets makes its own aspect ratios; leave out aspect_ratios or buckets")
+        if not self.bucket_sides():
+            raise ValueError(
+                f"buckets: no two multiples of {self.buckets.multiple_px} px have an area between buckets.min_area"
+                f" {self.buckets.min_area} and 1 of side_px {self.side_px} squared; take a smaller one of the two"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Training:
@@ -319,14 +364,17 @@ class Recipe(Section):
                 )
             if phase.side_px % 16:
                 raise ValueError(f"{where}.side_px {phase.side_px} is not a multiple of 16 (VAE 8 x patch 2)")
-            side = max(bucket_sides(phase.side_px, phase.aspect_ratios), key=max)
+            side = max(phase.bucket_sides(), key=max)
             if max(side) > self.model.max_side_px:
+                leave = "lower buckets.max_ratio" if phase.buckets else "leave out the aspect ratio"
                 raise ValueError(
                     f"{where}: its bucket {bucket_name(side)} px is longer than model.max_side_px"
-                    f" {self.model.max_side_px}; raise that, or leave out the aspect ratio"
+                    f" {self.model.max_side_px}; raise that, or {leave}"
                 )
         if len(self.pretrain.aspect_ratios) != 1 or self.pretrain.aspect_ratios[0] != 1.0:
             raise ValueError("pretrain.aspect_ratios must be [1.0]: pretraining is on square crops")
+        if self.pretrain.buckets is not None:
+            raise ValueError("pretrain.buckets must be left out: pretraining is on square crops")
         if self.caption.captioner == "small_world" and self.data.source != "small_world":
             raise ValueError(
                 "caption.captioner 'small_world' reads drawn scenes only; take vision_language_model or none"
@@ -337,23 +385,34 @@ class Recipe(Section):
         """Every training phase in order, with the key under which the recipe has it."""
         return [("pretrain", self.pretrain), *((f"finetune.{i}", phase) for i, phase in enumerate(self.finetune))]
 
-    def model_config_for(self, phase: Training) -> MMDiTConfig:
-        """The MM-DiT of one phase: the recipe's depth, the towers' widths, the phase's QK-norm."""
-        from sd3core.mmdit import MMDiTConfig  # brings torch, which reading a recipe does not need
+    def inserts_qk_norm(self, phase: Training) -> bool:
+        """Whether the phase adds QK-norm to weights that were trained without it; of `model.start_from`, whether it may."""
+        phases = [other for _, other in self.phases()]
+        position = phases.index(phase)
+        if position == 0:
+            return phase.qk_norm is not None and self.model.start_from is not None
+        return phase.qk_norm is not None and phases[position - 1].qk_norm is None
 
-        small = self.towers.small
-        widths = {}
+    def model_config_for(self, phase: Training) -> BackboneConfig:
+        """The model of one phase: the recipe's architecture and depth, the towers' widths, the phase's QK-norm."""
+        from sd3core.mmdit.architectures import CONFIGS  # brings torch, which reading a recipe does not need
+
+        small, model = self.towers.small, self.model
+        own = {}
         if small is not None:
             clip_width = small.clip_l.width + small.clip_g.width
-            widths = {
+            own = {
                 "context_dim": max(clip_width, small.t5.width),
                 "pooled_dim": small.clip_l.width + small.clip_g.projection,
             }
-        return MMDiTConfig.from_depth(
-            self.model.depth,
+        if model.architecture == "mmdit":
+            own["clip_tokens"] = self.text.clip_tokens if model.streams == 3 else None
+            own["dual_attention_blocks"] = model.dual_attention_blocks
+        return CONFIGS[model.architecture].from_depth(
+            model.depth,
             qk_norm=phase.qk_norm,
-            position_base=self.model.base_side_px // 16,
+            position_base=model.base_side_px // 16,
             position_side=phase.side_px // 16,
-            position_max=self.model.max_side_px // 16,
-            **widths,
+            position_max=model.max_side_px // 16,
+            **own,
         )

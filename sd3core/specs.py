@@ -23,7 +23,7 @@ FORMATS = {
     "latents": 1,
     "train": 1,
     "evaluations": 2,
-    "export": 1,
+    "export": 2,
 }
 
 
@@ -75,7 +75,9 @@ def text_fields(recipe: Recipe, tower_digests: dict[str, str]) -> dict[str, Any]
 
 
 def latents_fields(recipe: Recipe, phase: Training, tower_digests: dict[str, str]) -> dict[str, Any]:
-    return {
+    """`buckets` stands there only where the phase has a rule: fingerprints from before it are good."""
+    rule = {"buckets": phase.buckets.model_dump(mode="json")} if phase.buckets is not None else {}
+    return rule | {
         "format": FORMATS["latents"],
         "side_px": phase.side_px,
         "aspect_ratios": list(phase.aspect_ratios),
@@ -86,10 +88,16 @@ def latents_fields(recipe: Recipe, phase: Training, tower_digests: dict[str, str
 
 
 def train_fields(recipe: Recipe, phase: Training, *, latents: str, text: str, init: str | None) -> dict[str, Any]:
-    """`latents`, `text`: manifest digests. `init`: the DONE digest of the checkpoint the phase starts from, or None."""
-    training = phase.model_dump(
-        mode="json", exclude={"micro_batch", "checkpoint_every_samples", "activation_checkpointing"}
-    )
+    """`latents`, `text`: manifest digests. `init`: the content digest of what the phase starts from, or None.
+
+    Fields that came later stand there only where they change something: fingerprints from before them are good.
+    """
+    left_out = {"micro_batch", "checkpoint_every_samples", "activation_checkpointing"}
+    if phase.buckets is None:
+        left_out.add("buckets")
+    if phase.qk_norm_start == "one" or not recipe.inserts_qk_norm(phase):
+        left_out.add("qk_norm_start")
+    training = phase.model_dump(mode="json", exclude=left_out)
     return {
         "format": FORMATS["train"],
         "model": recipe.model_config_for(phase).to_dict(),

@@ -11,7 +11,7 @@ import yaml
 
 from sd3core import specs
 from sd3core.errors import DataError, RecipeError
-from sd3core.recipe import Compute, Evaluate, Recipe
+from sd3core.recipe import Buckets, Compute, Evaluate, Recipe
 from sd3core.recipe_file import load_recipe, shipped_recipes
 from sd3core.specs import fingerprint
 
@@ -157,6 +157,42 @@ def test_the_papers_models(name):
         (
             "data.images=1000000000000",
             "recipe tiny-test: data.images: Input should be less than or equal to 100000000 (it is 1000000000000)",
+        ),
+        (
+            "model.architecture=vit",
+            "recipe tiny-test: model.architecture: Input should be 'mmdit', 'dit', 'cross_dit' or 'uvit' (it is 'vit')",
+        ),
+        (
+            "model={depth: 1, architecture: dit, streams: 3}",
+            "recipe tiny-test: model: streams 3 is for architecture 'mmdit'; leave it out for 'dit'",
+        ),
+        (
+            "model={depth: 1, architecture: uvit, dual_attention_blocks: 1}",
+            "recipe tiny-test: model: dual_attention_blocks 1 is for architecture 'mmdit'; leave it out for 'uvit'",
+        ),
+        (
+            "model.dual_attention_blocks=2",
+            "recipe tiny-test: model: dual_attention_blocks 2 is more than depth 1",
+        ),
+        (
+            "finetune.0.buckets={}",
+            "recipe tiny-test: finetune.0: buckets makes its own aspect ratios; leave out aspect_ratios or buckets",
+        ),
+        (
+            "pretrain.buckets={}",
+            "recipe tiny-test: pretrain.buckets must be left out: pretraining is on square crops",
+        ),
+        (
+            "pretrain.buckets={multiple_px: 48}",
+            "recipe tiny-test: pretrain: buckets: no two multiples of 48 px have an area between buckets.min_area 0.9 and 1 of side_px 32 squared; take a smaller one of the two",
+        ),
+        (
+            "finetune.0.buckets.multiple_px=24",
+            "recipe tiny-test: finetune.0.buckets.multiple_px: Input should be a multiple of 16 (it is 24)",
+        ),
+        (
+            "finetune.0={side_px: 96, buckets: {}, samples: 32, global_batch: 4, micro_batch: 2, checkpoint_every_samples: 32}",
+            "recipe tiny-test: finetune.0: its bucket 192x48 px is longer than model.max_side_px 128; raise that, or lower buckets.max_ratio",
         ),
         ("model.depth=100000", "recipe tiny-test: model.depth: Input should be less than or equal to 256 (it is 100000)"),
         ("towers.small.clip_l.heads=3", "recipe tiny-test: towers.small.clip_l: width 32 is not a multiple of heads 3"),
@@ -334,8 +370,13 @@ CHANGES: list[tuple[set[str], dict[str, Any]]] = [
     ),
     ({*LATENTS, *TRAINED}, under("encode", latent_dtype="float16")),
     (TRAINED, under("text", null="empty") | under("model", depth=2, base_side_px=64, max_side_px=256)),
+    (TRAINED, under("model", architecture="dit", streams=3, dual_attention_blocks=1)),
     ({"latents.pretrain", *TRAINED}, under("pretrain", side_px=48)),
-    ({"latents.finetune", "finetune"}, under("finetune.0", side_px=48, aspect_ratios=(1.0,))),
+    ({"latents.finetune", "finetune"}, under("finetune.0", side_px=48, aspect_ratios=(1.0,), buckets=Buckets())),
+    ({"latents.pretrain", *TRAINED}, under("pretrain", buckets=Buckets())),
+    ({"finetune"}, under("finetune.0", qk_norm_start="one")),
+    (set(), under("pretrain", qk_norm_start="one")),  # it inserts no norm
+    (TRAINED, under("model", start_from="models/sd3")),
     (TRAINED, under("pretrain", qk_norm="rms", **LEARNED)),
     ({"finetune"}, under("finetune.0", qk_norm=None, **LEARNED)),
     (set(), {"name": "other", "run": "other", "store": "s3://bucket/x"}),
@@ -362,7 +403,7 @@ def stage_specs(recipe: Recipe) -> dict[str, str]:
         "captions": fingerprint(specs.captions_fields(recipe)),
         "text": fingerprint(specs.text_fields(recipe, digests)),
     }
-    init = None
+    init = recipe.model.start_from  # its content stands under the path
     for key, phase in recipe.phases():
         name = key.partition(".")[0]
         found[f"latents.{name}"] = fingerprint(specs.latents_fields(recipe, phase, digests))
@@ -402,6 +443,35 @@ def test_a_field_changes_exactly_the_stages_that_depend_on_it(key, value, stages
     recipe = load_recipe("tiny-test")
     before, after = stage_specs(recipe), stage_specs(changed(recipe, key, value))
     assert {stage for stage in before if before[stage] != after[stage]} == stages
+
+
+def test_fields_that_came_later_leave_fingerprints_as_they_were():
+    """Golden: from before there were other architectures, a rule of buckets, and fitted scales of QK-norm."""
+    recipe = load_recipe("tiny-test", ["finetune.0.qk_norm_start=one"])
+    fields = {"latents": "0", "text": "0", "init": None}
+    found = [fingerprint(specs.train_fields(recipe, phase, **fields)) for _, phase in recipe.phases()]
+    found += [fingerprint(specs.latents_fields(recipe, phase, {"vae": "0"})) for _, phase in recipe.phases()]
+    assert found == ["a875bcf22aa4", "22066f934c56", "4c1cf6ccef01", "996f973eedb4"]
+
+
+def test_a_phase_inserts_qk_norm_where_the_one_before_has_none():
+    tiny = load_recipe("tiny-test")
+    both = load_recipe("tiny-test", ["pretrain.qk_norm=rms"])
+    assert [tiny.inserts_qk_norm(phase) for _, phase in tiny.phases()] == [False, True]
+    assert [both.inserts_qk_norm(phase) for _, phase in both.phases()] == [False, False]
+
+
+@pytest.mark.parametrize("architecture", ["mmdit", "dit", "cross_dit", "uvit"])
+def test_every_architecture_has_the_recipes_sizes(architecture):
+    recipe = load_recipe("tiny-test", [f"model.architecture={architecture}"])
+    config = recipe.model_config_for(recipe.finetune[0])
+    assert (config.architecture, config.depth, config.hidden_size, config.qk_norm) == (architecture, 1, 64, "rms")
+    assert (config.context_dim, config.pooled_dim, config.position_side, config.position_max) == (64, 80, 4, 8)
+
+
+def test_three_streams_split_where_the_clip_tokens_end():
+    recipe = load_recipe("tiny-test", ["model.streams=3"])
+    assert recipe.model_config_for(recipe.pretrain).clip_tokens == recipe.text.clip_tokens == 16
 
 
 def test_names_are_in_the_paths():

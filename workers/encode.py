@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from sd3core.data.buckets import bucket_sides
 from sd3core.data.manifest import ManifestRef, read_manifest
 from sd3core.data.shards import DoneRecord, content_digest
 from sd3core.data.store import Store, open_store
@@ -43,7 +42,7 @@ def encode_stage(
         name, folder = f"latents.{phase_key}", latents_folder(recipe, phase, digests)
         shared[name] = folders.setdefault(folder, name)
         if shared[name] == name:
-            buckets = tuple(bucket_sides(phase.side_px, phase.aspect_ratios))
+            buckets = tuple(phase.bucket_sides())
             fields = latents_fields(recipe, phase, digests)
             tasks = [
                 ShardTask(number, shard.digest[:12], folder, shard.rows, LatentsSource(shard, buckets))

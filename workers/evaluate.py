@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sd3core.checkpoint import read_done
-from sd3core.data.buckets import bucket_sides
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.store import Store, canonical_json
 from sd3core.errors import UserError
@@ -202,7 +201,7 @@ def _protocols(
         used = {name: towers[name] for name in ("vae", "clip_l", "clip_g", "t5")}
         return common | {"settings": settings.to_dict(), "towers": fingerprint(used)}
 
-    square, all_sides = sampled(phase.side_px, phase.side_px), bucket_sides(phase.side_px, phase.aspect_ratios)
+    square, all_sides = sampled(phase.side_px, phase.side_px), phase.bucket_sides()
     reference = reference_fields(inputs.raw, towers["judge"], phase.side_px, evaluate.reference_images)
     yield (
         "pictures",
@@ -229,7 +228,7 @@ def _protocols(
             }
             yield f"bench-{task}", square | bench
     for height, width in all_sides:
-        if len(phase.aspect_ratios) > 1 and height != width and evaluate.bucket_grid_prompts:
+        if len(all_sides) > 1 and height != width and evaluate.bucket_grid_prompts:
             yield (
                 f"grid-{height}x{width}",
                 sampled(height, width) | {"kind": "grid", "grid": evaluate.bucket_grid_prompts},

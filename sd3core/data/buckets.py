@@ -24,6 +24,28 @@ def bucket_sides(side_px: int, aspect_ratios: Sequence[float], multiple: int = P
     return sides
 
 
+def buckets_for_area(
+    side_px: int, multiple: int | None = None, max_ratio: float = 4.0, min_area: float = 0.9
+) -> list[Side]:
+    """Every (height, width) of multiples of `multiple` px with min_area <= height * width / side_px^2 <= 1 whose longer
+    side is at most max_ratio times the shorter; tallest first.
+
+    This rule gives the buckets of SDXL and PixArt at 1024 px with multiples of 64, and PixArt's at 512 px with 32: the
+    paper cites them and gives no list. `multiple`: None takes side_px / 16 in whole patches, so that other areas get
+    the same list scaled.
+    """
+    step = multiple or max(PATCH_PX, side_px // 16 // PATCH_PX * PATCH_PX)
+    area = side_px**2
+    longest = int(side_px * math.sqrt(max_ratio))
+    sides = range(step, longest + step, step)
+    return [
+        (height, width)
+        for height in reversed(sides)
+        for width in sides
+        if min_area * area <= height * width <= area and max(height, width) <= max_ratio * min(height, width)
+    ]
+
+
 def nearest_bucket(width: int, height: int, buckets: Sequence[Side]) -> Side:
     """The bucket whose aspect is nearest to the image's on a logarithmic scale, where 2:1 and 1:2 are equally far from
     1:1.

@@ -1,5 +1,25 @@
-"""The MM-DiT of Stable Diffusion 3: a diffusion transformer with separate weights for image and text."""
+"""The MM-DiT of Stable Diffusion 3, a diffusion transformer with separate weights for image and text, and its rivals."""
 
-from sd3core.mmdit.model import MMDiT, MMDiTConfig, insert_qk_norm, max_attention_logit
+from sd3core.mmdit.architectures import config_from_dict, make_model
+from sd3core.mmdit.backbone import Backbone
+from sd3core.mmdit.config import BackboneConfig, CrossDiTConfig, DiTConfig, MMDiTConfig, UViTConfig
+from sd3core.mmdit.model import MMDiT
+from sd3core.mmdit.qk_norm import insert_qk_norm, max_attention_logit
+from sd3core.mmdit.rivals import CrossDiT, DiT, UViT
 
-__all__ = ["MMDiT", "MMDiTConfig", "insert_qk_norm", "max_attention_logit"]
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "CrossDiT",
+    "CrossDiTConfig",
+    "DiT",
+    "DiTConfig",
+    "MMDiT",
+    "MMDiTConfig",
+    "UViT",
+    "UViTConfig",
+    "config_from_dict",
+    "insert_qk_norm",
+    "make_model",
+    "max_attention_logit",
+]

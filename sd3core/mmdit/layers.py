@@ -1,4 +1,4 @@
-"""The parts of the MM-DiT. Parameter names are those of the released single-file checkpoints.
+"""The parts of MM-DiT and its rivals. MM-DiT's parameter names are those of the released single-file checkpoints.
 
 Shapes: B batch, L tokens, Lc text tokens, Lx image tokens, H hidden size, n heads, d channels of a head (64).
 """
@@ -62,37 +62,60 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
+        self.width = width
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
         # An fp32 weight on a bf16 input would leave the fused path.
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
+        return F.rms_norm(x, (self.width,), self.weight.to(x.dtype), eps=1e-6)
 
 
-class AttentionWeights(nn.Module):
-    """One stream's projections around the joint attention; the last text stream has no output projection."""
+class QKNorms(nn.Module):
+    """The norms of queries and keys, per head and before the attention: none, or RMS norms."""
+
+    def __init__(self, head_width: int, qk_norm: str | None):
+        super().__init__()
+        self.head_width = head_width
+        self.ln_q: nn.Module = nn.Identity() if qk_norm is None else RMSNorm(head_width)
+        self.ln_k: nn.Module = nn.Identity() if qk_norm is None else RMSNorm(head_width)
+
+    def insert_qk_norm(self) -> None:
+        """Adds RMS norms of scale one, where the weights of this attention are."""
+        like = next(self.parameters())
+        self.ln_q = RMSNorm(self.head_width).to(like)
+        self.ln_k = RMSNorm(self.head_width).to(like)
+
+
+class AttentionWeights(QKNorms):
+    """One stream's projections around an attention; the last text stream has no output projection."""
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: str | None, output: bool = True):
-        super().__init__()
+        super().__init__(hidden_size // num_heads, qk_norm)
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         if output:
             self.proj = nn.Linear(hidden_size, hidden_size)
-        self.ln_q: nn.Module = nn.Identity()
-        self.ln_k: nn.Module = nn.Identity()
-        if qk_norm == "rms":
-            self.insert_qk_norm()
-
-    def insert_qk_norm(self) -> None:
-        """Adds RMS norms of scale one for queries and keys, where the weights of this stream are."""
-        weight = self.qkv.weight
-        head_width = weight.shape[1] // self.num_heads
-        self.ln_q = RMSNorm(head_width).to(device=weight.device, dtype=weight.dtype)
-        self.ln_k = RMSNorm(head_width).to(device=weight.device, dtype=weight.dtype)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = rearrange(self.qkv(x), "b l (three n d) -> three b l n d", three=3, n=self.num_heads)
         return self.ln_q(q), self.ln_k(k), v  # (B, L, n, d) each
+
+
+class CrossAttention(QKNorms):
+    """Image tokens look at text tokens. x (B, Lx, H), c (B, Lc, H) -> (B, Lx, H)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: str | None):
+        super().__init__(hidden_size // num_heads, qk_norm)
+        self.num_heads = num_heads
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.attention = Attention()
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        q = rearrange(self.q(x), "b l (n d) -> b l n d", n=self.num_heads)
+        k, v = rearrange(self.kv(c), "b l (two n d) -> two b l n d", two=2, n=self.num_heads)
+        return self.proj(self.attention(self.ln_q(q), self.ln_k(k), v))
 
 
 class Mlp(nn.Module):
@@ -107,8 +130,8 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class JointAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v over text and image tokens together, without a mask. Holds no weights.
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v without a mask. q (B, L, n, d); k, v (B, M, n, d) -> (B, L, H). Holds no weights.
 
     A module, so that a hook can look at queries and keys (see `max_attention_logit`) without a branch in the forward.
     """
@@ -129,53 +152,116 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class StreamBlock(nn.Module):
     """One modality's weights of a joint block: adaptive layer norm, attention projections, MLP.
 
-    `last` marks the text stream of the last block: nothing reads its output, so it only gives queries, keys and values.
+    `last` marks a text stream of the last block: nothing reads its output, so it only gives queries, keys and values.
+    `dual` gives a second attention, of the stream with itself: SD3.5-medium has it for the image in its first blocks.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: str | None, last: bool = False):
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: str | None, last: bool = False, dual: bool = False):
         super().__init__()
-        self.last = last
+        self.last, self.dual = last, dual
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = AttentionWeights(hidden_size, num_heads, qk_norm, output=not last)
+        if dual:
+            self.attn2 = AttentionWeights(hidden_size, num_heads, qk_norm)
+            self.attention2 = Attention()
         if not last:
             self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
             self.mlp = Mlp(hidden_size)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, (2 if last else 6) * hidden_size))
+        self.chunks = 2 if last else 9 if dual else 6
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, self.chunks * hidden_size))
 
-    def before_attention(self, x: Tensor, y: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
-        """Queries, keys and values (B, L, n, d), and what `after_attention` needs of the modulation, (B, H) each."""
-        shift_attn, scale_attn, *rest = self.adaLN_modulation(y).chunk(2 if self.last else 6, dim=-1)
-        return self.attn(modulate(self.norm1(x), shift_attn, scale_attn)), tuple(rest)
+    def before_attention(self, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """x, with the second attention added where there is one; q, k, v (B, L, n, d); (B, H) each for `after_attention`.
 
-    def after_attention(
-        self, x: Tensor, attended: Tensor, gate_attn: Tensor, shift_mlp: Tensor, scale_mlp: Tensor, gate_mlp: Tensor
-    ) -> Tensor:
+        Both attentions read the same layer norm, each under its own modulation.
+        """
+        shift_attn, scale_attn, *rest = self.adaLN_modulation(y).chunk(self.chunks, dim=-1)
+        normed = self.norm1(x)
+        qkv = self.attn(modulate(normed, shift_attn, scale_attn))
+        if self.dual:
+            *rest, shift_attn2, scale_attn2, gate_attn2 = rest
+            attended = self.attention2(*self.attn2(modulate(normed, shift_attn2, scale_attn2)))
+            x = gated_add(x, gate_attn2, self.attn2.proj(attended))
+        return x, qkv, tuple(rest)
+
+    def after_attention(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        if self.last:
+            return x
+        gate_attn, *modulation_mlp = modulation
         x = gated_add(x, gate_attn, self.attn.proj(attended))
+        return self.add_mlp(x, *modulation_mlp)
+
+    def add_mlp(self, x: Tensor, shift_mlp: Tensor, scale_mlp: Tensor, gate_mlp: Tensor) -> Tensor:
         return gated_add(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
 
 class JointBlock(nn.Module):
-    """Two streams with weights of their own that meet in one attention. Paper figure 2b.
+    """Streams with weights of their own that meet in one attention: text and image, or CLIP, T5 and image. Paper figure 2b.
 
     x (B, Lx, H), c (B, Lc, H), y (B, H) -> x, c. The last block leaves c as it is: nothing reads it.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: str | None, last: bool = False):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        qk_norm: str | None,
+        last: bool = False,
+        dual: bool = False,
+        clip_tokens: int | None = None,
+    ):
         super().__init__()
+        self.clip_tokens = clip_tokens
         self.context_block = StreamBlock(hidden_size, num_heads, qk_norm, last=last)
-        self.x_block = StreamBlock(hidden_size, num_heads, qk_norm)
-        self.attention = JointAttention()
+        if clip_tokens is not None:
+            self.t5_block = StreamBlock(hidden_size, num_heads, qk_norm, last=last)
+        self.x_block = StreamBlock(hidden_size, num_heads, qk_norm, dual=dual)
+        self.attention = Attention()
 
     def forward(self, x: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        qkv_c, modulation_c = self.context_block.before_attention(c, y)
-        qkv_x, modulation_x = self.x_block.before_attention(x, y)
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip(qkv_c, qkv_x, strict=True))  # (B, Lc + Lx, n, d), text first
-        attended = self.attention(q, k, v)  # (B, Lc + Lx, H)
-        attended_c, attended_x = attended.split([c.shape[1], x.shape[1]], dim=1)
-        x = self.x_block.after_attention(x, attended_x, *modulation_x)
-        if not self.context_block.last:
-            c = self.context_block.after_attention(c, attended_c, *modulation_c)
-        return x, c
+        streams = {self.context_block: c, self.x_block: x}
+        if self.clip_tokens is not None:
+            clip, t5 = c.tensor_split([self.clip_tokens], dim=1)
+            streams = {self.context_block: clip, self.t5_block: t5, self.x_block: x}
+
+        before = [block.before_attention(z, y) for block, z in streams.items()]
+        q, k, v = (torch.cat(parts, dim=1) for parts in zip(*(qkv for _, qkv, _ in before), strict=True))
+        attended = self.attention(q, k, v)  # (B, Lc + Lx, H), text first
+        parts = attended.split([z.shape[1] for z in streams.values()], dim=1)
+        *text, x = (
+            block.after_attention(z, part, modulation)
+            for block, part, (z, _, modulation) in zip(streams, parts, before, strict=True)
+        )
+        return x, text[0] if len(text) == 1 else torch.cat(text, dim=1)
+
+
+class SelfBlock(StreamBlock):
+    """One stream with an attention of its own: DiT's block. x (B, L, H), y (B, H) -> x."""
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: str | None):
+        super().__init__(hidden_size, num_heads, qk_norm)
+        self.attention = Attention()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x, qkv, modulation = self.before_attention(x, y)
+        return self.after_attention(x, self.attention(*qkv), modulation)
+
+
+class CrossBlock(SelfBlock):
+    """DiT's block with a look at the text between attention and MLP, neither normed nor gated, as in PixArt-alpha.
+
+    x (B, Lx, H), c (B, Lc, H), y (B, H) -> x.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: str | None):
+        super().__init__(hidden_size, num_heads, qk_norm)
+        self.cross = CrossAttention(hidden_size, num_heads, qk_norm)
+
+    def forward(self, x: Tensor, c: Tensor, y: Tensor) -> Tensor:
+        x, qkv, (gate_attn, *modulation_mlp) = self.before_attention(x, y)
+        x = gated_add(x, gate_attn, self.attn.proj(self.attention(*qkv)))
+        x = x + self.cross(x, c)
+        return self.add_mlp(x, *modulation_mlp)
 
 
 class FinalLayer(nn.Module):

@@ -57,13 +57,12 @@ def crop_positions(table: Tensor, height: int, width: int) -> Tensor:
     return rearrange(grid, "1 h w d -> 1 (h w) d")
 
 
-def coordinates_of_table(table: Tensor) -> np.ndarray:
-    """The coordinates of a stored table: the inverse of `position_table`. (1, max * max, H) -> (max,) float64.
+def coordinates_of_row(codes: Tensor) -> np.ndarray:
+    """The coordinates that a stored row of column codes stands for: the inverse of `sine_cosine`.
 
-    Read from the column codes of the first row: the slowest frequencies give the value, the fastest the digits.
+    codes (max, H/2), in any float dtype -> (max,) float64. The slowest frequencies give the value, the fastest the digits.
     """
-    side = round(table.shape[1] ** 0.5)
-    codes = table[0, :side, : table.shape[2] // 2].double().numpy()  # (max, H/2)
+    codes = codes.double().numpy()
     count = codes.shape[1] // 2
     frequencies = 10000.0 ** (-np.arange(count, dtype=np.float64) / count)
     angles = np.arctan2(codes[:, :count], codes[:, count:])  # (max, H/4), known up to a turn

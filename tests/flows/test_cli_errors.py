@@ -10,7 +10,6 @@ import httpx
 import pytest
 
 from flows import commands, home
-from flows.cli import main
 from flows.sample import read_prompts
 from sd3core.data.store import open_store
 
@@ -20,23 +19,6 @@ SD3 = [sys.executable, "-m", "flows.cli"]
 @pytest.fixture(autouse=True)
 def own_home(tmp_path, monkeypatch):
     monkeypatch.setenv("SD3_HOME", str(tmp_path))
-
-
-@pytest.fixture
-def sd3(monkeypatch, capsys):
-    """Runs the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sd3", *arguments])
-        monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # else usage lines name `python -m pytest`
-        code = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = ended.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -61,6 +43,36 @@ def sd3(monkeypatch, capsys):
         (["sample", "a circle", "--device", "tpu"], "sd3: --device tpu: PyTorch has no such device here; take cpu"),
         (["sample", "a circle", "--seeds", "3,4", "--seed", "1"], "sd3: --seeds: leave out --seed and --images"),
         (["sample", "a circle", "-r", "tiny-test"], "sd3: "),  # nothing was trained here
+        (
+            ["sample", "a circle", "--checkpoint", "/none", "--towers", "/none"],
+            "sd3: --towers /none: no vae folder there",
+        ),
+        (
+            ["sample", "a circle", "--checkpoint", "/none"],
+            "sd3: --checkpoint /none: name its VAE and text encoders too, with --towers FOLDER",
+        ),
+        (["import", "/none", "out"], "sd3: /none: no such file or folder"),
+        (["import", "/bin/ls", "out"], "sd3: /bin/ls: not a safetensors file; get the .safetensors of these weights"),
+        (
+            ["import", "/sys", "out"],
+            "sd3: /sys: no diffusion_pytorch_model.safetensors there; name a .safetensors file",
+        ),
+        (["import", "/bin/ls", "out", "--dtype", "int8"], "sd3: --dtype int8: it is float32, bfloat16 or float16"),
+        (["import", "/bin/ls", "out", "--null", "none"], "sd3: --null none: it is zeros or empty"),
+        (
+            ["export", "/none", "out"],
+            "sd3: file:///none: no config.json (a model) and no DONE.json (a checkpoint) there",
+        ),
+        (["export", "/none", "out", "--format", "gguf"], "sd3: --format gguf: it is diffusers or single-file"),
+        (["export", "/none", "out", "--format", "single-file"], "sd3: out: name a file that ends in .safetensors"),
+        (["export", "/none", "out", "--weights", "best"], "sd3: --weights best: it is ema or live"),
+        (["export", "/none", "s3://a/b"], "sd3: s3://a/b: name a path on this machine"),
+        (
+            ["export", "/none", "out", "--run", "x"],
+            "sd3: /none, and --run or --recipe: name the one checkpoint or the other",
+        ),
+        (["export", "a", "b", "out"], "sd3: a, b: name one checkpoint and the output"),
+        (["export", "out", "-r", "tiny-test"], "sd3: "),  # nothing was trained here
         (["sample"], "sd3: no prompt: give one or more, or --file with a prompt on each line"),
         (["sample", "-f", "/none"], "sd3: --file /none: cannot be read (No such file or directory)"),
         (["sample", "-f", "/bin/ls"], "sd3: --file /bin/ls: not UTF-8 text"),
@@ -129,7 +141,10 @@ def test_the_process_ends_with_the_code():
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (httpx.ConnectError("refused"), "sd3: the Prefect server does not answer; `.venv/bin/sd3 up` starts it again\n"),
+        (
+            httpx.ConnectError("refused"),
+            "sd3: the Prefect server does not answer; `.venv/bin/sd3 up` starts it again\n",
+        ),
         (
             httpx.HTTPStatusError("", request=None, response=httpx.Response(500)),
             "sd3: the Prefect server answers 500 Internal Server Error; HOME/logs/server.log says why\n",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from flows import upstream
 from sd3core.data.manifest import MANIFEST, Manifest, commit_manifest
 from sd3core.data.store import open_store
-from sd3core.errors import DataError
+from sd3core.errors import CheckpointError, DataError
 from sd3core.recipe_file import load_recipe
 from sd3core.specs import captions_folder, fingerprint, raw_fields, raw_folder
 from workers.stage_notes import remember_stage
@@ -63,3 +64,21 @@ def test_a_stage_that_was_taken_back_is_not_found_by_its_note(store):
     store.delete(f"{ingest(store, ours, 100).folder}/{MANIFEST}")
     with pytest.raises(DataError, match="ingest is not finished"):
         upstream.raw(ours, store)
+
+
+def test_the_first_phase_starts_from_a_model_of_ones_own_and_its_content_counts(store, tmp_path):
+    from sd3core.checkpoint import content_digest, save_model
+    from sd3core.mmdit import MMDiT, MMDiTConfig
+
+    fresh, own = recipe_of("a", 100), load_recipe("tiny-test", [f"model.start_from={tmp_path}/model"])
+    assert upstream.start_of(fresh, store, "pretrain") is None
+    url = upstream.start_of(own, store, "pretrain")
+    assert url == (tmp_path / "model").as_uri()
+    config, digests = MMDiTConfig.from_depth(1, context_dim=16, pooled_dim=16, position_max=4), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        save_model(url, MMDiT(config))
+        digests.append(content_digest(url))
+    assert digests[0] == digests[1] != digests[2]
+    with pytest.raises(CheckpointError, match="no config.json"):
+        content_digest(str(tmp_path / "none"))

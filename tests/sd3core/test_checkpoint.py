@@ -95,9 +95,12 @@ def test_model_folder_problems_are_named(tmp_path):
         ({"model": fields["model"] | {"dept": 3}}, "unknown key 'dept'; did you mean 'depth'"),
         ({"odd": 1}, "unknown key 'odd'"),
         ({"format": 99}, "format 99"),
-        ({"model": fields["model"] | {"depth": 2}}, "unknown for a model of depth 2"),
-        ({"model": fields["model"] | {"depth": 4}}, "missing for a model of depth 4"),
-        ({"model": fields["model"] | {"context_dim": 64}}, "'context_embedder.weight' has shape"),
+        ({"model": fields["model"] | {"depth": 2}}, "20 tensors unknown: .joint_blocks.1.context_block.attn.proj.bias"),
+        ({"model": fields["model"] | {"depth": 4}}, "tensors missing: .joint_blocks."),
+        (
+            {"model": fields["model"] | {"context_dim": 64}},
+            r"1 tensor of another shape: 'context_embedder.weight' \(128, 48\) instead of \(128, 64\)",
+        ),
     ):
         (tmp_path / "config.json").write_text(json.dumps(fields | change))
         with pytest.raises(CheckpointError, match=message) as error:

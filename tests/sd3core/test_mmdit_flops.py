@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_models import SMALL_BACKBONES
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sd3core.mmdit import MMDiT, MMDiTConfig
+from sd3core.mmdit import MMDiT, MMDiTConfig, make_model
 from sd3core.mmdit.flops import forward_flops
 
 
+@pytest.mark.parametrize("name", SMALL_BACKBONES)
 @pytest.mark.parametrize("depth", [1, 3])
-def test_flops_are_those_that_torch_counts(depth):
-    config = MMDiTConfig.from_depth(depth, context_dim=48, pooled_dim=40, position_max=8, position_side=8)
-    model = MMDiT(config)
+def test_flops_are_those_that_torch_counts(name, depth):
+    config = SMALL_BACKBONES[name](depth=depth)
     inputs = torch.randn(1, 16, 8, 12), torch.rand(1), torch.randn(1, 10, 48), torch.randn(1, 40)
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         with sdpa_kernel(SDPBackend.MATH):  # the others go uncounted on a CPU
-            model(*inputs)
+            make_model(config)(*inputs)
     assert forward_flops(config, image_tokens=24, text_tokens=10) == counted.get_total_flops()
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sd3core.errors import DataError
-from sd3core.mmdit.positions import coordinates_of_table, crop_positions, grid_coordinates, position_table
+from sd3core.mmdit.positions import coordinates_of_row, crop_positions, grid_coordinates, position_table
 
 
 def test_the_released_grid():
@@ -44,5 +44,6 @@ def test_embedding_then_cropping_is_cropping_then_embedding():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_coordinates_are_read_back_from_a_table(sizes, dtype):
     coordinates = grid_coordinates(*sizes)
-    read = coordinates_of_table(position_table(coordinates, 192).to(dtype))
+    first_row = position_table(coordinates, 192)[0, : len(coordinates), :96]
+    read = coordinates_of_row(first_row.to(dtype))
     assert np.abs(read - coordinates).max() < (1e-5 if dtype == torch.float32 else 2e-3)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from sd3core.checkpoint import KINDS
+from sd3core.mmdit import Backbone
 from sd3core.recipe import Training
 from workers.trainer.muon import MatrixPiece, Muon, matrices_in
 
@@ -54,12 +55,12 @@ class ShardedTrainer:
     DeepSpeed rounds the fp32 masters of a fresh bf16 model to bf16: write exact ones through `slices`.
     """
 
-    def __init__(self, model: nn.Module, training: Training, rank: int, world: int):
+    def __init__(self, model: Backbone, training: Training, rank: int, world: int):
         self.training, self.rank, self.world = training, rank, world
         self.accumulation = training.global_batch // (training.micro_batch * world)
         self.shapes = {name: list(p.shape) for name, p in model.named_parameters()}
         if training.activation_checkpointing:
-            for block in model.joint_blocks:
+            for block in model.recomputable():
                 block.forward = partial(recompute, block.forward, use_reentrant=False)
         self.engine = _initialize(model, training, self.accumulation)
         self._named = dict(self.engine.module.named_parameters())

@@ -56,13 +56,13 @@ class TrainingJob(BaseModel):
     phase: str  # "pretrain", "finetune.0": also the recipe's key, for messages
     spec: str  # fingerprint of `fields`
     fields: dict[str, Any]
-    model: dict[str, Any]  # MMDiTConfig
+    model: dict[str, Any]  # BackboneConfig.to_dict()
     training: Training
     seed: int
     text: Text
     latents: DataRef
     text_features: DataRef
-    init: str | None = None  # a checkpoint folder in the store: its EMA weights are the start
+    init: str | None = None  # URL of a checkpoint, whose EMA weights are the start, or of a model folder
     recipe: dict[str, Any] | None = None  # kept with every checkpoint
     previews: PreviewSettings | None = None
     log_dir: str | None = None  # local folder for TensorBoard files; None: a temporary one

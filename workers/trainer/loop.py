@@ -21,7 +21,7 @@ from sd3core import conditioning, randomness, rectified_flow
 from sd3core.conditioning import TextFeatures
 from sd3core.data.store import Store, open_store
 from sd3core.formulations import find_formulation
-from sd3core.mmdit import MMDiT, MMDiTConfig, max_attention_logit
+from sd3core.mmdit import config_from_dict, make_model, max_attention_logit
 from workers.trainer import engine
 from workers.trainer.checkpointing import (
     begin_attempt,
@@ -35,7 +35,7 @@ from workers.trainer.job import TrainingFailed, TrainingJob
 from workers.trainer.metrics import StepLoss, flops_per_sample, learning_rate, peak_flops
 from workers.trainer.previews import Previews
 from workers.trainer.records import Records
-from workers.trainer.start import start_model
+from workers.trainer.start import fitted_scales, start_weights
 
 NON_FINITE_IN_A_ROW = 5  # then training goes back to the last checkpoint
 GO_BACKS = 2  # then it fails
@@ -123,12 +123,12 @@ class PhaseTraining:
         self.job, self.place, self.watcher = job, place, watcher
         self.store = open_store(job.store)
         self.attempt = self._from_first_rank(lambda: begin_attempt(self.store, job.folder))
-        self.config = MMDiTConfig.from_dict(job.model)
+        self.config = config_from_dict(job.model)
         self.formulation = find_formulation(job.training.formulation)
         self.null = read_null(self.store, job)
         self.loader = open_loader(job, self.store, place, self._warn)
         self.previews = Previews(job, self.store, self.null, place.device, self._shown_samples, self._warn)
-        model = MMDiT(self.config).to(place.device)  # its weights do not matter: `_restore` sets them
+        model = make_model(self.config).to(place.device)  # its weights do not matter: `_restore` sets them
         self.trainer = ShardedTrainer(model, job.training, place.rank, place.world)
         self.peak, _ = peak_flops(place.device, engine.forward_dtype(job.training))
 
@@ -155,10 +155,18 @@ class PhaseTraining:
             step = load_checkpoint(self.store, last.folder, self.trainer).steps
         else:
             step = 0
-            load_start_weights(dict(start_model(self.job, self.store).named_parameters()), self.trainer)
+            self._load_start()
         if self.place.rank == 0:
             self.watcher.began(self.attempt, self.job.samples_at(step))
         return step
+
+    def _load_start(self) -> None:
+        start = start_weights(self.job)
+        load_start_weights(start.weights, self.trainer)
+        if start.new and self.job.training.qk_norm_start == "fitted":
+            first = draw_inputs(self.loader.batch(0), self.job, self.null, self.place.device)
+            scales = fitted_scales(self.trainer.model, start.new, lambda: self._losses(first))
+            load_start_weights(start.weights | scales, self.trainer)
 
     def _train_from(self, first: int) -> None:
         job, streak, checkpoint_due = self.job, 0, False
@@ -233,12 +241,7 @@ class PhaseTraining:
         """The part of a row that says which samples gave a step without a finite gradient. All ranks call it."""
         keys = np.array(inputs.batch.keys)
         if not losses_finite:
-            with torch.no_grad():
-                outputs = [
-                    self.formulation.loss(partial(_predict, self.trainer, context, pooled), x0, noise, t)
-                    for x0, noise, t, context, pooled in inputs.micro_batches(self.job.training.micro_batch)
-                ]
-            keys = keys[~torch.cat(outputs).isfinite().cpu().numpy()]
+            keys = keys[~self._losses(inputs).isfinite().cpu().numpy()]
         gathered: list[list[str]] = [[]] * self.place.world
         dist.all_gather_object(gathered, [str(key) for key in keys])
         named = [key for part in gathered for key in part]
@@ -247,6 +250,15 @@ class PhaseTraining:
         warning += f" and {len(named) - 8} more" if len(named) > 8 else ""
         self._warn(warning)
         return {"loss": None, "grad_norm": None, "warning": warning, "keys": named}
+
+    @torch.no_grad()
+    def _losses(self, inputs: StepInputs) -> Tensor:
+        """The loss of each of this rank's samples, (B,), without a step. All ranks call it."""
+        losses = [
+            self.formulation.loss(partial(_predict, self.trainer.model, context, pooled), x0, noise, t)
+            for x0, noise, t, context, pooled in inputs.micro_batches(self.job.training.micro_batch)
+        ]
+        return torch.cat(losses)
 
     @torch.no_grad()
     def _attention_logit_max(self, inputs: StepInputs) -> float:

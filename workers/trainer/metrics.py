@@ -8,7 +8,7 @@ import time
 import torch
 from torch import Tensor
 
-from sd3core.mmdit import MMDiTConfig
+from sd3core.mmdit import BackboneConfig
 from sd3core.mmdit.flops import forward_flops
 from sd3core.recipe import Training
 
@@ -47,7 +47,7 @@ class StepLoss:
         return {"loss": sum(sums) / sum(counts), "loss_by_t": by_bin}
 
 
-def flops_per_sample(config: MMDiTConfig, image_tokens: int, text_tokens: int) -> float:
+def flops_per_sample(config: BackboneConfig, image_tokens: int, text_tokens: int) -> float:
     """FLOPs of one training sample: forward, and backward, which is twice the forward."""
     return 3 * forward_flops(config, image_tokens, text_tokens)
 

@@ -1,4 +1,4 @@
-"""Muon on sharded weights: orthogonal steps for the matrices of the joint blocks, Adam for all else.
+"""Muon on sharded weights: orthogonal steps for the matrices of the transformer's blocks, Adam for all else.
 
 Jordan et al. 2024, with the scale of Liu et al. 2025 (arXiv:2502.16982): a matrix's step has the root mean square 0.2 that Adam's
 steps typically have, so that one learning rate serves both.
@@ -18,6 +18,8 @@ from torch.optim import Optimizer
 from sd3core.tower_training.muon import orthogonalise
 
 STEP_RMS = 0.2
+MATRIX_MODULES = {"attn", "attn2", "cross", "mlp"}
+STACKED = {"qkv": 3, "kv": 2}  # matrices in one parameter
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class MatrixPiece:
     """
 
     shape: tuple[int, int]
-    matrices: int  # stacked along the rows: 3 for queries, keys and values
+    matrices: int  # stacked along the rows: 3 for queries, keys and values together
     start: int
     length: int
     offset: int
@@ -36,11 +38,14 @@ class MatrixPiece:
 
 
 def matrices_in(name: str, shape: Sequence[int]) -> int:
-    """How many matrices a parameter of the MM-DiT stacks that Muon steps along: 0 is for Adam (embeddings, modulation, output)."""
-    inside_block = name.startswith("joint_blocks.") and (".attn." in name or ".mlp." in name)
-    if len(shape) != 2 or not inside_block:
+    """How many matrices a parameter of a backbone stacks that Muon steps along: 0 is for Adam.
+
+    Muon's are the matrices of attention and MLP in the transformer's blocks; Adam's embeddings, modulation, convolutions, output.
+    """
+    blocks, _, part = name.partition(".")
+    if len(shape) != 2 or blocks not in ("joint_blocks", "blocks") or not MATRIX_MODULES & set(part.split(".")):
         return 0
-    return 3 if name.endswith("qkv.weight") else 1
+    return STACKED.get(part.split(".")[-2], 1)
 
 
 class Muon(Optimizer):

@@ -1,41 +1,80 @@
-"""The weights a phase starts from, and the data it reads: everything a rank opens once."""
+"""The weights a phase starts from: fresh, or a checkpoint's with QK-norm inserted where the phase is the first to have it."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from sd3core.checkpoint import DONE_FILE, assemble, load_model
-from sd3core.data.store import Store
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sd3core.checkpoint import load_model
 from sd3core.errors import CheckpointError
-from sd3core.mmdit import MMDiT, MMDiTConfig
+from sd3core.mmdit import Backbone, BackboneConfig, config_from_dict, make_model
+from sd3core.mmdit.backbone import config_positions
+from sd3core.mmdit.qk_norm import fitted_scale, inserted_norms, norms_passed_by
 from workers.trainer.job import TrainingJob
 
+POSITION_TOLERANCE = 1e-2  # a table in bf16
 QK_NORM_SCALES = (".ln_q.weight", ".ln_k.weight")  # the only parameters that may be new in a later phase
 
 
-def start_model(job: TrainingJob, store: Store) -> MMDiT:
-    """The model before its first step, a function of the job alone: fresh, or the EMA weights of `job.init`.
+@dataclass(frozen=True)
+class Start:
+    """Whole fp32 weights of every parameter, and which of them the checkpoint did not have: scales of QK-norm, all one."""
 
-    Under the phase's own config: its position table, and QK-norm scales of one where the checkpoint has none.
+    weights: dict[str, Tensor]
+    new: frozenset[str]
+
+
+def start_weights(job: TrainingJob) -> Start:
+    """The weights before the first step, a function of the job alone: fresh, or the weights (EMA) of `job.init`.
+
+    Raises CheckpointError where those are another model's.
     """
     torch.manual_seed(job.seed)
-    model = MMDiT(MMDiTConfig.from_dict(job.model))
+    config = config_from_dict(job.model)
+    fresh = dict(make_model(config).named_parameters())
     if job.init is None:
-        return model
-    where = store.uri(job.init)
-    if store.exists(f"{job.init}/{DONE_FILE}"):
-        weights = assemble(store, job.init, "ema")
-    else:
-        weights = dict(load_model(where).named_parameters())
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    for name in sorted(wanted.keys() | weights.keys()):
-        if name in wanted and name not in weights and name.endswith(QK_NORM_SCALES):
-            continue
-        found = tuple(weights[name].shape) if name in weights else "absent"
-        if found != wanted.get(name, "absent"):
+        return Start(fresh, frozenset())
+    init = load_model(job.init)
+    _check_like(init, config, f"{job.phase} starts from {job.init}")
+    stored = dict(init.named_parameters())
+    new = frozenset(name for name in fresh.keys() - stored.keys() if name.endswith(QK_NORM_SCALES))
+    for name in sorted((fresh.keys() | stored.keys()) - new):
+        found, wanted = (tuple(z[name].shape) if name in z else "absent" for z in (stored, fresh))
+        if found != wanted:
             raise CheckpointError(
-                f"{job.phase} starts from {where}: {name} is {found} there and {wanted.get(name, 'absent')}"
-                " in the recipe's model"
+                f"{job.phase} starts from {job.init}: {name} is {found} there and {wanted} in the recipe's model"
             )
-    model.load_state_dict({name: tensor.detach().float() for name, tensor in weights.items()}, strict=False)
-    return model
+    weights = {name: (fresh[name] if name in new else stored[name]).detach().float() for name in fresh}
+    return Start(weights, new)
+
+
+def _check_like(init: Backbone, config: BackboneConfig, where: str) -> None:
+    """What no parameter's shape tells: heads, and positions that this phase makes anew for its own resolution."""
+    for name in ("num_heads", "position_base"):
+        found, wanted = getattr(init.config, name), getattr(config, name)
+        if found != wanted:
+            raise CheckpointError(f"{where}: {name} is {found} there and {wanted} in the recipe's model")
+    if not torch.allclose(init.pos_embed.float(), config_positions(init.config), atol=POSITION_TOLERANCE):
+        raise CheckpointError(
+            f"{where}: its position table follows no grid, so it cannot be made for another resolution"
+        )
+
+
+def fitted_scales(model: nn.Module, new: frozenset[str], forward: Callable[[], None]) -> dict[str, Tensor]:
+    """Scales for the new norms with which the first forward is as near as can be to that of the model without them.
+
+    `forward` runs this rank's part of a batch through the model; the sums are over all ranks' parts, so the number of
+    ranks changes nothing but their order. All ranks call it.
+    """
+    # At ZeRO 3 the model is the engine around the module.
+    norms = {name.removeprefix("module."): norm for name, norm in inserted_norms(model)}
+    norms = {name: norm for name, norm in norms.items() if f"{name}.weight" in new}
+    with norms_passed_by(norms) as sums, torch.no_grad():
+        forward()
+    for name in sums:
+        dist.all_reduce(sums[name])
+    return {f"{name}.weight": fitted_scale(total).cpu() for name, total in sums.items()}

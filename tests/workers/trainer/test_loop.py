@@ -19,7 +19,7 @@ from sd3core.mmdit import MMDiTConfig
 from workers.trainer.checkpointing import begin_attempt, read_metrics
 from workers.trainer.job import TrainingFailed, TrainingSuperseded
 from workers.trainer.loop import Place, draw_inputs, train_rank
-from workers.trainer.start import start_model
+from workers.trainer.start import start_weights
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
@@ -90,12 +90,13 @@ def _single_rank_stories(rank, world, root: Path):
     except TrainingSuperseded as error:
         stories["usurped"] = error, notebook
 
-    [*_, last] = list_checkpoints(open_store(str(root / "clean")), make_job(root / "clean").folder)
+    store = open_store(str(root / "clean"))
+    last = store.uri(list_checkpoints(store, make_job(root / "clean").folder)[-1].folder)
     config = MMDiTConfig.from_dict(MODEL.to_dict() | {"qk_norm": "rms", "position_side": 8})
     changes = {"zero_stage": 3, "samples": 16, "learning_rate": 1e-12}
-    tuned = make_job(root / "clean", phase="finetune.0", model=config, init=last.folder, **changes)
+    tuned = make_job(root / "clean", phase="finetune.0", model=config, init=last, **changes)
     stories["finetune"] = _train(rank, world, tuned)
-    wrong = make_job(root / "clean", phase="finetune.1", model=MMDiTConfig.from_depth(3), init=last.folder)
+    wrong = make_job(root / "clean", phase="finetune.1", model=MMDiTConfig.from_depth(3), init=last)
     stories["wrong-init"] = _train(rank, world, wrong)
     return stories
 
@@ -148,7 +149,7 @@ def test_going_on_with_more_and_with_fewer_ranks(root, stories, tmp_path):
 def test_ema_is_the_average_of_the_weights(root, stories):
     """ema <- 0.9 ema + 0.1 weights every 2nd step, from the start weights, in fp32 although the model is bf16."""
     job, store = make_job(root / "average"), open_store(str(root / "average"))
-    average = {name: p.detach() for name, p in start_model(job, store).named_parameters()}
+    average = {name: p.detach() for name, p in start_weights(job).weights.items()}
     assert stories["average"][0] is None
     for samples in (16, 32, 48):
         live, ema = (assemble(store, f"{job.folder}/{samples:012d}", kind) for kind in ("weights", "ema"))
