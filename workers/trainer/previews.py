@@ -20,7 +20,7 @@ from sd3core import randomness
 from sd3core.conditioning import ENCODERS, TextFeatures, assemble
 from sd3core.data.store import Store
 from sd3core.errors import UserError
-from sd3core.sampling import guided, sample_euler, sigma_schedule
+from sd3core.sampling import SAMPLERS, guided, sigma_schedule
 from workers.trainer.job import TrainingJob
 
 FIRST_STEP = 64
@@ -112,7 +112,8 @@ def draw_latents(
             settings.guidance_scale,
         )
         noise = randomness.normal(job.seed, 0, batch.sample_ids[rows], "preview", batch.latent.shape[1:])
-        latents = sample_euler(predict, torch.from_numpy(noise).to(device), sigmas).cpu()  # (rows, 16, h, w)
+        start = torch.from_numpy(noise).to(device)
+        latents = SAMPLERS[settings.sampler](predict, start, sigmas).cpu()  # (rows, 16, h, w)
         drawn |= {batch.keys[row]: latent for row, latent in zip(rows, latents, strict=True)}
     parts: list[dict[str, Tensor]] = [{}] * world
     dist.all_gather_object(parts, drawn)
