@@ -228,7 +228,7 @@ class Buckets(Section):
 
     multiple_px: int | None = Field(None, ge=PATCH_PX, multiple_of=PATCH_PX)  # of both sides; None: side_px / 16
     max_ratio: float = Field(4.0, ge=1)  # longer side / shorter side
-    min_area: Fraction = 0.9  # smallest area, as a part of side_px squared; the largest is 1
+    min_area: float = Field(0.9, ge=0.5, le=1)  # smallest area, as a part of side_px squared; the largest is 1
 
 
 class Training(Section):

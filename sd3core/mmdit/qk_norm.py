@@ -1,4 +1,4 @@
-"""Attention logits: how large they are, and the norms of queries and keys that bound them. Paper 5.3.2, figure 5."""
+"""QK-norm inserted into a trained model, and the attention logits that it bounds. Paper 5.3.2, figure 5."""
 
 from __future__ import annotations
 
@@ -20,11 +20,18 @@ def insert_qk_norm(model: Backbone, inputs: Inputs | None = None) -> Backbone:
 
     Weights that were there stay as they are. A model that has QK-norm is returned unchanged.
 
-    The paper only says that the norms can be inserted. With scales of one, as they start in a fresh model, every query
-    and key gets length sqrt(d): logits become sqrt(d) cos(q, k) instead of |q| |k| cos(q, k) / sqrt(d), right in their
-    order but as sharp as that, whatever they were before. With `inputs`, the scales are fitted to one forward pass of
-    them (`fitted_scale`): then q and k keep their size, and the first forward is off only by how much the RMS of q
-    and of k differs between the tokens and heads of one stream, which share one scale. If all are equal, it is exact.
+    The paper says only that the norms can be inserted and that the model adapts quickly. Two readings:
+
+    - Scales of one, as in a fresh model: every query and key gets length sqrt(d). Logits become sqrt(d) cos(q, k)
+      instead of |q| |k| cos(q, k) / sqrt(d), so every attention gets the same sharpness, whatever it had.
+    - With `inputs`, scales fitted to a forward pass of them (`fitted_scale`), so that q and k keep their mean size.
+
+    How near is the first forward? A norm forgets the RMS of each token and head, and one scale serves all heads of a
+    stream. Fitted, the relative error of q and of k is at most s / sqrt(1 + s^2), s = standard deviation / mean of
+    those RMS: nothing where they are equal. A logit then errs by about its own size times that error, so small logits
+    come out near and logits of ten and more do not. Measured on a trained depth-3 model (mean RMS about 1, s 0.2 to
+    0.55, logits to 34): the velocity moves by 24 % with either reading, and the loss from 0.52 to 0.55. With its q and k
+    halved: 8 % fitted, 28 % with scales of one; doubled, where neither is near, 41 and 36 %.
     """
     if model.config.qk_norm is None:
         for module in model.modules():

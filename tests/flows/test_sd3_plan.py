@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.commands import app
-from flows.plan import plan_phase, text_bytes, zero_bytes
+from flows.plan import compare_backbones, plan_phase, text_bytes, zero_bytes
 from sd3core.recipe_file import load_recipe, shipped_recipes
 
 
@@ -24,6 +24,22 @@ def test_the_papers_pretraining():
     assert text_bytes(recipe) == 2 * (77 * (768 + 1280) + 768 + 1280 + 77 * 4096)
     assert plan.checkpoint_bytes == 4 * 4 * plan.parameters
     assert plan.flops == plan.steps * plan.step_flops
+
+
+def test_the_papers_backbones_side_by_side():
+    """Depth 24 at 256 px: three streams cost parameters and no FLOPs to speak of, one set of weights the other way round."""
+    recipe = load_recipe("sd3-2b")
+    plans = {plan.name: plan for plan in compare_backbones(recipe, recipe.pretrain)}
+    assert list(plans) == ["mmdit, 2 streams", "mmdit, 3 streams", "dit", "cross_dit", "uvit"]
+    two, three, one = (plans[name] for name in ("mmdit, 2 streams", "mmdit, 3 streams", "dit"))
+    assert (two.parameters, one.parameters) == (2_028_328_000, 1_039_245_376)
+    own = plan_phase(recipe, "pretrain", recipe.pretrain)
+    assert two.flops * 3 * recipe.pretrain.global_batch == own.step_flops
+    assert two.flops < three.flops < 1.01 * two.flops and two.flops < one.flops < 1.02 * two.flops
+    assert three.parameters - two.parameters == 23 * (18 * 1536**2 + 15 * 1536) + 5 * 1536**2 + 5 * 1536
+    for architecture in ("dit", "cross_dit", "uvit"):
+        chosen = load_recipe("sd3-2b", [f"model.architecture={architecture}"])
+        assert plan_phase(chosen, "pretrain", chosen.pretrain).parameters == plans[architecture].parameters
 
 
 def test_steps_and_checkpoints_are_rounded_up():
@@ -53,5 +69,8 @@ def test_the_plan_of_every_recipe_says_what_it_costs(name):
     captions = 1 if recipe.caption.captioner == "none" else 2
     text = next(row for row in rows if row[:1] == ["text,"])
     assert (text[1], text[5]) == (str(captions), f"{captions * text_bytes(recipe) / 1e3:,.1f}")
+    for plan in compare_backbones(recipe, recipe.pretrain):
+        row = [*plan.name.split(), f"{plan.parameters:,}", f"{plan.flops:.2e}"]
+        assert row in [found[: len(row)] for found in rows]
     assert f"training: {sum(plan.flops for plan in plans):.2e} FLOPs" in printed.output
     assert " h " in printed.output.splitlines()[-1]

@@ -10,12 +10,13 @@ import pytest
 import torch
 from small_models import randomise
 
-from sd3core.checkpoint import save_model
+from sd3core.checkpoint import load_model, save_model
 from sd3core.checkpoint_facts import CheckpointFacts, read_facts
 from sd3core.conditioning import ENCODERS, assemble
 from sd3core.errors import CheckpointError, UserError
 from sd3core.generate import Generator, grid_columns, sample_to_files
-from sd3core.mmdit import MMDiT, MMDiTConfig
+from sd3core.mmdit import MMDiT, MMDiTConfig, make_model
+from sd3core.mmdit.architectures import CONFIGS
 from sd3core.pictures import read_settings
 from sd3core.recipe import Text
 from sd3core.sample_settings import SampleSettings
@@ -53,6 +54,16 @@ def test_facts_come_back_from_a_model_folder(checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match="save it with"):
         save_model(tmp_path, MMDiT(MMDiTConfig.from_depth(1, context_dim=8, pooled_dim=8, position_max=4)))
         read_facts(str(tmp_path))
+
+
+@pytest.mark.parametrize("architecture", ["mmdit", "dit", "cross_dit", "uvit"])
+def test_every_architecture_draws(architecture, generator, tmp_path):
+    sizes = {"hidden_size": 64, "num_heads": 1, "context_dim": 64, "pooled_dim": 80, "position_max": 4}
+    streams = {"clip_tokens": FACTS.text.clip_tokens} if architecture == "mmdit" else {}
+    save_model(tmp_path, randomise(make_model(CONFIGS[architecture].from_depth(1, **sizes, **streams))), FACTS.to_extra())
+    drawer = Generator(load_model(tmp_path), generator.encoders, generator.autoencoder, "zeros")
+    pictures = drawer.sample(PROMPTS[:2], [5, 5], SETTINGS)
+    assert pictures.shape == (2, 32, 48, 3) and (pictures[0] != pictures[1]).any()
 
 
 def test_a_picture_is_a_function_of_its_prompt_and_seed_alone(generator):
