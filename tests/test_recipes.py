@@ -93,7 +93,7 @@ def test_the_papers_models(name):
         ),
         (
             "finetune.0.formulation=rf/lognorm(0,1)",
-            "recipe tiny-test: finetune.0.formulation: formulation 'rf/lognorm(0,1)' is not one of the 40 known; did you mean 'rf/lognorm(0.00,1.00)'? (it is 'rf/lognorm(0,1)')",
+            "recipe tiny-test: finetune.0.formulation: formulation 'rf/lognorm(0,1)' is not one of the 61 known; did you mean 'rf/lognorm(0.00,1.00)'? (it is 'rf/lognorm(0,1)')",
         ),
         (
             "data.aspect_ratios=[]",
