@@ -8,7 +8,9 @@ from prefect import flow
 
 from flows import upstream
 from flows.stage import FLOW_OPTIONS, stage
+from sd3core.checkpoint import DONE_FILE, read_done
 from sd3core.export import export_stage
+from sd3core.formulation_names import export_problem
 from sd3core.progress import Progress
 from sd3core.towers import fetch_towers
 from workers.caches import towers_cache
@@ -17,9 +19,18 @@ from workers.shard_stage import NOTHING_TO_DO
 
 @flow(name="export", **FLOW_OPTIONS)
 def export(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Transformer, VAE, text encoders, tokenizers, scheduler, and a README with the call that fits the null convention."""
+    """Transformer, VAE, text encoders, tokenizers, scheduler, and a README with the call that fits the null convention.
+
+    Of a formulation that the pipeline cannot sample there is no folder: the stage is skipped, and says why.
+    """
     with stage("export", recipe, overrides) as run:
-        last = upstream.last_checkpoint(run.recipe, run.store, run.recipe.phases()[-1][0])
+        key, phase = run.recipe.phases()[-1]
+        last = upstream.last_checkpoint(run.recipe, run.store, key)
+        if problem := export_problem(phase.formulation):
+            digest = read_done(run.store, last.folder).digest
+            return run.finish(
+                manifest=f"{last.folder}/{DONE_FILE}", digest=digest, skipped=True, reason=problem, table=[]
+            )
         manifest = upstream.towers_manifest(run.recipe, run.store)
         towers = fetch_towers(run.store, manifest.folder, towers_cache())
         run.report(Progress(0, 1, "folders"))

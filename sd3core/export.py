@@ -27,6 +27,7 @@ from sd3core.checkpoint_formats import diffusers_config, to_diffusers_tensors
 from sd3core.data.store import Store
 from sd3core.errors import CheckpointError, UserError
 from sd3core.export_readme import readme
+from sd3core.formulation_names import export_problem
 from sd3core.mmdit import MMDiT
 from sd3core.recipe import Recipe
 from sd3core.specs import FORMATS, fingerprint
@@ -47,12 +48,15 @@ def export_diffusers(
 ) -> Path:
     """Writes OUT, which must not exist yet, whole or not at all. Weights are the EMA where the checkpoint has both.
 
-    Raises UserError where OUT exists, or where these towers cannot be put together as diffusers puts them together.
+    Raises UserError where OUT exists, where diffusers cannot sample the checkpoint's formulation, or where these towers cannot
+    be put together as diffusers puts them together.
     """
     out, towers = Path(out), Path(towers)
     if out.exists():
         raise UserError(f"{out} exists already; name a folder that does not")
     facts = read_facts(checkpoint)
+    if problem := export_problem(facts.formulation):
+        raise UserError(problem)
     model = load_model(checkpoint, weights)
     _check_widths(towers, model)
     with _renamed_at_the_end(out) as folder:

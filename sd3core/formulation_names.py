@@ -39,6 +39,16 @@ def family(name: str) -> str:
     return re.match(r"rf\b|edm\b|.*", name).group()
 
 
+def export_problem(name: str) -> str | None:
+    """Why diffusers' SD3 pipeline cannot sample a model of this formulation; None where it can.
+
+    It hands the network z_t and 1000 t, and takes the output for the velocity noise - x0.
+    """
+    if family(name) == "rf":
+        return None
+    return f"diffusers' SD3 pipeline samples rectified flow only, not {name}; sd3 sample draws from the checkpoint"
+
+
 def shift_problem(name: str, shift: float) -> str | None:
     """What is wrong with a resolution shift for this formulation; None where it has a meaning."""
     if shift == 1 or name not in FIXED_LEVELS:

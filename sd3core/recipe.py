@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from sd3core.data.buckets import bucket_name, bucket_sides
-from sd3core.formulation_names import unknown_formulation
+from sd3core.formulation_names import family, shift_problem, unknown_formulation
 
 if TYPE_CHECKING:
     from sd3core.mmdit import MMDiTConfig
@@ -224,8 +224,8 @@ class Training(Section):
     adam_eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float = Field(1.0, gt=0)
-    formulation: str = "rf/lognorm(0.00,1.00)"
-    shift: float = Field(1.0, gt=0)  # alpha of the resolution shift, in training and in sampling
+    formulation: str = "rf/lognorm(0.00,1.00)"  # a name of sd3core.formulations
+    shift: float = Field(1.0, gt=0)  # alpha of the resolution shift, in training and sampling: log-SNR - 2 ln(alpha)
     qk_norm: Literal["rms"] | None = None
     text_dropout: Fraction = 0.464  # per encoder
     text_dropout_together: Fraction = 0.0  # of all encoders at once, besides; the paper has none
@@ -252,6 +252,8 @@ class Training(Section):
             )
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
+        if problem := shift_problem(self.formulation, self.shift):
+            raise ValueError(problem)
         return self
 
 
@@ -322,6 +324,11 @@ class Recipe(Section):
                 raise ValueError(
                     f"{where}: its bucket {bucket_name(side)} px is longer than model.max_side_px"
                     f" {self.model.max_side_px}; raise that, or leave out the aspect ratio"
+                )
+            if family(phase.formulation) != family(self.pretrain.formulation):
+                raise ValueError(
+                    f"{where}.formulation {phase.formulation} cannot go on from pretrain.formulation"
+                    f" {self.pretrain.formulation}: their networks predict different things, or are told time differently"
                 )
         if len(self.pretrain.aspect_ratios) != 1 or self.pretrain.aspect_ratios[0] != 1.0:
             raise ValueError("pretrain.aspect_ratios must be [1.0]: pretraining is on square crops")

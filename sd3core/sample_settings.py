@@ -16,7 +16,7 @@ class SampleSettings:
     guidance_scale: float = 5.0
     shift: float = 1.0
     drop: tuple[str, ...] = ()  # encoders left out, of clip_l, clip_g and t5
-    convention: Literal["reference", "textbook"] = "reference"
+    convention: Literal["reference", "textbook"] = "reference"  # of rectified flow's steps; others have one
 
     def to_dict(self) -> dict[str, Any]:
         return {"sampler": "euler"} | asdict(self) | {"drop": sorted(self.drop)}

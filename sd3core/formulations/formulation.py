@@ -176,7 +176,8 @@ class Formulation:
     def _inputs(self, z: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         if self.is_rectified_flow:
             return z, level.time
-        return self.prediction.input_scale(*_coefficients(level, z)) * z, level.time
+        time = level.time.to(torch.promote_types(z.dtype, torch.float32))
+        return self.prediction.input_scale(*_coefficients(level, z)) * z, time
 
     def _x0_and_noise(self, output: Tensor, z: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         return self.prediction.x0_and_noise(output, z, *_coefficients(level, z))
