@@ -20,6 +20,8 @@ LOG_WIDTH = 160
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Training of SD3-class models."
 )
+bench = typer.Typer(no_args_is_help=True, help="What things cost on this machine.")
+app.add_typer(bench, name="bench")
 console = Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)  # tables in logs and pipes keep their columns
 
 RecipeOption = Annotated[
@@ -140,37 +142,71 @@ def plan(recipe: RecipeOption = DEFAULT_RECIPE, set_: SetOption = None) -> None:
 @app.command()
 def sample(
     prompt: Annotated[Optional[list[str]], typer.Argument(help="One or more prompts.")] = None,
-    file: Annotated[Optional[Path], typer.Option("--file", "-f", help="A text file with a prompt on each line.")] = None,
+    file: Annotated[
+        Optional[Path], typer.Option("--file", "-f", help="A text file with a prompt on each line.")
+    ] = None,
     recipe: RecipeOption = DEFAULT_RECIPE,
     run: Annotated[Optional[str], typer.Option(help="The run to sample from; default: the recipe's.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     height: Annotated[Optional[int], typer.Option(help="px; default: the last phase's side.")] = None,
     width: Annotated[Optional[int], typer.Option(help="px; default: the last phase's side.")] = None,
-    seed: Annotated[int, typer.Option(help="The first picture's seed; the next take the numbers after it.")] = 0,
-    images: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
-    steps: Annotated[Optional[int], typer.Option(min=1, help="Euler steps; default: the recipe's.")] = None,
+    seed: Annotated[
+        Optional[int],
+        typer.Option(min=0, max=2**63 - 1, help="The first picture's; the next take the numbers after it; default: 0."),
+    ] = None,
+    images: Annotated[Optional[int], typer.Option(min=1, help="Pictures per prompt; default: 1.")] = None,
+    seeds: Annotated[
+        Optional[str], typer.Option(help="Draws every prompt with each of these, as 3,17,4; for --seed and --images.")
+    ] = None,
+    negative: Annotated[
+        Optional[str], typer.Option(help="Guidance leads away from this prompt; default: from none, as in training.")
+    ] = None,
     guidance: Annotated[Optional[float], typer.Option(min=0.0, help="1 = no guidance; default: the recipe's.")] = None,
     without: Annotated[
         Optional[list[str]], typer.Option(help="Leaves an encoder out: clip_l, clip_g or t5. Repeatable.")
     ] = None,
+    sampler: Annotated[Optional[str], typer.Option(help="euler, heun or dpm++2m; default: the recipe's.")] = None,
+    steps: Annotated[
+        Optional[int],
+        typer.Option(min=1, help="Of the sampler; heun calls the model twice in each. Default: the recipe's."),
+    ] = None,
+    schedule: Annotated[
+        str, typer.Option(help="reference (the released code's sigmas) or textbook (an even grid, shifted).")
+    ] = "reference",
+    shift: Annotated[
+        Optional[float], typer.Option(help="Alpha of the resolution shift; default: the last phase's.")
+    ] = None,
     weights: Annotated[str, typer.Option(help="ema or live.")] = "ema",
+    precision: Annotated[str, typer.Option(help="Of the model: fp32 or bf16; its towers run in fp32.")] = "fp32",
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once, as memory allows.")] = 64,
     set_: SetOption = None,
 ) -> None:
     """Pictures from prompts, from a run's last checkpoint."""
-    from flows.sample import read_prompts, sample_run
+    from flows.sample import draws_of, read_prompts, sample_run
 
     overrides = [*(set_ or []), *([f"run={run}"] if run else [])]
+    loaded = _load(recipe, overrides)
+    prompts = [*(prompt or []), *(read_prompts(file) if file else [])]
     sample_run(
-        _load(recipe, overrides),
-        prompts=[*(prompt or []), *(read_prompts(file) if file else [])],
-        out=out,
-        size=(height, width),
-        seed=seed,
-        images=images,
-        steps=steps,
-        guidance=guidance,
-        without=set(without or []),
+        loaded,
+        draws_of(prompts, seed, images, seeds),
+        out,
         weights=weights,
+        precision=precision,
+        device=device,
+        batch=batch,
+        settings={
+            "height": height,
+            "width": width,
+            "num_steps": steps,
+            "guidance_scale": guidance,
+            "shift": shift,
+            "drop": tuple(sorted(set(without or []))),
+            "convention": schedule,
+            "sampler": sampler,
+            "negative_prompt": negative,
+        },
         console=console,
     )
 
@@ -182,3 +218,57 @@ def photographs(folder: Annotated[Path, typer.Argument(help="Where to write them
 
     written = write_photographs(folder)
     _say(f"{len(written)} photographs with captions in {folder}")
+
+
+@bench.command("model")
+def bench_model(
+    depth: Annotated[int, typer.Option(min=1, help="Blocks; the width is 64 times as much.")] = 6,
+    image_tokens: Annotated[int, typer.Option(help="A square number: 256 is a picture of 256 px.")] = 256,
+    text_tokens: Annotated[int, typer.Option(min=1)] = 154,
+    batch: Annotated[int, typer.Option(help="Even: sampling takes half of it, with guidance.")] = 4,
+    qk_norm: Annotated[bool, typer.Option("--qk-norm", help="With RMS norms of queries and keys.")] = False,
+    mode: Annotated[
+        Optional[list[str]], typer.Option(help="fp32, bf16 (fp32 master) or autocast. Repeatable; default: all.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Euler steps of a sampling.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Each measures both models once, in turn.")] = 7,
+    threads: Annotated[Optional[int], typer.Option(min=1, help="Of the CPU; default: PyTorch's.")] = None,
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile on both sides.")] = False,
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    json_out: Annotated[Optional[Path], typer.Option("--json", help="Also writes the figures to this file.")] = None,
+) -> None:
+    """Training step, sampling and activation memory of the MM-DiT against diffusers' SD3 transformer, same weights."""
+    import json
+    from dataclasses import asdict
+
+    import torch
+
+    from sd3core.bench.model import MODES, ModelBench, measure, parameter_count
+    from sd3core.bench.report import heading, result_table
+    from sd3core.errors import UserError
+
+    modes = tuple(mode or MODES)
+    if unknown := sorted(set(modes) - set(MODES)):
+        raise UserError(f"--mode {unknown[0]}: it is one of {', '.join(MODES)}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    settings = ModelBench(
+        depth=depth,
+        image_tokens=image_tokens,
+        text_tokens=text_tokens,
+        batch=batch,
+        qk_norm="rms" if qk_norm else None,
+        sampling_steps=steps,
+        rounds=rounds,
+        compile=compile_,
+        device=device,
+    )
+    title = heading(settings, parameter_count(settings), torch.get_num_threads())
+    _say(title)
+    with console.status("loading") as status:
+        results = list(measure(settings, modes, status.update))
+    console.print(result_table(results))
+    if json_out is not None:
+        figures = {"bench": asdict(settings), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        json_out.write_text(json.dumps(figures | {"results": [result.to_dict() for result in results]}, indent=1))

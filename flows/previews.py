@@ -37,7 +37,12 @@ def preview_settings(recipe: Recipe, store: Store) -> PreviewSettings:
         for row in rows
     ]
     evaluate = recipe.evaluate
-    return PreviewSettings(captions=captions, num_steps=evaluate.num_steps, guidance_scale=evaluate.guidance_scale)
+    return PreviewSettings(
+        captions=captions,
+        num_steps=evaluate.num_steps,
+        guidance_scale=evaluate.guidance_scale,
+        sampler=evaluate.sampler,
+    )
 
 
 def _synthetic_captions(recipe: Recipe, store: Store, numbers: set[int]) -> dict[str, str]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Sequence
+from itertools import groupby
 from pathlib import Path
+from typing import Any, get_args
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -15,12 +19,16 @@ from flows.summary import finished_runs
 from sd3core.checkpoint import CheckpointRef
 from sd3core.data.store import Store
 from sd3core.errors import UserError
-from sd3core.generate import sample_to_files
+from sd3core.generate import DTYPES, Draw, Weights, sample_to_files
 from sd3core.progress import counted
 from sd3core.recipe import Recipe
+from sd3core.sample_settings import Convention
+from sd3core.sampling import SAMPLERS
 from sd3core.text_encoders import ENCODERS
 from sd3core.towers import fetch_towers
 from workers.caches import towers_cache
+
+LARGEST_SEED = 2**63 - 1
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -37,28 +45,50 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def sample_run(
-    recipe: Recipe,
-    *,
-    prompts: list[str],
-    out: Path,
-    size: tuple[int | None, int | None],
-    seed: int,
-    images: int,
-    steps: int | None,
-    guidance: float | None,
-    without: set[str],
-    weights: str,
-    console: Console,
-) -> list[Path]:
-    """Draws the prompts and prints where the pictures are. UserError for settings that cannot be."""
+def draws_of(
+    prompts: Sequence[str], seed: int | None = None, images: int | None = None, seeds: str | None = None
+) -> list[Draw]:
+    """(prompt, seed) of every picture, those of a prompt together.
+
+    The first picture takes `seed`, the next the numbers after it. `seeds`, "3,17,4", gives every prompt each of these.
+    """
     if not prompts:
         raise UserError("no prompt: give one or more, or --file with a prompt on each line")
-    unknown = sorted(without - set(ENCODERS))
-    if unknown:
-        raise UserError(f"--without {unknown[0]}: the encoders are {', '.join(ENCODERS)}")
-    if weights not in ("ema", "live"):
-        raise UserError(f"--weights {weights}: it is ema or live")
+    if seeds is None:
+        repeated = [prompt for prompt in prompts for _ in range(images or 1)]
+        return [(prompt, own) for own, prompt in enumerate(repeated, start=seed or 0)]
+    if seed is not None or images is not None:
+        raise UserError("--seeds: leave out --seed and --images; every prompt is drawn with each of the seeds")
+    numbers = [part.strip() for part in seeds.split(",")]
+    if not all(part.isdecimal() and int(part) <= LARGEST_SEED for part in numbers):
+        raise UserError(f"--seeds {seeds}: give whole numbers from 0 to {LARGEST_SEED} with commas between, as 3,17,4")
+    return [(prompt, int(part)) for prompt in prompts for part in numbers]
+
+
+def sample_run(
+    recipe: Recipe,
+    draws: Sequence[Draw],
+    out: Path,
+    *,
+    weights: str,
+    precision: str,
+    device: str | None,
+    batch: int,
+    settings: dict[str, Any],
+    console: Console,
+) -> list[Path]:
+    """Draws the prompts with their seeds and prints where the pictures are. UserError for settings that cannot be.
+
+    settings: fields of SampleSettings; None takes the recipe's, or the checkpoint's for size and shift.
+    device: None takes a GPU where there is one.
+    """
+    _known("--weights", weights, get_args(Weights))
+    _known("--precision", precision, DTYPES)
+    _known("--sampler", settings["sampler"] or recipe.evaluate.sampler, SAMPLERS)
+    _known("--schedule", settings["convention"], get_args(Convention))
+    for name in settings["drop"]:
+        _known("--without", name, ENCODERS)
+    device = _device(device)
     store = run_store(recipe)
     checkpoint = _last_checkpoint(recipe, store)
     towers = fetch_towers(store, upstream.towers_manifest(recipe, store).folder, towers_cache())
@@ -72,26 +102,46 @@ def sample_run(
                 loaded.append(time.monotonic())
             bar.update(drawing, description="sampling", completed=done, total=total)
 
+        of_recipe = recipe.evaluate.model_dump(include={"num_steps", "guidance_scale", "sampler"})
         paths = sample_to_files(
             store.uri(checkpoint.folder),
             towers,
-            prompts,
+            draws,
             out,
-            seed=seed,
-            pictures_per_prompt=images,
+            columns=_columns(draws),
             weights=weights,
+            precision=precision,
+            device=device,
+            batch=batch,
             on_step=show,
-            height=size[0],
-            width=size[1],
-            num_steps=steps if steps is not None else recipe.evaluate.num_steps,
-            guidance_scale=guidance if guidance is not None else recipe.evaluate.guidance_scale,
-            drop=tuple(sorted(without)),
+            **of_recipe | {name: value for name, value in settings.items() if value is not None},
         )
-    seconds, pictures = time.monotonic() - loaded[0], counted(len(prompts) * images, "picture")
+    seconds, pictures = time.monotonic() - loaded[0], counted(len(draws), "picture")
     console.print(f"{pictures} in {seconds:.1f} s after loading", highlight=False)
     for path in paths:
         console.print(str(path), soft_wrap=True, highlight=False)
     return paths
+
+
+def _known(option: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise UserError(f"{option} {value}: take one of {', '.join(known)}")
+
+
+def _device(asked: str | None) -> str:
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=asked)
+    except (RuntimeError, AssertionError):  # the latter from a PyTorch that was built without CUDA
+        raise UserError(f"--device {asked}: PyTorch has no such device here; take cpu, or leave it out") from None
+    return asked
+
+
+def _columns(draws: Sequence[Draw]) -> int | None:
+    """A row of the grid for each prompt, where prompts have several pictures."""
+    of_a_prompt = len(list(next(groupby(draws, key=lambda draw: draw[0]))[1]))
+    return of_a_prompt if of_a_prompt > 1 else None
 
 
 def _last_checkpoint(recipe: Recipe, store: Store) -> CheckpointRef:

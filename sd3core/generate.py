@@ -22,10 +22,12 @@ from sd3core.formulations import find_formulation
 from sd3core.mmdit import MMDiT
 from sd3core.pictures import encode_png, make_grid, to_uint8
 from sd3core.sample_settings import SampleSettings
-from sd3core.sampling import sample_euler
+from sd3core.sampling import SAMPLERS
 from sd3core.text_encoders import TextEncoders, load_text_encoders
 
 Pair = tuple[Tensor, Tensor]  # context (B, L, D), pooled (B, P)
+Draw = tuple[str, int]  # prompt and seed
+Weights = Literal["ema", "live"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -45,7 +47,7 @@ class Generator:
         checkpoint: str,
         towers: Path | str,
         *,
-        weights: Literal["ema", "live"] | None = None,
+        weights: Weights | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Generator:
@@ -100,20 +102,26 @@ class Generator:
         config, device = self.model.config, next(self.model.parameters()).device
         shape = (config.latent_channels, settings.height // DOWNSAMPLING, settings.width // DOWNSAMPLING)
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        cond, null = self.conditioning(prompts, settings.drop)
+        cond, null = self.conditioning(prompts, settings.drop, settings.negative_prompt)
         formulation = self.formulation.shifted(settings.shift)
         predict = formulation.as_rectified_flow(_guided_in_one_batch(self.model, cond, null, settings.guidance_scale))
-        sigmas = formulation.sigmas(settings.num_steps, settings.convention)
-        return sample_euler(predict, formulation.start(noise.to(device)), sigmas, on_step=on_step)
+        start, sigmas = formulation.start(noise.to(device)), formulation.sigmas(settings.num_steps, settings.convention)
+        return SAMPLERS[settings.sampler](predict, start, sigmas, on_step=on_step)
 
-    def conditioning(self, prompts: Sequence[str], drop: Sequence[str] = ()) -> tuple[Pair, Pair]:
-        """(context, pooled) of the prompts, and that of "no prompt" as the checkpoint was trained with it."""
-        dim = self.model.config.context_dim
+    def conditioning(
+        self, prompts: Sequence[str], drop: Sequence[str] = (), negative_prompt: str | None = None
+    ) -> tuple[Pair, Pair]:
+        """(context, pooled) of the prompts, and that of what guidance leads away from: the negative prompt, or
+        "no prompt" as the checkpoint was trained with it. An encoder in `drop` says of both what it says of no prompt.
+        """
+        dim, null = self.model.config.context_dim, self._null_features
         features = self.encoders.encode(list(prompts), drop=drop)
-        null = self._null_features
         keep = torch.tensor([[name not in drop for name in ENCODERS]]).expand(len(prompts), -1)
         cond = assemble(features, keep, null, dim)
-        return cond, assemble(features, torch.zeros_like(keep), null, dim)
+        if negative_prompt is None:
+            return cond, assemble(features, torch.zeros_like(keep), null, dim)
+        context, pooled = assemble(self.encoders.encode([negative_prompt], drop=drop), keep[:1], null, dim)
+        return cond, (context.expand(len(prompts), -1, -1), pooled.expand(len(prompts), -1))
 
     @cached_property
     def _null_features(self) -> TextFeatures | None:
@@ -127,6 +135,10 @@ class Generator:
         unknown = sorted(set(settings.drop) - set(ENCODERS))
         if unknown:
             raise UserError(f"no encoder {unknown[0]!r} to drop; there are {', '.join(ENCODERS)}")
+        if settings.sampler not in SAMPLERS:
+            raise UserError(f"no sampler {settings.sampler!r}; there are {', '.join(SAMPLERS)}")
+        if settings.negative_prompt is not None and settings.guidance_scale == 1:
+            raise UserError("a negative prompt does nothing at guidance scale 1; take another scale, or leave it out")
         step = DOWNSAMPLING * self.model.config.patch_size
         largest = self.model.config.position_max * step
         for side, px in (("height", settings.height), ("width", settings.width)):
@@ -152,47 +164,45 @@ def _guided_in_one_batch(model: MMDiT, cond: Pair, null: Pair, scale: float) -> 
 def sample_to_files(
     checkpoint: str,
     towers: Path | str,
-    prompts: Sequence[str],
+    draws: Sequence[Draw],
     out: Path | str,
     *,
-    seed: int = 0,
-    pictures_per_prompt: int = 1,
-    weights: Literal["ema", "live"] | None = None,
+    columns: int | None = None,
+    weights: Weights | None = None,
     precision: Literal["bf16", "fp32"] = "fp32",
     device: str = "cpu",
     batch: int = 64,
     on_step: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> list[Path]:
-    """Draws every prompt and writes OUT/00000.png ... and, of more than one, OUT/grid.png, with the settings inside each
-    file. -> paths, grid last.
+    """Draws each prompt with its seed and writes OUT/00000.png ... and, of more than one, OUT/grid.png, with the
+    settings inside each file. -> paths, grid last.
 
-    `settings`: fields of SampleSettings; None takes the default, which for size and shift is the checkpoint's own.
+    columns: of the grid; None makes it square. `settings`: fields of SampleSettings; None takes the default, which for
+    size and shift is the checkpoint's own.
     """
     out = Path(out)
     chosen = read_facts(checkpoint).settings(**{key: value for key, value in settings.items() if value is not None})
     generator = Generator.load(checkpoint, towers, weights=weights, dtype=DTYPES[precision], device=device)
-    repeated = [prompt for prompt in prompts for _ in range(pictures_per_prompt)]
-    seeds = [seed + position for position in range(len(repeated))]
-    images = generator.sample(repeated, seeds, chosen, batch=batch, on_step=on_step)
+    prompts, seeds = [prompt for prompt, _ in draws], [seed for _, seed in draws]
+    images = generator.sample(prompts, seeds, chosen, batch=batch, on_step=on_step)
 
     out.mkdir(parents=True, exist_ok=True)
     common = {
-        "settings": json.dumps(chosen.to_dict(), sort_keys=True),
+        "settings": json.dumps(chosen.to_dict(), sort_keys=True, ensure_ascii=False),
         "checkpoint": checkpoint,
         "formulation": generator.formulation.name,
         "weights": weights or "ema",
         "precision": precision,
     }
     paths = [out / f"{position:05d}.png" for position in range(len(images))]
-    for path, image, prompt, own_seed in zip(paths, images, repeated, seeds, strict=True):
-        path.write_bytes(encode_png(image, {"prompt": prompt, "seed": own_seed} | common))
+    for path, image, (prompt, seed) in zip(paths, images, draws, strict=True):
+        path.write_bytes(encode_png(image, {"prompt": prompt, "seed": seed} | common))
     if len(images) == 1:
         return paths
-    columns = pictures_per_prompt if pictures_per_prompt > 1 else grid_columns(len(images))
-    many = {"prompts": json.dumps(repeated, ensure_ascii=False), "seeds": json.dumps(seeds)}
+    many = {"prompts": json.dumps(prompts, ensure_ascii=False), "seeds": json.dumps(seeds)}
     grid = out / "grid.png"
-    grid.write_bytes(encode_png(make_grid(list(images), columns), many | common))
+    grid.write_bytes(encode_png(make_grid(list(images), columns or grid_columns(len(images))), many | common))
     return [*paths, grid]
 
 

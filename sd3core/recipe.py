@@ -20,6 +20,7 @@ from pydantic import (
 
 from sd3core.data.buckets import bucket_name, bucket_sides
 from sd3core.formulation_names import family, shift_problem, unknown_formulation
+from sd3core.sample_settings import Sampler
 
 if TYPE_CHECKING:
     from sd3core.mmdit import MMDiTConfig
@@ -259,7 +260,8 @@ class Training(Section):
 
 class Evaluate(Section):
     guidance_scale: float = Field(5.0, ge=0)
-    num_steps: int = Field(25, ge=1)
+    num_steps: int = Field(25, ge=1)  # of the sampler; heun calls the network twice a step, the others once
+    sampler: Sampler = "euler"
     bench_prompts_per_task: int = Field(60, ge=0)  # ShapesBench; small world only
     earlier_bench_prompts_per_task: int | None = Field(
         None, ge=0

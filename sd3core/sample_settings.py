@@ -5,25 +5,32 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+Sampler = Literal["euler", "heun", "dpm++2m"]  # sampling.SAMPLERS
+Convention = Literal["reference", "textbook"]  # of sampling.sigma_schedule
+
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """Euler's method on rectified flow, from noise to a latent of this size."""
+    """How the way from noise to a latent of this size is gone."""
 
     height: int  # px
     width: int
-    num_steps: int = 28
+    num_steps: int = 28  # of the sampler; heun calls the network twice a step, the others once
     guidance_scale: float = 5.0
     shift: float = 1.0
     drop: tuple[str, ...] = ()  # encoders left out, of clip_l, clip_g and t5
-    convention: Literal["reference", "textbook"] = "reference"  # of rectified flow's steps; others have one
+    convention: Convention = "reference"  # of rectified flow's steps; other formulations have one
+    sampler: Sampler = "euler"
+    negative_prompt: str | None = None  # what guidance leads away from; None: "no prompt" as in training
 
     def to_dict(self) -> dict[str, Any]:
-        return {"sampler": "euler"} | asdict(self) | {"drop": sorted(self.drop)}
+        """JSON values. Without a negative prompt it has no such key: so were scores made before there was one."""
+        fields = asdict(self) | {"drop": sorted(self.drop)}
+        if self.negative_prompt is None:
+            del fields["negative_prompt"]
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> SampleSettings:
         """Inverse of to_dict."""
-        return cls(
-            **{key: value for key, value in fields.items() if key != "sampler"} | {"drop": tuple(fields["drop"])}
-        )
+        return cls(**fields | {"drop": tuple(fields["drop"])})

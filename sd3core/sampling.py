@@ -1,22 +1,31 @@
-"""From noise to a latent: sigma schedules, guidance, Euler's method on dz/dt = velocity; sigma is t."""
+"""From noise to a latent: sigma schedules, guidance, and solvers of dz/dt = velocity: Euler, Heun, DPM-Solver++(2M).
+
+sigma is t. A solver is one function over a sequence of sigmas: (predict, noise (B, ...), sigmas (N + 1,)) -> latent
+(B, ...). The sigmas descend and start at the noise's level; only the last may be 0. The state is kept in float32 at
+least and comes back in noise's dtype. on_step(i, z) is called after step i = 0 .. N - 1. Gradients are the caller's
+business.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+import math
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from sd3core.errors import UserError
 from sd3core.rectified_flow import resolution_shift
+from sd3core.sample_settings import Convention, Sampler
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (z_t (B, ...), t (B,)) -> velocity (B, ...)
+OnStep = Callable[[int, Tensor], None]
+Step = Callable[[Tensor, float, float], Tensor]  # (z, sigma, next_sigma) -> z at next_sigma
 
 
-def sigma_schedule(
-    num_steps: int, *, shift: float, convention: Literal["reference", "textbook"] = "reference"
-) -> Tensor:
+def sigma_schedule(num_steps: int, *, shift: float, convention: Convention = "reference") -> Tensor:
     """Noise levels from 1 to 0, shifted for the resolution. (num_steps + 1,) float32.
 
     textbook   shift(1 - i / num_steps): the paper's formula (5.3.2) on an even grid.
@@ -48,19 +57,78 @@ def guided(predict_cond: Predict, predict_null: Predict, guidance_scale: float) 
     return predict
 
 
-def sample_euler(
-    predict: Predict, noise: Tensor, sigmas: Tensor, *, on_step: Callable[[int, Tensor], None] | None = None
-) -> Tensor:
-    """z <- z + (sigma_{i+1} - sigma_i) * velocity(z, sigma_i), exact where the velocity is constant.
+def sample_euler(predict: Predict, noise: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None) -> Tensor:
+    """z <- z + (sigma_{i+1} - sigma_i) * velocity(z, sigma_i). First order, exact where the velocity is constant."""
 
-    noise (B, ...), at the level of sigmas[0]; sigmas (N + 1,) descending. The state is kept in float32 at least and
-    comes back in noise's dtype. on_step(i, z) is called after step i = 0 .. N - 1. Gradients are the caller's business.
+    def step(z: Tensor, sigma: float, next_sigma: float) -> Tensor:
+        return z + (next_sigma - sigma) * _velocity(predict, z, sigma)
+
+    return _integrate(step, noise, sigmas, on_step)
+
+
+def sample_heun(predict: Predict, noise: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None) -> Tensor:
+    """Euler's step, then again with the mean of the velocities at both its ends (Karras et al. 2022, algorithm 1).
+
+    Second order, two calls of the network a step. The step to sigma 0 is Euler's, because a velocity at t = 0 is never
+    trained: N steps are 2 N - 1 calls.
     """
+
+    def step(z: Tensor, sigma: float, next_sigma: float) -> Tensor:
+        velocity = _velocity(predict, z, sigma)
+        ahead = z + (next_sigma - sigma) * velocity
+        if next_sigma == 0:
+            return ahead
+        return z + (next_sigma - sigma) * (velocity + _velocity(predict, ahead, next_sigma)) / 2
+
+    return _integrate(step, noise, sigmas, on_step)
+
+
+def sample_dpmpp_2m(predict: Predict, noise: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) for rectified flow: second order, one call of the network a step.
+
+    z <- (sigma' / sigma) z + (1 - sigma' / sigma) D, where D is x0 = z - sigma * velocity, carried on half a step along
+    its change since the step before: D = x0 + h' / (2 h) (x0 - x0_before), h and h' being the steps behind and ahead in
+    lambda = ln((1 - sigma) / sigma). With D = x0 it is Euler's step.
+
+    lambda is infinite at both ends. The first step has none behind it, and for the second, h is infinite where sigmas
+    start at 1: both take D = x0. So does the step to sigma 0. (The released SD3.5 code measures steps in -ln(sigma)
+    instead, which is finite at 1 and gives other weights.) The textbook schedule suits it: in the reference schedule
+    the step to the last, tiny sigma is so long in lambda that D overshoots.
+    """
+    sigma_before, x0_before = 1.0, None
+
+    def step(z: Tensor, sigma: float, next_sigma: float) -> Tensor:
+        nonlocal sigma_before, x0_before
+        x0 = z - sigma * _velocity(predict, z, sigma)
+        ahead = x0
+        if x0_before is not None and next_sigma > 0:
+            h_behind = _half_log_snr(sigma) - _half_log_snr(sigma_before)
+            h_ahead = _half_log_snr(next_sigma) - _half_log_snr(sigma)
+            ahead = x0 + h_ahead / (2 * h_behind) * (x0 - x0_before)
+        sigma_before, x0_before = sigma, x0
+        return (next_sigma / sigma) * z + (1 - next_sigma / sigma) * ahead
+
+    return _integrate(step, noise, sigmas, on_step)
+
+
+SAMPLERS: Mapping[Sampler, Callable[..., Tensor]] = MappingProxyType(
+    {"euler": sample_euler, "heun": sample_heun, "dpm++2m": sample_dpmpp_2m}
+)
+
+
+def _integrate(step: Step, noise: Tensor, sigmas: Tensor, on_step: OnStep | None) -> Tensor:
     z = noise.to(torch.promote_types(noise.dtype, torch.float32))
-    levels = sigmas.tolist()
-    for i, (sigma, next_sigma) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
-        t = torch.full((len(z),), sigma, device=z.device)
-        z = z + (next_sigma - sigma) * predict(z, t).to(z.dtype)
+    for i, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist())):
+        z = step(z, sigma, next_sigma)
         if on_step is not None:
             on_step(i, z)
     return z.to(noise.dtype)
+
+
+def _velocity(predict: Predict, z: Tensor, sigma: float) -> Tensor:
+    return predict(z, torch.full((len(z),), sigma, device=z.device)).to(z.dtype)
+
+
+def _half_log_snr(sigma: float) -> float:
+    """lambda = ln((1 - sigma) / sigma), for sigma > 0."""
+    return math.log((1 - sigma) / sigma) if sigma < 1 else -math.inf

@@ -116,6 +116,10 @@ def test_the_papers_models(name):
             "pretrain.aspect_ratios=[]",
             "recipe tiny-test: pretrain.aspect_ratios: Tuple should have at least 1 item after validation, not 0",
         ),
+        (
+            "evaluate.sampler=ddim",
+            "recipe tiny-test: evaluate.sampler: Input should be 'euler', 'heun' or 'dpm++2m' (it is 'ddim')",
+        ),
         ("data.aspect_ratios.1=0", "recipe tiny-test: data.aspect_ratios.1: Input should be greater than 0 (it is 0)"),
         (
             "finetune.0.aspect_ratios.1=-1.5",
@@ -329,7 +333,7 @@ LEARNED = {
     "zero_stage": 1,
 }
 HOW = {"micro_batch": 1, "checkpoint_every_samples": 16, "activation_checkpointing": True}  # never what comes out
-EVALUATE = dict.fromkeys(Evaluate.model_fields, 3) | {"precision": "fp32", "checkpoints": "last"}
+EVALUATE = dict.fromkeys(Evaluate.model_fields, 3) | {"sampler": "heun", "precision": "fp32", "checkpoints": "last"}
 COMPUTE = dict.fromkeys(Compute.model_fields, 3) | {"ray_address": "ray.internal:6379", "train_ranks": 1}
 CHANGES: list[tuple[set[str], dict[str, Any]]] = [
     (EVERYTHING, {"seed": 1, **under("data", **READ)}),

@@ -18,7 +18,7 @@ from sd3core.conditioning import assemble
 from sd3core.data.loader import Batch, ShardCache, ShardReader, load_split
 from sd3core.data.manifest import Manifest, read_manifest
 from sd3core.data.store import open_store
-from sd3core.generate import DTYPES, Generator, grid_columns
+from sd3core.generate import DTYPES, Draw, Generator, grid_columns
 from sd3core.judge import Judge, load_judge
 from sd3core.metrics import LeftOut, Score
 from sd3core.metrics.clip_score import clip_score, image_embeddings
@@ -35,8 +35,6 @@ from sd3core.text_encoders import load_text_encoders
 from sd3core.towers import fetch_towers
 from workers.caches import shards_cache, towers_cache
 from workers.evaluate import EvaluationInputs, EvaluationTask
-
-Draw = tuple[str, int]  # prompt and seed
 
 
 class EvaluationWorker:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from sd3core.errors import UserError
 from sd3core.formulations.predictions import Prediction, Velocity
 from sd3core.formulations.trajectories import Level, Rectified, Trajectory
 from sd3core.rectified_flow import per_sample
+from sd3core.sample_settings import Convention
 from sd3core.sampling import sigma_schedule
 from sd3core.timestep_sampling import Shifted, TimestepDensity, Uniform
 
@@ -159,7 +159,7 @@ class Formulation:
 
         return velocity
 
-    def sigmas(self, num_steps: int, convention: Literal["reference", "textbook"] = "reference") -> Tensor:
+    def sigmas(self, num_steps: int, convention: Convention = "reference") -> Tensor:
         """The sampling grid as rf times, for `as_rectified_flow`. (num_steps + 1,) float32, descending to 0.
 
         convention: of rectified flow's schedule, see `sampling.sigma_schedule`; others have one grid.

@@ -52,9 +52,14 @@ def sd3(monkeypatch, capsys):
         (["env"], "sd3: the local services are not running; start them with `.venv/bin/sd3 up`"),
         (
             ["sample", "a circle", "-r", "tiny-test", "--without", "clip"],
-            "sd3: --without clip: the encoders are clip_l, clip_g, t5",
+            "sd3: --without clip: take one of clip_l, clip_g, t5",
         ),
-        (["sample", "a circle", "-r", "tiny-test", "--weights", "best"], "sd3: --weights best: it is ema or live"),
+        (["sample", "a circle", "-r", "tiny-test", "--weights", "best"], "sd3: --weights best: take one of ema, live"),
+        (["sample", "a circle", "--sampler", "ddim"], "sd3: --sampler ddim: take one of euler, heun, dpm++2m"),
+        (["sample", "a circle", "--schedule", "karras"], "sd3: --schedule karras: take one of reference, textbook"),
+        (["sample", "a circle", "--precision", "fp16"], "sd3: --precision fp16: take one of bf16, fp32"),
+        (["sample", "a circle", "--device", "tpu"], "sd3: --device tpu: PyTorch has no such device here; take cpu"),
+        (["sample", "a circle", "--seeds", "3,4", "--seed", "1"], "sd3: --seeds: leave out --seed and --images"),
         (["sample", "a circle", "-r", "tiny-test"], "sd3: "),  # nothing was trained here
         (["sample"], "sd3: no prompt: give one or more, or --file with a prompt on each line"),
         (["sample", "-f", "/none"], "sd3: --file /none: cannot be read (No such file or directory)"),
@@ -92,7 +97,7 @@ def test_where_other_runs_are_finished_they_are_named(sd3, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["none"], ["plan", "--none"], ["plan", "extra"], ["sample", "x", "--images", "0"]]
+    "arguments", [["none"], ["plan", "--none"], ["plan", "extra"], ["sample", "x", "--images", "0"], ["sample", "x", "--seed", "-1"]]
 )
 def test_a_command_that_cannot_be_read_is_exit_code_2(sd3, arguments):
     code, out, err = sd3(*arguments)

@@ -13,7 +13,7 @@ from scipy.integrate import solve_ivp
 
 from sd3core.formulation_names import EDM_RF_WEIGHT
 from sd3core.formulations import FORMULATIONS, find_formulation
-from sd3core.sampling import guided, sample_euler, sigma_schedule
+from sd3core.sampling import SAMPLERS, guided, sample_euler, sigma_schedule
 
 MEANS = torch.tensor([-1.3, 0.75], dtype=torch.float64)
 SHARES = torch.tensor([0.3, 0.7], dtype=torch.float64)
@@ -89,6 +89,22 @@ def test_the_mixture_comes_back(name):
     assert coarse < 0.07 and fine < 0.012 and fine < coarse / 2
 
 
+@pytest.mark.parametrize("sampler", ["heun", "dpm++2m"])
+@pytest.mark.parametrize("name", KINDS)
+def test_every_solver_serves_every_formulation(name, sampler):
+    """At 40 steps the second-order solvers are nearer to what 1000 of Euler give than Euler is: by half, but for linear, whose
+    last step, Euler's with each, begins at b = 0.16.
+    """
+    formulation = find_formulation(name)
+    velocity, start = formulation.as_rectified_flow(network(name)), formulation.start(NOISE)
+    exact = sample_euler(velocity, start, formulation.sigmas(1000, "textbook"))
+    by_solver, by_euler = (
+        (solve(velocity, start, formulation.sigmas(40, "textbook")) - exact).abs().mean()
+        for solve in (SAMPLERS[sampler], sample_euler)
+    )
+    assert by_solver < by_euler * (0.9 if "linear" in name else 0.5)
+
+
 def test_all_61_bring_it_back():
     """Those whose training hardly shows noise (edm(-1.20,0.60): no sigma above 4) begin sampling with some signal left."""
     errors = {name: distance(sampled(find_formulation(name), 100)) for name in (*FORMULATIONS, EDM_RF_WEIGHT)}
@@ -140,7 +156,7 @@ def test_velocity_is_the_slope_of_the_own_path(name):
         y, t = torch.from_numpy(y), torch.full((len(y),), t, dtype=torch.float64)
         return formulation.as_rectified_flow(predict)(y, t).numpy()
 
-    exact = {"rtol": 1e-6, "atol": 1e-8}
+    exact = {"rtol": 1e-5, "atol": 1e-7}
     z = solve_ivp(own, ends.tolist(), (formulation.prior_scale * noise).numpy(), **exact).y[:, -1]
     y = solve_ivp(straight, (b / (a + b)).tolist(), formulation.start(noise).numpy(), **exact).y[:, -1]
     torch.testing.assert_close(torch.from_numpy(z), torch.from_numpy(y) * (a + b)[1], rtol=1e-3, atol=2e-3)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from small_models import randomise
 
 from sd3core.checkpoint import save_model
 from sd3core.checkpoint_facts import CheckpointFacts, read_facts
-from sd3core.conditioning import assemble
+from sd3core.conditioning import ENCODERS, assemble
 from sd3core.errors import CheckpointError, UserError
 from sd3core.formulations import find_formulation
 from sd3core.generate import Generator, grid_columns, sample_to_files
@@ -19,7 +20,7 @@ from sd3core.mmdit import MMDiT, MMDiTConfig
 from sd3core.pictures import read_settings
 from sd3core.recipe import Text
 from sd3core.sample_settings import SampleSettings
-from sd3core.sampling import guided, sample_euler, sigma_schedule
+from sd3core.sampling import SAMPLERS, guided, sigma_schedule
 
 FACTS = CheckpointFacts("zeros", Text(clip_tokens=12, t5_tokens=10), side_px=32, shift=2.0, digest="")
 SETTINGS = SampleSettings(32, 48, num_steps=3, guidance_scale=3.0, shift=2.0)
@@ -64,16 +65,25 @@ def test_a_picture_is_a_function_of_its_prompt_and_seed_alone(generator):
     assert (other != whole[:1]).mean() > 0.3
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_batch_of_mixed_prompts_gives_each_the_latent_it_gets_alone(generator, sampler):
+    settings = replace(SETTINGS, num_steps=5, sampler=sampler, negative_prompt="a green bar")
+    with torch.inference_mode():
+        whole = generator.latents(PROMPTS, [5, 6, 7], settings)
+        single = [generator.latents([p], [s], settings) for p, s in zip(PROMPTS, (5, 6, 7), strict=True)]
+    assert torch.allclose(whole, torch.cat(single), atol=1e-5)
+
+
 def test_one_batch_for_both_halves_equals_the_guidance_of_two(generator):
     cond, null = generator.conditioning(PROMPTS)
     noise = torch.stack([torch.randn(16, 4, 6, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2, 3)])
     model = generator.model
     with torch.inference_mode():
-        for scale in (0.0, 1.0, 3.0):
+        for scale, sampler in ((0.0, "heun"), (1.0, "dpm++2m"), (3.0, "euler")):
             predict = guided(lambda z, t: model(z, t, *cond), lambda z, t: model(z, t, *null), scale)
-            expected = sample_euler(predict, noise, sigma_schedule(3, shift=2.0))
-            found = generator.latents(PROMPTS, [1, 2, 3], replace(SETTINGS, guidance_scale=scale))
-            assert torch.allclose(found, expected, atol=1e-4)
+            expected = SAMPLERS[sampler](predict, noise, sigma_schedule(5, shift=2.0))
+            settings = replace(SETTINGS, num_steps=5, guidance_scale=scale, sampler=sampler)
+            assert torch.allclose(generator.latents(PROMPTS, [1, 2, 3], settings), expected, atol=1e-4)
 
 
 def test_no_prompt_is_what_the_checkpoint_says(checkpoint, towers_folder):
@@ -96,11 +106,35 @@ def test_a_dropped_encoder_is_replaced_as_in_training(generator, null):
     assert torch.allclose(context[:, 12:], null_context[:, 12:]) and context[:, :12].any()
 
 
+@pytest.mark.parametrize("count", range(4))
+def test_any_encoders_may_be_left_out(generator, count):
+    """Where no prompt is zeros: zeros in the encoder's place, and all else untouched."""
+    (whole, whole_pooled), _ = generator.conditioning(PROMPTS)  # CLIPs of 32 channels in 12 tokens, then 10 of T5
+    places = {"clip_l": (slice(0, 12), slice(0, 32)), "clip_g": (slice(0, 12), slice(32, 64)), "t5": (slice(12, 22),)}
+    for drop in combinations(ENCODERS, count):
+        expected, expected_pooled = whole.clone(), whole_pooled.clone()
+        for name in drop:
+            expected[:, *places[name]] = 0
+            if name != "t5":
+                expected_pooled[:, slice(0, 32) if name == "clip_l" else slice(32, 80)] = 0
+        cond, null = generator.conditioning(PROMPTS, drop)
+        assert torch.allclose(cond[0], expected, atol=1e-6) and torch.allclose(cond[1], expected_pooled, atol=1e-6)
+        assert not null[0].any() and not null[1].any()
+        (negative, negative_pooled) = generator.conditioning(PROMPTS, drop, PROMPTS[0])[1]
+        assert torch.allclose(negative, expected[:1].expand(3, -1, -1), atol=1e-5)
+        assert torch.allclose(negative_pooled, expected_pooled[:1].expand(3, -1), atol=1e-5)
+
+
 def test_bad_requests_are_named(generator):
     for settings, message in (
         (replace(SETTINGS, height=40), "height 40 px: this model makes multiples of 16 px up to 64"),
         (replace(SETTINGS, width=80), "width 80 px"),
         (replace(SETTINGS, drop=("clip",)), "no encoder 'clip'"),
+        (replace(SETTINGS, sampler="ddim"), r"no sampler 'ddim'; there are euler, heun, dpm\+\+2m"),
+        (
+            replace(SETTINGS, negative_prompt="", guidance_scale=1.0),
+            "a negative prompt does nothing at guidance scale 1",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             generator.sample(PROMPTS, [0, 1, 2], settings)
@@ -115,24 +149,16 @@ def test_steps_are_counted_over_all_batches(generator):
 
 
 def test_files_carry_their_settings(checkpoint, towers_folder, tmp_path):
-    paths = sample_to_files(
-        checkpoint,
-        towers_folder,
-        PROMPTS[:2],
-        tmp_path / "new" / "out",
-        seed=3,
-        pictures_per_prompt=2,
-        num_steps=2,
-        height=None,
-    )
+    draws = [(PROMPTS[0], 3), (PROMPTS[0], 4), (PROMPTS[1], 3), (PROMPTS[1], 2**63 - 1)]
+    settings = {"num_steps": 2, "height": None, "sampler": "heun", "negative_prompt": "ein grünes Dreieck"}
+    paths = sample_to_files(checkpoint, towers_folder, draws, tmp_path / "new" / "out", columns=2, **settings)
     assert [path.name for path in paths] == ["00000.png", "00001.png", "00002.png", "00003.png", "grid.png"]
-    inside = read_settings(paths[2].read_bytes())
-    assert inside["prompt"] == PROMPTS[1] and inside["seed"] == "5" and inside["weights"] == "ema"
-    assert json.loads(inside["settings"]) | {"num_steps": 2, "shift": 2.0, "height": 32} == json.loads(
-        inside["settings"]
-    )
-    assert json.loads(read_settings(paths[-1].read_bytes())["seeds"]) == [3, 4, 5, 6]
-    alone = sample_to_files(checkpoint, towers_folder, PROMPTS[:1], tmp_path / "alone", num_steps=1)
+    inside = read_settings(paths[3].read_bytes())
+    assert (inside["prompt"], inside["seed"], inside["weights"]) == (PROMPTS[1], str(2**63 - 1), "ema")
+    assert json.loads(inside["settings"]) == replace(FACTS.settings(), **settings | {"height": 32}).to_dict()
+    of_grid = read_settings(paths[-1].read_bytes())
+    assert list(zip(json.loads(of_grid["prompts"]), json.loads(of_grid["seeds"]), strict=True)) == draws
+    alone = sample_to_files(checkpoint, towers_folder, draws[:1], tmp_path / "alone", num_steps=1)
     assert alone == [*(tmp_path / "alone").iterdir()] and alone[0].name == "00000.png"
 
 
@@ -161,7 +187,7 @@ def test_a_checkpoint_is_sampled_by_its_own_formulation(name, towers_folder, tmp
     if "linear" in name:
         with pytest.raises(UserError, match="take shift 1, not 3"):
             generator.sample(PROMPTS, [1, 2, 3], replace(SETTINGS, shift=3.0))
-    pictures = sample_to_files(checkpoint, towers_folder, PROMPTS[:1], tmp_path / "out", num_steps=1)
+    pictures = sample_to_files(checkpoint, towers_folder, [(PROMPTS[0], 1)], tmp_path / "out", num_steps=1)
     assert read_settings(pictures[0].read_bytes())["formulation"] == name
 
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
 from sd3core.errors import UserError
-from sd3core.sampling import guided, sample_euler, sigma_schedule
+from sd3core.sampling import SAMPLERS, guided, sample_dpmpp_2m, sample_euler, sample_heun, sigma_schedule
 
 REFERENCE_28 = """
  1 .987381 .974108 .960129 .945387 .929818 .913349 .8959 .877382 .857692 .836717 .814325 .790368 .764677
@@ -26,12 +26,12 @@ def test_reference_sums():
     assert abs(sigma_schedule(50, shift=1.0).double().sum().item() - 25.025) < 1e-5
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 28, 50])
-@pytest.mark.parametrize("shift", [1.0, 3.0, 4.0])
-def test_reference_is_diffusers(steps, shift):
+@pytest.mark.parametrize("shift", [1.0, 1.5, 3.0, 4.0])
+def test_reference_is_diffusers(shift):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(steps)
-    torch.testing.assert_close(sigma_schedule(steps, shift=shift), scheduler.sigmas, atol=1e-6, rtol=0)
+    for steps in range(1, 51):
+        scheduler.set_timesteps(steps)
+        torch.testing.assert_close(sigma_schedule(steps, shift=shift), scheduler.sigmas, atol=1e-6, rtol=0)
 
 
 def test_textbook():
@@ -47,31 +47,116 @@ def test_refusals():
             sigma_schedule(num_steps, shift=shift, convention=convention)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS.values())
 @pytest.mark.parametrize("convention", ["reference", "textbook"])
-def test_euler_is_exact_on_a_constant_velocity(convention):
+def test_a_constant_velocity_is_solved_exactly(sampler, convention):
     x0, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    for steps in (1, 7):
-        out = sample_euler(lambda z, t: noise - x0, noise, sigma_schedule(steps, shift=3.0, convention=convention))
-        torch.testing.assert_close(out, x0, atol=1e-6, rtol=1e-5)
+    for steps in (1, 2, 7):
+        out = sampler(lambda z, t: noise - x0, noise, sigma_schedule(steps, shift=3.0, convention=convention))
+        torch.testing.assert_close(out, x0, atol=2e-6, rtol=1e-5)
 
 
-def test_euler_finds_a_point_and_converges_on_a_gaussian():
+@pytest.mark.parametrize("sampler", SAMPLERS.values())
+def test_a_data_set_of_one_point_is_found(sampler):
     point, noise = torch.tensor([[2.0]]), torch.randn(64, 1)
-    out = sample_euler(lambda z, t: (z - point) / t[:, None], noise, sigma_schedule(5, shift=3.0))
+    out = sampler(lambda z, t: (z - point) / t[:, None], noise, sigma_schedule(5, shift=3.0))
     torch.testing.assert_close(out, point.expand(64, 1), atol=1e-5, rtol=0)
-    # data N(0, s^2): z_t ~ N(0, var), velocity = z var'/(2 var), and the flow ends at s * noise
-    s = 0.5
-
-    def velocity(z, t):
-        t = t[:, None]
-        return z * (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2)
-
-    grids = [sigma_schedule(n, shift=1.0, convention="textbook") for n in (50, 100, 200)]
-    errors = [(sample_euler(velocity, noise, sigmas) - s * noise).norm() for sigmas in grids]
-    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1) and errors[1] / errors[2] == pytest.approx(2, rel=0.1)
 
 
-def test_euler_reports_steps_passes_t_per_sample_and_keeps_the_dtype():
+SPREAD = 0.5  # of Gaussian data N(0, SPREAD^2)
+
+
+def gaussian_std(t):
+    """Of z_t; a path of the flow keeps z_t / gaussian_std(t)."""
+    return ((1 - t) ** 2 * SPREAD**2 + t**2) ** 0.5
+
+
+def gaussian_velocity(z, t):
+    """z times d/dt ln gaussian_std(t)."""
+    t = t[:, None].to(z.dtype)
+    return z * (t - (1 - t) * SPREAD**2) / gaussian_std(t) ** 2
+
+
+def gaussian_error(sampler, sigmas) -> float:
+    """Relative to where the exact path ends."""
+    first, last = gaussian_std(sigmas[0]), gaussian_std(sigmas[-1])
+    start = first * torch.linspace(-2, 2, 8, dtype=torch.float64)[:, None]
+    end = start * last / first
+    return ((sampler(gaussian_velocity, start, sigmas) - end).norm() / end.norm()).item()
+
+
+@pytest.mark.parametrize(("name", "order", "largest"), [("euler", 1, 8e-3), ("heun", 2, 3e-5), ("dpm++2m", 2, 1.5e-4)])
+def test_order_of_convergence(name, order, largest):
+    """Twice the steps, 2^order times the accuracy: on an even grid inside (0, 1), where lambda is finite."""
+    errors = [
+        gaussian_error(SAMPLERS[name], torch.linspace(0.9, 0.1, steps + 1, dtype=torch.float64))
+        for steps in (32, 64, 128)
+    ]
+    for coarse, fine in zip(errors[:-1], errors[1:], strict=True):
+        assert coarse / fine == pytest.approx(2**order, rel=0.05)
+    assert errors[-1] < largest
+
+
+def test_second_order_pays_on_the_whole_way_from_noise_to_data():
+    """At 50 calls of the network and with both ends, where lambda is infinite: 2M loses some of its order there."""
+    error = {
+        name: gaussian_error(sampler, sigma_schedule(steps, shift=1.0, convention="textbook").double())
+        for (name, sampler), steps in zip(SAMPLERS.items(), (50, 25, 50), strict=True)
+    }
+    assert error["dpm++2m"] < error["euler"] / 7 and error["heun"] < error["euler"] / 7
+
+
+NOISE = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+
+
+def curved(z, t):
+    """A velocity that depends on t and, not linearly, on other elements of z."""
+    t = t.view(-1, 1, 1, 1)
+    return torch.tanh(1.5 * z.flip(-1)) * (1 + t) - 0.4 * z * (1 - t) + torch.cos(7 * t)
+
+
+def through_diffusers(scheduler, sigma_of):
+    """sigma_of(i, t): the level of the i-th call, whose t is the scheduler's."""
+    scheduler.set_begin_index(0)
+    z = NOISE
+    for i, t in enumerate(scheduler.timesteps):
+        z = scheduler.step(curved(z, sigma_of(i, t).expand(len(z))), t, z, return_dict=False)[0]
+    return z
+
+
+@pytest.mark.parametrize("convention", ["reference", "textbook"])
+@pytest.mark.parametrize(("steps", "shift"), [(1, 3.0), (2, 1.0), (3, 3.0), (4, 1.0), (10, 3.0), (28, 1.0), (50, 3.0)])
+def test_dpmpp_2m_is_diffusers(steps, shift, convention):
+    """On our sigmas, which begin at 1: theirs would begin at 0.999. All of fp32's precision at values up to 8."""
+    sigmas = sigma_schedule(steps, shift=shift, convention=convention)
+    theirs = DPMSolverMultistepScheduler(
+        solver_order=2, solver_type="midpoint", prediction_type="flow_prediction", use_flow_sigmas=True
+    )
+    theirs.set_timesteps(steps)
+    theirs.sigmas = sigmas
+    expected = through_diffusers(theirs, lambda i, t: sigmas[i])
+    torch.testing.assert_close(sample_dpmpp_2m(curved, NOISE, sigmas), expected, atol=1e-5, rtol=0)
+    if steps > 3:  # else every step is Euler's: the first two, and the last
+        assert (sample_euler(curved, NOISE, sigmas) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 10, 28])
+def test_heun_is_diffusers(steps):
+    """Theirs divides by sigma after multiplying by it, which costs some digits."""
+    theirs = FlowMatchHeunDiscreteScheduler(shift=3.0)
+    theirs.set_timesteps(steps)
+    expected = through_diffusers(theirs, lambda i, t: t / 1000)
+    calls = []
+    ours = sample_heun(lambda z, t: calls.append(t) or curved(z, t), NOISE, sigma_schedule(steps, shift=3.0))
+    torch.testing.assert_close(ours, expected, atol=5e-5, rtol=0)
+    assert len(calls) == len(theirs.timesteps) == 2 * steps - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "levels"),
+    [("euler", [1, 2 / 3, 1 / 3]), ("heun", [1, 2 / 3, 2 / 3, 1 / 3, 1 / 3]), ("dpm++2m", [1, 2 / 3, 1 / 3])],
+)
+def test_steps_are_reported_t_is_per_sample_and_the_dtype_is_kept(name, levels):
     steps, times = [], []
 
     def predict(z, t):
@@ -80,8 +165,8 @@ def test_euler_reports_steps_passes_t_per_sample_and_keeps_the_dtype():
         return torch.zeros_like(z, dtype=torch.bfloat16)
 
     noise, sigmas = torch.ones(3, 2, dtype=torch.bfloat16), sigma_schedule(3, shift=1.0, convention="textbook")
-    out = sample_euler(predict, noise, sigmas, on_step=lambda i, z: steps.append(i))
-    assert steps == [0, 1, 2] and times == pytest.approx([1, 2 / 3, 1 / 3]) and out.dtype == torch.bfloat16
+    out = SAMPLERS[name](predict, noise, sigmas, on_step=lambda i, z: steps.append(i))
+    assert steps == [0, 1, 2] and times == pytest.approx(levels) and out.dtype == torch.bfloat16
 
 
 def test_guidance():

@@ -60,14 +60,30 @@ def pipeline(towers_folder: Path, tmp_path_factory: pytest.TempPathFactory):
     return StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True)
 
 
-def test_equals_diffusers_encode_prompt(encoders, pipeline):
-    context, pooled = assemble(encoders.encode(PROMPTS), context_dim=64)
+def encode_prompt(pipeline, t5_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(context, pooled) of PROMPTS as the pipeline makes them."""
     with torch.no_grad():
-        theirs, _, their_pooled, _ = pipeline.encode_prompt(
-            PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=TEXT.t5_tokens
+        context, _, pooled, _ = pipeline.encode_prompt(
+            PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=t5_tokens
         )
-    assert context.shape == theirs.shape == (3, 77 + 24, 64)
+    return context, pooled
+
+
+@pytest.mark.parametrize("t5_tokens", [24, 77])
+def test_equals_diffusers_encode_prompt(towers_folder: Path, pipeline, t5_tokens):
+    encoders = load_text_encoders(towers_folder, Text(t5_tokens=t5_tokens))
+    context, pooled = assemble(encoders.encode(PROMPTS), context_dim=64)
+    theirs, their_pooled = encode_prompt(pipeline, t5_tokens)
+    assert context.shape == theirs.shape == (3, 77 + t5_tokens, 64)
     assert torch.allclose(context, theirs, atol=1e-5) and torch.allclose(pooled, their_pooled, atol=1e-5)
+
+
+def test_without_t5_equals_diffusers_encode_prompt(encoders, pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline, "text_encoder_3", None)
+    context, pooled = assemble(encoders.encode(PROMPTS, drop={"t5"}), context_dim=64)
+    theirs, their_pooled = encode_prompt(pipeline, TEXT.t5_tokens)
+    assert torch.allclose(context, theirs, atol=1e-5) and torch.allclose(pooled, their_pooled, atol=1e-5)
+    assert not theirs[:, 77:].any() and theirs[:, :77].any()
 
 
 def test_the_pipeline_draws_a_picture(pipeline):
@@ -107,12 +123,16 @@ def test_shorter_clip_tokens_give_the_beginning_of_the_longer(towers_folder: Pat
 
 
 def test_trimmed_padding_has_zeros_after_the_real_tokens(towers_folder: Path, encoders):
-    trimmed = load_text_encoders(towers_folder, Text(clip_tokens=77, t5_tokens=24, padding="trimmed")).encode(
-        PROMPTS[:1]
-    )
-    whole = encoders.encode(PROMPTS[:1])
-    length = int(whole.lengths[0, 2])
-    assert torch.equal(trimmed.t5[:, :length], whole.t5[:, :length]) and not trimmed.t5[:, length:].any()
+    trimmed = load_text_encoders(towers_folder, Text(clip_tokens=77, t5_tokens=24, padding="trimmed")).encode(PROMPTS)
+    whole = encoders.encode(PROMPTS)
+    assert torch.equal(trimmed.clip_l_pooled, whole.clip_l_pooled)
+    assert torch.equal(trimmed.clip_g_pooled, whole.clip_g_pooled)
+    for column, (name, limit) in enumerate((("clip_l", 77), ("clip_g", 77), ("t5", 24))):
+        for row, prompt in enumerate(PROMPTS):
+            real = min(limit, len(encoders.tokenizers[name](prompt).input_ids))  # marks included
+            found, full = getattr(trimmed, name)[row], getattr(whole, name)[row]
+            assert whole.lengths[row, column] == real
+            assert torch.equal(found[:real], full[:real]) and not found[real:].any() and full[real:].all()
 
 
 def test_dropped_encoders_are_zeros_of_the_same_shapes(encoders):

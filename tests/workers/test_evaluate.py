@@ -250,11 +250,10 @@ def test_only_missing_parts_are_made_again_and_give_the_same(world, result):
     assert seen[-1].done == seen[-1].total == len(tasks) and "colors" in " ".join(p.note for p in seen)
 
 
-def test_a_changed_setting_redoes_what_depends_on_it(world, result):
-    """Another guidance scale: pictures and bench, not the validation loss."""
-    changed = world.recipe.model_copy(
-        update={"evaluate": world.recipe.evaluate.model_copy(update={"guidance_scale": 1.0})}
-    )
+@pytest.mark.parametrize("change", [{"guidance_scale": 1.0}, {"sampler": "heun"}])
+def test_a_changed_setting_redoes_what_depends_on_it(world, result, change):
+    """Another way to draw: pictures and bench, not the validation loss."""
+    changed = world.recipe.model_copy(update={"evaluate": world.recipe.evaluate.model_copy(update=change)})
     before = plan_tasks(world.recipe, world.store, world.checkpoints, world.inputs)
     after = plan_tasks(changed, world.store, world.checkpoints, world.inputs)
     redone = {task.part.partition("-")[0] for old, task in zip(before, after, strict=True) if old.path != task.path}

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sd3core.errors import UserError
 from sd3core.recipe import Text, Training
+from sd3core.sample_settings import Sampler
 
 
 class TrainingFailed(UserError):
@@ -43,6 +44,7 @@ class PreviewSettings(BaseModel):
     captions: list[PreviewCaption]
     num_steps: int
     guidance_scale: float
+    sampler: Sampler = "euler"
 
 
 class TrainingJob(BaseModel):

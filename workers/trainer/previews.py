@@ -21,7 +21,7 @@ from sd3core.conditioning import ENCODERS, TextFeatures, assemble
 from sd3core.data.store import Store
 from sd3core.errors import UserError
 from sd3core.formulations import find_formulation
-from sd3core.sampling import guided, sample_euler
+from sd3core.sampling import SAMPLERS, guided
 from workers.trainer.job import TrainingJob
 
 FIRST_STEP = 64
@@ -115,7 +115,8 @@ def draw_latents(
         )
         noise = randomness.normal(job.seed, 0, batch.sample_ids[rows], "preview", batch.latent.shape[1:])
         start = formulation.start(torch.from_numpy(noise).to(device))
-        latents = sample_euler(formulation.as_rectified_flow(predict), start, sigmas).cpu()  # (rows, 16, h, w)
+        velocity = formulation.as_rectified_flow(predict)
+        latents = SAMPLERS[settings.sampler](velocity, start, sigmas).cpu()  # (rows, 16, h, w)
         drawn |= {batch.keys[row]: latent for row, latent in zip(rows, latents, strict=True)}
     parts: list[dict[str, Tensor]] = [{}] * world
     dist.all_gather_object(parts, drawn)

@@ -1,0 +1,84 @@
+"""Measuring on a machine that is never quiet: contenders in turn, ratios within one process, medians."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+MATMUL_SIDES = {"cpu": 2048, "cuda": 8192}  # of the square matmul that stands for the machine's limit
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    on_round: Callable[[int], None] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of every contender in every round, each round once through all of them, so that a slow minute of the
+    machine slows all alike. The order is turned by one each round. The first round warms up and is not counted.
+    """
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds + 1):
+        turned = names[number % len(names) :] + names[: number % len(names)]
+        for name in turned:
+            spent = seconds_of(contenders[name], device)
+            if number > 0:
+                seconds[name].append(spent)
+        if on_round is not None:
+            on_round(number)
+    return seconds
+
+
+def median_ratio(slow: list[float], fast: list[float]) -> float:
+    """Median over the rounds of slow / fast: what one round's neighbours share, cancels."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def matmul_flops_per_second(dtype: torch.dtype, device: torch.device, rounds: int = 5) -> float:
+    """The best rate of a square matmul in `dtype`: the limit that a model's own rate is a fraction of."""
+    side = MATMUL_SIDES[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    seconds = interleaved({"matmul": lambda: a @ b}, rounds, device)["matmul"]
+    return 2 * side**3 / min(seconds)
+
+
+def peak_bytes_above_start(work: Callable[[], object], device: torch.device) -> int:
+    """The most memory that `work` held at once, above what was held when it began.
+
+    CUDA: the allocator's own count. CPU: allocations and frees as the profiler saw them, in order.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells its phases on stderr
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

@@ -1,0 +1,38 @@
+"""The figures of a bench as a table: seconds, ratios, memory, and how far the machine's own limit is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from sd3core.bench.model import OURS, THEIRS, ModelBench, ModeResult
+
+
+def heading(bench: ModelBench, config_parameters: int, threads: int) -> str:
+    where = f"{threads} threads" if bench.device == "cpu" else bench.device
+    compiled = ", both compiled" if bench.compile else ""
+    return (
+        f"depth {bench.depth} ({config_parameters:,} parameters), {bench.image_tokens} image and {bench.text_tokens} text tokens,"
+        f" batch {bench.batch}, {where}{compiled}; medians of {bench.rounds} rounds"
+    )
+
+
+def result_table(results: Sequence[ModeResult]) -> Table:
+    """Ratios above 1 mean that MM-DiT is faster; for memory, below 1 that it holds less."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("mode", "what", OURS, THEIRS, "ratio", f"{OURS} / matmul", f"{THEIRS} / matmul"):
+        table.add_column(column, justify="left" if column in ("mode", "what") else "right")
+    for result in results:
+        rate = f"{result.mode} (matmul {result.matmul_flops_per_second / 1e9:,.0f} GFLOP/s)"
+        for what, seconds, ratio, fraction in (
+            ("training step", result.train_seconds, result.train_ratio, result.train_fraction_of_matmul),
+            ("sampling", result.sample_seconds, result.sample_ratio, result.sample_fraction_of_matmul),
+        ):
+            shown = (f"{1e3 * seconds[name]:,.1f} ms" for name in (OURS, THEIRS))
+            table.add_row(rate, what, *shown, f"{ratio:.2f}", *(f"{fraction[name]:.2f}" for name in (OURS, THEIRS)))
+            rate = ""
+        table.add_row("", "forward and backward alone", "", "", f"{result.forward_backward_ratio:.2f}", "", "")
+        held = (f"{result.activation_bytes[name] / 2**20:,.0f} MiB" for name in (OURS, THEIRS))
+        table.add_row("", "peak activation memory", *held, f"{result.activation_ratio:.2f}", "", "")
+    return table

@@ -1,0 +1,84 @@
+"""`sd3 sample`: which pictures are asked for, and that every option arrives where pictures are drawn."""
+
+from __future__ import annotations
+
+import io
+import sys
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from flows import commands, sample
+from flows.cli import main
+from sd3core.errors import UserError
+from sd3core.recipe_file import load_recipe
+from sd3core.sample_settings import SampleSettings
+
+PROMPTS = ["a red circle", "ein grüner Kreis"]
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Runs `sd3 sample ARGUMENTS` without a run's files and without drawing: what it was asked to draw."""
+    monkeypatch.setenv("SD3_HOME", str(tmp_path))
+    monkeypatch.setattr(sample, "_last_checkpoint", lambda *_: SimpleNamespace(folder="runs/r/checkpoints/last"))
+    monkeypatch.setattr(sample.upstream, "towers_manifest", lambda *_: SimpleNamespace(folder="towers/t"))
+    monkeypatch.setattr(sample, "fetch_towers", lambda store, folder, cache: folder)
+    asked: dict[str, object] = {}
+    screen = io.StringIO()
+    monkeypatch.setattr(commands, "console", Console(file=screen, force_terminal=True, width=100))
+
+    def draw(checkpoint, towers, draws, out, *, on_step, **options):
+        asked.update(checkpoint=checkpoint, towers=towers, draws=list(draws), out=out, **options)
+        for done in range(9):
+            on_step(done, 8)
+        return [out / "00000.png"]
+
+    monkeypatch.setattr(sample, "sample_to_files", draw)
+
+    def run(*arguments: str) -> dict[str, object]:
+        monkeypatch.setattr(sys, "argv", ["sd3", "sample", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        return asked | {"screen": screen.getvalue()}
+
+    return run
+
+
+def test_without_options_the_recipe_decides(drawn, tmp_path):
+    asked, evaluate = drawn(*PROMPTS), load_recipe("mini").evaluate
+    assert asked["draws"] == [(PROMPTS[0], 0), (PROMPTS[1], 1)]
+    of_recipe = (evaluate.num_steps, evaluate.guidance_scale, evaluate.sampler)
+    assert (asked["num_steps"], asked["guidance_scale"], asked["sampler"]) == of_recipe
+    assert "height" not in asked and "shift" not in asked and "negative_prompt" not in asked  # the checkpoint's
+    assert (asked["weights"], asked["precision"], asked["columns"]) == ("ema", "fp32", None)
+    assert asked["checkpoint"].endswith(f"{tmp_path}/store/runs/r/checkpoints/last")
+    assert "8/8" in asked["screen"] and "2 pictures in" in asked["screen"]
+
+
+def test_every_option_arrives(drawn, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    options = (
+        "--seed 3 --images 2 --height 80 --width 112 --steps 9 --guidance 2.5 --sampler dpm++2m --schedule textbook"
+        " --shift 1.5 --without t5 --without clip_l --weights live --precision bf16 --device cpu --batch 5"
+    )
+    asked = drawn("--file", str(tmp_path / "prompts.txt"), *options.split(), "--negative", "")
+    assert asked["draws"] == [(PROMPTS[0], 3), (PROMPTS[0], 4), (PROMPTS[1], 5), (PROMPTS[1], 6)]
+    expected = {"weights": "live", "precision": "bf16", "device": "cpu", "batch": 5, "columns": 2}
+    assert asked | expected == asked
+    fields = {name: asked[name] for name in SampleSettings.__dataclass_fields__}
+    assert SampleSettings(**fields) == SampleSettings(
+        80, 112, 9, 2.5, 1.5, ("clip_l", "t5"), "textbook", sampler="dpm++2m", negative_prompt=""
+    )
+
+
+def test_named_seeds_are_those_of_every_prompt(drawn):
+    assert drawn(*PROMPTS, "--seeds", "17, 3")["draws"] == [(p, seed) for p in PROMPTS for seed in (17, 3)]
+
+
+@pytest.mark.parametrize("seeds", ["", "3,", "3;4", "-1", "1.5", str(2**63)])
+def test_seeds_that_are_none_are_named(seeds):
+    with pytest.raises(UserError, match=f"^--seeds {seeds}: give whole numbers from 0 to "):
+        sample.draws_of(PROMPTS, seeds=seeds)
