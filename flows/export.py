@@ -20,19 +20,19 @@ from workers.shard_stage import NOTHING_TO_DO
 def export(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
     """Transformer, VAE, text encoders, tokenizers, scheduler, and a README with the call that fits the null convention.
 
-    For a rival or three streams, which diffusers does not know, the last checkpoint itself is the result.
+    Of a formulation that the pipeline cannot sample, of a rival or of three streams, which diffusers does not know, there is
+    no folder: the stage is skipped, and says why. The last checkpoint itself is the result.
     """
     with stage("export", recipe, overrides) as run:
-        key, phase = run.recipe.phases()[-1]
+        key, _ = run.recipe.phases()[-1]
         last = upstream.last_checkpoint(run.recipe, run.store, key)
-        config = run.recipe.model_config_for(phase)
-        if not config.released_form:
+        if problem := run.recipe.export_problem():
             return run.finish(
                 manifest=f"{last.folder}/{DONE_FILE}",
                 digest=read_done(run.store, last.folder).digest,
                 skipped=True,
-                reason=f"diffusers has no form for {config.architecture} of model.streams {run.recipe.model.streams}",
-                table=[{"folder": "none", "checkpoint": last.folder}],
+                reason=problem,
+                table=[],
             )
         manifest = upstream.towers_manifest(run.recipe, run.store)
         towers = fetch_towers(run.store, manifest.folder, towers_cache())

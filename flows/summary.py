@@ -26,6 +26,13 @@ def summary_path(recipe: Recipe) -> str:
     return f"runs/{recipe.run}/summary.json"
 
 
+def exported_folder(recipe: Recipe, export: dict[str, Any]) -> str | None:
+    """Where the export stage's manifest is; None of a model for which it makes none and names the checkpoint."""
+    if recipe.export_problem():
+        return None
+    return export["manifest"].rpartition("/")[0]
+
+
 def finished_runs(store: Store) -> dict[str, str]:
     """Run -> recipe, of the pipeline runs that this store has to their end."""
     paths = [entry.path for entry in store.list("runs") if re.fullmatch("runs/[^/]+/summary.json", entry.path)]
@@ -42,7 +49,7 @@ def write_summary(store: Store, recipe: Recipe, stages: list[dict[str, Any]], sc
         "bench": scores["bench"],
         "left_out": scores["left_out"],
         "pictures": scores["pictures"],
-        "export": stages[-1]["manifest"].rpartition("/")[0],
+        "export": exported_folder(recipe, stages[-1]),
     }
     store.put_json(summary_path(recipe), summary)
     return summary
@@ -65,7 +72,8 @@ def print_summary(
         height, _, width = size.partition("x")
         say("pictures", f"{_shown(store, picture['path'])}  {phase} {height if height == width else size} px")
     say("all", _shown(store, f"runs/{recipe.run}/evaluations"))
-    say("export", summary["export"].removeprefix("file://"))
+    if summary["export"]:
+        say("export", summary["export"].removeprefix("file://"))
     say("summary", _shown(store, summary_path(recipe)))
     say("UI", services.ui_url)
     say("sample", " ".join(command))

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from sd3core.checkpoint import CONFIG_FILE, DONE_FILE, MODEL_FILE, read_done
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError
+from sd3core.formulation_names import unknown_formulation
 from sd3core.recipe import Text
 from sd3core.sample_settings import SampleSettings
 
@@ -18,7 +19,7 @@ Null = Literal["zeros", "empty"]
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """Null convention, text lengths, size and shift of the training it comes from."""
+    """Null convention, text lengths, size, shift and formulation of the training it comes from."""
 
     null: Null
     text: Text
@@ -26,6 +27,7 @@ class CheckpointFacts:
     shift: float
     digest: str  # of the checkpoint's content
     samples: int | None = None  # seen in training
+    formulation: str = "rf"  # a name of sd3core.formulations: what the network predicts, and its path
 
     def settings(self, **changes: Any) -> SampleSettings:
         """A square of the trained size at the trained shift."""
@@ -39,11 +41,13 @@ class CheckpointFacts:
             "side_px": self.side_px,
             "shift": self.shift,
             "samples": self.samples,
+            "formulation": self.formulation,
         }
 
 
 def read_facts(checkpoint: str) -> CheckpointFacts:
-    """From a training checkpoint's DONE.json, or from the `extra` of a model folder's config.json.
+    """From a training checkpoint's DONE.json, or from the `extra` of a model folder's config.json, which is of a
+    rectified-flow model where it names no formulation.
 
     Raises CheckpointError that names what is missing.
     """
@@ -53,7 +57,7 @@ def read_facts(checkpoint: str) -> CheckpointFacts:
         if done.recipe is None:
             raise CheckpointError(f"{store.url}: {DONE_FILE} holds no recipe, so its text lengths are unknown")
         fields = {"null": done.null, "text": done.recipe["text"], "side_px": done.training["side_px"]}
-        fields |= {"shift": done.training["shift"], "samples": done.samples}
+        fields |= {key: done.training[key] for key in ("shift", "formulation")} | {"samples": done.samples}
         digest = done.digest
     elif store.exists(CONFIG_FILE):
         config = store.get_json(CONFIG_FILE)
@@ -64,8 +68,17 @@ def read_facts(checkpoint: str) -> CheckpointFacts:
         )
     try:
         text = Text.model_validate(fields["text"])
+        formulation = fields.get("formulation", "rf")
+        if problem := unknown_formulation(formulation):
+            raise CheckpointError(f"{store.url}: {problem}")
         return CheckpointFacts(
-            fields["null"], text, fields["side_px"], fields["shift"], digest=digest, samples=fields.get("samples")
+            null=fields["null"],
+            text=text,
+            side_px=fields["side_px"],
+            shift=fields["shift"],
+            digest=digest,
+            samples=fields.get("samples"),
+            formulation=formulation,
         )
     except KeyError as error:
         raise CheckpointError(

@@ -38,6 +38,7 @@ from sd3core.checkpoint_formats import BARE, DIFFUSERS, SINGLE_FILE, Format, che
 from sd3core.data.store import Store, canonical_json, open_store
 from sd3core.errors import CheckpointError, UserError
 from sd3core.foreign_weights import ForeignWeights
+from sd3core.formulation_names import export_problem
 from sd3core.mmdit import MMDiTConfig
 from sd3core.mmdit.backbone import config_positions
 from sd3core.recipe import Text
@@ -185,7 +186,8 @@ def write_tensors(path: Path, source: Source, form: Format, dtype: DtypeName | N
 def open_source(checkpoint: str, weights: Literal["ema", "live"] | None = None) -> Iterator[Source]:
     """A plain model folder or a training checkpoint, by URL or path, of an MM-DiT that other systems know.
 
-    Raises CheckpointError that names what is missing, damaged or unknown, or the architecture.
+    Raises CheckpointError that names what is missing, damaged or unknown, or the architecture or formulation that they
+    do not know.
     """
     store = open_store(checkpoint)
     if weights not in (None, *WEIGHTS_TO_KIND):
@@ -200,14 +202,16 @@ def open_source(checkpoint: str, weights: Literal["ema", "live"] | None = None) 
     with verified_local_file(store, MODEL_FILE, record) as path, TensorFiles([path]) as files:
         check_shapes(files.shapes, model_shapes(config), store.url)
         dtypes = {name: info.dtype for name, info in files.infos.items()}
-        side_px = store.get_json(CONFIG_FILE).get("extra", {}).get("side_px")
-        yield Source(config, dtypes, lambda: _spans_of_files(files, BARE, config), side_px)
+        extra = store.get_json(CONFIG_FILE).get("extra", {})
+        _check_formulation(extra, store.url)
+        yield Source(config, dtypes, lambda: _spans_of_files(files, BARE, config), extra.get("side_px"))
 
 
 def _training_source(store: Store, weights: Literal["ema", "live"]) -> Source:
     done = read_done(store, "")
     config = done.model_config_of()
     check_released_form(config, store.url)
+    _check_formulation(done.training, store.url)
     shapes = model_shapes(config)
     trained = {name: tuple(shape) for name, shape in done.parameters.items()}
     check_shapes(trained | {"pos_embed": shapes["pos_embed"]}, shapes, store.url)
@@ -218,6 +222,12 @@ def _training_source(store: Store, weights: Literal["ema", "live"]) -> Source:
         yield "pos_embed", 0, config_positions(config).flatten()
 
     return Source(config, dict.fromkeys(shapes, torch.float32), spans, done.training.get("side_px"))
+
+
+def _check_formulation(trained: Mapping[str, Any], where: str) -> None:
+    """Other systems take a network's output for rectified flow's velocity, so weights that mean another would mislead."""
+    if problem := export_problem(trained.get("formulation", "rf")):
+        raise CheckpointError(f"{where}: {problem}")
 
 
 def _foreign_source(foreign: ForeignWeights) -> Source:

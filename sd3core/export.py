@@ -44,7 +44,8 @@ def export_diffusers(
 ) -> Path:
     """Writes OUT, which must not exist yet, whole or not at all. Weights are the EMA where the checkpoint has both.
 
-    Raises UserError where OUT exists, or where these towers cannot be put together as diffusers puts them together.
+    Raises UserError where OUT exists, where diffusers cannot sample the checkpoint's formulation, or where these towers cannot
+    be put together as diffusers puts them together.
     """
     out, towers = Path(out), Path(towers)
     facts = read_facts(checkpoint)

@@ -1,4 +1,4 @@
-"""From prompts to pictures: a checkpoint, the towers, and a sampler of rectified flow put together once."""
+"""From prompts to pictures: a checkpoint, the towers, and the sampler of its formulation put together once."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from sd3core.checkpoint import load_model
 from sd3core.checkpoint_facts import Null, read_facts
 from sd3core.conditioning import ENCODERS, TextFeatures, assemble
 from sd3core.errors import UserError
+from sd3core.formulations import find_formulation
 from sd3core.mmdit import Backbone
 from sd3core.pictures import encode_png, make_grid, to_uint8
 from sd3core.sample_settings import SampleSettings
-from sd3core.sampling import SAMPLERS, sigma_schedule
+from sd3core.sampling import SAMPLERS
 from sd3core.text_encoders import TextEncoders, load_text_encoders
 
 Pair = tuple[Tensor, Tensor]  # context (B, L, D), pooled (B, P)
@@ -33,9 +34,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class Generator:
     """Pictures from prompts. A picture's noise is a function of its seed alone, so batches may be cut in any way."""
 
-    def __init__(self, model: Backbone, encoders: TextEncoders, autoencoder: Autoencoder, null: Null) -> None:
+    def __init__(
+        self, model: Backbone, encoders: TextEncoders, autoencoder: Autoencoder, null: Null, formulation: str = "rf"
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.encoders, self.autoencoder, self.null = encoders, autoencoder, null
+        self.formulation = find_formulation(formulation)
 
     @classmethod
     def load(
@@ -54,7 +58,7 @@ class Generator:
         encoders = load_text_encoders(towers, facts.text, device=device)
         autoencoder = load_autoencoder(towers, device=device)
         model = load_model(checkpoint, weights).to(device, dtype)
-        return cls(model, encoders, autoencoder, facts.null)
+        return cls(model, encoders, autoencoder, facts.null, facts.formulation)
 
     @torch.inference_mode()
     def sample(
@@ -99,9 +103,10 @@ class Generator:
         shape = (config.latent_channels, settings.height // DOWNSAMPLING, settings.width // DOWNSAMPLING)
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         cond, null = self.conditioning(prompts, settings.drop, settings.negative_prompt)
-        predict = _guided_in_one_batch(self.model, cond, null, settings.guidance_scale)
-        sigmas = sigma_schedule(settings.num_steps, shift=settings.shift, convention=settings.convention)
-        return SAMPLERS[settings.sampler](predict, noise.to(device), sigmas, on_step=on_step)
+        formulation = self.formulation.shifted(settings.shift)
+        predict = formulation.as_rectified_flow(_guided_in_one_batch(self.model, cond, null, settings.guidance_scale))
+        start, sigmas = formulation.start(noise.to(device)), formulation.sigmas(settings.num_steps, settings.convention)
+        return SAMPLERS[settings.sampler](predict, start, sigmas, on_step=on_step)
 
     def conditioning(
         self, prompts: Sequence[str], drop: Sequence[str] = (), negative_prompt: str | None = None
@@ -150,8 +155,8 @@ def _guided_in_one_batch(model: Backbone, cond: Pair, null: Pair, scale: float) 
     context, pooled = (torch.cat(both) for both in zip(cond, null, strict=True))
 
     def predict(z: Tensor, t: Tensor) -> Tensor:
-        v_cond, v_null = model(z.repeat(2, 1, 1, 1), t.repeat(2), context, pooled).chunk(2)
-        return v_null + scale * (v_cond - v_null)
+        of_cond, of_null = model(z.repeat(2, 1, 1, 1), t.repeat(2), context, pooled).chunk(2)
+        return of_null + scale * (of_cond - of_null)
 
     return predict
 
@@ -186,6 +191,7 @@ def sample_to_files(
     common = {
         "settings": json.dumps(chosen.to_dict(), sort_keys=True, ensure_ascii=False),
         "checkpoint": checkpoint,
+        "formulation": generator.formulation.name,
         "weights": weights or "ema",
         "precision": precision,
     }

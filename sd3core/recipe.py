@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from sd3core.data.buckets import PATCH_PX, Side, bucket_name, bucket_sides, buckets_for_area
-from sd3core.formulation_names import unknown_formulation
+from sd3core.formulation_names import export_problem, family, shift_problem, unknown_formulation
 from sd3core.sample_settings import Sampler
 
 if TYPE_CHECKING:
@@ -249,8 +249,8 @@ class Training(Section):
     adam_eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float = Field(1.0, gt=0)
-    formulation: str = "rf/lognorm(0.00,1.00)"
-    shift: float = Field(1.0, gt=0)  # alpha of the resolution shift, in training and in sampling
+    formulation: str = "rf/lognorm(0.00,1.00)"  # a name of sd3core.formulations
+    shift: float = Field(1.0, gt=0)  # alpha of the resolution shift, in training and sampling: log-SNR - 2 ln(alpha)
     qk_norm: Literal["rms"] | None = None
     qk_norm_start: Literal["fitted", "one"] = "fitted"  # scales where a phase inserts it: from its first batch, or one
     text_dropout: Fraction = 0.464  # per encoder
@@ -298,6 +298,8 @@ class Training(Section):
             )
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
+        if problem := shift_problem(self.formulation, self.shift):
+            raise ValueError(problem)
         return self
 
 
@@ -371,6 +373,11 @@ class Recipe(Section):
                     f"{where}: its bucket {bucket_name(side)} px is longer than model.max_side_px"
                     f" {self.model.max_side_px}; raise that, or {leave}"
                 )
+            if family(phase.formulation) != family(self.pretrain.formulation):
+                raise ValueError(
+                    f"{where}.formulation {phase.formulation} cannot go on from pretrain.formulation"
+                    f" {self.pretrain.formulation}: their networks predict different things, or are told time differently"
+                )
         if len(self.pretrain.aspect_ratios) != 1 or self.pretrain.aspect_ratios[0] != 1.0:
             raise ValueError("pretrain.aspect_ratios must be [1.0]: pretraining is on square crops")
         if self.pretrain.buckets is not None:
@@ -384,6 +391,13 @@ class Recipe(Section):
     def phases(self) -> list[tuple[str, Training]]:
         """Every training phase in order, with the key under which the recipe has it."""
         return [("pretrain", self.pretrain), *((f"finetune.{i}", phase) for i, phase in enumerate(self.finetune))]
+
+    def export_problem(self) -> str | None:
+        """Why diffusers' SD3 pipeline cannot hold this recipe's model; None where it can."""
+        if self.model.architecture != "mmdit" or self.model.streams != 2:
+            kind = f"{self.model.architecture} with {self.model.streams} streams"
+            return f"diffusers knows the MM-DiT of two streams only, not {kind}; sd3 sample draws from the checkpoint"
+        return export_problem(self.phases()[-1][1].formulation)
 
     def inserts_qk_norm(self, phase: Training) -> bool:
         """Whether the phase adds QK-norm to weights that were trained without it; of `model.start_from`, whether it may."""

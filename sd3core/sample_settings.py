@@ -19,7 +19,7 @@ class SampleSettings:
     guidance_scale: float = 5.0
     shift: float = 1.0
     drop: tuple[str, ...] = ()  # encoders left out, of clip_l, clip_g and t5
-    convention: Convention = "reference"
+    convention: Convention = "reference"  # of rectified flow's steps; other formulations have one
     sampler: Sampler = "euler"
     negative_prompt: str | None = None  # what guidance leads away from; None: "no prompt" as in training
 

@@ -11,6 +11,7 @@ import yaml
 
 from sd3core import specs
 from sd3core.errors import DataError, RecipeError
+from sd3core.formulation_names import EDM_RF_WEIGHT, NAMES
 from sd3core.recipe import Buckets, Compute, Evaluate, Recipe
 from sd3core.recipe_file import load_recipe, shipped_recipes
 from sd3core.specs import fingerprint
@@ -93,7 +94,15 @@ def test_the_papers_models(name):
         ),
         (
             "finetune.0.formulation=rf/lognorm(0,1)",
-            "recipe tiny-test: finetune.0.formulation: formulation 'rf/lognorm(0,1)' is not one of the 40 known; did you mean 'rf/lognorm(0.00,1.00)'? (it is 'rf/lognorm(0,1)')",
+            "recipe tiny-test: finetune.0.formulation: formulation 'rf/lognorm(0,1)' is not one of the 61 known; did you mean 'rf/lognorm(0.00,1.00)'? (it is 'rf/lognorm(0,1)')",
+        ),
+        (
+            "finetune.0.formulation=eps/linear",
+            "recipe tiny-test: finetune.0: eps/linear has a fixed table of noise levels, which shift 2 would leave; take shift 1",
+        ),
+        (
+            "finetune.0.formulation=edm/rf",
+            "recipe tiny-test: finetune.0.formulation edm/rf cannot go on from pretrain.formulation rf/lognorm(0.00,1.00): their networks predict different things, or are told time differently",
         ),
         (
             "data.aspect_ratios=[]",
@@ -286,6 +295,15 @@ def test_overrides_reach_every_place():
     assert (changed.run, changed.store, changed.evaluate.precision) == ("2026", "s3://bucket/a=b", "fp32")
     assert changed.towers.small.vae.steps == 9
     assert load_recipe("tiny-test").finetune[0].samples == 32  # the file is read anew
+
+
+def test_every_formulation_of_the_paper_can_be_asked_for():
+    for name in (*NAMES, EDM_RF_WEIGHT):
+        phases = ("pretrain", "finetune.0")
+        recipe = load_recipe("tiny-test", ["finetune.0.shift=1", *(f"{phase}.formulation={name}" for phase in phases)])
+        assert {phase.formulation for _, phase in recipe.phases()} == {name}
+    of_one_family = ["pretrain.formulation=edm(-1.20,1.20)", "finetune.0.formulation=edm/cos"]
+    assert load_recipe("tiny-test", of_one_family).finetune[0].shift == 2
 
 
 def under(*prefixes: str, **values: Any) -> dict[str, Any]:

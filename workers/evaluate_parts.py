@@ -73,8 +73,9 @@ class EvaluationWorker:
             model = load_model(self.store.uri(task.checkpoint), task.weights).to(
                 self.device, DTYPES[task.protocol["precision"]]
             )
-            null = read_done(self.store, task.checkpoint).null
-            self._loaded = (key, Generator(model, self.encoders, self.autoencoder, null))
+            done = read_done(self.store, task.checkpoint)
+            formulation = done.training["formulation"]
+            self._loaded = (key, Generator(model, self.encoders, self.autoencoder, done.null, formulation))
         return self._loaded[1]
 
     def _sample(self, task: EvaluationTask, drawn: list[Draw], **changed: int) -> Sequence[np.ndarray]:
@@ -96,12 +97,14 @@ class EvaluationWorker:
 
     @torch.inference_mode()
     def _validate(self, task: EvaluationTask, result: _Part) -> None:
-        model = self._generator(task).model
+        generator = self._generator(task)
+        model = generator.model
         losses = torch.zeros(0, len(LEVELS), dtype=torch.float64)
         for batch in self._held_out_batches(task.phase):
             condition = assemble(batch.text.to(self.device), context_dim=model.config.context_dim)
             x0 = batch.latent.to(self.device)
-            part = level_losses(lambda z, t, c=condition: model(z, t, *c), x0, batch.sample_ids, task.protocol["seed"])
+            velocity = generator.formulation.as_rectified_flow(lambda z, t, c=condition: model(z, t, *c))
+            part = level_losses(velocity, x0, batch.sample_ids, task.protocol["seed"])
             losses = torch.cat([losses, part])
             self.progress = Progress(len(losses), task.protocol["images"], "images")
         result.add("validation_loss", validation_loss(losses))

@@ -1,4 +1,8 @@
-"""Validation loss: the plain velocity error at fixed noise levels on held-out samples. Paper 5.3.3 and App. B.3."""
+"""Validation loss: the plain velocity error at fixed noise levels on held-out samples. Paper 5.3.3 and App. B.3.
+
+It compares formulations, whose own losses have different units: each network is asked at the same log-SNRs, and what it
+predicts is turned into the velocity noise - x0 of rectified flow (Formulation.as_rectified_flow).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from sd3core.metrics.score import LeftOut, Score, too_few
 from sd3core.randomness import normal
 from sd3core.rectified_flow import interpolate, velocity_target
 
-LEVELS = tuple(i / 8 for i in range(1, 9))  # the last, t = 1, is measured but left out of the average
+LEVELS = tuple(i / 8 for i in range(1, 9))  # rectified flow's t; the last, 1, is measured but left out of the average
 MIN_SAMPLES = 8
 
 

@@ -5,13 +5,21 @@ import io
 from rich.console import Console
 
 from flows.services import Services
-from flows.summary import print_summary
+from flows.summary import exported_folder, print_summary
 from sd3core.data.store import open_store
 from sd3core.recipe_file import load_recipe
 
 
 def picture(phase: str, samples: int, name: str, weights: str = "ema") -> dict[str, object]:
     return {"phase": phase, "samples": samples, "name": name, "weights": weights, "path": f"{phase}-{samples}-{name}.png"}
+
+
+def test_no_folder_is_named_that_the_export_stage_did_not_make(tmp_path):
+    export = {"name": "export", "manifest": "file:///store/runs/x/export/0/MANIFEST.json"}
+    assert exported_folder(load_recipe("tiny-test"), export) == "file:///store/runs/x/export/0"
+    other = load_recipe("tiny-test", ["pretrain.formulation=v/cos", "finetune.0.formulation=v/cos"])
+    checkpoint = {"name": "export", "manifest": "file:///store/runs/x/checkpoints/finetune.0/0/000000000032/DONE.json"}
+    assert exported_folder(other, checkpoint) is None
 
 
 def test_the_newest_pictures_of_each_phase_and_size_are_named_and_warnings_with_their_stage(tmp_path):

@@ -108,6 +108,14 @@ def test_is_there_whole_or_not_at_all(towers_folder, tmp_path):
         export_diffusers(checkpoint, towers_folder, out)
 
 
+def test_a_formulation_that_the_pipeline_cannot_sample_is_refused(towers_folder, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "model", replace(FACTS, formulation="v/cos"))
+    with pytest.raises(UserError) as caught:
+        export_diffusers(checkpoint, towers_folder, tmp_path / "exported")
+    reason = "diffusers' SD3 pipeline samples rectified flow only, not v/cos; sd3 sample draws from the checkpoint"
+    assert str(caught.value) == reason and not (tmp_path / "exported").exists()
+
+
 def test_a_projection_of_clip_l_is_undone(towers_folder, tmp_path):
     """A released CLIP-L has a projection that SD3 does not use, but the pipeline would."""
     import shutil

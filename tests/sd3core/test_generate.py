@@ -14,6 +14,7 @@ from sd3core.checkpoint import load_model, save_model
 from sd3core.checkpoint_facts import CheckpointFacts, read_facts
 from sd3core.conditioning import ENCODERS, assemble
 from sd3core.errors import CheckpointError, UserError
+from sd3core.formulations import find_formulation
 from sd3core.generate import Generator, grid_columns, sample_to_files
 from sd3core.mmdit import MMDiT, MMDiTConfig, make_model
 from sd3core.mmdit.architectures import CONFIGS
@@ -170,6 +171,45 @@ def test_files_carry_their_settings(checkpoint, towers_folder, tmp_path):
     assert list(zip(json.loads(of_grid["prompts"]), json.loads(of_grid["seeds"]), strict=True)) == draws
     alone = sample_to_files(checkpoint, towers_folder, draws[:1], tmp_path / "alone", num_steps=1)
     assert alone == [*(tmp_path / "alone").iterdir()] and alone[0].name == "00000.png"
+
+
+@pytest.mark.parametrize("name", ["eps/linear", "v/cos", "edm(-1.20,1.20)"])
+def test_a_checkpoint_is_sampled_by_its_own_formulation(name, towers_folder, tmp_path):
+    """From its own prior over its own grid, in its own coordinates: z_s = a_s x0 + b_s noise with what is predicted at z_t."""
+    shift = 1.0 if "linear" in name else 2.0
+    checkpoint = write_checkpoint(tmp_path / "model", replace(FACTS, formulation=name, shift=shift))
+    assert read_facts(checkpoint).formulation == name
+    generator = Generator.load(checkpoint, towers_folder)
+    found = generator.latents(PROMPTS, [1, 2, 3], replace(SETTINGS, shift=shift))
+
+    formulation = find_formulation(name).shifted(shift)
+    cond, null = generator.conditioning(PROMPTS)
+    noise = torch.stack([torch.randn(16, 4, 6, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2, 3)])
+    grid = formulation.sampling_grid(3)
+    a, b = (part.tolist() for part in formulation.a_b(grid))
+    z = formulation.prior_scale * noise
+    for i in range(3):
+        z_in, t_in = formulation.network_inputs(z, grid[i].expand(3))
+        with torch.inference_mode():
+            of_cond, of_null = (generator.model(z_in, t_in, *part) for part in (cond, null))
+        x0 = formulation.x0(of_null + 3.0 * (of_cond - of_null), z, grid[i].expand(3))
+        z = a[i + 1] * x0 + b[i + 1] * (z - a[i] * x0) / b[i]
+    torch.testing.assert_close(found, z, rtol=1e-3, atol=1e-3)
+    if "linear" in name:
+        with pytest.raises(UserError, match="take shift 1, not 3"):
+            generator.sample(PROMPTS, [1, 2, 3], replace(SETTINGS, shift=3.0))
+    pictures = sample_to_files(checkpoint, towers_folder, [(PROMPTS[0], 1)], tmp_path / "out", num_steps=1)
+    assert read_settings(pictures[0].read_bytes())["formulation"] == name
+
+
+def test_a_folder_without_a_formulation_is_rectified_flow_and_an_unknown_one_is_named(tmp_path):
+    extra = FACTS.to_extra()
+    model = MMDiT(MMDiTConfig.from_depth(1, context_dim=8, pooled_dim=8, position_max=4))
+    save_model(tmp_path, model, {key: value for key, value in extra.items() if key != "formulation"})
+    assert read_facts(str(tmp_path)).formulation == "rf"
+    save_model(tmp_path, model, extra | {"formulation": "edm"})
+    with pytest.raises(CheckpointError, match="formulation 'edm' is not one of the 61 known; did you mean 'edm/"):
+        read_facts(str(tmp_path))
 
 
 def test_grid_columns():

@@ -1,10 +1,12 @@
+import math
+
 import pytest
 import torch
 from scipy import integrate
 
 from sd3core.errors import UserError
 from sd3core.rectified_flow import resolution_shift
-from sd3core.timestep_sampling import CosMap, LogitNormal, Mode, Uniform
+from sd3core.timestep_sampling import CosMap, LogitNormal, Mode, Shifted, Steps, Uniform
 
 ALL = [
     Uniform(),
@@ -103,5 +105,68 @@ def test_shifting_a_logit_normal_moves_its_mean_by_ln_alpha():
 def test_refusals():
     with pytest.raises(UserError, match="1.7519"):
         Mode(1.76)
+    with pytest.raises(UserError, match="-1"):
+        Mode(-1.01)
     with pytest.raises(UserError, match="std"):
         LogitNormal(0, 0)
+    with pytest.raises(UserError, match="alpha must be positive"):
+        Shifted(Uniform(), 0)
+    with pytest.raises(UserError, match="count"):
+        Steps(0)
+
+
+SHIFTED = [
+    Shifted(LogitNormal(0.2, 0.7), 3.0),
+    Shifted(Uniform(), 4.0),
+    Shifted(Mode(1.29), 1.5),
+    Shifted(CosMap(), 0.5),
+]
+
+
+@pytest.mark.parametrize("density", ALL + SHIFTED, ids=str)
+def test_a_histogram_of_draws_is_the_density(density):
+    """Chi-square of 40 bins of 100,000 draws, each bin's share from the integrated density; p = 1e-4 is 82."""
+    count, edges = 100_000, torch.linspace(0, 1, 41, dtype=torch.float64)
+    found = torch.histc(density.sample(count, torch.Generator().manual_seed(1)).double(), 40, 0, 1)
+    fine = torch.linspace(0, 1, 40 * 500 + 1, dtype=torch.float64)
+    middles = (fine[1:] + fine[:-1]) / 2
+    share = (density.density(middles) / len(middles)).view(40, 500).sum(1)
+    if density not in (Mode(-1), Mode(1.75)):  # infinite at the ends, 904 in the middle: the bins there need the cdf
+        torch.testing.assert_close(share, density.cdf(edges).diff(), atol=2e-5, rtol=0)
+    expected = density.cdf(edges).diff() * count
+    filled = expected > 5
+    chi_square = ((found - expected)[filled] ** 2 / expected[filled]).sum()
+    assert chi_square < 82 and (found[~filled] < 25).all()
+
+
+@pytest.mark.parametrize("density", ALL + SHIFTED, ids=str)
+def test_cdf_is_the_inverse_of_quantile(density):
+    u = torch.linspace(0.001, 0.999, 500, dtype=torch.float64)
+    torch.testing.assert_close(density.cdf(density.quantile(u)), u, atol=1e-9, rtol=0)
+    torch.testing.assert_close(density.cdf(float64(0, 1)), float64(0, 1), atol=1e-8, rtol=0)  # Mode(-1) is flat there
+
+
+def test_the_lower_tail_of_a_logit_normal_is_exact():
+    """EDM's grid goes down to where P(T <= t) is 1e-35."""
+    low = LogitNormal(0.0, 0.5).cdf(torch.sigmoid(float64(-5.0)))
+    assert float(low) == pytest.approx(7.619853024160527e-24, rel=1e-9)  # Phi(-10)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 3.0])
+def test_a_shifted_density_is_a_change_of_variables(alpha):
+    t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    closed_form = LogitNormal(0.2 + math.log(alpha), 0.7)
+    shifted = Shifted(LogitNormal(0.2, 0.7), alpha)
+    torch.testing.assert_close(shifted.density(t), closed_form.density(t))
+    torch.testing.assert_close(shifted.cdf(t), closed_form.cdf(t))
+    torch.testing.assert_close(Shifted(Uniform(), alpha).density(t), alpha / (alpha + (1 - alpha) * t) ** 2)
+    torch.testing.assert_close(Shifted(shifted, 1 / alpha).density(t), LogitNormal(0.2, 0.7).density(t))
+
+
+def test_steps_are_equally_likely():
+    steps = Steps(4)
+    assert steps.quantile(float64(0, 0.24, 0.25, 0.6, 0.99, 1)).tolist() == [0.25, 0.25, 0.5, 0.75, 1, 1]
+    assert steps.cdf(float64(0, 0.2, 0.25, 0.6, 1)).tolist() == [0, 0, 0.25, 0.5, 1]
+    drawn = Steps(1000).sample(100_000, torch.Generator().manual_seed(0))
+    counts = torch.bincount((drawn * 1000).round().long(), minlength=1001)[1:]
+    assert counts.sum() == 100_000 and (((counts - 100) ** 2 / 100).sum() - 999).abs() < 4 * (2 * 999) ** 0.5

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sd3core import conditioning, randomness, rectified_flow
+from sd3core import conditioning, randomness
 from sd3core.conditioning import TextFeatures
 from sd3core.data.store import Store, open_store
-from sd3core.formulations import find_formulation
+from sd3core.formulations import Formulation, find_formulation
 from sd3core.mmdit import config_from_dict, make_model, max_attention_logit
 from workers.trainer import engine
 from workers.trainer.checkpointing import (
@@ -92,7 +92,7 @@ class StepInputs:
 
     x0: Tensor  # (B, 16, h, w)
     noise: Tensor  # (B, 16, h, w)
-    t: Tensor  # (B,) in [0, 1], 1 = noise; shifted
+    t: Tensor  # (B,) in [0, 1], 1 = noise: the shifted formulation's
     context: Tensor  # (B, L, context_dim)
     pooled: Tensor  # (B, pooled_dim)
     batch: Batch
@@ -102,13 +102,13 @@ class StepInputs:
 
 
 def draw_inputs(batch: Batch, job: TrainingJob, null: TextFeatures | None, device: torch.device) -> StepInputs:
-    """t = shift(quantile(u)), noise ~ N(0, 1), encoders dropped with the two probabilities of text dropout.
+    """t = quantile(u) of the shifted formulation, noise ~ N(0, 1), encoders dropped with text dropout's two probabilities.
 
     Every draw is by (seed, epoch, sample).
     """
     training, drawn_by = job.training, (job.seed, batch.epochs, batch.sample_ids)
     u = torch.from_numpy(randomness.uniform(*drawn_by, "timestep"))  # float64
-    t = rectified_flow.resolution_shift(find_formulation(training.formulation).quantile(u), training.shift)
+    t = _formulation(job).quantile(u)
     noise = torch.from_numpy(randomness.normal(*drawn_by, "noise", batch.latent.shape[1:]))
     keep = ~conditioning.drop_mask(*drawn_by, training.text_dropout, training.text_dropout_together)
     context, pooled = conditioning.assemble(batch.text.to(torch.float32), keep, null, job.model["context_dim"])
@@ -124,7 +124,7 @@ class PhaseTraining:
         self.store = open_store(job.store)
         self.attempt = self._from_first_rank(lambda: begin_attempt(self.store, job.folder))
         self.config = config_from_dict(job.model)
-        self.formulation = find_formulation(job.training.formulation)
+        self.formulation = _formulation(job)
         self.null = read_null(self.store, job)
         self.loader = open_loader(job, self.store, place, self._warn)
         self.previews = Previews(job, self.store, self.null, place.device, self._shown_samples, self._warn)
@@ -222,7 +222,7 @@ class PhaseTraining:
             losses = self.formulation.loss(predict, x0, noise, t)  # (B,)
             self.trainer.backward(losses.mean())
             norm = self.trainer.step(lr)
-            step_loss.add(losses, t)
+            step_loss.add(losses, self.formulation.rf_time(t))
         assert norm is not None, "the micro batches of a step end on an accumulation boundary"
         dist.all_reduce(step_loss.totals)
 
@@ -263,8 +263,8 @@ class PhaseTraining:
     @torch.no_grad()
     def _attention_logit_max(self, inputs: StepInputs) -> float:
         x0, noise, t, context, pooled = next(inputs.micro_batches(min(LOGIT_SAMPLES, self.job.training.micro_batch)))
-        z_t = self.formulation.add_noise(x0, noise, t)
-        return float(max_attention_logit(self.trainer.model, z_t, t, context, pooled).max())
+        z_in, t_in = self.formulation.network_inputs(self.formulation.add_noise(x0, noise, t), t)
+        return float(max_attention_logit(self.trainer.model, z_in, t_in, context, pooled).max())
 
     def _tell(self, row: dict[str, Any], doing: str = "") -> None:
         if self.place.rank == 0:
@@ -282,8 +282,12 @@ class PhaseTraining:
         return answer[0]
 
 
-def _predict(model: Callable[..., Tensor], context: Tensor, pooled: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-    return model(z_t, t, context, pooled)
+def _formulation(job: TrainingJob) -> Formulation:
+    return find_formulation(job.training.formulation).shifted(job.training.shift)
+
+
+def _predict(model: Callable[..., Tensor], context: Tensor, pooled: Tensor, z_in: Tensor, t_in: Tensor) -> Tensor:
+    return model(z_in, t_in, context, pooled)
 
 
 def read_null(store: Store, job: TrainingJob) -> TextFeatures | None:

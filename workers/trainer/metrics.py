@@ -12,7 +12,7 @@ from sd3core.mmdit import BackboneConfig
 from sd3core.mmdit.flops import forward_flops
 from sd3core.recipe import Training
 
-TIMESTEP_BINS = 8  # equal parts of t in [0, 1]
+TIMESTEP_BINS = 8  # equal parts of [0, 1], in rectified flow's t at the same log-SNR
 
 # Dense bf16 FLOP/s as the vendor declares them, by a part of the device's name; other devices are measured.
 DECLARED_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12}

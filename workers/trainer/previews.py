@@ -20,12 +20,13 @@ from sd3core import randomness
 from sd3core.conditioning import ENCODERS, TextFeatures, assemble
 from sd3core.data.store import Store
 from sd3core.errors import UserError
-from sd3core.sampling import SAMPLERS, guided, sigma_schedule
+from sd3core.formulations import find_formulation
+from sd3core.sampling import SAMPLERS, guided
 from workers.trainer.job import TrainingJob
 
 FIRST_STEP = 64
 
-Model = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (z_t, t, context, pooled) -> velocity
+Model = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (z_in, t_in, context, pooled) -> output
 
 
 class Samples(Protocol):
@@ -99,7 +100,8 @@ def draw_latents(
     A rank without a share draws the first row once more: under ZeRO 3 all ranks must call the model equally often.
     """
     rank, world, settings = dist.get_rank(), dist.get_world_size(), job.previews
-    sigmas, drawn = sigma_schedule(settings.num_steps, shift=job.training.shift), {}
+    formulation = find_formulation(job.training.formulation).shifted(job.training.shift)
+    sigmas, drawn = formulation.sigmas(settings.num_steps), {}
     for batch in batches:
         rows = list(range(rank, len(batch.keys), world)) or [0]
         text = batch.text.index(rows).to(torch.float32)
@@ -112,8 +114,9 @@ def draw_latents(
             settings.guidance_scale,
         )
         noise = randomness.normal(job.seed, 0, batch.sample_ids[rows], "preview", batch.latent.shape[1:])
-        start = torch.from_numpy(noise).to(device)
-        latents = SAMPLERS[settings.sampler](predict, start, sigmas).cpu()  # (rows, 16, h, w)
+        start = formulation.start(torch.from_numpy(noise).to(device))
+        velocity = formulation.as_rectified_flow(predict)
+        latents = SAMPLERS[settings.sampler](velocity, start, sigmas).cpu()  # (rows, 16, h, w)
         drawn |= {batch.keys[row]: latent for row, latent in zip(rows, latents, strict=True)}
     parts: list[dict[str, Tensor]] = [{}] * world
     dist.all_gather_object(parts, drawn)

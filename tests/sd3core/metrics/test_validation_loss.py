@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from sd3core.formulations import find_formulation
 from sd3core.metrics import LeftOut
 from sd3core.metrics.validation_loss import LEVELS, level_losses, validation_loss
 
@@ -18,6 +19,26 @@ def test_a_model_that_knows_x0_has_no_loss():
     losses = level_losses(lambda z, t: (z - x0) / t.view(-1, 1, 1, 1), x0, IDS, seed=3)
     assert losses.shape == (12, 8) and LEVELS[-1] == 1.0
     assert losses.max() < 1e-10
+
+
+@pytest.mark.parametrize("name", ["rf", "eps/linear", "v/linear", "eps/cos", "v/cos", "edm(-1.20,1.20)", "edm/rf"])
+def test_networks_that_know_as_much_have_the_same_loss_in_any_formulation(name):
+    """Each takes x0 for 0.3 too much everywhere; in its own units that is another error for each. t = 1 is not averaged."""
+    x0, formulation = latents().double(), find_formulation(name)
+
+    def predict(z_in, t_in):
+        """The output for z = a x0 + b noise, whose level is found from the input's time."""
+        t = torch.special.ndtr((4 * t_in + 1.2) / 1.2) if name.startswith("edm(") else t_in
+        t = torch.sigmoid(4 * t_in) if name == "edm/rf" else t
+        a, b = (part.view(-1, 1, 1, 1) for part in formulation.a_b(t.double()))
+        z = z_in / formulation.prediction.input_scale(a, b)
+        wrong = x0 + 0.3
+        return formulation.prediction.target(wrong, (z - a * wrong) / b, a, b)
+
+    losses = level_losses(formulation.as_rectified_flow(predict), x0, IDS, seed=3)
+    expected = torch.tensor([(0.3 / t) ** 2 for t in LEVELS[:-1]]).double()  # velocity = (z - x0) / t
+    torch.testing.assert_close(losses[:, :-1], expected.expand(12, -1), rtol=1e-4, atol=0)
+    assert losses.isfinite().all()
 
 
 def test_of_the_zero_velocity_is_the_mean_square_of_noise_minus_x0():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from rank_processes import run_ranks
 from sd3core.checkpoint import assemble, list_checkpoints, load_model, read_done
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError
+from sd3core.formulations import find_formulation
 from sd3core.mmdit import MMDiTConfig
 from workers.trainer.checkpointing import begin_attempt, read_metrics
 from workers.trainer.job import TrainingFailed, TrainingSuperseded
@@ -23,6 +25,10 @@ from workers.trainer.start import start_weights
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
+OTHER_FORMULATIONS = {
+    "edm": {"formulation": "edm(-0.60,1.20)", "shift": 2.0},
+    "linear": {"formulation": "eps/linear"},
+}
 
 
 @dataclass
@@ -78,6 +84,8 @@ def _single_rank_stories(rank, world, root: Path):
     job = make_job(root / "one-nan")
     stories["one-nan"] = _train(rank, world, job, {"nan_steps": (5,)})
     stories["clean"] = _train(rank, world, make_job(root / "clean"))
+    for name, changes in OTHER_FORMULATIONS.items():
+        stories[name] = _train(rank, world, make_job(root / name, **changes))
     often = make_job(root / "average", samples=48, checkpoint_every_samples=16, ema_decay=0.9)
     stories["average"] = _train(rank, world, often)
     stories["always-nan"] = _train(rank, world, make_job(root / "always-nan"), {"nan_steps": tuple(range(6, 12))})
@@ -128,6 +136,29 @@ def test_checkpoints_and_rows_follow_the_clock(root, stories):
     done = read_done(store, f"{job.folder}/000000000096")
     assert (done.steps, done.optimizer_step, done.attempt, done.null) == (12, 12, 1, "zeros")
     assert list(Path(job.log_dir).glob("events*")) and store.list(job.logs_folder + "/")
+
+
+@pytest.mark.parametrize("name", OTHER_FORMULATIONS)
+def test_another_formulation_trains_as_itself(root, stories, name):
+    """It learns, its losses are binned by rectified flow's t, and the checkpoint says what it is."""
+    error, notebook = stories[name]
+    assert error is None and notebook.warnings == []
+    job = make_job(root / name, **OTHER_FORMULATIONS[name])
+    row, formulation = rows_of(root, name)[0], find_formulation(job.training.formulation).shifted(job.training.shift)
+    model = load_model(str(root / name / job.folder / "000000000096"), "live")
+    inputs = [draw_inputs(FakeLoader(8, 0, 1).batch(step), job, None, CPU) for step in range(4)]
+    with torch.no_grad():
+        fresh, trained = (
+            [formulation.loss(partial(predict, drawn), drawn.x0, drawn.noise, drawn.t) for drawn in inputs]
+            for predict in (lambda _, z, t: torch.zeros_like(z), lambda drawn, z, t: model(z, t, drawn.context, drawn.pooled))
+        )
+    assert row["loss"] == pytest.approx(float(fresh[0].mean()), rel=1e-5)  # a fresh model gives 0
+    assert torch.cat(trained).mean() < 0.97 * torch.cat(fresh).mean()
+    bins = (formulation.rf_time(inputs[0].t) * 8).long()
+    assert [i for i, loss in enumerate(row["loss_by_t"]) if loss is not None] == sorted(set(bins.tolist()))
+    done = read_done(open_store(job.store), f"{job.folder}/000000000096")
+    assert done.training["formulation"] == job.training.formulation
+    assert done.model_config_of() == MODEL
 
 
 def test_going_on_with_more_and_with_fewer_ranks(root, stories, tmp_path):

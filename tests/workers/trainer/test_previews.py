@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from fake_training import FakeLoader, make_job
 from rank_processes import run_ranks
 from safetensors import safe_open
 
+from sd3core import randomness
 from sd3core.checkpoint import assemble
 from sd3core.data.store import open_store
 from sd3core.errors import StoreError
@@ -115,6 +119,25 @@ def test_any_number_of_ranks_draws_the_same(tmp_path):
     assert {calls for _, calls in several} == {2 * 2 * of_heun}  # two batches, with and without caption
     for drawn, _ in several:
         assert drawn.keys() == alone.keys() and all(torch.equal(drawn[key], alone[key]) for key in alone)
+
+
+@pytest.fixture
+def alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_they_are_drawn_by_the_phases_formulation(tmp_path, alone):
+    """Where v = 0, x0 = cos(angle) z and noise = sin(angle) z, so a step to another angle is cos(difference) z."""
+    job = make_job(tmp_path, previews=SHOWN, formulation="v/cos", shift=2.0)
+    [batch, _] = FakeLoader(8, 0, 1).samples([(0, key) for key in KEYS])
+    drawn = previews.draw_latents(lambda z, t, *_: torch.zeros_like(z), job, [batch], None, CPU)
+    noise = randomness.normal(job.seed, 0, batch.sample_ids, "preview", batch.latent.shape[1:])
+    angles = [math.atan(2 * math.tan(math.pi / 2 * t)) for t in (1 - 1e-12, 2 / 3, 1 / 3, 0)]
+    kept = math.prod(math.cos(before - after) for before, after in pairwise(angles))
+    for key, start in zip(batch.keys, noise, strict=True):
+        torch.testing.assert_close(drawn[key], kept * torch.from_numpy(start), rtol=1e-4, atol=1e-5)
 
 
 def _draw_without_a_store(rank, world, job):

@@ -1,0 +1,6 @@
+"""The paper's formulations in one form: z_t = a_t x0 + b_t noise, what the network predicts, how t is drawn."""
+
+from sd3core.formulations.catalogue import FORMULATIONS, find_formulation
+from sd3core.formulations.formulation import Formulation
+
+__all__ = ["FORMULATIONS", "Formulation", "find_formulation"]
