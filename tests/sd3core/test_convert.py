@@ -363,7 +363,7 @@ def test_an_imported_pipeline_draws_the_pictures_of_the_model_that_was_exported(
         import_model(foreign, str(tmp_path / "imported"), found.to_extra())
     assert replace(found, samples=None) == facts  # shift, CLIP tokens and size lie in the folder
     drawn = [
-        sample_to_files(str(path), towers, ["a red square"], tmp_path / name, num_steps=2)[0]
+        sample_to_files(str(path), towers, [("a red square", 0)], tmp_path / name, num_steps=2)[0]
         for name, path, towers in (("one", checkpoint, towers_folder), ("two", tmp_path / "imported", pipeline))
     ]
     one, other = (np.asarray(Image.open(path)) for path in drawn)

@@ -113,7 +113,7 @@ def test_a_formulation_that_the_pipeline_cannot_sample_is_refused(towers_folder,
     with pytest.raises(UserError) as caught:
         export_diffusers(checkpoint, towers_folder, tmp_path / "exported")
     reason = "diffusers' SD3 pipeline samples rectified flow only, not v/cos; sd3 sample draws from the checkpoint"
-    assert str(caught.value) == reason and not (tmp_path / "exported").exists()
+    assert str(caught.value) == f"file://{checkpoint}: {reason}" and not (tmp_path / "exported").exists()
 
 
 def test_a_projection_of_clip_l_is_undone(towers_folder, tmp_path):
