@@ -22,7 +22,7 @@ PROMPTS = ["a red circle", "ein grüner Kreis"]
 def drawn(monkeypatch, tmp_path):
     """Runs `sd3 sample ARGUMENTS` without a run's files and without drawing: what it was asked to draw."""
     monkeypatch.setenv("SD3_HOME", str(tmp_path))
-    monkeypatch.setattr(sample, "_last_checkpoint", lambda *_: SimpleNamespace(folder="runs/r/checkpoints/last"))
+    monkeypatch.setattr(sample, "last_checkpoint", lambda recipe: "file:///store/runs/r/checkpoints/last")
     monkeypatch.setattr(sample.upstream, "towers_manifest", lambda *_: SimpleNamespace(folder="towers/t"))
     monkeypatch.setattr(sample, "fetch_towers", lambda store, folder, cache: folder)
     asked: dict[str, object] = {}
@@ -53,8 +53,8 @@ def test_without_options_the_recipe_decides(drawn, tmp_path):
     of_recipe = (evaluate.num_steps, evaluate.guidance_scale, evaluate.sampler)
     assert (asked["num_steps"], asked["guidance_scale"], asked["sampler"]) == of_recipe
     assert "height" not in asked and "shift" not in asked and "negative_prompt" not in asked  # the checkpoint's
-    assert (asked["weights"], asked["precision"], asked["columns"]) == ("ema", "fp32", None)
-    assert asked["checkpoint"].endswith(f"{tmp_path}/store/runs/r/checkpoints/last")
+    assert (asked["weights"], asked["precision"], asked["columns"]) == (None, "fp32", None)
+    assert asked["checkpoint"] == "file:///store/runs/r/checkpoints/last"
     assert "8/8" in asked["screen"] and "2 pictures in" in asked["screen"]
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_training import MODEL, FakeLoader, make_job
+from fake_training import MODEL, TOKENS, FakeLoader, make_job
 from rank_processes import run_ranks
 
 from sd3core.checkpoint import assemble, list_checkpoints, load_model, read_done
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError
 from sd3core.formulations import find_formulation
-from sd3core.mmdit import MMDiTConfig
+from sd3core.mmdit import CrossDiTConfig, DiTConfig, MMDiTConfig, UViTConfig
 from workers.trainer.checkpointing import begin_attempt, read_metrics
 from workers.trainer.job import TrainingFailed, TrainingSuperseded
 from workers.trainer.loop import Place, draw_inputs, train_rank
@@ -28,6 +28,15 @@ CPU = torch.device("cpu")
 OTHER_FORMULATIONS = {
     "edm": {"formulation": "edm(-0.60,1.20)", "shift": 2.0},
     "linear": {"formulation": "eps/linear"},
+}
+
+SIZES = {key: value for key, value in MODEL.to_dict().items() if key.startswith(("context", "pooled", "position"))}
+RIVALS = {  # each with another ZeRO stage, and the options that treat blocks in a way of their own
+    "three-streams": (MMDiTConfig.from_depth(2, clip_tokens=TOKENS, **SIZES), {"zero_stage": 3, "optimizer": "muon"}),
+    "dual-attention": (MMDiTConfig.from_depth(2, dual_attention_blocks=1, **SIZES), {"optimizer": "muon"}),
+    "dit": (DiTConfig.from_depth(2, **SIZES), {"zero_stage": 1, "activation_checkpointing": True}),
+    "cross_dit": (CrossDiTConfig.from_depth(2, **SIZES), {"zero_stage": 2, "optimizer": "muon"}),
+    "uvit": (UViTConfig.from_depth(2, **SIZES), {"zero_stage": 3, "activation_checkpointing": True}),
 }
 
 
@@ -86,6 +95,9 @@ def _single_rank_stories(rank, world, root: Path):
     stories["clean"] = _train(rank, world, make_job(root / "clean"))
     for name, changes in OTHER_FORMULATIONS.items():
         stories[name] = _train(rank, world, make_job(root / name, **changes))
+    for name, (model, changes) in RIVALS.items():
+        changes = {"learning_rate": 5e-3} | changes
+        stories[name] = _train(rank, world, make_job(root / name, model=model, **changes))
     often = make_job(root / "average", samples=48, checkpoint_every_samples=16, ema_decay=0.9)
     stories["average"] = _train(rank, world, often)
     stories["always-nan"] = _train(rank, world, make_job(root / "always-nan"), {"nan_steps": tuple(range(6, 12))})
@@ -159,6 +171,29 @@ def test_another_formulation_trains_as_itself(root, stories, name):
     done = read_done(open_store(job.store), f"{job.folder}/000000000096")
     assert done.training["formulation"] == job.training.formulation
     assert done.model_config_of() == MODEL
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_every_backbone_trains_and_is_read_again(root, stories, name):
+    error, notebook = stories[name]
+    assert error is None and notebook.warnings == []
+    config, _ = RIVALS[name]
+    job = make_job(root / name, model=config)
+    model = load_model(str(root / name / job.folder / "000000000096"), "live")
+    assert model.config == config
+    inputs = [draw_inputs(FakeLoader(8, 0, 1).batch(step), job, None, CPU) for step in range(4)]
+    targets = [drawn.noise - drawn.x0 for drawn in inputs]
+    with torch.no_grad():
+        outputs = [
+            model((1 - t) * drawn.x0 + t * drawn.noise, drawn.t, drawn.context, drawn.pooled)
+            for drawn in inputs
+            for t in [drawn.t.view(-1, 1, 1, 1)]
+        ]
+    fresh, trained = (
+        sum(float((target - output).square().mean()) for target, output in zip(targets, given, strict=True))
+        for given in ([torch.zeros(())] * 4, outputs)  # a fresh model gives 0
+    )
+    assert trained < 0.985 * fresh
 
 
 def test_going_on_with_more_and_with_fewer_ranks(root, stories, tmp_path):

@@ -38,13 +38,13 @@ def write_start(folder: Path):
 
 def test_the_checkpoints_weights_and_which_are_new(tmp_path):
     model = write_start(tmp_path / "start")
-    start = start_weights(make_job(tmp_path, model=NORMED, init="start"), open_store(str(tmp_path)))
+    start = start_weights(make_job(tmp_path, model=NORMED, init=str(tmp_path / "start")))
     own = dict(model.named_parameters())
     assert start.new == start.weights.keys() - own.keys()
     assert len(start.new) == 8 and all(name.endswith((".ln_q.weight", ".ln_k.weight")) for name in start.new)
     assert all(torch.equal(start.weights[name], own[name]) for name in own)
     assert all((start.weights[name] == 1).all() for name in start.new)
-    assert start_weights(make_job(tmp_path, model=NORMED), open_store(str(tmp_path))).new == frozenset()
+    assert start_weights(make_job(tmp_path, model=NORMED)).new == frozenset()
 
 
 @pytest.mark.parametrize(
@@ -54,13 +54,33 @@ def test_the_checkpoints_weights_and_which_are_new(tmp_path):
             dataclasses.replace(MODEL, depth=1),
             r"joint_blocks.0.context_block.adaLN_modulation.1.bias is \(768,\) there and \(256,\) in",
         ),
-        (DiTConfig.from_depth(2, context_dim=24, pooled_dim=16, position_max=8), "blocks.0.*is absent there and"),
+        (dataclasses.replace(MODEL, num_heads=MODEL.num_heads * 2), f"num_heads is {MODEL.num_heads} there and"),
+        (dataclasses.replace(MODEL, position_base=3), f"position_base is {MODEL.position_base} there and 3 in"),
+        (dataclasses.replace(MODEL, context_dim=12), "context_embedder.weight is"),
+        (DiTConfig.from_depth(2, context_dim=24, pooled_dim=16, position_base=4, position_max=8), "blocks.0.*is absent there and"),
     ],
 )
 def test_another_model_is_refused(tmp_path, model, message):
     write_start(tmp_path / "start")
     with pytest.raises(CheckpointError, match=f"^finetune.0 starts from .*start: {message}"):
-        start_weights(make_job(tmp_path, phase="finetune.0", model=model, init="start"), open_store(str(tmp_path)))
+        start_weights(make_job(tmp_path, phase="finetune.0", model=model, init=str(tmp_path / "start")))
+
+
+def test_positions_that_cannot_be_made_anew_are_refused(tmp_path):
+    model = make_model(MODEL)
+    model.pos_embed += 0.1
+    save_model(tmp_path / "start", model)
+    with pytest.raises(CheckpointError, match="its position table follows no grid"):
+        start_weights(make_job(tmp_path, init=(tmp_path / "start").as_uri()))
+
+
+def test_weights_in_bf16_are_the_start_at_another_resolution(tmp_path):
+    model = make_model(MODEL).bfloat16()
+    save_model(tmp_path / "start", model)
+    wanted = dataclasses.replace(NORMED, position_side=2 * MODEL.position_side)
+    start = start_weights(make_job(tmp_path, model=wanted, init=(tmp_path / "start").as_uri()))
+    assert start.weights.keys() == dict(model.named_parameters()).keys() | start.new
+    assert all(torch.equal(start.weights[name], p.float()) for name, p in model.named_parameters())
 
 
 class WholeWeights:
@@ -82,7 +102,7 @@ class WholeWeights:
 def started(rank: int, store: Path, how: str) -> WholeWeights:
     """What one of two ranks has before its first step."""
     training = PhaseTraining.__new__(PhaseTraining)  # its constructor would start DeepSpeed
-    training.job = make_job(store, model=NORMED, init="start", qk_norm="rms", qk_norm_start=how)
+    training.job = make_job(store, model=NORMED, init=str(store / "start"), qk_norm="rms", qk_norm_start=how)
     training.store, training.place = open_store(str(store)), Place(rank, 2, CPU, threads=1)
     training.loader, training.null = FakeLoader(8, rank, 2), None
     training.formulation, training.trainer = find_formulation(training.job.training.formulation), WholeWeights()
