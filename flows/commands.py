@@ -180,8 +180,9 @@ def sample(
         typer.Option(min=1, help="Of the sampler; heun calls the model twice in each. Default: the recipe's."),
     ] = None,
     schedule: Annotated[
-        str, typer.Option(help="reference (the released code's sigmas) or textbook (an even grid, shifted).")
-    ] = "reference",
+        Optional[str],
+        typer.Option(help="reference (the released code's sigmas) or textbook (an even grid, shifted); default: the sampler's."),
+    ] = None,
     shift: Annotated[
         Optional[float], typer.Option(help="Alpha of the resolution shift; default: the last phase's.")
     ] = None,
@@ -308,14 +309,14 @@ def bench_model(
 
     import torch
 
+    from flows.options import device as chosen_device
+    from flows.options import one_of
     from sd3core.bench.model import MODES, ModelBench, measure, parameter_count
     from sd3core.bench.report import heading, result_table
-    from sd3core.errors import UserError
 
     modes = tuple(mode or MODES)
-    if unknown := sorted(set(modes) - set(MODES)):
-        raise UserError(f"--mode {unknown[0]}: it is one of {', '.join(MODES)}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in modes:
+        one_of("--mode", name, MODES)
     if threads is not None:
         torch.set_num_threads(threads)
     settings = ModelBench(
@@ -327,7 +328,7 @@ def bench_model(
         sampling_steps=steps,
         rounds=rounds,
         compile=compile_,
-        device=device,
+        device=chosen_device(device),
     )
     title = heading(settings, parameter_count(settings), torch.get_num_threads())
     _say(title)

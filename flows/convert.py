@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from flows.home import pasted
+from flows.options import one_of
 from sd3core.checkpoint import model_shapes
 from sd3core.checkpoint_facts import CheckpointFacts
 from sd3core.convert import DTYPES, assumed_facts, export_model, import_model
@@ -32,8 +33,8 @@ def import_weights(
     console: Console,
 ) -> None:
     """Another system's weights as a plain model folder; says what they are, and what is taken for granted."""
-    _check_choice("--dtype", dtype, DTYPES)
-    _check_choice("--null", null, ("zeros", "empty"))
+    one_of("--dtype", dtype, DTYPES)
+    one_of("--null", null, ("zeros", "empty"))
     with open_foreign_weights(path, any_dtype=dtype is not None) as foreign:
         for note in foreign.notes:
             _say(console, f"note: {note}")
@@ -50,9 +51,9 @@ def export_weights(
     checkpoint: str, out: str, target: str, *, weights: str | None, dtype: str | None, console: Console
 ) -> None:
     """A checkpoint's transformer in another system's format."""
-    _check_choice("--format", target, TARGETS)
-    _check_choice("--dtype", dtype, DTYPES)
-    _check_choice("--weights", weights, ("ema", "live"))
+    one_of("--format", target, TARGETS)
+    one_of("--dtype", dtype, DTYPES)
+    one_of("--weights", weights, ("ema", "live"))
     if "://" in out:
         raise UserError(f"{out}: name a path on this machine; copy what is written there from it")
     if target == "single-file" and not out.endswith(".safetensors"):
@@ -76,12 +77,6 @@ def _described(foreign: ForeignWeights, facts: CheckpointFacts) -> str:
         f" {facts.text.clip_tokens} CLIP and {facts.text.t5_tokens} T5 tokens, no prompt = {facts.null}"
         " (--side, --shift, --t5-tokens, --null say otherwise)"
     )
-
-
-def _check_choice(option: str, value: str | None, allowed: object) -> None:
-    if value is not None and value not in allowed:
-        *first, last = allowed
-        raise UserError(f"{option} {value}: it is {', '.join(first)} or {last}")
 
 
 def _say(console: Console, line: str) -> None:

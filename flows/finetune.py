@@ -9,6 +9,7 @@ from prefect import flow
 from flows.stage import FLOW_OPTIONS, stage
 from flows.training import merge_phases, train_phase
 from flows.upstream import last_checkpoint
+from sd3core.checkpoint import read_done
 
 
 @flow(name="finetune", **FLOW_OPTIONS)
@@ -22,7 +23,7 @@ def finetune(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
             start = last_checkpoint(run.recipe, run.store, "pretrain")
             return run.finish(
                 manifest=start.folder,
-                digest=start.digest,
+                digest=read_done(run.store, start.folder).digest,
                 skipped=True,
                 reason="the recipe has no fine-tuning phase",
                 table=[],

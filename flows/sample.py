@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flows import upstream
 from flows.home import run_store
+from flows.options import device as chosen_device
+from flows.options import one_of
 from flows.recipes import DEFAULT_RECIPE
 from flows.summary import finished_runs
 from sd3core.errors import UserError
@@ -82,14 +83,13 @@ def sample_run(
     settings: fields of SampleSettings; None takes the recipe's, or the checkpoint's for size and shift.
     device: None takes a GPU where there is one. Without `checkpoint` and `towers` they are those of the recipe's run.
     """
-    if weights is not None:
-        _known("--weights", weights, get_args(Weights))
-    _known("--precision", precision, DTYPES)
-    _known("--sampler", settings["sampler"] or recipe.evaluate.sampler, SAMPLERS)
-    _known("--schedule", settings["convention"], get_args(Convention))
+    one_of("--weights", weights, get_args(Weights))
+    one_of("--precision", precision, DTYPES)
+    one_of("--sampler", settings["sampler"] or recipe.evaluate.sampler, SAMPLERS)
+    one_of("--schedule", settings["convention"], get_args(Convention))
     for name in settings["drop"]:
-        _known("--without", name, ENCODERS)
-    device = _device(device)
+        one_of("--without", name, ENCODERS)
+    device = chosen_device(device)
     chosen = checkpoint or last_checkpoint(recipe)
     towers = _towers(recipe, checkpoint, towers)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -121,21 +121,6 @@ def sample_run(
     for path in paths:
         console.print(str(path), soft_wrap=True, highlight=False)
     return paths
-
-
-def _known(option: str, value: str, known: Collection[str]) -> None:
-    if value not in known:
-        raise UserError(f"{option} {value}: take one of {', '.join(known)}")
-
-
-def _device(asked: str | None) -> str:
-    if asked is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=asked)
-    except (RuntimeError, AssertionError):  # the latter from a PyTorch that was built without CUDA
-        raise UserError(f"--device {asked}: PyTorch has no such device here; take cpu, or leave it out") from None
-    return asked
 
 
 def _columns(draws: Sequence[Draw]) -> int | None:

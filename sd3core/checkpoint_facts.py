@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from sd3core.checkpoint import CONFIG_FILE, DONE_FILE, MODEL_FILE, read_done
+from sd3core.checkpoint import CONFIG_FILE, DONE_FILE, is_training_checkpoint, read_done, read_model_fields
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError
 from sd3core.formulation_names import unknown_formulation
@@ -15,6 +15,12 @@ from sd3core.recipe import Text
 from sd3core.sample_settings import SampleSettings
 
 Null = Literal["zeros", "empty"]
+
+
+def _known(formulation: str) -> str:
+    if problem := unknown_formulation(formulation):
+        raise ValueError(problem)
+    return formulation
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,17 @@ class CheckpointFacts:
         }
 
 
+class _Extra(BaseModel):
+    """What a model folder's config.json says beside the sizes."""
+
+    null: Null
+    text: Text
+    side_px: Annotated[int, Field(ge=16)]
+    shift: Annotated[float, Field(gt=0)]
+    samples: int | None = None
+    formulation: Annotated[str, AfterValidator(_known)] = "rf"
+
+
 def read_facts(checkpoint: str) -> CheckpointFacts:
     """From a training checkpoint's DONE.json, or from the `extra` of a model folder's config.json, which is of a
     rectified-flow model where it names no formulation.
@@ -52,37 +69,34 @@ def read_facts(checkpoint: str) -> CheckpointFacts:
     Raises CheckpointError that names what is missing.
     """
     store = open_store(checkpoint)
-    if store.exists(DONE_FILE):
+    if is_training_checkpoint(store):
         done = read_done(store, "")
         if done.recipe is None:
             raise CheckpointError(f"{store.url}: {DONE_FILE} holds no recipe, so its text lengths are unknown")
         fields = {"null": done.null, "text": done.recipe["text"], "side_px": done.training["side_px"]}
         fields |= {key: done.training[key] for key in ("shift", "formulation")} | {"samples": done.samples}
         digest = done.digest
-    elif store.exists(CONFIG_FILE):
-        config = store.get_json(CONFIG_FILE)
-        fields, digest = config.get("extra", {}), config["files"][MODEL_FILE]["sha256"]
     else:
-        raise CheckpointError(
-            f"{store.url}: neither {CONFIG_FILE} (a model) nor {DONE_FILE} (a training checkpoint) is there"
-        )
+        if "_class_name" in store.get_json(CONFIG_FILE):
+            raise CheckpointError(
+                f"{store.url}: a diffusers folder; `sd3 import {checkpoint} OUT` makes a model folder of it"
+            )
+        _, record = read_model_fields(store)
+        fields, digest = store.get_json(CONFIG_FILE).get("extra", {}), record.sha256
     try:
-        text = Text.model_validate(fields["text"])
-        formulation = fields.get("formulation", "rf")
-        if problem := unknown_formulation(formulation):
-            raise CheckpointError(f"{store.url}: {problem}")
-        return CheckpointFacts(
-            null=fields["null"],
-            text=text,
-            side_px=fields["side_px"],
-            shift=fields["shift"],
-            digest=digest,
-            samples=fields.get("samples"),
-            formulation=formulation,
-        )
-    except KeyError as error:
-        raise CheckpointError(
-            f"{store.url}: its config's extra does not say {error}; save it with CheckpointFacts.to_extra()"
-        ) from None
+        extra = _Extra.model_validate(fields)
     except ValidationError as error:
-        raise CheckpointError(f"{store.url}: text: {error.errors()[0]['msg']}") from None
+        problem = error.errors()[0]
+        raise CheckpointError(
+            f"{store.url}: extra.{'.'.join(map(str, problem['loc']))}: {problem['msg']};"
+            " save it with CheckpointFacts.to_extra()"
+        ) from None
+    return CheckpointFacts(**dict(extra), digest=digest)
+
+
+def stated_formulation(checkpoint: str) -> str:
+    """The formulation a checkpoint or model folder was trained for; "rf" where it says none, as foreign weights are."""
+    store = open_store(checkpoint)
+    if is_training_checkpoint(store):
+        return read_done(store, "").training.get("formulation", "rf")
+    return store.get_json(CONFIG_FILE).get("extra", {}).get("formulation", "rf")

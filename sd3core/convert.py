@@ -80,6 +80,10 @@ def assumed_facts(
     reference code have 77 tokens, diffusers' pipeline 256: 77 is taken.
     """
     beside = foreign.beside()
+    step = foreign.config.patch_size * DOWNSAMPLING
+    largest = foreign.config.position_max * step
+    if side_px is not None and (side_px % step or not step <= side_px <= largest):
+        raise UserError(f"--side {side_px}: this model makes multiples of {step} px up to {largest}")
     text = Text(clip_tokens=beside.get("clip_tokens", 77), t5_tokens=t5_tokens or 77)
     return CheckpointFacts(
         null=null or "empty",

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from sd3core.autoencoder import DOWNSAMPLING, Autoencoder, load_autoencoder
-from sd3core.checkpoint import load_model
+from sd3core.checkpoint import is_training_checkpoint, load_model
 from sd3core.checkpoint_facts import Null, read_facts
 from sd3core.conditioning import ENCODERS, TextFeatures, assemble
+from sd3core.data.store import open_store
 from sd3core.errors import UserError
 from sd3core.formulations import find_formulation
 from sd3core.mmdit import Backbone
@@ -37,6 +38,12 @@ class Generator:
     def __init__(
         self, model: Backbone, encoders: TextEncoders, autoencoder: Autoencoder, null: Null, formulation: str = "rf"
     ) -> None:
+        wanted = (model.config.context_dim, model.config.pooled_dim)
+        if encoders.widths != wanted:
+            raise UserError(
+                f"the model takes text of widths {wanted[0]} and {wanted[1]} (context, pooled), these text encoders give"
+                f" {encoders.widths[0]} and {encoders.widths[1]}: name the towers that it was trained with"
+            )
         self.model = model.eval().requires_grad_(False)
         self.encoders, self.autoencoder, self.null = encoders, autoencoder, null
         self.formulation = find_formulation(formulation)
@@ -105,7 +112,7 @@ class Generator:
         cond, null = self.conditioning(prompts, settings.drop, settings.negative_prompt)
         formulation = self.formulation.shifted(settings.shift)
         predict = formulation.as_rectified_flow(_guided_in_one_batch(self.model, cond, null, settings.guidance_scale))
-        start, sigmas = formulation.start(noise.to(device)), formulation.sigmas(settings.num_steps, settings.convention)
+        start, sigmas = formulation.start(noise.to(device)), formulation.sigmas(settings.num_steps, settings.schedule)
         return SAMPLERS[settings.sampler](predict, start, sigmas, on_step=on_step)
 
     def conditioning(
@@ -139,6 +146,8 @@ class Generator:
             raise UserError(f"no sampler {settings.sampler!r}; there are {', '.join(SAMPLERS)}")
         if settings.negative_prompt is not None and settings.guidance_scale == 1:
             raise UserError("a negative prompt does nothing at guidance scale 1; take another scale, or leave it out")
+        if settings.convention == "textbook" and not self.formulation.is_rectified_flow:
+            raise UserError(f"schedule textbook is rectified flow's; {self.formulation.name} has one of its own: leave it out")
         step = DOWNSAMPLING * self.model.config.patch_size
         largest = self.model.config.position_max * step
         for side, px in (("height", settings.height), ("width", settings.width)):
@@ -192,9 +201,10 @@ def sample_to_files(
         "settings": json.dumps(chosen.to_dict(), sort_keys=True, ensure_ascii=False),
         "checkpoint": checkpoint,
         "formulation": generator.formulation.name,
-        "weights": weights or "ema",
         "precision": precision,
     }
+    if is_training_checkpoint(open_store(checkpoint)):  # a model folder has one set of weights, whose it does not say
+        common["weights"] = weights or "ema"
     paths = [out / f"{position:05d}.png" for position in range(len(images))]
     for path, image, (prompt, seed) in zip(paths, images, draws, strict=True):
         path.write_bytes(encode_png(image, {"prompt": prompt, "seed": seed} | common))

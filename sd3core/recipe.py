@@ -209,10 +209,14 @@ class Model(Section):
     architecture: Literal["mmdit", "dit", "cross_dit", "uvit"] = "mmdit"  # or a rival of the paper's figure 4
     streams: Literal[2, 3] = 2  # mmdit: sets of weights, for text and image or for CLIP, T5 and image
     dual_attention_blocks: int = Field(0, ge=0)  # mmdit: the first n blocks have SD3.5-medium's second attention
-    start_from: str | None = None  # path or URL of a model folder or checkpoint: pretrain's start
+    start_from: str | None = None  # absolute path or URL of a model folder or checkpoint: pretrain's start
 
     @model_validator(mode="after")
     def _of_the_mmdit(self) -> Model:
+        if self.start_from is not None and not (self.start_from.startswith("/") or "://" in self.start_from):
+            raise ValueError(
+                f"start_from {self.start_from} is relative, and workers run in folders of their own: give the whole path"
+            )
         for key, plain in (("streams", 2), ("dual_attention_blocks", 0)):
             if self.architecture != "mmdit" and getattr(self, key) != plain:
                 raise ValueError(
@@ -224,7 +228,7 @@ class Model(Section):
 
 
 class Buckets(Section):
-    """Every size near the target area, instead of chosen ratios. As they stand these are SDXL's buckets, at any side_px."""
+    """Every size near the target area, instead of chosen ratios. As they stand these are SDXL's at 1024 px, and as many at 256 and 512."""
 
     multiple_px: int | None = Field(None, ge=PATCH_PX, multiple_of=PATCH_PX)  # of both sides; None: side_px / 16
     max_ratio: float = Field(4.0, ge=1)  # longer side / shorter side
@@ -402,7 +406,7 @@ class Recipe(Section):
     def inserts_qk_norm(self, phase: Training) -> bool:
         """Whether the phase adds QK-norm to weights that were trained without it; of `model.start_from`, whether it may."""
         phases = [other for _, other in self.phases()]
-        position = phases.index(phase)
+        position = next(i for i, other in enumerate(phases) if other is phase)  # equal phases may follow each other
         if position == 0:
             return phase.qk_norm is not None and self.model.start_from is not None
         return phase.qk_norm is not None and phases[position - 1].qk_norm is None

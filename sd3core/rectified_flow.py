@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 TensorOrFloat = TypeVar("TensorOrFloat", Tensor, float)
@@ -26,16 +25,6 @@ def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
     return noise - x0
 
 
-def x0_from_velocity(velocity: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-    """x0 = z_t - t velocity."""
-    return z_t - per_sample(t, z_t).to(z_t.dtype) * velocity
-
-
 def resolution_shift(t: TensorOrFloat, alpha: float) -> TensorOrFloat:
     """t' = alpha t / (1 + (alpha - 1) t): the log-SNR falls by 2 ln(alpha). Paper 5.3.2."""
     return alpha * t / (1 + (alpha - 1) * t)
-
-
-def log_snr(t: Tensor) -> Tensor:
-    """lambda_t = ln((1 - t)^2 / t^2)."""
-    return 2 * (torch.log1p(-t) - torch.log(t))

@@ -9,6 +9,13 @@ Sampler = Literal["euler", "heun", "dpm++2m"]  # sampling.SAMPLERS
 Convention = Literal["reference", "textbook"]  # of sampling.sigma_schedule
 
 
+def best_schedule(sampler: Sampler) -> Convention:
+    """Where none is asked for: `reference`, as the released code; for dpm++2m `textbook`, since it overshoots on the
+    reference schedule's step to a last, tiny sigma.
+    """
+    return "textbook" if sampler == "dpm++2m" else "reference"
+
+
 @dataclass(frozen=True)
 class SampleSettings:
     """How the way from noise to a latent of this size is gone."""
@@ -19,13 +26,17 @@ class SampleSettings:
     guidance_scale: float = 5.0
     shift: float = 1.0
     drop: tuple[str, ...] = ()  # encoders left out, of clip_l, clip_g and t5
-    convention: Convention = "reference"  # of rectified flow's steps; other formulations have one
+    convention: Convention | None = None  # of rectified flow's steps, others have one; None: the sampler's best
     sampler: Sampler = "euler"
     negative_prompt: str | None = None  # what guidance leads away from; None: "no prompt" as in training
 
+    @property
+    def schedule(self) -> Convention:
+        return self.convention or best_schedule(self.sampler)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values. Without a negative prompt it has no such key: so were scores made before there was one."""
-        fields = asdict(self) | {"drop": sorted(self.drop)}
+        fields = asdict(self) | {"drop": sorted(self.drop), "convention": self.schedule}
         if self.negative_prompt is None:
             del fields["negative_prompt"]
         return fields

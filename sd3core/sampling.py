@@ -95,7 +95,7 @@ def sample_dpmpp_2m(predict: Predict, noise: Tensor, sigmas: Tensor, *, on_step:
     instead, which is finite at 1 and gives other weights.) The textbook schedule suits it: in the reference schedule
     the step to the last, tiny sigma is so long in lambda that D overshoots.
     """
-    sigma_before, x0_before = 1.0, None
+    sigma_before = x0_before = None
 
     def step(z: Tensor, sigma: float, next_sigma: float) -> Tensor:
         nonlocal sigma_before, x0_before

@@ -49,6 +49,13 @@ class TextEncoders:
             if text.clip_tokens > positions:
                 raise DataError(f"text.clip_tokens {text.clip_tokens} is more than the {positions} positions of {name}")
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """(context, pooled): the least context_dim that holds all sequences, and the length of the pooled vectors."""
+        clip_l, clip_g, t5 = (self.models[name].config for name in ENCODERS)
+        clip = clip_l.hidden_size + clip_g.hidden_size
+        return max(clip, t5.d_model), clip_l.hidden_size + clip_g.projection_dim
+
     @torch.no_grad()
     def encode(self, captions: Sequence[str], drop: Collection[str] = ()) -> TextFeatures:
         """One row per caption, in order. Encoders named in `drop` are not run: their sequence and pooled vector are zeros."""

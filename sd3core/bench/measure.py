@@ -55,7 +55,7 @@ def median_ratio(slow: list[float], fast: list[float]) -> float:
 
 def matmul_flops_per_second(dtype: torch.dtype, device: torch.device, rounds: int = 5) -> float:
     """The best rate of a square matmul in `dtype`: the limit that a model's own rate is a fraction of."""
-    side = MATMUL_SIDES[device.type]
+    side = MATMUL_SIDES["cpu" if device.type == "cpu" else "cuda"]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     seconds = interleaved({"matmul": lambda: a @ b}, rounds, device)["matmul"]
     return 2 * side**3 / min(seconds)

@@ -39,12 +39,15 @@ class BackboneConfig:
     position_max: int = 192
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 0 if field.name == "dual_attention_blocks" else 1
+            may_be_none = field.name in ("qk_norm", "clip_tokens") and value is None
+            if field.name != "qk_norm" and not may_be_none and (type(value) is not int or value < least):
+                raise CheckpointError(f"model config: {field.name} is {value!r}; it is a whole number from {least} on")
         if self.qk_norm not in (None, "rms"):
             raise CheckpointError(f"model config: qk_norm is {self.qk_norm!r}; it is null or 'rms'")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise CheckpointError(f"model config: hidden_size {self.hidden_size} is no multiple of 4 and of num_heads")
-        if min(self.depth, self.num_heads, self.position_base, self.position_side, self.position_max) < 1:
-            raise CheckpointError("model config: depth, num_heads and the three position sizes must be at least 1")
 
     @classmethod
     def from_depth(cls, depth: int, **overrides: Any) -> Self:

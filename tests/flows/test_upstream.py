@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from flows import upstream
+from flows import finetune, upstream
+from sd3core.checkpoint import CheckpointRef
 from sd3core.data.manifest import MANIFEST, Manifest, commit_manifest
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError, DataError
@@ -82,3 +86,18 @@ def test_the_first_phase_starts_from_a_model_of_ones_own_and_its_content_counts(
     assert digests[0] == digests[1] != digests[2]
     with pytest.raises(CheckpointError, match="no config.json"):
         content_digest(str(tmp_path / "none"))
+
+
+def test_without_a_fine_tuning_phase_the_stage_names_the_pretrained_checkpoint(monkeypatch, store):
+    """The stage's own module, with the run around it replaced: Prefect is not needed for this."""
+    recipe, finished = load_recipe("tiny-test", ["finetune=[]"]), {}
+
+    @contextmanager
+    def stage(name, path, overrides):
+        yield SimpleNamespace(recipe=recipe, store=store, finish=lambda **result: finished.update(result) or result)
+
+    monkeypatch.setattr(finetune, "stage", stage)
+    monkeypatch.setattr(finetune, "last_checkpoint", lambda *_: CheckpointRef(8, "runs/r/checkpoints/pretrain/s/8"))
+    monkeypatch.setattr(finetune, "read_done", lambda store, folder: SimpleNamespace(digest=f"of {folder}"))
+    finetune.finetune.fn("tiny-test")
+    assert finished["skipped"] and finished["digest"] == "of runs/r/checkpoints/pretrain/s/8"

@@ -50,9 +50,9 @@ def test_facts_come_back_from_a_model_folder(checkpoint, tmp_path):
     facts = read_facts(checkpoint)
     assert replace(facts, digest="") == FACTS and len(facts.digest) == 64
     assert facts.settings(num_steps=4) == SampleSettings(32, 32, num_steps=4, shift=2.0)
-    with pytest.raises(CheckpointError, match="neither config.json"):
+    with pytest.raises(CheckpointError, match="no config.json .* and no DONE.json"):
         read_facts(str(tmp_path))
-    with pytest.raises(CheckpointError, match="save it with"):
+    with pytest.raises(CheckpointError, match="extra.null: Field required; save it with"):
         save_model(tmp_path, MMDiT(MMDiTConfig.from_depth(1, context_dim=8, pooled_dim=8, position_max=4)))
         read_facts(str(tmp_path))
 
@@ -92,7 +92,8 @@ def test_one_batch_for_both_halves_equals_the_guidance_of_two(generator):
     with torch.inference_mode():
         for scale, sampler in ((0.0, "heun"), (1.0, "dpm++2m"), (3.0, "euler")):
             predict = guided(lambda z, t: model(z, t, *cond), lambda z, t: model(z, t, *null), scale)
-            expected = SAMPLERS[sampler](predict, noise, sigma_schedule(5, shift=2.0))
+            schedule = sigma_schedule(5, shift=2.0, convention="textbook" if sampler == "dpm++2m" else "reference")
+            expected = SAMPLERS[sampler](predict, noise, schedule)
             settings = replace(SETTINGS, num_steps=5, guidance_scale=scale, sampler=sampler)
             assert torch.allclose(generator.latents(PROMPTS, [1, 2, 3], settings), expected, atol=1e-4)
 
@@ -165,7 +166,8 @@ def test_files_carry_their_settings(checkpoint, towers_folder, tmp_path):
     paths = sample_to_files(checkpoint, towers_folder, draws, tmp_path / "new" / "out", columns=2, **settings)
     assert [path.name for path in paths] == ["00000.png", "00001.png", "00002.png", "00003.png", "grid.png"]
     inside = read_settings(paths[3].read_bytes())
-    assert (inside["prompt"], inside["seed"], inside["weights"]) == (PROMPTS[1], str(2**63 - 1), "ema")
+    assert (inside["prompt"], inside["seed"]) == (PROMPTS[1], str(2**63 - 1))
+    assert "weights" not in inside  # a model folder does not say whose weights it has
     assert json.loads(inside["settings"]) == replace(FACTS.settings(), **settings | {"height": 32}).to_dict()
     of_grid = read_settings(paths[-1].read_bytes())
     assert list(zip(json.loads(of_grid["prompts"]), json.loads(of_grid["seeds"]), strict=True)) == draws
@@ -214,3 +216,39 @@ def test_a_folder_without_a_formulation_is_rectified_flow_and_an_unknown_one_is_
 
 def test_grid_columns():
     assert [grid_columns(n) for n in (1, 2, 4, 5, 16, 17)] == [1, 2, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"formulation": 3}, "extra.formulation"),
+        ({"formulation": "rf/lognorm"}, "did you mean"),
+        ({"side_px": "x"}, "extra.side_px"),
+        ({"null": "bogus"}, "extra.null"),
+    ],
+)
+def test_facts_that_cannot_be_are_named(checkpoint, tmp_path, extra, message):
+    save_model(tmp_path, load_model(checkpoint), FACTS.to_extra() | extra)
+    with pytest.raises(CheckpointError, match=message):
+        read_facts(str(tmp_path))
+
+
+def test_a_diffusers_folder_is_told_from_a_model_folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "SD3Transformer2DModel"}))
+    with pytest.raises(CheckpointError, match="sd3 import .* OUT` makes a model folder of it"):
+        read_facts(str(tmp_path))
+
+
+def test_towers_of_other_widths_are_refused(generator):
+    other = make_model(replace(generator.model.config, pooled_dim=generator.model.config.pooled_dim + 8))
+    with pytest.raises(UserError, match="name the towers that it was trained with"):
+        Generator(other, generator.encoders, generator.autoencoder, "zeros")
+
+
+def test_the_schedule_follows_the_sampler_unless_one_is_asked_for(generator):
+    assert SETTINGS.to_dict()["convention"] == "reference"
+    assert replace(SETTINGS, sampler="dpm++2m").to_dict()["convention"] == "textbook"
+    assert replace(SETTINGS, sampler="dpm++2m", convention="reference").schedule == "reference"
+    cosine = Generator(generator.model, generator.encoders, generator.autoencoder, "zeros", "v/cos")
+    with pytest.raises(UserError, match="v/cos has one of its own"):
+        cosine.sample(PROMPTS[:1], [0], replace(SETTINGS, convention="textbook"))

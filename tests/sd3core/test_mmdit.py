@@ -75,3 +75,15 @@ def test_refusals():
         MMDiTConfig.from_depth(2, qk_norm="layer")
     config = small_config(qk_norm="rms")
     assert MMDiTConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_heads", 0), ("depth", "2"), ("dual_attention_blocks", None), ("patch_size", 0), ("latent_channels", 0),
+        ("context_dim", 1.5), ("pooled_dim", -1), ("clip_tokens", 0), ("depth", True),
+    ],
+)  # fmt: skip
+def test_a_size_that_cannot_be_is_named(field, value):
+    with pytest.raises(CheckpointError, match=f"model config: {field} is {value!r}; it is a whole number from"):
+        MMDiTConfig.from_dict(small_config().to_dict() | {field: value})

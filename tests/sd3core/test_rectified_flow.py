@@ -3,10 +3,8 @@ import torch
 
 from sd3core.rectified_flow import (
     interpolate,
-    log_snr,
     resolution_shift,
     velocity_target,
-    x0_from_velocity,
 )
 
 
@@ -17,13 +15,6 @@ def test_path_ends_in_data_and_noise_and_its_slope_is_the_velocity():
     t, step = torch.tensor([0.1, 0.5, 0.8]), 1e-2
     slope = (interpolate(x0, noise, t + step) - interpolate(x0, noise, t)) / step
     torch.testing.assert_close(slope, velocity_target(x0, noise), atol=2e-4, rtol=0)
-
-
-def test_the_data_from_the_velocity():
-    x0, noise, t = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
-    z_t, velocity = interpolate(x0, noise, t), velocity_target(x0, noise)
-    assert z_t.dtype == torch.float32
-    torch.testing.assert_close(x0_from_velocity(velocity, z_t, t), x0)
 
 
 @pytest.mark.parametrize(
@@ -38,5 +29,5 @@ def test_resolution_shift(alpha, shifted, log_snr_change):
     t = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
     moved = resolution_shift(t, alpha)
     torch.testing.assert_close(moved, torch.tensor(shifted, dtype=torch.float64), atol=1e-6, rtol=0)
-    torch.testing.assert_close(log_snr(moved) - log_snr(t), torch.full_like(t, log_snr_change), atol=1e-5, rtol=0)
+    torch.testing.assert_close(-2 * (torch.logit(moved) - torch.logit(t)), torch.full_like(t, log_snr_change), atol=1e-5, rtol=0)
     assert resolution_shift(0.0, alpha) == 0 and resolution_shift(1.0, alpha) == 1

@@ -21,6 +21,7 @@ from sd3core.conditioning import ENCODERS, TextFeatures, assemble
 from sd3core.data.store import Store
 from sd3core.errors import UserError
 from sd3core.formulations import find_formulation
+from sd3core.sample_settings import best_schedule
 from sd3core.sampling import SAMPLERS, guided
 from workers.trainer.job import TrainingJob
 
@@ -101,7 +102,7 @@ def draw_latents(
     """
     rank, world, settings = dist.get_rank(), dist.get_world_size(), job.previews
     formulation = find_formulation(job.training.formulation).shifted(job.training.shift)
-    sigmas, drawn = formulation.sigmas(settings.num_steps), {}
+    sigmas, drawn = formulation.sigmas(settings.num_steps, best_schedule(settings.sampler)), {}
     for batch in batches:
         rows = list(range(rank, len(batch.keys), world)) or [0]
         text = batch.text.index(rows).to(torch.float32)

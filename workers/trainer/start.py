@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sd3core.checkpoint import load_model
+from sd3core.checkpoint_facts import stated_formulation
 from sd3core.errors import CheckpointError
+from sd3core.formulation_names import family
 from sd3core.mmdit import Backbone, BackboneConfig, config_from_dict, make_model
 from sd3core.mmdit.backbone import config_positions
 from sd3core.mmdit.qk_norm import fitted_scale, inserted_norms, norms_passed_by
@@ -38,6 +40,12 @@ def start_weights(job: TrainingJob) -> Start:
     fresh = dict(make_model(config).named_parameters())
     if job.init is None:
         return Start(fresh, frozenset())
+    formulation = stated_formulation(job.init)
+    if family(formulation) != family(job.training.formulation):
+        raise CheckpointError(
+            f"{job.phase} starts from {job.init}: it was trained for {formulation}, whose network predicts another thing"
+            f" than {job.training.formulation}'s"
+        )
     init = load_model(job.init)
     _check_like(init, config, f"{job.phase} starts from {job.init}")
     stored = dict(init.named_parameters())
@@ -54,8 +62,8 @@ def start_weights(job: TrainingJob) -> Start:
 
 def _check_like(init: Backbone, config: BackboneConfig, where: str) -> None:
     """What no parameter's shape tells: heads, and positions that this phase makes anew for its own resolution."""
-    for name in ("num_heads", "position_base"):
-        found, wanted = getattr(init.config, name), getattr(config, name)
+    for name in ("num_heads", "position_base", "clip_tokens"):
+        found, wanted = getattr(init.config, name, None), getattr(config, name, None)
         if found != wanted:
             raise CheckpointError(f"{where}: {name} is {found} there and {wanted} in the recipe's model")
     if not torch.allclose(init.pos_embed.float(), config_positions(init.config), atol=POSITION_TOLERANCE):

@@ -74,6 +74,17 @@ def test_positions_that_cannot_be_made_anew_are_refused(tmp_path):
         start_weights(make_job(tmp_path, init=(tmp_path / "start").as_uri()))
 
 
+def test_weights_that_predict_another_thing_or_split_the_text_elsewhere_are_refused(tmp_path):
+    model = make_model(MODEL)
+    save_model(tmp_path / "noise", model, {"formulation": "eps/linear"})
+    with pytest.raises(CheckpointError, match="trained for eps/linear"):
+        start_weights(make_job(tmp_path, init=(tmp_path / "noise").as_uri()))
+    save_model(tmp_path / "three", make_model(dataclasses.replace(MODEL, clip_tokens=2)))
+    wanted = dataclasses.replace(MODEL, clip_tokens=3)
+    with pytest.raises(CheckpointError, match="clip_tokens is 2 there and 3 in"):
+        start_weights(make_job(tmp_path, model=wanted, init=(tmp_path / "three").as_uri()))
+
+
 def test_weights_in_bf16_are_the_start_at_another_resolution(tmp_path):
     model = make_model(MODEL).bfloat16()
     save_model(tmp_path / "start", model)

@@ -1,0 +1,26 @@
+"""What several commands ask of their options."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from sd3core.errors import UserError
+
+
+def one_of(option: str, value: str | None, known: Collection[str]) -> None:
+    """UserError unless the value is a known one, or none was given."""
+    if value is not None and value not in known:
+        raise UserError(f"{option} {value}: take one of {', '.join(known)}")
+
+
+def device(asked: str | None) -> str:
+    """A GPU where there is one and none is asked for. UserError for a device that PyTorch does not have here."""
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=asked)
+    except (RuntimeError, AssertionError):  # the latter from a PyTorch that was built without CUDA
+        raise UserError(f"--device {asked}: PyTorch has no such device here; take cpu, or leave it out") from None
+    return asked
