@@ -63,7 +63,7 @@ class Formulation:
         return (b / (a + b)).to(t.dtype)
 
     def weight(self, t: Tensor) -> Tensor:
-        """w_t for 0 < t < 1: for t uniform the loss is -1/2 w_t lambda'_t ||error of the noise||^2, L_w of paper section 2.
+        """w_t for 0 < t < 1: with t uniform, the loss is -1/2 w_t lambda'_t ||error of the noise||^2 (paper section 2).
 
         The density that t is drawn from is not in it. The paper prints weights up to a factor: eps/cos has 1 / pi,
         v/cos 2 / pi and EDM 8 times what stands there.
