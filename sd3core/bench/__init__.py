@@ -1,6 +1,6 @@
 """What things cost on this machine, against an independent implementation and against the machine's own limit.
 
-measure.py   matmul rate, interleaved timing, peak memory
+measure.py   interleaved timing, peak memory
 model.py     MM-DiT against diffusers' SD3Transformer2DModel: training step and sampling
 report.py    the figures as a table
 

@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Callable, Mapping
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-MATMUL_SIDES = {"cpu": 2048, "cuda": 8192}  # of the square matmul that stands for the machine's limit
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - start
+from sd3core.timing import seconds_of
 
 
 def interleaved(
@@ -51,14 +37,6 @@ def interleaved(
 def median_ratio(slow: list[float], fast: list[float]) -> float:
     """Median over the rounds of slow / fast: what one round's neighbours share, cancels."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
-
-
-def matmul_flops_per_second(dtype: torch.dtype, device: torch.device, rounds: int = 5) -> float:
-    """The best rate of a square matmul in `dtype`: the limit that a model's own rate is a fraction of."""
-    side = MATMUL_SIDES["cpu" if device.type == "cpu" else "cuda"]
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    seconds = interleaved({"matmul": lambda: a @ b}, rounds, device)["matmul"]
-    return 2 * side**3 / min(seconds)
 
 
 def peak_bytes_above_start(work: Callable[[], object], device: torch.device) -> int:

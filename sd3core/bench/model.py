@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sd3core.bench.measure import interleaved, matmul_flops_per_second, median_ratio, peak_bytes_above_start
+from sd3core.bench.measure import interleaved, median_ratio, peak_bytes_above_start
 from sd3core.checkpoint_formats import diffusers_config, to_diffusers
 from sd3core.errors import UserError
 from sd3core.mmdit import MMDiT, MMDiTConfig
 from sd3core.mmdit.flops import forward_flops
 from sd3core.sampling import sample_euler, sigma_schedule
+from sd3core.timing import matmul_flops_per_second
 
 MODES = ("fp32", "bf16", "autocast")
 OURS, THEIRS = "MM-DiT", "diffusers"
@@ -114,11 +115,6 @@ def contenders(bench: ModelBench) -> dict[str, Contender]:
     our_forward: Any = torch.compile(ours) if bench.compile else ours
     their_forward: Any = torch.compile(theirs) if bench.compile else theirs
     return {OURS: Contender(ours, our_forward), THEIRS: Contender(theirs, call_theirs)}
-
-
-def parameter_count(bench: ModelBench) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in MMDiT(bench.config()).parameters())
 
 
 @torch.no_grad()

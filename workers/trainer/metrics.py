@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from sd3core.mmdit import BackboneConfig
 from sd3core.mmdit.flops import forward_flops
 from sd3core.recipe import Training
+from sd3core.timing import matmul_flops_per_second
 
 TIMESTEP_BINS = 8  # equal parts of [0, 1], in rectified flow's t at the same log-SNR
 
@@ -53,24 +53,10 @@ def flops_per_sample(config: BackboneConfig, image_tokens: int, text_tokens: int
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """(FLOP/s of one rank, "declared" or "measured"): the vendor's figure, else the best of a few matrix products."""
+    """(FLOP/s of one rank, "declared" or "measured"): the vendor's figure, else that of matrix products."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, peak in DECLARED_PEAKS.items():
             if part in name and dtype == torch.bfloat16:
                 return peak, "declared"
-    side = 4096 if device.type == "cuda" else 512
-    a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
-    best = math.inf
-    for _ in range(6):
-        _wait(device)
-        started = time.perf_counter()
-        a @ b
-        _wait(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best, "measured"
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return matmul_flops_per_second(dtype, device), "measured"
