@@ -311,8 +311,9 @@ def bench_model(
 
     from flows.options import device as chosen_device
     from flows.options import one_of
-    from sd3core.bench.model import MODES, ModelBench, measure, parameter_count
+    from sd3core.bench.model import MODES, ModelBench, measure
     from sd3core.bench.report import heading, result_table
+    from sd3core.mmdit import count_parameters
 
     modes = tuple(mode or MODES)
     for name in modes:
@@ -330,7 +331,7 @@ def bench_model(
         compile=compile_,
         device=chosen_device(device),
     )
-    title = heading(settings, parameter_count(settings), torch.get_num_threads())
+    title = heading(settings, count_parameters(settings.config()), torch.get_num_threads())
     _say(title)
     with console.status("loading") as status:
         results = list(measure(settings, modes, status.update))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +11,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from flows.home import pasted
 from flows.options import one_of
-from sd3core.checkpoint import model_shapes
 from sd3core.checkpoint_facts import CheckpointFacts
 from sd3core.convert import DTYPES, assumed_facts, export_model, import_model
 from sd3core.errors import UserError
 from sd3core.foreign_weights import ForeignWeights, open_foreign_weights
+from sd3core.mmdit import count_parameters
 
 TARGETS = ("diffusers", "single-file")
 
@@ -65,10 +64,9 @@ def export_weights(
 
 def _described(foreign: ForeignWeights, facts: CheckpointFacts) -> str:
     config = foreign.config
-    parameters = sum(math.prod(shape) for name, shape in model_shapes(config).items() if name != "pos_embed")
     kinds = [
         f"depth {config.depth}",
-        f"{parameters:,} parameters",
+        f"{count_parameters(config):,} parameters",
         *(["QK-norm"] if config.qk_norm else []),
         *([f"dual attention in {config.dual_attention_blocks} blocks"] if config.dual_attention_blocks else []),
     ]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from sd3core.mmdit import BackboneConfig, make_model
+from sd3core.mmdit import count_parameters
 from sd3core.mmdit.flops import forward_flops
 from sd3core.recipe import Recipe, Training
+from sd3core.timing import matmul_flops_per_second
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 RELEASED_WIDTHS = {"clip_l": 768, "clip_g": 1280, "clip_g_pooled": 1280, "t5": 4096}
@@ -38,13 +38,6 @@ class PhasePlan:
     @property
     def flops(self) -> float:
         return self.step_flops * self.steps
-
-
-@lru_cache
-def count_parameters(config: BackboneConfig) -> int:
-    """Trained parameters, counted on the real module without its memory (meta device)."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in make_model(config).parameters())
 
 
 def zero_bytes(parameters: int, stage: int, ranks: int, precision: str) -> float:
@@ -201,20 +194,8 @@ def _print_time(recipe: Recipe, phases: list[PhasePlan], console: Console) -> No
             highlight=False,
         )
     else:
-        rate = measured_cpu_flops()
+        rate = matmul_flops_per_second(torch.bfloat16, torch.device("cpu"))
         console.print(
             f"\ntraining: {total:.2e} FLOPs, at least {total / rate / 3600:,.2f} h at this machine's {rate / 1e9:,.0f} GFLOP/s (bf16 matmul, measured now)",
             highlight=False,
         )
-
-
-def measured_cpu_flops(side: int = 1024, repeats: int = 8) -> float:
-    """This machine's bf16 matmul rate in FLOP/s: the bound that no training step can pass."""
-    import time
-
-    matrix = torch.randn(side, side, dtype=torch.bfloat16)
-    matrix @ matrix
-    started = time.perf_counter()
-    for _ in range(repeats):
-        matrix @ matrix
-    return 2 * side**3 * repeats / (time.perf_counter() - started)

@@ -43,7 +43,7 @@ def test_every_shipped_recipe_loads_under_its_own_name(name):
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_models(name):
-    from flows.plan import count_parameters
+    from sd3core.mmdit import count_parameters
 
     recipe = load_recipe(name)
     depth, plain, normed = PAPER[name]

@@ -1,6 +1,6 @@
 """The MM-DiT of Stable Diffusion 3, a diffusion transformer with separate weights for image and text, and its rivals."""
 
-from sd3core.mmdit.architectures import config_from_dict, make_model
+from sd3core.mmdit.architectures import config_from_dict, count_parameters, make_model
 from sd3core.mmdit.backbone import Backbone
 from sd3core.mmdit.config import BackboneConfig, CrossDiTConfig, DiTConfig, MMDiTConfig, UViTConfig
 from sd3core.mmdit.model import MMDiT
@@ -19,6 +19,7 @@ __all__ = [
     "UViT",
     "UViTConfig",
     "config_from_dict",
+    "count_parameters",
     "insert_qk_norm",
     "make_model",
     "max_attention_logit",

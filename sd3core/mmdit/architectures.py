@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
+
+import torch
 
 from sd3core.errors import CheckpointError
 from sd3core.mmdit.backbone import Backbone
@@ -19,6 +22,13 @@ BACKBONES: dict[str, type[Backbone]] = {"mmdit": MMDiT, "dit": DiT, "cross_dit":
 def make_model(config: BackboneConfig) -> Backbone:
     """A fresh model of any architecture."""
     return BACKBONES[config.architecture](config)
+
+
+@lru_cache
+def count_parameters(config: BackboneConfig) -> int:
+    """Trained parameters, counted on the real module without its memory (meta device)."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in make_model(config).parameters())
 
 
 def config_from_dict(fields: dict[str, Any]) -> BackboneConfig:
