@@ -39,10 +39,10 @@ class BackboneConfig:
     position_max: int = 192
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "dual_attention_blocks" else 1
-            may_be_none = field.name in ("qk_norm", "clip_tokens") and value is None
-            if field.name != "qk_norm" and not may_be_none and (type(value) is not int or value < least):
+        for field in dataclasses.fields(self):  # sizes; the annotations are strings, and 0 is allowed where it is the default
+            value, least = getattr(self, field.name), 0 if field.default == 0 else 1
+            unset = field.type == "int | None" and value is None
+            if field.type.startswith("int") and not unset and (type(value) is not int or value < least):
                 raise CheckpointError(f"model config: {field.name} is {value!r}; it is a whole number from {least} on")
         if self.qk_norm not in (None, "rms"):
             raise CheckpointError(f"model config: qk_norm is {self.qk_norm!r}; it is null or 'rms'")
@@ -96,11 +96,9 @@ class MMDiTConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.clip_tokens is not None and self.clip_tokens < 1:
-            raise CheckpointError(f"model config: clip_tokens is {self.clip_tokens}; it is null or at least 1")
-        if not 0 <= self.dual_attention_blocks <= self.depth:
+        if self.dual_attention_blocks > self.depth:
             raise CheckpointError(
-                f"model config: dual_attention_blocks {self.dual_attention_blocks} is not between 0 and depth {self.depth}"
+                f"model config: dual_attention_blocks {self.dual_attention_blocks} is more than depth {self.depth}"
             )
 
     @property
@@ -140,8 +138,6 @@ class UViTConfig(BackboneConfig):
             raise CheckpointError(
                 f"model config: hidden_size {self.hidden_size} is no multiple of {4 * GROUP_CHANNELS}"
             )
-        if self.conv_blocks < 1:
-            raise CheckpointError(f"model config: conv_blocks is {self.conv_blocks}; it is at least 1")
 
     @property
     def conv_channels(self) -> int:

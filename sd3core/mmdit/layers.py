@@ -219,18 +219,18 @@ class JointBlock(nn.Module):
         self.attention = Attention()
 
     def forward(self, x: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        streams = {self.context_block: c, self.x_block: x}
-        if self.clip_tokens is not None:
-            clip, t5 = c.tensor_split([self.clip_tokens], dim=1)
-            streams = {self.context_block: clip, self.t5_block: t5, self.x_block: x}
+        if self.clip_tokens is None:
+            blocks, streams = [self.context_block, self.x_block], [c, x]
+        else:
+            blocks = [self.context_block, self.t5_block, self.x_block]
+            streams = [*c.tensor_split([self.clip_tokens], dim=1), x]
 
-        before = [block.before_attention(z, y) for block, z in streams.items()]
+        before = [block.before_attention(z, y) for block, z in zip(blocks, streams, strict=True)]
         q, k, v = (torch.cat(parts, dim=1) for parts in zip(*(qkv for _, qkv, _ in before), strict=True))
-        attended = self.attention(q, k, v)  # (B, Lc + Lx, H), text first
-        parts = attended.split([z.shape[1] for z in streams.values()], dim=1)
+        attended = self.attention(q, k, v).split([z.shape[1] for z in streams], dim=1)  # (B, L, H) each, text first
         *text, x = (
             block.after_attention(z, part, modulation)
-            for block, part, (z, _, modulation) in zip(streams, parts, before, strict=True)
+            for block, part, (z, _, modulation) in zip(blocks, attended, before, strict=True)
         )
         return x, text[0] if len(text) == 1 else torch.cat(text, dim=1)
 
