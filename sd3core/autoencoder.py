@@ -12,9 +12,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from sd3core.data.buckets import DOWNSAMPLING
 from sd3core.errors import DataError
-
-DOWNSAMPLING = 8
 
 
 class Autoencoder:

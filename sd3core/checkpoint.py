@@ -238,7 +238,7 @@ def load_model(url_or_path: str | Path, weights: Literal["ema", "live"] | None =
         return model_from_state(config, state | {"pos_embed": config_positions(config)}, store.url)
     if weights is not None:
         raise CheckpointError(f"{store.url}: a model folder has one set of weights; leave out weights={weights!r}")
-    config, record = read_model_fields(store)
+    config, record, _ = read_model_fields(store)
     with verified_local_file(store, MODEL_FILE, record) as path, TensorFiles([path]) as tensors:
         return model_from_state(config, dict(tensors), store.url)
 
@@ -288,17 +288,20 @@ def check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where:
         raise CheckpointError(f"{where}: {'; '.join(said)}")
 
 
-def read_model_fields(store: Store) -> tuple[BackboneConfig, FileRecord]:
-    """Sizes and file of a plain model folder, from its config.json."""
+def read_model_fields(store: Store) -> tuple[BackboneConfig, FileRecord, dict[str, Any]]:
+    """Sizes, file and extra facts of a plain model folder, from its config.json."""
     where = store.uri(CONFIG_FILE)
     try:
         fields = store.get_json(CONFIG_FILE)
+        if "_class_name" in fields:
+            raise CheckpointError(f"{where}: of a diffusers folder; `sd3 import FOLDER OUT` makes a model folder of it")
         unknown = sorted(fields.keys() - {"format", "model", "files", "extra"})
         if unknown:
             raise CheckpointError(f"{where}: unknown key {unknown[0]!r}")
         if fields["format"] != FORMAT:
             raise CheckpointError(f"{where}: format {fields['format']}; this version reads {FORMAT}")
-        return config_from_dict(fields["model"]), FileRecord.model_validate(fields["files"][MODEL_FILE])
+        record = FileRecord.model_validate(fields["files"][MODEL_FILE])
+        return config_from_dict(fields["model"]), record, fields.get("extra", {})
     except KeyError as error:
         raise CheckpointError(f"{where}: key {error} is missing; write the folder with save_model") from None
     except (ValueError, AttributeError, TypeError):

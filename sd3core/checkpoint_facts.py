@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from sd3core.checkpoint import CONFIG_FILE, DONE_FILE, is_training_checkpoint, read_done, read_model_fields
+from sd3core.checkpoint import DONE_FILE, is_training_checkpoint, read_done, read_model_fields
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError
 from sd3core.formulation_names import unknown_formulation
@@ -77,12 +77,8 @@ def read_facts(checkpoint: str) -> CheckpointFacts:
         fields |= {key: done.training[key] for key in ("shift", "formulation")} | {"samples": done.samples}
         digest = done.digest
     else:
-        if "_class_name" in store.get_json(CONFIG_FILE):
-            raise CheckpointError(
-                f"{store.url}: a diffusers folder; `sd3 import {checkpoint} OUT` makes a model folder of it"
-            )
-        _, record = read_model_fields(store)
-        fields, digest = store.get_json(CONFIG_FILE).get("extra", {}), record.sha256
+        _, record, fields = read_model_fields(store)
+        digest = record.sha256
     try:
         extra = _Extra.model_validate(fields)
     except ValidationError as error:
@@ -99,4 +95,4 @@ def stated_formulation(checkpoint: str) -> str:
     store = open_store(checkpoint)
     if is_training_checkpoint(store):
         return read_done(store, "").training.get("formulation", "rf")
-    return store.get_json(CONFIG_FILE).get("extra", {}).get("formulation", "rf")
+    return read_model_fields(store)[2].get("formulation", "rf")

@@ -35,6 +35,7 @@ from sd3core.checkpoint import (
 )
 from sd3core.checkpoint_facts import CheckpointFacts, Null
 from sd3core.checkpoint_formats import BARE, DIFFUSERS, SINGLE_FILE, Format, check_released_form, diffusers_config
+from sd3core.data.buckets import DOWNSAMPLING
 from sd3core.data.store import Store, canonical_json, open_store
 from sd3core.errors import CheckpointError, UserError
 from sd3core.foreign_weights import ForeignWeights
@@ -46,7 +47,6 @@ from sd3core.tensor_files import TensorFiles, TensorFileWriter, TensorInfo
 from sd3core.whole_output import made_whole
 
 SPAN = 1 << 20  # elements: 4 MB in fp32
-DOWNSAMPLING = 8  # of the VAE; sd3core.autoencoder, which has it too, takes seconds to import
 RELEASED_SIDE_PX, RELEASED_SHIFT = 1024, 3.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -201,7 +201,7 @@ def open_source(checkpoint: str, weights: Literal["ema", "live"] | None = None) 
         return
     if weights is not None:
         raise CheckpointError(f"{store.url}: a model folder has one set of weights; leave out weights={weights!r}")
-    config, record = read_model_fields(store)
+    config, record, _ = read_model_fields(store)
     check_released_form(config, store.url)
     with verified_local_file(store, MODEL_FILE, record) as path, TensorFiles([path]) as files:
         check_shapes(files.shapes, model_shapes(config), store.url)

@@ -8,7 +8,8 @@ import math
 from collections.abc import Sequence
 
 Side = tuple[int, int]  # height, width in px
-PATCH_PX = 16  # VAE 8 x patch 2
+DOWNSAMPLING = 8  # px of an image to a place of its latent, each way: the VAE's
+PATCH_PX = 2 * DOWNSAMPLING  # a patch is 2 x 2 places
 
 
 def bucket_sides(side_px: int, aspect_ratios: Sequence[float], multiple: int = PATCH_PX) -> list[Side]:

@@ -45,7 +45,7 @@ def _paper_formulations() -> dict[str, Formulation]:
 
 
 FORMULATIONS: Mapping[str, Formulation] = MappingProxyType(_paper_formulations())
-_OTHERS = {EDM_RF_WEIGHT: Formulation(EDM_RF_WEIGHT, EDM(CosMap(), shift=SIGMA_DATA), F())}
+_ALL = FORMULATIONS | {EDM_RF_WEIGHT: Formulation(EDM_RF_WEIGHT, EDM(CosMap(), shift=SIGMA_DATA), F())}
 
 
 def find_formulation(name: str) -> Formulation:
@@ -53,4 +53,4 @@ def find_formulation(name: str) -> Formulation:
     problem = unknown_formulation(name)
     if problem is not None:
         raise UserError(problem)
-    return (FORMULATIONS | _OTHERS)[name]
+    return _ALL[name]

@@ -106,8 +106,9 @@ class Formulation:
 
     def loss(self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """||output - target||^2, the mean over all but the batch. -> (B,) float32."""
-        a, b = _coefficients(self.trajectory.level(t), x0)
-        output = predict(*self.network_inputs(a * x0 + b * noise, t))
+        level = self.trajectory.level(t)
+        a, b = _coefficients(level, x0)
+        output = predict(*self._inputs(a * x0 + b * noise, level))
         error = output.float() - self.prediction.target(x0, noise, a, b).float()
         return error.square().flatten(1).mean(1)
 
