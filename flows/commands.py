@@ -38,7 +38,8 @@ def _say(line: str) -> None:
     console.print(line, soft_wrap=True, highlight=False)
 
 
-def _load(name_or_path: str, overrides: list[str]) -> Recipe:
+def _load(name_or_path: str, set_: list[str] | None, run: str | None = None) -> Recipe:
+    overrides = [*(set_ or []), *([f"run={run}"] if run else [])]
     return load_recipe(known_recipes().get(name_or_path, name_or_path), overrides)
 
 
@@ -138,7 +139,7 @@ def plan(recipe: RecipeOption = DEFAULT_RECIPE, set_: SetOption = None) -> None:
     """Before money is spent: parameters, rows, bytes in the store, memory per GPU at each ZeRO stage, steps, FLOPs, hours."""
     from flows.plan import print_plan
 
-    print_plan(_load(recipe, set_ or []), console)
+    print_plan(_load(recipe, set_), console)
 
 
 @app.command()
@@ -195,8 +196,7 @@ def sample(
     """Pictures from prompts, from a run's last checkpoint or from --checkpoint."""
     from flows.sample import draws_of, read_prompts, sample_run
 
-    overrides = [*(set_ or []), *([f"run={run}"] if run else [])]
-    loaded = _load(recipe, overrides)
+    loaded = _load(recipe, set_, run)
     prompts = [*(prompt or []), *(read_prompts(file) if file else [])]
     sample_run(
         loaded,
@@ -273,7 +273,7 @@ def export(
         raise UserError(f"{', '.join(given)}: name one checkpoint and the output")
     if given and (run or set_ or recipe != DEFAULT_RECIPE):
         raise UserError(f"{given[0]}, and --run or --recipe: name the one checkpoint or the other")
-    chosen = given[0] if given else last_checkpoint(_load(recipe, [*(set_ or []), *([f"run={run}"] if run else [])]))
+    chosen = given[0] if given else last_checkpoint(_load(recipe, set_, run))
     export_weights(chosen, out, format_, weights=weights, dtype=dtype, console=console)
 
 

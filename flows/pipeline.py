@@ -17,6 +17,7 @@ from flows.session import session
 from flows.stage import FLOW_OPTIONS
 from flows.summary import write_summary
 from flows.towers import towers
+from flows.upstream import check_start_from
 
 STAGE_FLOWS = (ingest, towers, caption, encode, pretrain, finetune, evaluate, export)
 
@@ -25,6 +26,7 @@ STAGE_FLOWS = (ingest, towers, caption, encode, pretrain, finetune, evaluate, ex
 def pipeline(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
     """A retry, a new run and a run on another machine all do the same: they go on where the work stopped."""
     with session(recipe, overrides) as opened:
+        check_start_from(opened.recipe, opened.store)
         outcomes = [stage_flow(recipe, overrides) for stage_flow in STAGE_FLOWS]
         scores = opened.store.get_json(f"runs/{opened.recipe.run}/evaluations/scores.json")
         return write_summary(opened.store, opened.recipe, outcomes, scores)

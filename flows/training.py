@@ -10,8 +10,7 @@ from flows.home import ensure, home
 from flows.previews import preview_settings
 from flows.stage import StageRun
 from flows.training_view import training_view
-from sd3core import specs
-from sd3core.checkpoint import content_digest, read_done
+from sd3core.checkpoint import read_done
 from sd3core.data.store import Store
 from sd3core.plots import loss_curve
 from sd3core.specs import fingerprint
@@ -66,29 +65,21 @@ def train_phase(run: StageRun, key: str) -> PhaseResult:
 def phase_job(run: StageRun, key: str) -> TrainingJob:
     recipe, store = run.recipe, run.store
     phase = dict(recipe.phases())[key]
-    latents, text = upstream.latents(recipe, store, phase), upstream.text(recipe, store)
-    init = upstream.start_of(recipe, store, key)
-    fields = specs.train_fields(
-        recipe,
-        phase,
-        latents=latents.digest,
-        text=text.digest,
-        init=content_digest(init) if init else None,
-    )
-    spec = fingerprint(fields)
+    inputs = upstream.phase_inputs(recipe, store, key)
+    spec = fingerprint(inputs.fields)
     return TrainingJob(
         store=store.url,
         run=recipe.run,
         phase=key,
         spec=spec,
-        fields=fields,
+        fields=inputs.fields,
         model=recipe.model_config_for(phase).to_dict(),
         training=phase,
         seed=recipe.seed,
         text=recipe.text,
-        latents=DataRef(folder=latents.folder, digest=latents.digest),
-        text_features=DataRef(folder=text.folder, digest=text.digest),
-        init=init,
+        latents=DataRef(folder=inputs.latents.folder, digest=inputs.latents.digest),
+        text_features=DataRef(folder=inputs.text.folder, digest=inputs.text.digest),
+        init=inputs.start,
         recipe=recipe.model_dump(mode="json"),
         previews=preview_settings(recipe, store),
         log_dir=str(ensure(home() / "logs" / recipe.run / f"{key}-{spec}")),

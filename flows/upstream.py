@@ -5,15 +5,18 @@ A stage that is missing, or stands behind the one before it, is a DataError that
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from flows.home import pasted
 from sd3core import specs
-from sd3core.checkpoint import CheckpointRef, content_digest, list_checkpoints
+from sd3core.checkpoint import CONFIG_FILE, DONE_FILE, CheckpointRef, content_digest, list_checkpoints, read_done
 from sd3core.data.manifest import MANIFEST, Manifest, ManifestRef, manifest_ref, read_manifest
 from sd3core.data.store import Store, open_store
 from sd3core.errors import DataError
 from sd3core.recipe import Recipe, Training
 from sd3core.towers import TowersManifest, read_towers
 from workers.stage_notes import recall_stage
+from workers.trainer.start import check_start
 
 
 class NotFinishedError(DataError):
@@ -58,17 +61,53 @@ def latents(recipe: Recipe, store: Store, phase: Training) -> ManifestRef:
     return _ref(_up_to_date(recipe, manifest, "encode", raw=raw(recipe, store)))
 
 
-def train_fields(recipe: Recipe, store: Store, phase_key: str) -> dict[str, object]:
-    """What the checkpoints of a phase depend on; finding them needs the phase before to be finished."""
+@dataclass(frozen=True)
+class PhaseInputs:
+    """What a phase trains on, and what follows from it."""
+
+    latents: ManifestRef
+    text: ManifestRef
+    start: str | None  # URL of the weights it starts from; None: fresh ones
+    fields: dict[str, object]  # what its checkpoints depend on
+
+
+def phase_inputs(recipe: Recipe, store: Store, phase_key: str) -> PhaseInputs:
+    """Finding them needs the phase before to be finished."""
     phase = dict(recipe.phases())[phase_key]
-    start = start_of(recipe, store, phase_key)
-    return specs.train_fields(
+    its_latents, its_text, start = latents(recipe, store, phase), text(recipe, store), start_of(recipe, store, phase_key)
+    fields = specs.train_fields(
         recipe,
         phase,
-        latents=latents(recipe, store, phase).digest,
-        text=text(recipe, store).digest,
-        init=content_digest(start) if start else None,
+        latents=its_latents.digest,
+        text=its_text.digest,
+        init=start_digest(recipe, store, phase_key, start) if start else None,
     )
+    return PhaseInputs(its_latents, its_text, start, fields)
+
+
+def check_start_from(recipe: Recipe, store: Store) -> None:
+    """Before the hours of the stages ahead of it, what pretraining would say of `model.start_from` after them."""
+    key, phase = recipe.phases()[0]
+    start = start_of(recipe, store, key)
+    if start and _noted_start(recipe, store, key, start) is None:
+        check_start(key, start, recipe.model_config_for(phase), phase.formulation)
+
+
+def start_digest(recipe: Recipe, store: Store, phase_key: str, start: str) -> str:
+    """Names the content of what a phase starts from."""
+    return _noted_start(recipe, store, phase_key, start) or content_digest(start)
+
+
+def _noted_start(recipe: Recipe, store: Store, phase_key: str, start: str) -> str | None:
+    """The digest of a start that is gone, as the phase noted it when it ended: what is trained does not need it again."""
+    folder = open_store(start)
+    note = recall_stage(store, recipe.run, phase_key)
+    if note is None or folder.exists(DONE_FILE) or folder.exists(CONFIG_FILE):
+        return None
+    trained = list_checkpoints(store, note.folder)
+    of_recipe = read_done(store, trained[-1].folder).recipe if trained else None
+    same = of_recipe is not None and of_recipe["model"].get("start_from") == recipe.model.start_from
+    return note.fields["init"] if same else None
 
 
 def start_of(recipe: Recipe, store: Store, phase_key: str) -> str | None:
@@ -82,7 +121,7 @@ def start_of(recipe: Recipe, store: Store, phase_key: str) -> str | None:
 
 def checkpoints(recipe: Recipe, store: Store, phase_key: str) -> list[CheckpointRef]:
     """The finished checkpoints of a phase that has been trained to its end, oldest first."""
-    folder = specs.checkpoints_folder(recipe, phase_key, train_fields(recipe, store, phase_key))
+    folder = specs.checkpoints_folder(recipe, phase_key, phase_inputs(recipe, store, phase_key).fields)
     found = list_checkpoints(store, folder)
     wanted = dict(recipe.phases())[phase_key].samples
     if not found or found[-1].samples < wanted:

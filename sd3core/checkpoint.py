@@ -210,6 +210,12 @@ def content_digest(url_or_path: str | Path) -> str:
     return read_done(store, "").digest if is_training_checkpoint(store) else read_model_fields(store)[1].sha256
 
 
+def read_config(url_or_path: str | Path) -> BackboneConfig:
+    """The sizes of a training checkpoint's or model folder's network, without its weights."""
+    store = open_store(str(url_or_path))
+    return read_done(store, "").model_config_of() if is_training_checkpoint(store) else read_model_fields(store)[0]
+
+
 def save_model(url_or_path: str | Path, model: Backbone, extra: dict[str, Any] | None = None) -> None:
     """Writes a plain folder: model.safetensors in the model's dtype, then config.json. `extra` is kept there."""
     store = open_store(str(url_or_path))

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from flows import finetune, upstream
-from sd3core.checkpoint import CheckpointRef
+from sd3core.checkpoint import CheckpointDone, CheckpointRef, save_model
 from sd3core.data.manifest import MANIFEST, Manifest, commit_manifest
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError, DataError
+from sd3core.mmdit import make_model
 from sd3core.recipe_file import load_recipe
 from sd3core.specs import captions_folder, fingerprint, raw_fields, raw_folder
 from workers.stage_notes import remember_stage
@@ -71,7 +72,7 @@ def test_a_stage_that_was_taken_back_is_not_found_by_its_note(store):
 
 
 def test_the_first_phase_starts_from_a_model_of_ones_own_and_its_content_counts(store, tmp_path):
-    from sd3core.checkpoint import content_digest, save_model
+    from sd3core.checkpoint import content_digest
     from sd3core.mmdit import MMDiT, MMDiTConfig
 
     fresh, own = recipe_of("a", 100), load_recipe("tiny-test", [f"model.start_from={tmp_path}/model"])
@@ -86,6 +87,46 @@ def test_the_first_phase_starts_from_a_model_of_ones_own_and_its_content_counts(
     assert digests[0] == digests[1] != digests[2]
     with pytest.raises(CheckpointError, match="no config.json"):
         content_digest(str(tmp_path / "none"))
+
+
+def test_a_start_that_cannot_be_is_told_before_the_first_stage(store, tmp_path):
+    own = load_recipe("tiny-test", [f"model.start_from={tmp_path}/model"])
+    with pytest.raises(CheckpointError, match="no config.json"):
+        upstream.check_start_from(own, store)
+    config = own.model_config_for(own.pretrain)
+    save_model(tmp_path / "model", make_model(config))
+    upstream.check_start_from(own, store)
+    save_model(tmp_path / "model", make_model(type(config).from_depth(1, position_base=config.position_base)))
+    with pytest.raises(CheckpointError, match="^pretrain starts from .*model: context_embedder.weight is .64, 4096. there"):
+        upstream.check_start_from(own, store)
+    upstream.check_start_from(recipe_of("a", 100), store)  # fresh weights
+
+
+def test_a_start_that_is_gone_is_not_needed_once_training_has_ended(store, tmp_path):
+    own = load_recipe("tiny-test", [f"model.start_from={tmp_path}/gone"])
+    trained = "runs/r/checkpoints/pretrain/spec"
+    done = CheckpointDone(
+        samples=8,
+        steps=1,
+        attempt=1,
+        optimizer_step=1,
+        config={},
+        training={},
+        parameters={},
+        files={},
+        specs={},
+        null="zeros",
+        recipe=own.model_dump(mode="json"),
+    )
+    store.put_json(f"{trained}/{8:012d}/DONE.json", done.model_dump(mode="json"))
+    with pytest.raises(CheckpointError, match="no config.json"):
+        upstream.start_digest(own, store, "pretrain", upstream.start_of(own, store, "pretrain"))
+    remember_stage(store, own.run, "pretrain", trained, "f" * 64, {"init": "d" * 64})
+    assert upstream.start_digest(own, store, "pretrain", upstream.start_of(own, store, "pretrain")) == "d" * 64
+    upstream.check_start_from(own, store)
+    other = load_recipe("tiny-test", [f"model.start_from={tmp_path}/mistyped"])
+    with pytest.raises(CheckpointError, match="mistyped: no config.json"):
+        upstream.check_start_from(other, store)
 
 
 def test_without_a_fine_tuning_phase_the_stage_names_the_pretrained_checkpoint(monkeypatch, store):

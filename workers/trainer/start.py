@@ -9,16 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sd3core.checkpoint import load_model
+from sd3core.checkpoint import load_model, model_shapes, read_config
 from sd3core.checkpoint_facts import stated_formulation
 from sd3core.errors import CheckpointError
 from sd3core.formulation_names import family
-from sd3core.mmdit import Backbone, BackboneConfig, config_from_dict, make_model
+from sd3core.mmdit import BackboneConfig, config_from_dict, make_model
 from sd3core.mmdit.backbone import config_positions
 from sd3core.mmdit.qk_norm import fitted_scale, inserted_norms, norms_passed_by
 from workers.trainer.job import TrainingJob
 
 POSITION_TOLERANCE = 1e-2  # a table in bf16
+POSITIONS = "pos_embed"  # made anew for each phase's resolution
 QK_NORM_SCALES = (".ln_q.weight", ".ln_k.weight")  # the only parameters that may be new in a later phase
 
 
@@ -40,36 +41,37 @@ def start_weights(job: TrainingJob) -> Start:
     fresh = dict(make_model(config).named_parameters())
     if job.init is None:
         return Start(fresh, frozenset())
-    formulation = stated_formulation(job.init)
-    if family(formulation) != family(job.training.formulation):
-        raise CheckpointError(
-            f"{job.phase} starts from {job.init}: it was trained for {formulation}, whose network predicts another thing"
-            f" than {job.training.formulation}'s"
-        )
+    check_start(job.phase, job.init, config, job.training.formulation)
     init = load_model(job.init)
-    _check_like(init, config, f"{job.phase} starts from {job.init}")
+    if not torch.allclose(init.pos_embed.float(), config_positions(init.config), atol=POSITION_TOLERANCE):
+        raise CheckpointError(
+            f"{job.phase} starts from {job.init}: its position table follows no grid, so it cannot be made for another"
+            " resolution"
+        )
     stored = dict(init.named_parameters())
-    new = frozenset(name for name in fresh.keys() - stored.keys() if name.endswith(QK_NORM_SCALES))
-    for name in sorted((fresh.keys() | stored.keys()) - new):
-        found, wanted = (tuple(z[name].shape) if name in z else "absent" for z in (stored, fresh))
-        if found != wanted:
-            raise CheckpointError(
-                f"{job.phase} starts from {job.init}: {name} is {found} there and {wanted} in the recipe's model"
-            )
+    new = frozenset(fresh.keys() - stored.keys())
     weights = {name: (fresh[name] if name in new else stored[name]).detach().float() for name in fresh}
     return Start(weights, new)
 
 
-def _check_like(init: Backbone, config: BackboneConfig, where: str) -> None:
-    """What no parameter's shape tells: heads, and positions that this phase makes anew for its own resolution."""
-    for name in ("num_heads", "position_base", "clip_tokens"):
-        found, wanted = getattr(init.config, name, None), getattr(config, name, None)
+def check_start(phase: str, init: str, config: BackboneConfig, formulation: str) -> None:
+    """What can be told before the weights are read: CheckpointError where `init` is no start for such a phase."""
+    where, stated = f"{phase} starts from {init}", stated_formulation(init)
+    if family(stated) != family(formulation):
+        raise CheckpointError(
+            f"{where}: it was trained for {stated}, whose network predicts another thing than {formulation}'s"
+        )
+    stored = read_config(init)
+    for name in ("num_heads", "position_base", "clip_tokens"):  # no parameter's shape tells these
+        found, wanted = getattr(stored, name, None), getattr(config, name, None)
         if found != wanted:
             raise CheckpointError(f"{where}: {name} is {found} there and {wanted} in the recipe's model")
-    if not torch.allclose(init.pos_embed.float(), config_positions(init.config), atol=POSITION_TOLERANCE):
-        raise CheckpointError(
-            f"{where}: its position table follows no grid, so it cannot be made for another resolution"
-        )
+    there, here = model_shapes(stored), model_shapes(config)
+    new = {name for name in here.keys() - there.keys() if name.endswith(QK_NORM_SCALES)}
+    for name in sorted((here.keys() | there.keys()) - new - {POSITIONS}):
+        found, wanted = there.get(name, "absent"), here.get(name, "absent")
+        if found != wanted:
+            raise CheckpointError(f"{where}: {name} is {found} there and {wanted} in the recipe's model")
 
 
 def fitted_scales(model: nn.Module, new: frozenset[str], forward: Callable[[], None]) -> dict[str, Tensor]:
