@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -17,6 +18,8 @@ from flows.options import device as chosen_device
 from flows.options import one_of
 from flows.recipes import DEFAULT_RECIPE
 from flows.summary import finished_runs
+from sd3core.checkpoint import is_training_checkpoint, read_done
+from sd3core.data.store import open_store
 from sd3core.errors import UserError
 from sd3core.generate import DTYPES, Draw, Weights, sample_to_files
 from sd3core.progress import counted
@@ -130,11 +133,12 @@ def _columns(draws: Sequence[Draw]) -> int | None:
 
 
 def _towers(recipe: Recipe, checkpoint: str | None, given: Path | None) -> Path:
-    """The folder that is given, or the recipe's, fetched from its store."""
+    """The folder that is given, or what the checkpoint was trained with where it says so, or the recipe's, fetched."""
     if given is not None:
         if not (given / "vae").is_dir():
             raise UserError(f"--towers {given}: no vae folder there; name a folder as diffusers' pipelines have it")
         return given
+    recipe = (_own_recipe(checkpoint) if checkpoint else None) or recipe
     store = run_store(recipe)
     try:
         return fetch_towers(store, upstream.towers_manifest(recipe, store).folder, towers_cache())
@@ -143,6 +147,20 @@ def _towers(recipe: Recipe, checkpoint: str | None, given: Path | None) -> Path:
             raise
         raise UserError(
             f"--checkpoint {checkpoint}: name its VAE and text encoders too, with --towers FOLDER"
+        ) from None
+
+
+def _own_recipe(checkpoint: str) -> Recipe | None:
+    """Of the run that wrote a training checkpoint; a model folder has none."""
+    store = open_store(checkpoint)
+    if not is_training_checkpoint(store):
+        return None
+    fields = read_done(store, "").recipe
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError:
+        raise UserError(
+            f"--checkpoint {checkpoint}: no recipe of this version in it, so name its VAE and text encoders with --towers FOLDER"
         ) from None
 
 

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from flows.cli import main
+from sd3core.checkpoint import CheckpointDone
 
 
 @pytest.fixture
@@ -22,3 +23,26 @@ def sd3(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def finish_checkpoint():
+    """Writes the mark of a finished checkpoint of the recipe, without weights."""
+
+    def finish(store, folder: str, recipe) -> None:
+        done = CheckpointDone(
+            samples=8,
+            steps=1,
+            attempt=1,
+            optimizer_step=1,
+            config={},
+            training={},
+            parameters={},
+            files={},
+            specs={},
+            null=recipe.text.null,
+            recipe=recipe.model_dump(mode="json"),
+        )
+        store.put_json(f"{folder}/DONE.json".lstrip("/"), done.model_dump(mode="json"))
+
+    return finish

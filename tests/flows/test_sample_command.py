@@ -11,9 +11,11 @@ from rich.console import Console
 
 from flows import commands, sample
 from flows.cli import main
+from sd3core.data.store import open_store
 from sd3core.errors import UserError
 from sd3core.recipe_file import load_recipe
 from sd3core.sample_settings import SampleSettings
+from sd3core.specs import towers_folder
 
 PROMPTS = ["a red circle", "ein grüner Kreis"]
 
@@ -23,7 +25,7 @@ def drawn(monkeypatch, tmp_path):
     """Runs `sd3 sample ARGUMENTS` without a run's files and without drawing: what it was asked to draw."""
     monkeypatch.setenv("SD3_HOME", str(tmp_path))
     monkeypatch.setattr(sample, "last_checkpoint", lambda recipe: "file:///store/runs/r/checkpoints/last")
-    monkeypatch.setattr(sample.upstream, "towers_manifest", lambda *_: SimpleNamespace(folder="towers/t"))
+    monkeypatch.setattr(sample.upstream, "towers_manifest", lambda recipe, _: SimpleNamespace(folder=towers_folder(recipe)))
     monkeypatch.setattr(sample, "fetch_towers", lambda store, folder, cache: folder)
     asked: dict[str, object] = {}
     screen = io.StringIO()
@@ -72,6 +74,13 @@ def test_every_option_arrives(drawn, tmp_path):
     assert SampleSettings(**fields) == SampleSettings(
         80, 112, 9, 2.5, 1.5, ("clip_l", "t5"), "textbook", sampler="dpm++2m", negative_prompt=""
     )
+
+
+def test_a_checkpoint_brings_the_towers_it_was_trained_with(drawn, tmp_path, finish_checkpoint):
+    trained, folder = load_recipe("tiny-test"), tmp_path / "checkpoint"
+    finish_checkpoint(open_store(str(folder)), "", trained)
+    assert drawn(*PROMPTS, "--checkpoint", str(folder))["towers"] == towers_folder(trained)
+    assert drawn(*PROMPTS)["towers"] == towers_folder(load_recipe("mini")) != towers_folder(trained)
 
 
 def test_named_seeds_are_those_of_every_prompt(drawn):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flows import finetune, upstream
-from sd3core.checkpoint import CheckpointDone, CheckpointRef, save_model
+from sd3core.checkpoint import CheckpointRef, save_model
 from sd3core.data.manifest import MANIFEST, Manifest, commit_manifest
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError, DataError
@@ -102,23 +102,10 @@ def test_a_start_that_cannot_be_is_told_before_the_first_stage(store, tmp_path):
     upstream.check_start_from(recipe_of("a", 100), store)  # fresh weights
 
 
-def test_a_start_that_is_gone_is_not_needed_once_training_has_ended(store, tmp_path):
+def test_a_start_that_is_gone_is_not_needed_once_training_has_ended(store, tmp_path, finish_checkpoint):
     own = load_recipe("tiny-test", [f"model.start_from={tmp_path}/gone"])
     trained = "runs/r/checkpoints/pretrain/spec"
-    done = CheckpointDone(
-        samples=8,
-        steps=1,
-        attempt=1,
-        optimizer_step=1,
-        config={},
-        training={},
-        parameters={},
-        files={},
-        specs={},
-        null="zeros",
-        recipe=own.model_dump(mode="json"),
-    )
-    store.put_json(f"{trained}/{8:012d}/DONE.json", done.model_dump(mode="json"))
+    finish_checkpoint(store, f"{trained}/{8:012d}", own)
     with pytest.raises(CheckpointError, match="no config.json"):
         upstream.start_digest(own, store, "pretrain", upstream.start_of(own, store, "pretrain"))
     remember_stage(store, own.run, "pretrain", trained, "f" * 64, {"init": "d" * 64})
