@@ -20,7 +20,7 @@ from prefect.logging import get_run_logger
 
 from sd3core.progress import Progress
 
-POST_SECONDS = 1.0
+POST_SECONDS = 2.0  # as often as the terminal asks
 WARNINGS_SHOWN = 5  # below the progress, the newest
 SKIPPED = "skipped: "  # how the progress of a stage that found nothing to do begins; a reason follows
 PROGRESS_KEY = "progress"
@@ -68,7 +68,7 @@ class LiveArtifact:
 
 
 class StageReporter:
-    """Takes every Progress at once and posts the newest to the run's progress artifact, once a second.
+    """Takes every Progress at once and posts the newest to the run's progress artifact every POST_SECONDS.
 
     Its description is the progress in one line, and a line for each of the last warnings that came while the stage worked.
     Posting is on a thread of its own: neither a slow server nor one that is being restarted holds up the work. What went
