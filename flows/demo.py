@@ -137,7 +137,7 @@ def _run_at_work(name: str, recipe: Recipe, overrides: list[str]) -> UUID | None
 
 
 def _first_failure(view: RunView) -> str:
-    if not worker_lives():
+    if view.state.value != "CANCELLED" and not worker_lives():
         return "the Prefect worker has ended, and the run with it"
     failed = [stage for stage in view.stages if stage.state in ("failed", "crashed", "cancelled")]
     return of_stage(failed[0].name, failed[0].progress) if failed else view.message or view.state.value.lower()

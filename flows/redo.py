@@ -6,6 +6,8 @@ by every run that names the same data, so the other runs of that data find them 
 
 from __future__ import annotations
 
+import difflib
+
 from flows.deployments import STAGES
 from sd3core import specs
 from sd3core.checkpoint import DONE_FILE
@@ -20,7 +22,9 @@ from sd3core.towers import read_towers
 def forget_from(recipe: Recipe, store: Store, first: str) -> list[str]:
     """Undoes `first` and every stage after it, the last stage first. Returns the stages. RecipeError for an unknown stage."""
     if first not in STAGES:
-        raise RecipeError(f"from_stage {first!r}: the stages are {', '.join(STAGES)}")
+        near = difflib.get_close_matches(first, STAGES, n=1)
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        raise RecipeError(f"--from-stage {first!r}: {meant}the stages are {', '.join(STAGES)}")
     stages = list(STAGES[STAGES.index(first) :])
     folders = {
         stage: _folders(recipe, store, stage) for stage in stages

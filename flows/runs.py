@@ -114,7 +114,7 @@ def cancel_waiting_runs() -> list[str]:
     return [run.name for run in waiting]
 
 
-def cancel_run(flow_run_id: UUID) -> None:
+def cancel_run(flow_run_id: UUID, reason: str = "Ctrl-C in the terminal that started it.") -> None:
     """Ends a run's processes, then the run and its stages are Cancelled. A server that is away finds out at the next start."""
     write_whole(_cancelled(str(flow_run_id)), "")  # a worker that has just taken the run may start its process after this
     with suppress(httpx.HTTPError):
@@ -122,7 +122,7 @@ def cancel_run(flow_run_id: UUID) -> None:
     if _end_processes(flow_run_id):
         take_cancellation(str(flow_run_id))  # its process had come: the next one that comes is a retry's
     with suppress(httpx.HTTPError):
-        _set_states(flow_run_id, Cancelled(message="Ctrl-C in the terminal that started it."))
+        _set_states(flow_run_id, Cancelled(message=reason))
 
 
 def read_stage_runs(flow_run_id: UUID) -> list[FlowRun]:

@@ -175,4 +175,5 @@ def last_checkpoint(recipe: Recipe) -> str:
             raise
         default = " (the default)" if recipe.name == DEFAULT_RECIPE else ""
         named = ", ".join(f"{run} (--recipe {of})" if run == of else run for run, of in finished.items())
-        raise UserError(f"recipe {recipe.name}{default} is not finished here; finished: {named}") from None
+        wanted = f"recipe {recipe.name}{default}" if recipe.run == recipe.name else f"run {recipe.run}"
+        raise UserError(f"{wanted} is not finished here; finished: {named}") from None

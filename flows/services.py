@@ -188,12 +188,15 @@ def down(say: Say = print) -> None:
         return
     if server_answers(services):
         use(services)
-        from flows.runs import cancel_waiting_runs, unfinished_runs
+        from flows.runs import cancel_run, cancel_waiting_runs, unfinished_runs
 
         for name in cancel_waiting_runs():
             say(f"run {name}: cancelled before it began")
-        if at_work := [run.name for run in unfinished_runs()]:
-            say(f"ending {counted(len(at_work), 'run')} ({', '.join(at_work)}), at most {2 * STOP_SECONDS} s")
+        if at_work := unfinished_runs():
+            names = ", ".join(run.name for run in at_work)
+            say(f"ending {counted(len(at_work), 'run')} ({names}), at most {2 * STOP_SECONDS} s")
+        for run in at_work:
+            cancel_run(run.id, "`sd3 down` ended it.")
     with put_off():
         for name in ("worker", "server"):
             process = getattr(services, name)

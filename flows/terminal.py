@@ -88,7 +88,7 @@ def _stage_view(run: FlowRun, name: str, described: str) -> StageView:
     """`described`: of its progress artifact."""
     progress, *warnings = described.splitlines() or [""]
     state = STATE_WORDS.get(run.state_type, "waiting")
-    if run.state_type == StateType.COMPLETED and progress.startswith(SKIPPED):
+    if run.state_type in (StateType.RUNNING, StateType.COMPLETED) and progress.startswith(SKIPPED):
         state, progress = "skipped", progress.removeprefix(SKIPPED)
     seconds = run.estimated_run_time.total_seconds()
     return StageView(name, state, seconds, _problem(run) or progress, tuple(warnings))

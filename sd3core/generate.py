@@ -185,8 +185,8 @@ def sample_to_files(
     on_step: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> list[Path]:
-    """Draws each prompt with its seed and writes OUT/00000.png ... and, of more than one, OUT/grid.png, with the
-    settings inside each file. -> paths, grid last.
+    """Draws each prompt with its seed and writes OUT/00000.png ... and, of more than one, OUT/00000-grid.png, with the
+    settings inside each file. Numbers go on after those of pictures that are there. -> paths, grid last.
 
     columns: of the grid; None makes it square. `settings`: fields of SampleSettings; None takes the default, which for
     size and shift is the checkpoint's own.
@@ -206,13 +206,14 @@ def sample_to_files(
     }
     if is_training_checkpoint(open_store(checkpoint)):  # a model folder has one set of weights, whose it does not say
         common["weights"] = weights or "ema"
-    paths = [out / f"{position:05d}.png" for position in range(len(images))]
+    first = 1 + max((int(path.stem) for path in out.glob("*.png") if path.stem.isdecimal()), default=-1)
+    paths = [out / f"{first + position:05d}.png" for position in range(len(images))]
     for path, image, (prompt, seed) in zip(paths, images, draws, strict=True):
         path.write_bytes(encode_png(image, {"prompt": prompt, "seed": seed} | common))
     if len(images) == 1:
         return paths
     many = {"prompts": json.dumps(prompts, ensure_ascii=False), "seeds": json.dumps(seeds)}
-    grid = out / "grid.png"
+    grid = out / f"{first:05d}-grid.png"
     grid.write_bytes(encode_png(make_grid(list(images), columns or grid_columns(len(images))), many | common))
     return [*paths, grid]
 

@@ -42,7 +42,7 @@ def _read_yaml(name_or_path: str) -> dict[str, Any]:
         path = Path(name_or_path)
         try:
             if not path.is_file():
-                raise RecipeError(f"recipe {name_or_path}: no such file")
+                raise RecipeError(f"recipe {name_or_path}: no such file; shipped: {', '.join(shipped_recipes())}")
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise RecipeError(f"recipe {name_or_path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None

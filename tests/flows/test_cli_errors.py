@@ -49,7 +49,7 @@ def own_home(tmp_path, monkeypatch):
         ),
         (
             ["sample", "a circle", "--checkpoint", "/none"],
-            "sd3: --checkpoint /none: name its VAE and text encoders too, with --towers FOLDER",
+            "sd3: file:///none: no config.json (a model) and no DONE.json (a checkpoint) there",
         ),
         (["import", "/none", "out"], "sd3: /none: no such file or folder"),
         (["import", "/bin/ls", "out"], "sd3: /bin/ls: not a safetensors file; get the .safetensors of these weights"),
@@ -103,6 +103,7 @@ def test_where_other_runs_are_finished_they_are_named(sd3, tmp_path):
         open_store(str(tmp_path / "store")).put_json(f"runs/{run}/summary.json", {"run": run, "recipe": recipe})
     finished = "finished: photos-1, tiny-test (--recipe tiny-test)\n"
     assert sd3("sample", "a circle")[2] == f"sd3: recipe mini (the default) is not finished here; {finished}"
+    assert sd3("sample", "a circle", "--run", "other")[2] == f"sd3: run other is not finished here; {finished}"
     assert sd3("sample", "a circle", "-r", "small")[2] == f"sd3: recipe small is not finished here; {finished}"
     _, _, err = sd3("sample", "a circle", "-r", "tiny-test")  # its data are gone, or its settings changed
     assert "run `.venv/bin/prefect deployment run 'towers/tiny-test'` first" in err

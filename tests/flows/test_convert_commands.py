@@ -70,6 +70,12 @@ def test_ctrl_c_leaves_nothing(sd3, monkeypatch, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "home") == ["released.safetensors"]
 
 
+def test_a_model_folder_needs_towers(sd3):
+    sd3("import", "released.safetensors", "model")
+    code, _, err = sd3("sample", "a circle", "--checkpoint", "model")
+    assert (code, err) == (1, "sd3: --checkpoint model: name its VAE and text encoders too, with --towers FOLDER\n")
+
+
 def test_sample_takes_a_checkpoint_and_towers_of_ones_own(sd3, monkeypatch, tmp_path):
     given = {}
 

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from types import SimpleNamespace
+from uuid import uuid4
 
 import pytest
 
@@ -94,8 +95,13 @@ def test_down_where_nothing_was_started():
 
 
 def test_down_says_which_runs_it_ends_before_it_does(monkeypatch):
-    ended = SimpleNamespace(cancel_waiting_runs=lambda: [], unfinished_runs=lambda: [SimpleNamespace(name="pipeline mini")])
-    monkeypatch.setitem(sys.modules, "flows.runs", ended)
+    run, ended = SimpleNamespace(name="pipeline mini", id=uuid4()), []
+    runs = SimpleNamespace(
+        cancel_waiting_runs=lambda: [],
+        unfinished_runs=lambda: [run],
+        cancel_run=lambda run_id, reason: ended.append((run_id, reason)),
+    )
+    monkeypatch.setitem(sys.modules, "flows.runs", runs)
     monkeypatch.setattr(services, "server_answers", lambda found: True)
     monkeypatch.setattr(services, "use", lambda found: None)
     swept = []
@@ -104,6 +110,7 @@ def test_down_says_which_runs_it_ends_before_it_does(monkeypatch):
     said = []
     services.down(said.append)
     assert said == ["ending 1 run (pipeline mini), at most 30 s", "worker: was not running", "server: was not running"]
+    assert ended == [(run.id, "`sd3 down` ended it.")]
     assert swept  # what the killed runs left in /tmp
 
 

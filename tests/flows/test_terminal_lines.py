@@ -205,6 +205,7 @@ def test_a_warning_is_printed_once_and_as_it_comes(server, kind):
     ("state", "described", "shown"),
     [
         (StateType.COMPLETED, "skipped: finished before", ("skipped", "finished before", ())),
+        (StateType.RUNNING, "skipped: finished before", ("skipped", "finished before", ())),  # told before it has ended
         (StateType.COMPLETED, "4/4 steps\none\ntwo", ("done", "4/4 steps", ("one", "two"))),
         (StateType.RUNNING, "", ("running", "", ())),
     ],

@@ -164,7 +164,7 @@ def test_files_carry_their_settings(checkpoint, towers_folder, tmp_path):
     draws = [(PROMPTS[0], 3), (PROMPTS[0], 4), (PROMPTS[1], 3), (PROMPTS[1], 2**63 - 1)]
     settings = {"num_steps": 2, "height": None, "sampler": "heun", "negative_prompt": "ein grünes Dreieck"}
     paths = sample_to_files(checkpoint, towers_folder, draws, tmp_path / "new" / "out", columns=2, **settings)
-    assert [path.name for path in paths] == ["00000.png", "00001.png", "00002.png", "00003.png", "grid.png"]
+    assert [path.name for path in paths] == ["00000.png", "00001.png", "00002.png", "00003.png", "00000-grid.png"]
     inside = read_settings(paths[3].read_bytes())
     assert (inside["prompt"], inside["seed"]) == (PROMPTS[1], str(2**63 - 1))
     assert "weights" not in inside  # a model folder does not say whose weights it has
@@ -173,6 +173,10 @@ def test_files_carry_their_settings(checkpoint, towers_folder, tmp_path):
     assert list(zip(json.loads(of_grid["prompts"]), json.loads(of_grid["seeds"]), strict=True)) == draws
     alone = sample_to_files(checkpoint, towers_folder, draws[:1], tmp_path / "alone", num_steps=1)
     assert alone == [*(tmp_path / "alone").iterdir()] and alone[0].name == "00000.png"
+    before = alone[0].read_bytes()
+    more = sample_to_files(checkpoint, towers_folder, draws[:2], tmp_path / "alone", num_steps=1)
+    assert [path.name for path in more] == ["00001.png", "00002.png", "00001-grid.png"]
+    assert alone[0].read_bytes() == before  # what is there is kept
 
 
 @pytest.mark.parametrize("name", ["eps/linear", "v/cos", "edm(-1.20,1.20)"])
