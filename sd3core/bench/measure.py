@@ -11,6 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from sd3core.timing import seconds_of
 
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"} | {
+    f"aten::_scaled_dot_product_flash_attention_for_cpu{way}" for way in ("", "_backward")
+}
+
 
 def interleaved(
     contenders: Mapping[str, Callable[[], object]],
@@ -39,6 +43,15 @@ def median_ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
+def product_seconds(work: Callable[[], object]) -> float:
+    """What a CPU spends in the matrix products of `work` and in fused attention: the part that no fusing of the rest
+    makes shorter. The profiler's own time is not in it.
+    """
+    with _profiled() as recorded:
+        work()
+    return sum(row.self_cpu_time_total for row in recorded.key_averages() if row.key in PRODUCTS) / 1e6
+
+
 def peak_bytes_above_start(work: Callable[[], object], device: torch.device) -> int:
     """The most memory that `work` held at once, above what was held when it began.
 
@@ -51,8 +64,7 @@ def peak_bytes_above_start(work: Callable[[], object], device: torch.device) -> 
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells its phases on stderr
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with _profiled(profile_memory=True) as recorded:
         work()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
@@ -60,3 +72,8 @@ def peak_bytes_above_start(work: Callable[[], object], device: torch.device) -> 
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def _profiled(**options: bool) -> profile:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells its phases on stderr
+    return profile(activities=[ProfilerActivity.CPU], **options)

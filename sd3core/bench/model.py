@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sd3core.bench.measure import interleaved, median_ratio, peak_bytes_above_start
+from sd3core.bench.measure import interleaved, median_ratio, peak_bytes_above_start, product_seconds
 from sd3core.checkpoint_formats import diffusers_config, to_diffusers
 from sd3core.errors import UserError
 from sd3core.mmdit import MMDiT, MMDiTConfig
@@ -187,6 +187,7 @@ class ModeResult:
     train_seconds: dict[str, float]
     train_ratio: float
     forward_backward_ratio: float
+    train_product_seconds: dict[str, float] | None  # of it in matrix products; None on a GPU
     sample_seconds: dict[str, float]
     sample_ratio: float
     activation_bytes: dict[str, int]
@@ -237,6 +238,8 @@ def _measure_mode(
     passes = interleaved(halves, bench.rounds, device, told("forward and backward"))
     peaks = {name: peak_bytes_above_start(step.forward_backward, device) for name, step in train.items()}
 
+    products = {name: product_seconds(step) for name, step in train.items()} if device.type == "cpu" else None
+
     train_seconds = {name: statistics.median(seconds) for name, seconds in trained.items()}
     sample_seconds = {name: statistics.median(seconds) for name, seconds in drawn.items()}
     forward = forward_flops(bench.config(), bench.image_tokens, bench.text_tokens)
@@ -245,6 +248,7 @@ def _measure_mode(
         train_seconds=train_seconds,
         train_ratio=median_ratio(trained[THEIRS], trained[OURS]),
         forward_backward_ratio=median_ratio(passes[THEIRS], passes[OURS]),
+        train_product_seconds=products,
         sample_seconds=sample_seconds,
         sample_ratio=median_ratio(drawn[THEIRS], drawn[OURS]),
         activation_bytes=peaks,

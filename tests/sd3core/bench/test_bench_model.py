@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from flows.commands import app
 from sd3core.bench import model as bench_model
-from sd3core.bench.measure import interleaved, median_ratio, peak_bytes_above_start
+from sd3core.bench.measure import interleaved, median_ratio, peak_bytes_above_start, product_seconds
 from sd3core.bench.model import OURS, THEIRS, Inputs, ModelBench, TrainingStep, contenders, largest_difference, measure
 from sd3core.checkpoint_formats import to_diffusers
 from sd3core.errors import UserError
@@ -30,6 +30,13 @@ def test_every_round_goes_once_through_all_and_the_first_is_not_counted():
 
 def test_the_ratio_is_taken_within_rounds():
     assert median_ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == 2.0
+
+
+def test_products_are_told_from_the_rest():
+    a = torch.randn(256, 256)
+    product_seconds(lambda: a @ a)  # the first profile of a process pays for its start
+    one, rest = product_seconds(lambda: a @ a), product_seconds(lambda: [a.exp() for _ in range(50)])
+    assert one > 0 and rest == 0
 
 
 def test_peak_memory_counts_what_is_held_at_once():
@@ -86,3 +93,4 @@ def test_the_command_prints_a_table_and_writes_the_figures(tmp_path):
     (result,) = json.loads(out.read_text())["results"]
     assert result["mode"] == "fp32" and result["train_ratio"] > 0 and result["activation_bytes"][OURS] > 0
     assert 0 < result["train_fraction_of_matmul"][OURS] < 2
+    assert 0 < result["train_product_seconds"][OURS]
