@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sd3core.allocator import keep_freed_memory
 from sd3core.bench.measure import interleaved, median_ratio, peak_bytes_above_start, product_seconds
 from sd3core.checkpoint_formats import diffusers_config, to_diffusers
 from sd3core.errors import UserError
@@ -188,6 +189,7 @@ class ModeResult:
     train_ratio: float
     forward_backward_ratio: float
     train_product_seconds: dict[str, float] | None  # of it in matrix products; None on a GPU
+    optimizer_seconds: dict[str, float]  # of it in AdamW and the copies from and to its fp32 master
     sample_seconds: dict[str, float]
     sample_ratio: float
     activation_bytes: dict[str, int]
@@ -204,6 +206,7 @@ def measure(
     bench: ModelBench, modes: tuple[str, ...] = MODES, say: Callable[[str], None] = lambda line: None
 ) -> Iterator[ModeResult]:
     """One result a mode. UserError where the two models do not give the same velocity."""
+    keep_freed_memory()  # as the trainer's ranks do: for both models alike
     device = torch.device(bench.device)
     for mode in modes:
         pair = contenders(bench)
@@ -236,12 +239,14 @@ def _measure_mode(
     trained = interleaved(train, bench.rounds, device, told("training"))
     halves = {name: step.forward_backward for name, step in train.items()}
     passes = interleaved(halves, bench.rounds, device, told("forward and backward"))
+    stepped = interleaved({name: step.step for name, step in train.items()}, bench.rounds, device, told("optimizer"))
     peaks = {name: peak_bytes_above_start(step.forward_backward, device) for name, step in train.items()}
 
     products = {name: product_seconds(step) for name, step in train.items()} if device.type == "cpu" else None
 
-    train_seconds = {name: statistics.median(seconds) for name, seconds in trained.items()}
-    sample_seconds = {name: statistics.median(seconds) for name, seconds in drawn.items()}
+    train_seconds, sample_seconds, optimizer_seconds = (
+        {name: statistics.median(seconds) for name, seconds in taken.items()} for taken in (trained, drawn, stepped)
+    )
     forward = forward_flops(bench.config(), bench.image_tokens, bench.text_tokens)
     return ModeResult(
         mode=mode,
@@ -249,6 +254,7 @@ def _measure_mode(
         train_ratio=median_ratio(trained[THEIRS], trained[OURS]),
         forward_backward_ratio=median_ratio(passes[THEIRS], passes[OURS]),
         train_product_seconds=products,
+        optimizer_seconds=optimizer_seconds,
         sample_seconds=sample_seconds,
         sample_ratio=median_ratio(drawn[THEIRS], drawn[OURS]),
         activation_bytes=peaks,

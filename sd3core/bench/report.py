@@ -32,9 +32,11 @@ def result_table(results: Sequence[ModeResult]) -> Table:
             shown = (f"{1e3 * seconds[name]:,.1f} ms" for name in (OURS, THEIRS))
             table.add_row(rate, what, *shown, f"{ratio:.2f}", *(f"{fraction[name]:.2f}" for name in (OURS, THEIRS)))
             rate = ""
-        if result.train_product_seconds is not None:
-            shown = (f"{1e3 * result.train_product_seconds[name]:,.1f} ms" for name in (OURS, THEIRS))
-            table.add_row("", "matrix products of a training step", *shown, "", "", "")
+        parts = {"matrix products": result.train_product_seconds, "AdamW": result.optimizer_seconds}
+        for part, seconds in parts.items():
+            if seconds is not None:
+                shown = (f"{1e3 * seconds[name]:,.1f} ms" for name in (OURS, THEIRS))
+                table.add_row("", f"{part} of a training step", *shown, "", "", "")
         table.add_row("", "forward and backward alone", "", "", f"{result.forward_backward_ratio:.2f}", "", "")
         held = (f"{result.activation_bytes[name] / 2**20:,.0f} MiB" for name in (OURS, THEIRS))
         table.add_row("", "peak activation memory", *held, f"{result.activation_ratio:.2f}", "", "")

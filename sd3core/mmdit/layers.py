@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-PLAIN_ATTENTION_TOKENS = 512  # up to here the CPU's fused bf16 attention loses to two matmuls
+from sd3core.mmdit import lean
+
 SINUSOID_CHANNELS = 256
 MLP_RATIO = 4
 
@@ -30,6 +31,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
 
 
+def layer_norm(x: Tensor) -> Tensor:
+    """(x - mean) / sqrt(variance + 1e-6) over the last dimension, without weights of its own."""
+    return F.layer_norm(x, x.shape[-1:], eps=lean.LAYER_NORM_EPS)
+
+
 def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     """x + gate * update. x, update (B, L, H); gate (B, H)."""
     return torch.addcmul(x, gate.unsqueeze(1), update)
@@ -43,7 +49,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, latent: Tensor) -> Tensor:
-        return rearrange(self.proj(latent), "b d h w -> b (h w) d")
+        # The residual stream has this layout to its end, and a channel's tokens in a row would make each step slower.
+        return rearrange(self.proj(latent), "b d h w -> b (h w) d").contiguous()
 
 
 class VectorEmbed(nn.Module):
@@ -55,6 +62,24 @@ class VectorEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(x)
+
+
+class ModulatedLinear(nn.Linear):
+    """linear(modulate(layer_norm(x), shift, scale)). x (B, L, H); shift, scale (B, H) -> (B, L, K)."""
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        if lean.serves(x):
+            return lean.modulated_linear(x, shift, scale, self.weight, self.bias)
+        return super().forward(modulate(layer_norm(x), shift, scale))
+
+
+class GeluLinear(nn.Linear):
+    """linear(gelu(u)), GELU in its tanh form. (B, L, K) -> (B, L, H)."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        if lean.serves(u):
+            return lean.gelu_linear(u, self.weight, self.bias)
+        return super().forward(F.gelu(u, approximate="tanh"))
 
 
 class RMSNorm(nn.Module):
@@ -87,18 +112,22 @@ class QKNorms(nn.Module):
 
 
 class AttentionWeights(QKNorms):
-    """One stream's projections around an attention; the last text stream has no output projection."""
+    """One stream's projections around an attention; the last text stream has no output projection.
+
+    x (B, L, H), not yet normed, shift and scale (B, H) -> q, k, v (B, n, L, d).
+    """
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: str | None, output: bool = True):
         super().__init__(hidden_size // num_heads, qk_norm)
         self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv = ModulatedLinear(hidden_size, 3 * hidden_size)
         if output:
             self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = rearrange(self.qkv(x), "b l (three n d) -> three b l n d", three=3, n=self.num_heads)
-        return self.ln_q(q), self.ln_k(k), v  # (B, L, n, d) each
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = rearrange(self.qkv(x, shift, scale), "b l (three n d) -> b l three n d", three=3, n=self.num_heads)
+        q, k, v = (rearrange(z, "b l n d -> b n l d") for z in qkv.unbind(2))
+        return self.ln_q(q), self.ln_k(k), v
 
 
 class CrossAttention(QKNorms):
@@ -113,40 +142,44 @@ class CrossAttention(QKNorms):
         self.attention = Attention()
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        q = rearrange(self.q(x), "b l (n d) -> b l n d", n=self.num_heads)
-        k, v = rearrange(self.kv(c), "b l (two n d) -> two b l n d", two=2, n=self.num_heads)
-        return self.proj(self.attention(self.ln_q(q), self.ln_k(k), v))
+        q = rearrange(self.q(x), "b l (n d) -> b n l d", n=self.num_heads)
+        k, v = rearrange(self.kv(c), "b l (two n d) -> two b n l d", two=2, n=self.num_heads)
+        return self.proj(join_heads(self.attention(self.ln_q(q), self.ln_k(k), v)))
 
 
 class Mlp(nn.Module):
-    """Linear to 4H, GELU (tanh form), Linear back."""
+    """Modulated layer norm, Linear to 4H, GELU (tanh form), Linear back. x (B, L, H); shift, scale (B, H) -> (B, L, H)."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, MLP_RATIO * hidden_size)
-        self.fc2 = nn.Linear(MLP_RATIO * hidden_size, hidden_size)
+        self.fc1 = ModulatedLinear(hidden_size, MLP_RATIO * hidden_size)
+        self.fc2 = GeluLinear(MLP_RATIO * hidden_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x, shift, scale))
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v without a mask. q (B, L, n, d); k, v (B, M, n, d) -> (B, L, H). Holds no weights.
+    """softmax(q k^T / sqrt(d)) v without a mask. q (B, n, L, d); k, v (B, n, M, d) -> (B, n, L, d). Holds no weights.
 
     A module, so that a hook can look at queries and keys (see `max_attention_logit`) without a branch in the forward.
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (rearrange(z, "b l n d -> b n l d") for z in (q, k, v))
-        short_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= PLAIN_ATTENTION_TOKENS
-        attend = plain_attention if short_on_cpu else F.scaled_dot_product_attention
-        return rearrange(attend(q, k, v), "b n l d -> b l (n d)")
+        if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+            return F.scaled_dot_product_attention(q, k, v)
+        return lean.attention(q, k, v) if lean.serves(q, tokens_dim=2) else plain_attention(q, k, v)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same written out. On a CPU in bf16 the fused kernel's backward takes 2 to 10 times as long for short sequences."""
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, n, L, L)
     return logits.softmax(dim=-1) @ v
+
+
+def join_heads(attended: Tensor) -> Tensor:
+    """(B, n, L, d) -> (B, L, H)."""
+    return rearrange(attended, "b n l d -> b l (n d)")
 
 
 class StreamBlock(nn.Module):
@@ -159,40 +192,38 @@ class StreamBlock(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: str | None, last: bool = False, dual: bool = False):
         super().__init__()
         self.last, self.dual = last, dual
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = AttentionWeights(hidden_size, num_heads, qk_norm, output=not last)
         if dual:
             self.attn2 = AttentionWeights(hidden_size, num_heads, qk_norm)
             self.attention2 = Attention()
         if not last:
-            self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
             self.mlp = Mlp(hidden_size)
         self.chunks = 2 if last else 9 if dual else 6
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, self.chunks * hidden_size))
 
     def before_attention(self, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """x, with the second attention added where there is one; q, k, v (B, L, n, d); (B, H) each for `after_attention`.
+        """x, with the second attention added where there is one; q, k, v (B, n, L, d); (B, H) each for `after_attention`.
 
-        Both attentions read the same layer norm, each under its own modulation.
+        Both attentions read the same x, each under its own modulation.
         """
         shift_attn, scale_attn, *rest = self.adaLN_modulation(y).chunk(self.chunks, dim=-1)
-        normed = self.norm1(x)
-        qkv = self.attn(modulate(normed, shift_attn, scale_attn))
+        qkv = self.attn(x, shift_attn, scale_attn)
         if self.dual:
             *rest, shift_attn2, scale_attn2, gate_attn2 = rest
-            attended = self.attention2(*self.attn2(modulate(normed, shift_attn2, scale_attn2)))
-            x = gated_add(x, gate_attn2, self.attn2.proj(attended))
+            attended = self.attention2(*self.attn2(x, shift_attn2, scale_attn2))
+            x = gated_add(x, gate_attn2, self.attn2.proj(join_heads(attended)))
         return x, qkv, tuple(rest)
 
     def after_attention(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        """attended (B, n, L, d) -> the stream (B, L, H)."""
         if self.last:
             return x
         gate_attn, *modulation_mlp = modulation
-        x = gated_add(x, gate_attn, self.attn.proj(attended))
+        x = gated_add(x, gate_attn, self.attn.proj(join_heads(attended)))
         return self.add_mlp(x, *modulation_mlp)
 
     def add_mlp(self, x: Tensor, shift_mlp: Tensor, scale_mlp: Tensor, gate_mlp: Tensor) -> Tensor:
-        return gated_add(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+        return gated_add(x, gate_mlp, self.mlp(x, shift_mlp, scale_mlp))
 
 
 class JointBlock(nn.Module):
@@ -226,8 +257,8 @@ class JointBlock(nn.Module):
             streams = [*c.tensor_split([self.clip_tokens], dim=1), x]
 
         before = [block.before_attention(z, y) for block, z in zip(blocks, streams, strict=True)]
-        q, k, v = (torch.cat(parts, dim=1) for parts in zip(*(qkv for _, qkv, _ in before), strict=True))
-        attended = self.attention(q, k, v).split([z.shape[1] for z in streams], dim=1)  # (B, L, H) each, text first
+        q, k, v = (torch.cat(parts, dim=2) for parts in zip(*(qkv for _, qkv, _ in before), strict=True))
+        attended = self.attention(q, k, v).split([z.shape[1] for z in streams], dim=2)  # (B, n, L, d) each, text first
         *text, x = (
             block.after_attention(z, part, modulation)
             for block, part, (z, _, modulation) in zip(blocks, attended, before, strict=True)
@@ -259,7 +290,7 @@ class CrossBlock(SelfBlock):
 
     def forward(self, x: Tensor, c: Tensor, y: Tensor) -> Tensor:
         x, qkv, (gate_attn, *modulation_mlp) = self.before_attention(x, y)
-        x = gated_add(x, gate_attn, self.attn.proj(self.attention(*qkv)))
+        x = gated_add(x, gate_attn, self.attn.proj(join_heads(self.attention(*qkv))))
         x = x + self.cross(x, c)
         return self.add_mlp(x, *modulation_mlp)
 
@@ -269,10 +300,9 @@ class FinalLayer(nn.Module):
 
     def __init__(self, hidden_size: int, patch_size: int, channels: int):
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * channels)
+        self.linear = ModulatedLinear(hidden_size, patch_size * patch_size * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(x, shift, scale)

@@ -98,7 +98,7 @@ def max_attention_logit(model: nn.Module, latent: Tensor, t: Tensor, context: Te
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         q, k, _ = inputs
-        logits = (torch.einsum("l n d, m n d -> n l m", *pair) for pair in zip(q.float(), k.float(), strict=True))
+        logits = (torch.einsum("n l d, n m d -> n l m", *pair) for pair in zip(q.float(), k.float(), strict=True))
         maxima.append(torch.stack([sample.abs().amax() for sample in logits]).amax() / q.shape[-1] ** 0.5)
 
     hooks = [m.register_forward_pre_hook(record) for m in model.modules() if isinstance(m, Attention)]

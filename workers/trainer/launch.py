@@ -15,6 +15,7 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayError
 
+from sd3core import allocator
 from sd3core.checkpoint import METRICS_FILE, list_checkpoints
 from sd3core.data.store import StoreNotFound, open_store
 from sd3core.errors import StoreError, UserError
@@ -37,13 +38,6 @@ CONTROLLER_ENV = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-}
-# Ray Train runs a rank in a thread, and there glibc gives freed memory back at once: faulting it in again cost a fifth of a step.
-KEEP_FREED_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2),  # the most that glibc takes
-    "MALLOC_TRIM_THRESHOLD_": str(2 * 1024**3),
-    "MALLOC_TOP_PAD_": str(64 * 1024**2),
 }
 
 
@@ -187,7 +181,7 @@ class _Desk:
 
         environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TF_CPP_MIN_LOG_LEVEL": "3"}
         if not gpu:
-            environment |= {"DS_ACCELERATOR": "cpu"} | KEEP_FREED_MEMORY
+            environment |= {"DS_ACCELERATOR": "cpu"} | allocator.ENVIRONMENT
         with tempfile.TemporaryDirectory(prefix="sd3-train-") as ray_only:
             trainer = TorchTrainer(
                 rank,

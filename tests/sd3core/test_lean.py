@@ -1,0 +1,200 @@
+"""The lean forms give what the plain ones give, values and gradients, and keep less."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import SMALL_BACKBONES, randomise, small_inputs
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
+
+from sd3core.mmdit import layers, lean, make_model
+
+ALL_LEAN, ALL_PLAIN = 1, 10**9  # values of MIN_TOKENS
+B, L, H, K, HEADS, D = 2, 5, 6, 7, 3, 4
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return z.to(dtype).requires_grad_()
+
+
+def plain_modulated_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(layers.modulate(layers.layer_norm(x), shift, scale), weight, bias)
+
+
+def plain_gelu_linear(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(F.gelu(u, approximate="tanh"), weight, bias)
+
+
+def linear_of(inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
+    return draw(outputs, inputs, seed=8), draw(outputs, seed=9)
+
+
+def modulated(tokens: int = L, width: int = H, outputs: int = K) -> list[Tensor]:
+    return [draw(B, tokens, width), draw(B, width, seed=1), draw(B, width, seed=2), *linear_of(width, outputs)]
+
+
+def heads(queries: int = L, keys: int = L, width: int = D) -> list[Tensor]:
+    shapes = [(B, HEADS, n, width) for n in (queries, keys, keys)]
+    return [draw(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+
+
+CASES = {
+    "modulated_linear": (lean.modulated_linear, plain_modulated_linear, modulated()),
+    "gelu_linear": (lean.gelu_linear, plain_gelu_linear, [3 * draw(B, L, K).detach(), *linear_of(K, H)]),
+    "attention": (lean.attention, layers.plain_attention, heads()),
+    "attention, more keys": (lean.attention, layers.plain_attention, heads(keys=33)),
+    "attention, no padding": (lean.attention, layers.plain_attention, heads(keys=32)),
+}
+
+
+@pytest.fixture(params=["one piece", "small pieces"])
+def pieces(request, monkeypatch):
+    """The same work at once, and in pieces of which the last is smaller."""
+    if request.param == "small pieces":
+        monkeypatch.setattr(lean, "PIECE_BYTES", 3 * 4 * K)  # 3 of B * L rows
+        monkeypatch.setattr(lean, "HEADS_BYTES", 4 * 8 * L * 32)  # 4 of B * HEADS heads, of 32 keys
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_exact(name, pieces):
+    form, plain, inputs = CASES[name]
+    inputs = [z.detach().requires_grad_() for z in inputs]
+    torch.testing.assert_close(form(*inputs), plain(*inputs), atol=1e-13, rtol=1e-12)
+    assert torch.autograd.gradcheck(form, inputs)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_inputs_of_any_layout(name):
+    form, plain, inputs = CASES[name]
+    turned = [z.detach().transpose(-1, -2).contiguous().transpose(-1, -2) if z.ndim > 1 else z.detach() for z in inputs]
+    assert not turned[0].is_contiguous()
+    torch.testing.assert_close(form(*turned), plain(*turned), atol=1e-13, rtol=1e-12)
+
+
+def test_gelu_in_bf16_is_as_near_as_the_kernel():
+    u = torch.linspace(-12, 12, 100_001).to(torch.bfloat16)[None]
+    exact = F.gelu(u.double(), approximate="tanh")
+    own, kernel = ((z.double() - exact).abs() for z in (lean.gelu(u), F.gelu(u, approximate="tanh")))
+    assert own.max() <= kernel.max() and own.mean() <= 1.001 * kernel.mean()
+
+
+def relative_errors(form, inputs: list[Tensor], dtype: torch.dtype) -> list[float]:
+    """Of the value and each gradient, against fp64 from the same rounded inputs."""
+
+    def run(form, dtype: torch.dtype) -> list[Tensor]:
+        own = [z.detach().to(torch.bfloat16).to(dtype).requires_grad_() for z in inputs]
+        value = form(*own)
+        value.backward(draw(*value.shape, seed=20).detach().to(torch.bfloat16).to(dtype))
+        return [value.detach().double(), *(z.grad.double() for z in own)]
+
+    plain = next(plain for lean_form, plain, _ in CASES.values() if form in (lean_form, plain))
+    pairs = zip(run(form, dtype), run(plain, torch.float64), strict=True)
+    return [float((got - exact).norm() / exact.norm()) for got, exact in pairs]
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("modulated_linear", modulated(tokens=130, width=96, outputs=64)),
+        ("gelu_linear", [draw(B, 130, 96), *linear_of(96, 64)]),
+        ("attention", heads(queries=130, keys=130, width=64)),
+    ],
+)
+def test_in_bf16_the_error_is_that_of_the_plain_form(name, inputs):
+    form, plain, _ = CASES[name]
+    own, others = (relative_errors(f, inputs, torch.bfloat16) for f in (form, plain))
+    assert all(a < 1.15 * b for a, b in zip(own, others, strict=True)), (own, others)
+    assert max(own) < 0.02
+
+
+def run_model(model: layers.nn.Module, inputs: tuple[Tensor, ...], autocast: bool = False) -> dict[str, Tensor]:
+    """The velocity and the gradients of all weights."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        velocity = model(*inputs)
+    velocity.float().square().mean().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"velocity": velocity.detach(), **gradients}
+
+
+@pytest.mark.parametrize("kind", SMALL_BACKBONES)
+@pytest.mark.parametrize("qk_norm", [None, "rms"])
+def test_every_backbone_trains_alike_with_either(kind, qk_norm, monkeypatch):
+    config = SMALL_BACKBONES[kind](qk_norm=qk_norm)
+    model, inputs = randomise(make_model(config)), small_inputs(config=config)
+    runs = []
+    for tokens in (ALL_LEAN, ALL_PLAIN):
+        monkeypatch.setattr(lean, "MIN_TOKENS", tokens)
+        runs.append(run_model(model, inputs))
+    own, plain = runs
+    assert own.keys() == plain.keys()
+    for name in own:
+        torch.testing.assert_close(own[name], plain[name], atol=2e-6, rtol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("mode", ["bf16", "autocast"])
+def test_bf16_and_autocast_stay_as_near_to_fp32(mode, monkeypatch):
+    config = SMALL_BACKBONES["mmdit-dual"]()
+    exact = run_model(randomise(make_model(config)), small_inputs(config=config))
+    errors = []
+    for tokens in (ALL_LEAN, ALL_PLAIN):
+        monkeypatch.setattr(lean, "MIN_TOKENS", tokens)
+        model = randomise(make_model(config))
+        got = run_model(model.bfloat16() if mode == "bf16" else model, small_inputs(config=config), mode == "autocast")
+        assert mode == "bf16" or all(got[name].dtype == torch.float32 for name, _ in model.named_parameters() if name in got)
+        errors.append({name: float((got[name].float() - z).norm() / z.norm()) for name, z in exact.items() if z.norm() > 0})
+    own, plain = errors
+    assert own["velocity"] < 1.3 * plain["velocity"] < 0.05
+    # Under autocast the plain form modulates in fp32, the lean one in bf16, as both do where all is bf16.
+    assert sum(own.values()) < (1.1 if mode == "bf16" else 1.2) * sum(plain.values())
+
+
+def kept_bytes(run) -> int:
+    """What autograd keeps between forward and backward, but for weights: each storage once."""
+    kept: dict[int, int] = {}
+
+    def note(z: Tensor) -> Tensor:
+        if not isinstance(z, torch.nn.Parameter):
+            kept[z.untyped_storage().data_ptr()] = z.untyped_storage().nbytes()
+        return z
+
+    alive = []  # a freed storage's address would be another's
+    with torch.autograd.graph.saved_tensors_hooks(lambda z: alive.append(z) or note(z), lambda z: z):
+        run()
+    return sum(kept.values())
+
+
+def test_a_block_keeps_no_more_than_it_must(monkeypatch):
+    """Per token of width H in bf16: normalised twice 2, q, k, v 3, attention's output and its projection 2, GELU's input
+    4 and the MLP's output 1 make 12 H. (B, H) modulations and the norms' deviations are small beside them."""
+    width, tokens = 128, 256
+    block = layers.SelfBlock(width, 2, None).bfloat16()
+    x = torch.randn(1, tokens, width, dtype=torch.bfloat16, requires_grad=True)
+    y = torch.randn(1, width, dtype=torch.bfloat16)
+    unit = x.nbytes
+    kept = []
+    for least in (ALL_LEAN, ALL_PLAIN):
+        monkeypatch.setattr(lean, "MIN_TOKENS", least)
+        kept.append(kept_bytes(partial(block, x, y)) / unit)
+    assert 11 < kept[0] < 13 and kept[1] > 20, kept
+
+
+def test_blocks_can_be_recomputed_whole(monkeypatch):
+    monkeypatch.setattr(lean, "MIN_TOKENS", ALL_LEAN)
+    config = SMALL_BACKBONES["mmdit"]()
+    model, inputs = randomise(make_model(config)), small_inputs(config=config)
+    plain = run_model(model, inputs)
+    for block in model.recomputable():
+        block.forward = partial(recompute, block.forward, use_reentrant=False)
+    for name, value in run_model(model, inputs).items():
+        assert torch.equal(value, plain[name]), name
+
+
+def test_a_gpu_and_short_sequences_take_the_plain_forms():
+    assert lean.serves(torch.empty(1, lean.MIN_TOKENS, 2)) and not lean.serves(torch.empty(1, lean.MIN_TOKENS - 1, 2))
+    assert not lean.serves(torch.empty(1, lean.MIN_TOKENS, 2, device="meta"))
