@@ -183,18 +183,23 @@ def sample_to_files(
     device: str = "cpu",
     batch: int = 64,
     on_step: Callable[[int, int], None] | None = None,
+    on_unknown_words: Callable[[list[str]], None] | None = None,
     **settings: Any,
 ) -> list[Path]:
     """Draws each prompt with its seed and writes OUT/00000.png ... and, of more than one, OUT/00000-grid.png, with the
     settings inside each file. Numbers go on after those of pictures that are there. -> paths, grid last.
 
-    columns: of the grid; None makes it square. `settings`: fields of SampleSettings; None takes the default, which for
-    size and shift is the checkpoint's own.
+    columns: of the grid; None makes it square. on_unknown_words hears, before drawing, of words that say nothing to the
+    encoders in use, if there are any. `settings`: fields of SampleSettings; None takes the default, which for size and
+    shift is the checkpoint's own.
     """
     out = Path(out)
     chosen = read_facts(checkpoint).settings(**{key: value for key, value in settings.items() if value is not None})
     generator = Generator.load(checkpoint, towers, weights=weights, dtype=DTYPES[precision], device=device)
     prompts, seeds = [prompt for prompt, _ in draws], [seed for _, seed in draws]
+    unknown = generator.encoders.unknown_words([*prompts, chosen.negative_prompt or ""], chosen.drop)
+    if unknown and on_unknown_words is not None:
+        on_unknown_words(unknown)
     images = generator.sample(prompts, seeds, chosen, batch=batch, on_step=on_step)
 
     out.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+RATE_WINDOW_S = 60.0
+RATE_POINTS = 5  # at least: where a unit takes minutes, a window of seconds would see none
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,7 @@ class Progress:
     total: int
     unit: str
     note: str = ""
-    rate: float | None = None  # units a second, measured since this attempt began
+    rate: float | None = None  # units a second, of late; in all, since this attempt began, once all is done
     seconds_left: float | None = None
     warning: str = ""  # what went wrong with the units that were just done
 
@@ -42,7 +46,7 @@ class ProgressMeter:
     """Adds rate and time left to counts.
 
     The clock starts with the first unit that is done: neither what an earlier attempt did nor the time that workers take to
-    start counts for the rate.
+    start counts for the rate. It is that of the last minute, so that a machine that got slower, or stands, is seen at once.
     """
 
     total: int
@@ -50,9 +54,9 @@ class ProgressMeter:
     report: ProgressCallback = ignore_progress
     already_done: int = 0
     done: int = field(init=False)
-    _first: tuple[int, float] | None = field(
-        init=False, default=None
-    )  # how many were done when the clock started, and when
+    # (how many were done, when): the clock's start, and the growth of late
+    _first: tuple[int, float] | None = field(init=False, default=None)
+    _points: deque[tuple[int, float]] = field(init=False, default_factory=deque)
 
     def __post_init__(self) -> None:
         self.done = self.already_done
@@ -61,19 +65,21 @@ class ProgressMeter:
         self.update(self.done + count, note)
 
     def update(self, done: int, note: str = "", warning: str = "") -> None:
-        self.done = done
-        if self._first is None and done > self.already_done:
-            self._first = (done, time.monotonic())
-        rate = self._rate()
+        self.done, now = done, time.monotonic()
+        if self._points and done < self._points[-1][0]:  # a rank was lost, and what it had done since its checkpoint
+            self._points.clear()
+        if done > (self._points[-1][0] if self._points else self.already_done):
+            self._points.append((done, now))
+            self._first = self._first or self._points[0]
+        while len(self._points) > RATE_POINTS and self._points[1][1] <= now - RATE_WINDOW_S:
+            self._points.popleft()
+        rate = self._rate_since(self._first if done >= self.total else self._points[0] if self._points else None, now)
         seconds_left = (self.total - done) / rate if rate else None
         self.report(Progress(done, self.total, self.unit, note, rate, seconds_left, warning))
 
-    def _rate(self) -> float | None:
-        if self._first is None:
-            return None
-        count, started = self._first
-        elapsed = time.monotonic() - started
-        return (self.done - count) / elapsed if self.done > count and elapsed > 0 else None
+    def _rate_since(self, point: tuple[int, float] | None, now: float) -> float | None:
+        count, when = point or (self.done, now)
+        return (self.done - count) / (now - when) if self.done > count and now > when else None
 
 
 def format_seconds(seconds: float) -> str:

@@ -7,6 +7,7 @@ pad token; no attention mask reaches any encoder (a CLIP is causal). T5: the fin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,9 @@ FOLDERS = {
     "clip_g": ("text_encoder_2", "tokenizer_2"),
     "t5": ("text_encoder_3", "tokenizer_3"),
 }
+
+WORD = re.compile(r"[^\W\d_]{2,}")
+TOKEN_MARKS = re.compile("▁|</w>")  # of a word's beginning (T5) or end (CLIP)
 
 
 class TextEncoders:
@@ -71,6 +75,15 @@ class TextEncoders:
         features = TextFeatures(**parts, lengths=torch.stack(lengths, dim=1))
         return features.trimmed() if self.text.padding == "trimmed" else features
 
+    def unknown_words(self, prompts: Sequence[str], drop: Collection[str] = ()) -> list[str]:
+        """Words that every encoder in use only spells, in pieces of less than two letters on average; each once, in order.
+
+        Any text has tokens, so a word that no caption had is encoded too, and says nothing.
+        """
+        used = [self.tokenizers[name] for name in ENCODERS if name not in drop]
+        words = dict.fromkeys(word for prompt in prompts for word in WORD.findall(prompt))
+        return [word for word in words if used and all(_is_spelled(word, tokenizer) for tokenizer in used)]
+
     def null(self) -> TextFeatures:
         """The encoded empty string, a batch of one: what released pipelines use for "no prompt"."""
         return self.encode([""])
@@ -101,6 +114,12 @@ class TextEncoders:
             width = model.config.projection_dim if name == "clip_g" else model.config.hidden_size
             zeros[f"{name}_pooled"] = torch.zeros(batch, width, dtype=model.dtype, device=model.device)
         return zeros
+
+
+def _is_spelled(word: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    tokens = tokenizer.tokenize(word)
+    pieces = [piece for token in tokens if (piece := TOKEN_MARKS.sub("", token))]
+    return tokenizer.unk_token_id in tokenizer.convert_tokens_to_ids(tokens) or len(word) < 2 * len(pieces)
 
 
 def load_text_encoders(

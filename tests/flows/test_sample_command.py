@@ -31,8 +31,9 @@ def drawn(monkeypatch, tmp_path):
     screen = io.StringIO()
     monkeypatch.setattr(commands, "console", Console(file=screen, force_terminal=True, width=100))
 
-    def draw(checkpoint, towers, draws, out, *, on_step, **options):
+    def draw(checkpoint, towers, draws, out, *, on_step, on_unknown_words, **options):
         asked.update(checkpoint=checkpoint, towers=towers, draws=list(draws), out=out, **options)
+        on_unknown_words(["[grüner]", "Kreis"])
         for done in range(9):
             on_step(done, 8)
         return [out / "00000.png"]
@@ -58,6 +59,7 @@ def test_without_options_the_recipe_decides(drawn, tmp_path):
     assert (asked["weights"], asked["precision"], asked["columns"]) == (None, "fp32", None)
     assert asked["checkpoint"] == "file:///store/runs/r/checkpoints/last"
     assert "8/8" in asked["screen"] and "2 pictures in" in asked["screen"]
+    assert "note: the text encoders do not know, only spell: [grüner], Kreis" in asked["screen"]
 
 
 def test_every_option_arrives(drawn, tmp_path):

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_towers import drawings
 
 from sd3core.conditioning import assemble
 from sd3core.errors import DataError
 from sd3core.recipe import Text
 from sd3core.text_encoders import load_text_encoders
+from sd3core.tower_training.tokenizers import make_clip_tokenizer, make_t5_tokenizer
 
 PROMPTS = [
     "a red square on the left",
@@ -146,6 +148,33 @@ def test_dropped_encoders_are_zeros_of_the_same_shapes(encoders):
 
 def test_null_is_the_encoded_empty_string(encoders):
     assert torch.allclose(encoders.null().t5[0], encoders.encode(PROMPTS[:2]).t5[1], atol=1e-6)
+
+
+def test_words_that_no_caption_had_are_named(towers_folder: Path):
+    own = load_text_encoders(towers_folder, TEXT)
+    captions = drawings(64)[1]
+    own.tokenizers = {
+        "clip_l": make_clip_tokenizer(captions, 640, pad_with_id_0=False),
+        "clip_g": make_clip_tokenizer(captions, 640, pad_with_id_0=True),
+        "t5": make_t5_tokenizer(captions, 640),
+    }
+    assert own.unknown_words(captions) == []
+    assert own.unknown_words(["a Red square!", "2 BAR"], drop=("t5",)) == []  # CLIP folds case, T5 does not
+    prompts = ["a elephant on the left, a red bar", "the Elephant, 東京, the elephant"]
+    assert own.unknown_words(prompts) == ["elephant", "Elephant", "東京"]
+    own.tokenizers["t5"] = make_t5_tokenizer([*captions, "a elephant"], 640)
+    assert own.unknown_words(prompts) == ["Elephant", "東京"]  # one encoder that knows a word is enough
+    assert own.unknown_words(prompts, drop=("t5",)) == ["elephant", "Elephant", "東京"]
+    assert own.unknown_words(prompts, drop=("clip_l", "clip_g", "t5")) == []
+
+
+def test_a_wide_vocabulary_knows_words_it_never_saw_whole(towers_folder: Path):
+    """As the released ones: longer words fall into pieces of several letters."""
+    own = load_text_encoders(towers_folder, TEXT)
+    parts = ["photographs of astronauts", "rainbow sunflower"] * 3
+    for name in ("clip_l", "clip_g"):
+        own.tokenizers[name] = make_clip_tokenizer(parts, 2000, pad_with_id_0=False)
+    assert own.unknown_words(["photographer, astronautics; rainbows"], drop=("t5",)) == []
 
 
 def test_a_missing_encoder_is_named(towers_folder: Path, tmp_path: Path):

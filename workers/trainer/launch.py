@@ -24,7 +24,7 @@ from sd3core.recipe import Compute
 from workers.pool import start_ray
 from workers.trainer.checkpointing import last_whole_checkpoint, newest_attempt, read_metrics
 from workers.trainer.job import TrainingFailed, TrainingJob, TrainingResult, TrainingSuperseded
-from workers.trainer.news import LossPoints, NewsCallback, TrainingNews, ignore_news
+from workers.trainer.news import LossPoints, NewsCallback, TrainingNews, ignore_news, last_word
 
 POLL_S = 0.3
 ABORT_S = 5.0
@@ -315,7 +315,8 @@ class _Supervisor:
             if news.fatal is not None:
                 superseded, message = news.fatal
                 raise (TrainingSuperseded if superseded else TrainingFailed)(message)
-            self.meter.update(news.samples or self.meter.done, news.note or "starting the ranks")
+            silent_s = time.monotonic() - heard_at
+            self.meter.update(news.samples or self.meter.done, last_word(news.note, silent_s, self.compute.stall_timeout_s))
             if ended:
                 return news
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 LOSSES_KEPT = 600  # as many as a plot can show
+SILENT_S = 15.0  # without a word from the ranks: then their progress says so
 
 
 @dataclass(frozen=True)
@@ -49,3 +50,11 @@ class LossPoints:
     def go_back(self, samples: int) -> None:
         """Training goes on from an earlier checkpoint: what came after it did not stand."""
         self.points, self._last = [point for point in self.points if point[0] <= samples], None
+
+
+def last_word(note: str, silent_s: float, stall_timeout_s: float) -> str:
+    """What a person sees of the ranks: their last note, or for how long there has been no other."""
+    if not note or silent_s < SILENT_S:
+        return note or "starting the ranks"
+    limit = f"{stall_timeout_s:g} s (compute.stall_timeout_s)"
+    return f"no word from the ranks for {silent_s:.0f} s; given up after {limit}; last: {note}"

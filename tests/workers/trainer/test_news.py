@@ -1,10 +1,10 @@
-"""The losses that are kept for a look at a phase: few, evenly spread, and none of what did not stand."""
+"""The losses that are kept for a look at a phase: few, evenly spread, and none of what did not stand. What is said of silence."""
 
 from __future__ import annotations
 
 import pytest
 
-from workers.trainer.news import LOSSES_KEPT, LossPoints
+from workers.trainer.news import LOSSES_KEPT, LossPoints, last_word
 
 
 @pytest.mark.parametrize("steps", [1, LOSSES_KEPT, LOSSES_KEPT + 1, 5000, 100_000])
@@ -25,3 +25,15 @@ def test_going_back_to_a_checkpoint():
     assert losses.with_last() == tuple(losses.points)
     losses.add(40, 2.0)
     assert losses.points == [(8, 1.0), (16, 1.0), (24, 1.0), (32, 1.0), (40, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("note", "silent_s", "shown"),
+    [
+        ("", 40.0, "starting the ranks"),
+        ("loss 0.5", 14.0, "loss 0.5"),
+        ("loss 0.5", 33.7, "no word from the ranks for 34 s; given up after 600 s (compute.stall_timeout_s); last: loss 0.5"),
+    ],
+)
+def test_silence_is_told(note, silent_s, shown):
+    assert last_word(note, silent_s, 600.0) == shown
