@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sd3core.mmdit import lean
+from sd3core.mmdit.lean import modulate
 
 PLAIN_ATTENTION_TOKENS = 512  # up to here the CPU's fused bf16 attention loses to two matmuls
 SINUSOID_CHANNELS = 256
@@ -25,11 +26,6 @@ def timestep_sinusoid(t: Tensor) -> Tensor:
     frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000.0) / half))
     angles = 1000.0 * t.float().unsqueeze(1) * frequencies  # (B, 128), fp32: bf16 could not tell 999 from 1000
     return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift. x (B, L, H); shift, scale (B, H)."""
-    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
 
 
 def layer_norm(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 aten = torch.ops.aten
 
@@ -28,6 +29,11 @@ GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 GELU_CUBIC = 0.044715
 
 
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift. x (B, L, H); shift, scale (B, H)."""
+    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
+
+
 def serves(x: Tensor, tokens_dim: int = 1) -> bool:
     """Whether these forms gain anything for x: on a CPU, uncompiled, and with enough tokens."""
     return x.device.type == "cpu" and x.shape[tokens_dim] >= MIN_TOKENS and not torch.compiler.is_compiling()
@@ -35,12 +41,12 @@ def serves(x: Tensor, tokens_dim: int = 1) -> bool:
 
 def modulated_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """linear(layer_norm(x) * (1 + scale) + shift). x (B, L, H); shift, scale (B, H); weight (K, H) -> (B, L, K)."""
-    return _apply(ModulatedLinear, x, shift, scale, *_autocast(weight, bias))
+    return _apply(_ModulatedLinear, x, shift, scale, *_autocast(weight, bias))
 
 
 def gelu_linear(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """linear(gelu(u)), tanh form. u (B, L, K); weight (H, K) -> (B, L, H)."""
-    return _apply(GeluLinear, u, *_autocast(weight, bias))
+    return _apply(_GeluLinear, u, *_autocast(weight, bias))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -48,7 +54,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     For bf16: in fp32 PyTorch's fused attention is as fast. That one takes 1.4 to 1.9 times as long in bf16.
     """
-    return _apply(Attention, q, k, v)
+    return _apply(_Attention, q, k, v)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -63,7 +69,7 @@ def _apply(function: type[Function], *tensors: Tensor) -> Tensor:
         return function.apply(*tensors)
 
 
-class ModulatedLinear(Function):
+class _ModulatedLinear(Function):
     """Keeps the normalised x in the weight's dtype, not x, nor what the linear layer is given."""
 
     @staticmethod
@@ -71,12 +77,13 @@ class ModulatedLinear(Function):
         normed, _, per_deviation = torch.native_layer_norm(x, x.shape[-1:], None, None, LAYER_NORM_EPS)
         normed, shift, scale = (z.to(weight.dtype) for z in (normed, shift, scale))
         ctx.save_for_backward(normed, per_deviation, shift, scale, weight)
-        return F.linear(_modulate(normed, shift, scale), weight, bias)
+        return F.linear(modulate(normed, shift, scale), weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
         normed, per_deviation, shift, scale, weight = ctx.saved_tensors
-        d_weight, d_bias = _linear_gradients(grad, _modulate(normed, shift, scale))
+        d_weight, d_bias = _linear_gradients(grad, modulate(normed, shift, scale))
         d_modulated = grad @ weight  # (B, L, H)
         d_shift, d_scale = d_modulated.sum(dim=1), (d_modulated * normed).sum(dim=1)
         d_normed = d_modulated.mul_(1 + scale.unsqueeze(1))
@@ -89,37 +96,39 @@ class ModulatedLinear(Function):
         return d_x * per_deviation, d_shift, d_scale, d_weight, d_bias
 
 
-class GeluLinear(Function):
+class _GeluLinear(Function):
     """Keeps GELU's input, not its output."""
 
     @staticmethod
     def forward(ctx, u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        u = u.contiguous()
+        u = u.to(weight.dtype).contiguous()
         ctx.save_for_backward(u, weight)
         return F.linear(gelu(u), weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
         u, weight = ctx.saved_tensors
         activated, d_u = gelu_and_gradient(u, grad @ weight)
         return d_u, *_linear_gradients(grad, activated)
 
 
-class Attention(Function):
+class _Attention(Function):
     """Keeps queries, keys and values; a few heads at a time, so that their weights never leave the cache."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        pieces = HeadPieces(q, k, v)
+        pieces = _HeadPieces(q, k, v)
         for (q, k, v, out_piece), weights in pieces.zip_weights(out):  # (S, L, d), (S, M, d) twice, (S, L, d)
             torch.bmm(weights, v, out=out_piece)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
-        pieces = HeadPieces(*ctx.saved_tensors)
+        pieces = _HeadPieces(*ctx.saved_tensors)
         d_q, d_k, d_v = (torch.empty_like(z) for z in (pieces.q, pieces.k, pieces.v))
         d_weights = torch.empty_like(pieces.logits)
         for (q, k, v, g, dq, dk, dv), weights in pieces.zip_weights(grad.contiguous(), d_q, d_k, d_v):
@@ -133,7 +142,7 @@ class Attention(Function):
         return d_q.mul_(pieces.scale), d_k[:, :, :keys], d_v[:, :, :keys]
 
 
-class HeadPieces:
+class _HeadPieces:
     """Queries (scaled), keys and values of all samples' heads, cut into pieces of as many heads as the cache holds.
 
     Keys and values are padded to a multiple of KEYS_MULTIPLE; the weights of the padding are 0.
@@ -201,10 +210,6 @@ def _pieces(z: Tensor) -> tuple[Tensor, ...]:
 
 def _at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1))
 
 
 def _linear_gradients(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
