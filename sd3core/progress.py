@@ -73,7 +73,7 @@ class ProgressMeter:
             self._first = self._first or self._points[0]
         while len(self._points) > RATE_POINTS and self._points[1][1] <= now - RATE_WINDOW_S:
             self._points.popleft()
-        rate = self._rate_since(self._first if done >= self.total else self._points[0] if self._points else None, now)
+        rate = self._rate_since(self._points[0] if self._points and done < self.total else self._first, now)
         seconds_left = (self.total - done) / rate if rate else None
         self.report(Progress(done, self.total, self.unit, note, rate, seconds_left, warning))
 
