@@ -22,6 +22,6 @@ ENVIRONMENT = {name: str(value) for name, (_, value) in _SETTINGS.items()}
 def keep_freed_memory() -> None:
     """The same for this process, from now on."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for number, value in _SETTINGS.values():
-        if mallopt is not None:
+    if mallopt is not None:
+        for number, value in _SETTINGS.values():
             mallopt(number, value)
