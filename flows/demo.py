@@ -147,9 +147,9 @@ def _example_prompt(recipe: Recipe, store: Store) -> str:
     """Of what the run has learned: a caption of a user's own images."""
     if recipe.data.source == "small_world":
         return EXAMPLE_PROMPT
-    from flows.previews import preview_settings
+    from flows.previews import preview_captions
 
-    captions = (cut_at_word(one_line(shown.caption), PROMPT_CHARS) for shown in preview_settings(recipe, store).captions)
+    captions = (cut_at_word(one_line(shown.caption), PROMPT_CHARS) for shown in preview_captions(recipe, store))
     return next(filter(None, captions), EXAMPLE_PROMPT)
 
 

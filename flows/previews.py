@@ -15,7 +15,7 @@ from sd3core.data.shards import read_table
 from sd3core.data.store import Store
 from sd3core.metrics.held_out import read_rows
 from sd3core.pictures import encode_png, make_grid, thumbnail_jpeg, to_uint8
-from sd3core.recipe import Recipe
+from sd3core.recipe import Recipe, Training
 from sd3core.towers import fetch_towers
 from workers.caches import towers_cache
 from workers.trainer.job import PreviewCaption, PreviewSettings
@@ -24,25 +24,30 @@ PICTURES, COLUMNS = 8, 4
 PAGE_PX = 640
 
 
-def preview_settings(recipe: Recipe, store: Store) -> PreviewSettings:
-    """A few captions of the held-out part, of the training part where none is held out; sampled as evaluation samples."""
+def preview_settings(recipe: Recipe, store: Store, phase: Training) -> PreviewSettings:
+    """For a phase of the recipe, sampled as evaluation samples it."""
+    evaluate = recipe.evaluate
+    return PreviewSettings(
+        captions=preview_captions(recipe, store),
+        num_steps=evaluate.num_steps,
+        guidance_scale=evaluate.guidance_scale,
+        shift=evaluate.shift_for(phase),
+        sampler=evaluate.sampler,
+    )
+
+
+def preview_captions(recipe: Recipe, store: Store) -> list[PreviewCaption]:
+    """A few of the held-out part, of the training part where none is held out."""
     reference = upstream.raw(recipe, store)
     raw = read_manifest(store, reference.folder, reference.digest)
     held_out = read_rows(store, raw, "held_out", PICTURES) if recipe.data.held_out_fraction else []
     rows = held_out or read_rows(store, raw, "train", PICTURES)
     numbers = {shard.stem: shard.number for shard in raw.shards}
     synthetic = _synthetic_captions(recipe, store, {numbers[row.stem] for row in rows if not row.caption})
-    captions = [
+    return [
         PreviewCaption(shard=numbers[row.stem], key=row.key, caption=row.caption or synthetic.get(row.key, ""))
         for row in rows
     ]
-    evaluate = recipe.evaluate
-    return PreviewSettings(
-        captions=captions,
-        num_steps=evaluate.num_steps,
-        guidance_scale=evaluate.guidance_scale,
-        sampler=evaluate.sampler,
-    )
 
 
 def _synthetic_captions(recipe: Recipe, store: Store, numbers: set[int]) -> dict[str, str]:

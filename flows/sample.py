@@ -85,7 +85,7 @@ def sample_run(
 ) -> list[Path]:
     """Draws the prompts with their seeds and prints where the pictures are. UserError for settings that cannot be.
 
-    settings: fields of SampleSettings; None takes the recipe's, or the checkpoint's for size and shift.
+    settings: fields of SampleSettings; None takes the recipe's, for the size the checkpoint's, and for the shift that of what is drawn from.
     device: None takes a GPU where there is one. Without `checkpoint` and `towers` they are those of the recipe's run.
     """
     one_of("--weights", weights, get_args(Weights))
@@ -113,6 +113,8 @@ def sample_run(
             console.print(line, soft_wrap=True, highlight=False, markup=False)
 
         of_recipe = recipe.evaluate.model_dump(include={"num_steps", "guidance_scale", "sampler"})
+        if checkpoint is None:  # another checkpoint has a shift of its own
+            of_recipe["shift"] = recipe.evaluate.shift_for(recipe.phases()[-1][1])
         paths = sample_to_files(
             chosen,
             towers,

@@ -81,7 +81,7 @@ def phase_job(run: StageRun, key: str) -> TrainingJob:
         text_features=DataRef(folder=inputs.text.folder, digest=inputs.text.digest),
         init=inputs.start,
         recipe=recipe.model_dump(mode="json"),
-        previews=preview_settings(recipe, store),
+        previews=preview_settings(recipe, store, phase),
         log_dir=str(ensure(home() / "logs" / recipe.run / f"{key}-{spec}")),
     )
 

@@ -25,7 +25,7 @@ def _known(formulation: str) -> str:
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """Null convention, text lengths, size, shift and formulation of the training it comes from."""
+    """Null convention, text lengths, size and formulation of the training it comes from, and the shift to be sampled at."""
 
     null: Null
     text: Text
@@ -36,7 +36,7 @@ class CheckpointFacts:
     formulation: str = "rf"  # a name of sd3core.formulations: what the network predicts, and its path
 
     def settings(self, **changes: Any) -> SampleSettings:
-        """A square of the trained size at the trained shift."""
+        """A square of the trained size."""
         return replace(SampleSettings(self.side_px, self.side_px, shift=self.shift), **changes)
 
     def to_extra(self) -> dict[str, Any]:
@@ -74,7 +74,8 @@ def read_facts(checkpoint: str) -> CheckpointFacts:
         if done.recipe is None:
             raise CheckpointError(f"{store.url}: {DONE_FILE} holds no recipe, so its text lengths are unknown")
         fields = {"null": done.null, "text": done.recipe["text"], "side_px": done.training["side_px"]}
-        fields |= {key: done.training[key] for key in ("shift", "formulation")} | {"samples": done.samples}
+        shift = done.recipe.get("evaluate", {}).get("shift") or done.training["shift"]  # as Evaluate.shift_for
+        fields |= {"shift": shift, "formulation": done.training["formulation"], "samples": done.samples}
         digest = done.digest
     else:
         _, record, fields = read_model_fields(store)

@@ -311,6 +311,7 @@ class Evaluate(Section):
     guidance_scale: float = Field(5.0, ge=0)
     num_steps: int = Field(25, ge=1)  # of the sampler; heun calls the network twice a step, the others once
     sampler: Sampler = "euler"
+    shift: float | None = Field(None, gt=0)  # of the sampler's levels, in every phase; None: the phase's own
     bench_prompts_per_task: int = Field(60, ge=0)  # ShapesBench; small world only
     earlier_bench_prompts_per_task: int | None = Field(
         None, ge=0
@@ -325,6 +326,10 @@ class Evaluate(Section):
     precision: Literal["bf16", "fp32"] = "bf16"  # of the transformer; the towers run in fp32
     checkpoints: Literal["all", "last"] = "all"  # score every checkpoint kept, or the last of each phase
     seed: Seed = 0
+
+    def shift_for(self, phase: Training) -> float:
+        """Of the levels at which a phase's pictures are drawn; it changes nothing in training."""
+        return phase.shift if self.shift is None else self.shift
 
 
 class Compute(Section):
@@ -382,6 +387,8 @@ class Recipe(Section):
                     f"{where}.formulation {phase.formulation} cannot go on from pretrain.formulation"
                     f" {self.pretrain.formulation}: their networks predict different things, or are told time differently"
                 )
+            if problem := shift_problem(phase.formulation, self.evaluate.shift_for(phase)):
+                raise ValueError(f"evaluate.shift: {problem}")
         if len(self.pretrain.aspect_ratios) != 1 or self.pretrain.aspect_ratios[0] != 1.0:
             raise ValueError("pretrain.aspect_ratios must be [1.0]: pretraining is on square crops")
         if self.pretrain.buckets is not None:

@@ -120,6 +120,7 @@ def test_the_papers_models(name):
             "evaluate.sampler=ddim",
             "recipe tiny-test: evaluate.sampler: Input should be 'euler', 'heun' or 'dpm++2m' (it is 'ddim')",
         ),
+        ("evaluate.shift=0", "recipe tiny-test: evaluate.shift: Input should be greater than 0 (it is 0)"),
         ("data.aspect_ratios.1=0", "recipe tiny-test: data.aspect_ratios.1: Input should be greater than 0 (it is 0)"),
         (
             "finetune.0.aspect_ratios.1=-1.5",
@@ -304,6 +305,14 @@ def test_every_formulation_of_the_paper_can_be_asked_for():
         assert {phase.formulation for _, phase in recipe.phases()} == {name}
     of_one_family = ["pretrain.formulation=edm(-1.20,1.20)", "finetune.0.formulation=edm/cos"]
     assert load_recipe("tiny-test", of_one_family).finetune[0].shift == 2
+
+
+def test_pictures_may_be_drawn_at_another_shift_where_the_formulation_has_one():
+    evaluate = load_recipe("tiny-test", ["evaluate.shift=3"]).evaluate
+    assert {evaluate.shift_for(phase) for _, phase in load_recipe("tiny-test").phases()} == {3}
+    fixed = ["finetune.0.shift=1", "pretrain.formulation=eps/linear", "finetune.0.formulation=eps/linear"]
+    with pytest.raises(RecipeError, match="evaluate.shift: eps/linear has a fixed table of noise levels, which shift 3"):
+        load_recipe("tiny-test", [*fixed, "evaluate.shift=3"])
 
 
 def under(*prefixes: str, **values: Any) -> dict[str, Any]:

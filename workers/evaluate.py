@@ -195,8 +195,9 @@ def _protocols(
     )
 
     def sampled(height: int, width: int) -> dict[str, Any]:
+        shift = evaluate.shift_for(phase)
         settings = SampleSettings(
-            height, width, evaluate.num_steps, evaluate.guidance_scale, phase.shift, sampler=evaluate.sampler
+            height, width, evaluate.num_steps, evaluate.guidance_scale, shift, sampler=evaluate.sampler
         )
         used = {name: towers[name] for name in ("vae", "clip_l", "clip_g", "t5")}
         return common | {"settings": settings.to_dict(), "towers": fingerprint(used)}

@@ -76,8 +76,8 @@ def test_a_training_phase_is_named_once(monkeypatch):
     [(["", "a  cat\non a mat"], "a cat on a mat"), ([""], demo.EXAMPLE_PROMPT), (["猫" * 200], "猫" * demo.PROMPT_CHARS)],
 )
 def test_a_users_own_caption_is_the_prompt(monkeypatch, tmp_path, captions, prompt):
-    shown = SimpleNamespace(captions=[SimpleNamespace(caption=caption) for caption in captions])
-    monkeypatch.setattr(previews, "preview_settings", lambda recipe, store: shown)
+    shown = [SimpleNamespace(caption=caption) for caption in captions]
+    monkeypatch.setattr(previews, "preview_captions", lambda recipe, store: shown)
     assert demo._example_prompt(on_folder("tiny-test", tmp_path), None) == prompt
     assert demo._example_prompt(load_recipe("tiny-test"), None) == demo.EXAMPLE_PROMPT
 

@@ -55,7 +55,9 @@ def test_without_options_the_recipe_decides(drawn, tmp_path):
     assert asked["draws"] == [(PROMPTS[0], 0), (PROMPTS[1], 1)]
     of_recipe = (evaluate.num_steps, evaluate.guidance_scale, evaluate.sampler)
     assert (asked["num_steps"], asked["guidance_scale"], asked["sampler"]) == of_recipe
-    assert "height" not in asked and "shift" not in asked and "negative_prompt" not in asked  # the checkpoint's
+    assert "height" not in asked and "negative_prompt" not in asked  # the checkpoint's
+    assert asked["shift"] == evaluate.shift
+    assert drawn(*PROMPTS, "--set", "evaluate.shift=null")["shift"] == load_recipe("mini").finetune[-1].shift
     assert (asked["weights"], asked["precision"], asked["columns"]) == (None, "fp32", None)
     assert asked["checkpoint"] == "file:///store/runs/r/checkpoints/last"
     assert "8/8" in asked["screen"] and "2 pictures in" in asked["screen"]
@@ -81,7 +83,8 @@ def test_every_option_arrives(drawn, tmp_path):
 def test_a_checkpoint_brings_the_towers_it_was_trained_with(drawn, tmp_path, finish_checkpoint):
     trained, folder = load_recipe("tiny-test"), tmp_path / "checkpoint"
     finish_checkpoint(open_store(str(folder)), "", trained)
-    assert drawn(*PROMPTS, "--checkpoint", str(folder))["towers"] == towers_folder(trained)
+    of_checkpoint = drawn(*PROMPTS, "--checkpoint", str(folder))
+    assert of_checkpoint["towers"] == towers_folder(trained) and "shift" not in of_checkpoint
     assert drawn(*PROMPTS)["towers"] == towers_folder(load_recipe("mini")) != towers_folder(trained)
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from small_models import randomise
 
-from sd3core.checkpoint import load_model, save_model
+from sd3core.checkpoint import CheckpointDone, load_model, save_model
 from sd3core.checkpoint_facts import CheckpointFacts, read_facts
 from sd3core.conditioning import ENCODERS, assemble
+from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError, UserError
 from sd3core.formulations import find_formulation
 from sd3core.generate import Generator, grid_columns, sample_to_files
@@ -55,6 +56,18 @@ def test_facts_come_back_from_a_model_folder(checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match="extra.null: Field required; save it with"):
         save_model(tmp_path, MMDiT(MMDiTConfig.from_depth(1, context_dim=8, pooled_dim=8, position_max=4)))
         read_facts(str(tmp_path))
+
+
+@pytest.mark.parametrize(("evaluate", "shift"), [({"shift": 3.0}, 3.0), ({"shift": None}, 1.25), ({}, 1.25)])
+def test_a_training_checkpoint_is_sampled_at_its_recipes_shift(tmp_path, evaluate, shift):
+    """The last recipe is of a time before evaluate had the field."""
+    recipe = {"text": FACTS.text.model_dump(mode="json"), "evaluate": evaluate}
+    training = {"side_px": 64, "shift": 1.25, "formulation": "rf"}
+    counts = {"samples": 8, "steps": 1, "attempt": 1, "optimizer_step": 1}
+    nothing = dict.fromkeys(("config", "parameters", "files", "specs"), {})
+    done = CheckpointDone(**counts, **nothing, training=training, null="zeros", recipe=recipe)
+    open_store(str(tmp_path)).put_json("DONE.json", done.model_dump(mode="json"))
+    assert read_facts(str(tmp_path)).settings() == SampleSettings(64, 64, shift=shift)
 
 
 @pytest.mark.parametrize("architecture", ["mmdit", "dit", "cross_dit", "uvit"])

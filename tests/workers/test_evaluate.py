@@ -250,7 +250,7 @@ def test_only_missing_parts_are_made_again_and_give_the_same(world, result):
     assert seen[-1].done == seen[-1].total == len(tasks) and "colors" in " ".join(p.note for p in seen)
 
 
-@pytest.mark.parametrize("change", [{"guidance_scale": 1.0}, {"sampler": "heun"}])
+@pytest.mark.parametrize("change", [{"guidance_scale": 1.0}, {"sampler": "heun"}, {"shift": 3.0}])
 def test_a_changed_setting_redoes_what_depends_on_it(world, result, change):
     """Another way to draw: pictures and bench, not the validation loss."""
     changed = world.recipe.model_copy(update={"evaluate": world.recipe.evaluate.model_copy(update=change)})
@@ -258,6 +258,12 @@ def test_a_changed_setting_redoes_what_depends_on_it(world, result, change):
     after = plan_tasks(changed, world.store, world.checkpoints, world.inputs)
     redone = {task.part.partition("-")[0] for old, task in zip(before, after, strict=True) if old.path != task.path}
     assert redone == {"pictures", "bench", "grid"}
+    for task in after:
+        if "settings" in task.protocol:
+            settings = task.protocol["settings"]
+            assert change.items() <= settings.items()
+            phase = dict(changed.phases())[task.phase]
+            assert settings["shift"] == change.get("shift", phase.shift)
 
 
 def test_only_the_last_checkpoints_on_request(world):

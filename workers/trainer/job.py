@@ -44,6 +44,7 @@ class PreviewSettings(BaseModel):
     captions: list[PreviewCaption]
     num_steps: int
     guidance_scale: float
+    shift: float
     sampler: Sampler = "euler"
 
 

@@ -76,7 +76,7 @@ class Previews:
         job, settings = self.job, self.job.previews.model_dump(exclude={"captions"})
         shown = [caption for caption in job.previews.captions if caption.key in latents]
         tensors = {f"{place:03d}": latents[caption.key].contiguous() for place, caption in enumerate(shown)}
-        facts = {"phase": job.phase, "samples": samples_seen, "weights": "live", "shift": job.training.shift}
+        facts = {"phase": job.phase, "samples": samples_seen, "weights": "live"}
         captions = [caption.caption for caption in shown]
         path = f"{job.previews_folder}/{samples_seen:012d}.safetensors"
         self.store.put(path, save(tensors, {"captions": json.dumps(captions), "settings": json.dumps(facts | settings)}))
@@ -101,7 +101,7 @@ def draw_latents(
     A rank without a share draws the first row once more: under ZeRO 3 all ranks must call the model equally often.
     """
     rank, world, settings = dist.get_rank(), dist.get_world_size(), job.previews
-    formulation = find_formulation(job.training.formulation).shifted(job.training.shift)
+    formulation = find_formulation(job.training.formulation).shifted(settings.shift)
     sigmas, drawn = formulation.sigmas(settings.num_steps, best_schedule(settings.sampler)), {}
     for batch in batches:
         rows = list(range(rank, len(batch.keys), world)) or [0]

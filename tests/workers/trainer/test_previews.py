@@ -30,6 +30,7 @@ SHOWN = PreviewSettings(
     captions=[PreviewCaption(shard=0, key=key, caption=f"caption of {key}") for key in KEYS],
     num_steps=3,
     guidance_scale=2.0,
+    shift=1.5,
 )
 UNTIMED = ("samples_per_s", "mfu")
 
@@ -129,8 +130,11 @@ def alone():
 
 
 def test_they_are_drawn_by_the_phases_formulation(tmp_path, alone):
-    """Where v = 0, x0 = cos(angle) z and noise = sin(angle) z, so a step to another angle is cos(difference) z."""
-    job = make_job(tmp_path, previews=SHOWN, formulation="v/cos", shift=2.0)
+    """Where v = 0, x0 = cos(angle) z and noise = sin(angle) z, so a step to another angle is cos(difference) z.
+
+    The levels are shifted as the previews say, not as training is.
+    """
+    job = make_job(tmp_path, previews=SHOWN.model_copy(update={"shift": 2.0}), formulation="v/cos", shift=1.25)
     [batch, _] = FakeLoader(8, 0, 1).samples([(0, key) for key in KEYS])
     drawn = previews.draw_latents(lambda z, t, *_: torch.zeros_like(z), job, [batch], None, CPU)
     noise = randomness.normal(job.seed, 0, batch.sample_ids, "preview", batch.latent.shape[1:])
