@@ -294,7 +294,7 @@ def bench_model(
     batch: Annotated[int, typer.Option(help="Even: sampling takes half of it, with guidance.")] = 4,
     qk_norm: Annotated[bool, typer.Option("--qk-norm", help="With RMS norms of queries and keys.")] = False,
     mode: Annotated[
-        Optional[list[str]], typer.Option(help="fp32, bf16 (fp32 master) or autocast. Repeatable; default: all.")
+        Optional[list[str]], typer.Option(help="fp32, bf16 (fp32 master) or autocast. Repeatable; default: those the device has arithmetic for.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Euler steps of a sampling.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Each measures both models once, in turn.")] = 7,
@@ -311,12 +311,11 @@ def bench_model(
 
     from flows.options import device as chosen_device
     from flows.options import one_of
-    from sd3core.bench.model import MODES, ModelBench, measure
+    from sd3core.bench.model import MODES, ModelBench, fast_modes, measure
     from sd3core.bench.report import heading, result_table
     from sd3core.mmdit import count_parameters
 
-    modes = tuple(mode or MODES)
-    for name in modes:
+    for name in mode or ():
         one_of("--mode", name, MODES)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -331,6 +330,9 @@ def bench_model(
         compile=compile_,
         device=chosen_device(device),
     )
+    modes = tuple(mode or fast_modes(torch.device(settings.device)))
+    if left_out := [name for name in MODES if not mode and name not in modes]:
+        _say(f"note: {settings.device} has no arithmetic for bf16; left out, but for --mode: {', '.join(left_out)}")
     title = heading(settings, count_parameters(settings.config()), torch.get_num_threads())
     _say(title)
     with console.status("loading") as status:

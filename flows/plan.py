@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from sd3core.mmdit import count_parameters
 from sd3core.mmdit.flops import forward_flops
+from sd3core.precision import CPU, DTYPES, has_bf16_arithmetic, settled
 from sd3core.recipe import Recipe, Training
 from sd3core.timing import matmul_flops_per_second
 
@@ -41,11 +41,11 @@ class PhasePlan:
 
 
 def zero_bytes(parameters: int, stage: int, ranks: int, precision: str) -> float:
-    """Bytes of one rank's training state. bf16: weights 2, gradients 2, master 4, moments 8, EMA 4; fp32 has no master of its own.
+    """Bytes of one rank's training state. bf16 (and auto): weights 2, gradients 2, master 4, moments 8, EMA 4; fp32 has no master of its own.
 
     ZeRO 1 shards the optimizer and the EMA, 2 the gradients as well, 3 the weights as well (Rajbhandari et al. 2020).
     """
-    weights, gradients, optimizer = (2, 2, 16) if precision == "bf16" else (4, 4, 12)
+    weights, gradients, optimizer = (2, 2, 16) if precision != "fp32" else (4, 4, 12)
     return parameters * (
         weights / (ranks if stage >= 3 else 1)
         + gradients / (ranks if stage >= 2 else 1)
@@ -194,8 +194,9 @@ def _print_time(recipe: Recipe, phases: list[PhasePlan], console: Console) -> No
             highlight=False,
         )
     else:
-        rate = matmul_flops_per_second(torch.bfloat16, torch.device("cpu"))
+        precision = settled("auto", bf16=has_bf16_arithmetic(CPU))
+        rate = matmul_flops_per_second(DTYPES[precision], CPU)
         console.print(
-            f"\ntraining: {total:.2e} FLOPs, at least {total / rate / 3600:,.2f} h at this machine's {rate / 1e9:,.0f} GFLOP/s (bf16 matmul, measured now)",
+            f"\ntraining: {total:.2e} FLOPs, at least {total / rate / 3600:,.2f} h at this machine's {rate / 1e9:,.0f} GFLOP/s ({precision} matmul, measured now)",
             highlight=False,
         )

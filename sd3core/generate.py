@@ -23,6 +23,7 @@ from sd3core.errors import UserError
 from sd3core.formulations import find_formulation
 from sd3core.mmdit import Backbone
 from sd3core.pictures import encode_png, make_grid, to_uint8
+from sd3core.precision import DTYPES
 from sd3core.sample_settings import SampleSettings
 from sd3core.sampling import SAMPLERS
 from sd3core.text_encoders import TextEncoders, load_text_encoders
@@ -30,7 +31,6 @@ from sd3core.text_encoders import TextEncoders, load_text_encoders
 Pair = tuple[Tensor, Tensor]  # context (B, L, D), pooled (B, P)
 Draw = tuple[str, int]  # prompt and seed
 Weights = Literal["ema", "live"]
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Generator:

@@ -29,6 +29,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]  # of a running mean
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what numpy and torch both take
+Precision = Literal["auto", "bf16", "fp32"]  # auto: bf16 where the device has arithmetic for it, else fp32
 AspectRatio = Annotated[float, Field(gt=0)]  # width / height
 AspectRatios = Annotated[tuple[AspectRatio, ...], Field(min_length=1)]
 FourLevels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=4, max_length=4)]  # they make f8
@@ -263,7 +264,7 @@ class Training(Section):
     ema_decay: Decay = 0.99
     ema_every_steps: int = Field(100, ge=1)
     checkpoint_every_samples: int = Field(ge=1)
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 2
     activation_checkpointing: bool = False
 
@@ -296,9 +297,10 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Training:
-        if self.precision == "bf16" and self.zero_stage == 0:
+        if self.precision != "fp32" and self.zero_stage == 0:
             raise ValueError(
-                "zero_stage 0 trains bf16 wrongly (first update off by a quarter); take zero_stage 1 or more"
+                "zero_stage 0 trains bf16 wrongly (first update off by a quarter); take zero_stage 1 or more, or"
+                " precision fp32"
             )
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
@@ -323,7 +325,7 @@ class Evaluate(Section):
     grid_prompts: int = Field(16, ge=1)
     bucket_grid_prompts: int = Field(4, ge=0)  # pictures per aspect bucket of a fine-tuning phase
     batch: int = Field(64, ge=1)
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the transformer; the towers run in fp32
+    precision: Precision = "auto"  # of the transformer; the towers run in fp32
     checkpoints: Literal["all", "last"] = "all"  # score every checkpoint kept, or the last of each phase
     seed: Seed = 0
 

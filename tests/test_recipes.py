@@ -76,7 +76,7 @@ def test_the_papers_models(name):
         ),
         (
             "pretrain.zero_stage=0",
-            "recipe tiny-test: pretrain: zero_stage 0 trains bf16 wrongly (first update off by a quarter); take zero_stage 1 or more",
+            "recipe tiny-test: pretrain: zero_stage 0 trains bf16 wrongly (first update off by a quarter); take zero_stage 1 or more, or precision fp32",
         ),
         ("pretrain.micro_batch=3", "recipe tiny-test: pretrain: global_batch 8 is not a multiple of micro_batch 3"),
         (

@@ -18,7 +18,7 @@ from sd3core.conditioning import assemble
 from sd3core.data.loader import Batch, ShardCache, ShardReader, load_split
 from sd3core.data.manifest import Manifest, read_manifest
 from sd3core.data.store import open_store
-from sd3core.generate import DTYPES, Draw, Generator, grid_columns
+from sd3core.generate import Draw, Generator, grid_columns
 from sd3core.judge import Judge, load_judge
 from sd3core.metrics import LeftOut, Score
 from sd3core.metrics.clip_score import clip_score, image_embeddings
@@ -26,6 +26,7 @@ from sd3core.metrics.frechet import frechet_score
 from sd3core.metrics.held_out import read_rows, reference_features
 from sd3core.metrics.validation_loss import LEVELS, level_losses, validation_loss
 from sd3core.pictures import encode_png, make_grid, thumbnail_jpeg
+from sd3core.precision import DTYPES, has_bf16_arithmetic, settled
 from sd3core.progress import Progress
 from sd3core.recipe import Recipe
 from sd3core.sample_settings import SampleSettings
@@ -42,6 +43,8 @@ class EvaluationWorker:
 
     def __init__(self, store_url: str, recipe: Recipe, inputs: EvaluationInputs, device: str = "cpu") -> None:
         self.store, self.recipe, self.inputs, self.device = open_store(store_url), recipe, inputs, device
+        device_has_bf16 = has_bf16_arithmetic(torch.device(device))
+        self.precision = settled(recipe.evaluate.precision, bf16=device_has_bf16)
         self.progress: Progress | None = None  # of the part at hand
         self.towers = fetch_towers(self.store, inputs.towers, towers_cache())
         self.encoders = load_text_encoders(self.towers, recipe.text, device=device)
@@ -55,7 +58,8 @@ class EvaluationWorker:
         result = _Part()
         parts.get(task.protocol["kind"], self._bench)(task, result)
         fields = {"part": task.part, "phase": task.phase, "checkpoint": task.checkpoint, "weights": task.weights}
-        self.store.put_json(task.path, fields | {"protocol": task.protocol} | result.to_dict())
+        fields |= {"protocol": task.protocol, "precision": self.precision}
+        self.store.put_json(task.path, fields | result.to_dict())
         return task.path
 
     @cached_property
@@ -70,9 +74,8 @@ class EvaluationWorker:
         key = (task.checkpoint, task.weights)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # before the next one is loaded, so that only one is in memory
-            model = load_model(self.store.uri(task.checkpoint), task.weights).to(
-                self.device, DTYPES[task.protocol["precision"]]
-            )
+            model = load_model(self.store.uri(task.checkpoint), task.weights)
+            model = model.to(self.device, DTYPES[self.precision])
             done = read_done(self.store, task.checkpoint)
             formulation = done.training["formulation"]
             self._loaded = (key, Generator(model, self.encoders, self.autoencoder, done.null, formulation))
@@ -204,7 +207,7 @@ class EvaluationWorker:
             "settings": json.dumps(task.protocol["settings"], sort_keys=True),
             "checkpoint": self.store.uri(task.checkpoint),
             "weights": task.weights,
-            "precision": task.protocol["precision"],
+            "precision": self.precision,
         }
         self.store.put(f"{task.place}.png", encode_png(grid, settings))
         self.store.put(f"{task.place}.jpg", thumbnail_jpeg(grid))

@@ -28,6 +28,7 @@ from sd3core.checkpoint_formats import diffusers_config, to_diffusers
 from sd3core.errors import UserError
 from sd3core.mmdit import MMDiT, MMDiTConfig
 from sd3core.mmdit.flops import forward_flops
+from sd3core.precision import has_bf16_arithmetic
 from sd3core.sampling import sample_euler, sigma_schedule
 from sd3core.timing import matmul_flops_per_second
 
@@ -200,6 +201,11 @@ class ModeResult:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def fast_modes(device: torch.device) -> tuple[str, ...]:
+    """The modes that a device has arithmetic for. On a CPU without bf16 the two others would take an hour."""
+    return MODES if has_bf16_arithmetic(device) else ("fp32",)
 
 
 def measure(

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy, normalize, pad
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from sd3core.judge import clip_pixels
+from sd3core.precision import bf16_where_fast
 from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
 from sd3core.recipe import SmallClip
 from sd3core.tower_training.muon import Descent
@@ -166,7 +167,7 @@ def _logits(
     """Scaled cosines (B, 2B) of pictures against captions and then rivals, and which of these say the same as the right one."""
     texts = captions + rivals
     encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-    with torch.autocast("cpu", torch.bfloat16):
+    with bf16_where_fast():
         image_features = clip.get_image_features(pixels).pooler_output
         text_features = clip.get_text_features(encoded.input_ids).pooler_output
     cosines = normalize(image_features.float(), dim=-1) @ normalize(text_features.float(), dim=-1).T

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Tokenizer
 
+from sd3core.precision import bf16_where_fast
 from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
 from sd3core.recipe import SmallT5
 from sd3core.tower_training.muon import Descent
@@ -112,7 +113,7 @@ def _loss(
     longest = max(len(given) for given, _ in pairs) + int(generator.integers(MAX_EXTRA_PADDING + 1))
     inputs = _padded([given for given, _ in pairs], longest, tokenizer.pad_token_id)
     targets = _padded([wanted for _, wanted in pairs], max(len(wanted) for _, wanted in pairs), -100)
-    with torch.autocast("cpu", torch.bfloat16):
+    with bf16_where_fast():
         return model(input_ids=inputs, attention_mask=torch.ones_like(inputs), labels=targets).loss
 
 

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from sd3core.precision import bf16_where_fast
 from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
 from sd3core.recipe import SmallVae
 from sd3core.tower_training.muon import Descent
@@ -108,7 +109,7 @@ def normalise_latents(vae: AutoencoderKL, images: Tensor) -> dict[str, float]:
 
 
 def _loss(vae: AutoencoderKL, batch: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
-    with torch.autocast("cpu", torch.bfloat16):
+    with bf16_where_fast():
         posterior = vae.encode(batch).latent_dist
         images = vae.decode(posterior.sample()).sample
     difference = images.float() - batch

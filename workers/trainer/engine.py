@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from sd3core.checkpoint import KINDS
 from sd3core.mmdit import Backbone
+from sd3core.precision import DTYPES, has_bf16_arithmetic, settled
 from sd3core.recipe import Training
 from workers.trainer.muon import MatrixPiece, Muon, matrices_in
 
@@ -51,6 +52,8 @@ class Slice:
 
 class ShardedTrainer:
     """A model under DeepSpeed with AdamW or Muon, accumulation, clipping and an fp32 EMA on each rank's partition.
+
+    The forward pass has `training.precision`, which is settled; the masters are fp32.
 
     DeepSpeed rounds the fp32 masters of a fresh bf16 model to bf16: write exact ones through `slices`.
     """
@@ -215,9 +218,11 @@ class ShardedTrainer:
         return float(norm)
 
 
-def forward_dtype(training: Training) -> torch.dtype:
-    """Of the forward pass; the masters are fp32."""
-    return torch.bfloat16 if training.precision == "bf16" else torch.float32
+def settle_precision(training: Training, device: torch.device) -> Training:
+    """`training` with bf16 or fp32 for `auto`; fp32 where any rank's device has no arithmetic for bf16. On all ranks."""
+    able = torch.tensor(float(has_bf16_arithmetic(device)), device=device)
+    dist.all_reduce(able, op=dist.ReduceOp.MIN)
+    return training.model_copy(update={"precision": settled(training.precision, bf16=bool(able))})
 
 
 def prepare(use_gpu: bool) -> None:
@@ -243,7 +248,7 @@ def _initialize(model: nn.Module, training: Training, accumulation: int):
         "weight_decay": training.weight_decay,
     }
     if training.optimizer == "muon":
-        optimizer = Muon(parameters, **settings, matrix_rate=training.matrix_rate, dtype=forward_dtype(training))
+        optimizer = Muon(parameters, **settings, matrix_rate=training.matrix_rate, dtype=DTYPES[training.precision])
     else:
         optimizer = torch.optim.AdamW(parameters, **settings, foreach=False)
     elements = sum(p.numel() for p in parameters)

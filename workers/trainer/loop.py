@@ -22,6 +22,7 @@ from sd3core.conditioning import TextFeatures
 from sd3core.data.store import Store, open_store
 from sd3core.formulations import Formulation, find_formulation
 from sd3core.mmdit import config_from_dict, make_model, max_attention_logit
+from sd3core.precision import DTYPES, has_bf16_arithmetic
 from workers.trainer import engine
 from workers.trainer.checkpointing import (
     begin_attempt,
@@ -130,7 +131,7 @@ class PhaseTraining:
         self.previews = Previews(job, self.store, self.null, place.device, self._shown_samples, self._warn)
         model = make_model(self.config).to(place.device)  # its weights do not matter: `_restore` sets them
         self.trainer = ShardedTrainer(model, job.training, place.rank, place.world)
-        self.peak, _ = peak_flops(place.device, engine.forward_dtype(job.training))
+        self.peak, _ = peak_flops(place.device, DTYPES[job.training.precision])
 
     def run(self) -> None:
         """Trains from the last checkpoint to the end of the phase."""
@@ -303,4 +304,10 @@ def train_rank(job: TrainingJob, place: Place, watcher: Watcher, open_loader: Op
     """A rank's whole life."""
     torch.set_num_threads(place.threads)
     engine.prepare(use_gpu=place.device.type == "cuda")
-    PhaseTraining(job, place, watcher, open_loader).run()
+    training = engine.settle_precision(job.training, place.device)
+    if place.rank == 0 and training.precision == "bf16" and not has_bf16_arithmetic(place.device):
+        watcher.warn(
+            f"{job.phase}.precision bf16: the {place.device.type} here has no arithmetic for it and is many times as fast"
+            f" in fp32; {job.phase}.precision auto takes that"
+        )
+    PhaseTraining(job.model_copy(update={"training": training}), place, watcher, open_loader).run()

@@ -75,6 +75,19 @@ def _gathered(trainer: ShardedTrainer, kind: str):
     return whole
 
 
+def _settled(rank, world, able_ranks):
+    """{precision asked: what this rank computes in}, where only some ranks' devices have arithmetic for bf16."""
+    engine.prepare(use_gpu=False)
+    engine.has_bf16_arithmetic = lambda device: rank in able_ranks
+    device = torch.device("cpu")
+    return {p: engine.settle_precision(make_training(precision=p), device).precision for p in ("auto", "bf16", "fp32")}
+
+
+@pytest.mark.parametrize(("able_ranks", "auto"), [({0, 1}, "bf16"), ({0}, "fp32"), (set(), "fp32")])
+def test_ranks_compute_alike_though_their_devices_differ(able_ranks, auto):
+    assert run_ranks(2, _settled, able_ranks) == [{"auto": auto, "bf16": "bf16", "fp32": "fp32"}] * 2
+
+
 class PlainMuon:
     """Muon on whole matrices, those of attention and MLP in the blocks; AdamW for the rest."""
 
