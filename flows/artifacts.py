@@ -13,11 +13,11 @@ from uuid import UUID
 
 import httpx
 from prefect.artifacts import create_markdown_artifact
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 
+from flows.prefect_client import prefect_client
 from sd3core.progress import Progress
 
 POST_SECONDS = 2.0  # as often as the terminal asks
@@ -56,7 +56,7 @@ class LiveArtifact:
             return
         data, description = shown
         try:
-            with get_client(sync_client=True) as client:
+            with prefect_client() as client:
                 if self._id is None:
                     fields = {"key": self.key, "type": self.kind, "data": data, "description": description}
                     self._id = client.create_artifact(ArtifactCreate(**fields, flow_run_id=self._flow_run_id)).id

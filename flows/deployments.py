@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from flows.home import PROJECT
+from flows.prefect_client import prefect_client
 from flows.recipes import known_recipes
 from flows.services import WORK_POOL
 from sd3core.specs import fingerprint
@@ -28,7 +28,7 @@ def deployments_fingerprint() -> str:
 
 def apply_deployments(recipes: dict[str, str] | None = None, work_pool: str = WORK_POOL) -> None:
     """Creates the work pool and every deployment; those that stand are updated in place. `recipes`: None takes all known ones."""
-    with get_client(sync_client=True) as client:
+    with prefect_client() as client:
         try:
             client.create_work_pool(WorkPoolCreate(name=work_pool, type="process"))
         except ObjectAlreadyExists:
@@ -50,7 +50,7 @@ def apply_deployments(recipes: dict[str, str] | None = None, work_pool: str = WO
 def worker_is_online(since: float) -> bool:
     """Has the worker polled the pool after `since` (Unix seconds)?"""
     path = {"name": WORK_POOL}
-    with get_client(sync_client=True) as client:
+    with prefect_client() as client:
         try:
             workers = client.request("POST", "/work_pools/{name}/workers/filter", path_params=path, json={}).json()
         except ObjectNotFound:

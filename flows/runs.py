@@ -16,7 +16,6 @@ from uuid import UUID
 
 import httpx
 import psutil
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterDeploymentId,
@@ -31,6 +30,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Cancelling, Crashed
 
 from flows.home import ensure, home, write_whole
+from flows.prefect_client import prefect_client
 from flows.services import Process
 
 RUNS_READ = 200
@@ -84,7 +84,7 @@ def fail_dead_runs(worker_born: float | None = None) -> list[str]:
 
 def unfinished_runs(deployment: str | None = None) -> list[FlowRun]:
     """Runs that wait or are at work, of one deployment (FLOW/NAME) or of all, without the stages of a pipeline."""
-    with get_client(sync_client=True) as client:
+    with prefect_client() as client:
         try:
             found = client.read_deployment_by_name(deployment) if deployment else None
         except ObjectNotFound:
@@ -100,7 +100,7 @@ def described(run: FlowRun) -> str:
 @cache
 def flow_name(flow_id: UUID) -> str:
     """It never changes: the server is asked once."""
-    with get_client(sync_client=True) as client:
+    with prefect_client() as client:
         return client.read_flow(flow_id).name
 
 
@@ -187,10 +187,10 @@ def _read(
     deployment: FlowRunFilterDeploymentId | None = None,
 ) -> list[FlowRun]:
     wanted = FlowRunFilter(id=ids, parent_flow_run_id=parent, state=state, deployment_id=deployment)
-    with get_client(sync_client=True) as client:
+    with prefect_client() as client:
         return client.read_flow_runs(flow_run_filter=wanted, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=RUNS_READ)
 
 
 def _set_state(run: FlowRun, state: Any) -> None:
-    with get_client(sync_client=True) as client:
+    with prefect_client() as client:
         client.set_flow_run_state(run.id, state, force=True)

@@ -97,6 +97,7 @@ def environment(services: Services) -> dict[str, str]:
         "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
         "PREFECT_RUNNER_SERVER_ENABLE": "false",
         "PREFECT_WORKER_QUERY_SECONDS": "1",  # a person waits for the first stage
+        "PREFECT_CLIENT_CSRF_SUPPORT_ENABLED": "false",  # the server wants none; a client would ask before it writes
         "PREFECT_CLI_PROMPT": "false",
         "DO_NOT_TRACK": "1",
         "SD3_HOME": str(home()),

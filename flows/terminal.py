@@ -15,7 +15,7 @@ from typing import Any
 from uuid import UUID
 
 import httpx
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, StateType
 from rich.console import Console, Group
 from rich.live import Live
@@ -23,6 +23,7 @@ from rich.table import Table
 
 from flows.artifacts import SKIPPED
 from flows.deployments import STAGES
+from flows.prefect_client import prefect_client
 from flows.runs import RUNS_READ, fail_dead_runs, flow_name, read_stage_runs
 from flows.services import ServiceError, worker_lives
 from flows.summary import of_stage
@@ -75,7 +76,7 @@ class RunView:
 
 def look(flow_run_id: UUID) -> RunView:
     """One look at a run and the stage runs it started (a stage run on its own is its own only stage)."""
-    with get_client(sync_client=True) as client:
+    with prefect_client() as client:
         run = client.read_flow_run(flow_run_id)
         runs = read_stage_runs(flow_run_id) or [run]
         artifacts = _artifacts(client, flow_run_id, RUNS_READ, type={"any_": ["progress"]})
@@ -96,7 +97,7 @@ def _stage_view(run: FlowRun, name: str, described: str) -> StageView:
 
 def newest_picture(flow_run_id: UUID) -> Picture | None:
     """Of a run and the stage runs it started."""
-    with get_client(sync_client=True) as client:
+    with prefect_client() as client:
         return _picture(_artifacts(client, flow_run_id, 1, key={"like_": "-pictures"}))
 
 

@@ -24,7 +24,7 @@ class Server:
         self.away = False
 
     @contextmanager
-    def client(self, sync_client: bool):
+    def client(self):
         if self.away:
             raise httpx.ConnectError("away")
         yield self
@@ -41,7 +41,7 @@ class Server:
 @pytest.fixture
 def server(monkeypatch):
     made = Server()
-    monkeypatch.setattr(artifacts, "get_client", made.client)
+    monkeypatch.setattr(artifacts, "prefect_client", made.client)
     return made
 
 

@@ -307,7 +307,7 @@ def train_rank(job: TrainingJob, place: Place, watcher: Watcher, open_loader: Op
     training = engine.settle_precision(job.training, place.device)
     if place.rank == 0 and training.precision == "bf16" and not has_bf16_arithmetic(place.device):
         watcher.warn(
-            f"{job.phase}.precision bf16: the {place.device.type} here has no arithmetic for it and is many times as fast"
-            f" in fp32; {job.phase}.precision auto takes that"
+            f"{job.phase}.precision is bf16, for which this {place.device.type} has no arithmetic: fp32 is many times as"
+            " fast, and auto takes it"
         )
     PhaseTraining(job.model_copy(update={"training": training}), place, watcher, open_loader).run()

@@ -40,6 +40,12 @@ RIVALS = {  # each with another ZeRO stage, and the options that treat blocks in
     "uvit": (UViTConfig.from_depth(2, **SIZES), {"zero_stage": 3, "activation_checkpointing": True}),
 }
 
+PRECISIONS = {  # precision asked, whether the processor has arithmetic for bf16, precision taken
+    "auto-with": ("auto", True, "bf16"),
+    "auto-without": ("auto", False, "fp32"),
+    "bf16-without": ("bf16", False, "bf16"),
+}
+
 LEAN = {"all-lean": 1, "all-plain": 10**9}  # name -> least number of tokens that takes the lean forms
 
 
@@ -61,16 +67,17 @@ class Notebook:
         self.warnings.append(message)
 
 
-def _train(rank, world, job, loader_changes=None):
-    """(error or None, notebook) of one attempt on this rank."""
+def _train(rank, world, job, loader_changes=None, bf16_arithmetic=True):
+    """(error or None, notebook) of one attempt on this rank, on a processor with bf16 arithmetic or without."""
     notebook = Notebook()
     try:
-        train_rank(
-            job,
-            Place(rank, world, CPU, threads=1),
-            notebook,
-            lambda *_: FakeLoader(job.training.global_batch, rank, world, **(loader_changes or {})),
-        )
+        with patch.object(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16_arithmetic}):
+            train_rank(
+                job,
+                Place(rank, world, CPU, threads=1),
+                notebook,
+                lambda *_: FakeLoader(job.training.global_batch, rank, world, **(loader_changes or {})),
+            )
     except (TrainingFailed, CheckpointError) as error:
         return error, notebook
     return None, notebook
@@ -104,6 +111,9 @@ def _single_rank_stories(rank, world, root: Path):
     for name, least in LEAN.items():
         with patch.object(lean, "MIN_TOKENS", least):
             stories[name] = _train(rank, world, make_job(root / name, zero_stage=3, activation_checkpointing=True))
+    for name, (precision, able, _) in PRECISIONS.items():
+        job = make_job(root / name, samples=16, precision=precision)
+        stories[name] = _train(rank, world, job, bf16_arithmetic=able)
     often = make_job(root / "average", samples=48, checkpoint_every_samples=16, ema_decay=0.9)
     stories["average"] = _train(rank, world, often)
     stories["always-nan"] = _train(rank, world, make_job(root / "always-nan"), {"nan_steps": tuple(range(6, 12))})
@@ -208,6 +218,19 @@ def test_lean_forms_train_alike_where_their_weights_come_and_go(root, stories):
     own, plain = ([row["loss"] for row in rows_of(root, name) if "loss" in row] for name in LEAN)
     assert own != plain and len(own) > 5
     assert own == pytest.approx(plain, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_a_checkpoint_says_in_which_precision_it_was_trained(root, stories, name):
+    precision, able, taken = PRECISIONS[name]
+    error, notebook = stories[name]
+    assert error is None
+    folder = list_checkpoints(open_store(str(root / name)), make_job(root / name).folder)[-1].folder
+    assert read_done(open_store(str(root / name)), folder).training["precision"] == taken
+    advice = (
+        "pretrain.precision is bf16, for which this cpu has no arithmetic: fp32 is many times as fast, and auto takes it"
+    )
+    assert notebook.warnings == ([advice] if precision == "bf16" and not able else [])
 
 
 def test_going_on_with_more_and_with_fewer_ranks(root, stories, tmp_path):
