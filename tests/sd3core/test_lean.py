@@ -83,6 +83,46 @@ def test_gelu_in_bf16_is_as_near_as_the_kernel():
     assert own.max() <= kernel.max() and own.mean() <= 1.001 * kernel.mean()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_at_the_ends_of_the_numbers(dtype):
+    """To where u^3 overflows and beyond, zeros, the smallest numbers, inf and nan: what the kernel gives, nan for nan."""
+    sizes = torch.tensor([0.0, 1e-38, 1e-30, 1e-3, 1.0, 20.0, 1e3, 1e6, 1e12, 1e13, 1e20, 3e38, torch.inf])
+    u = torch.cat([-sizes, sizes, torch.tensor([torch.nan])]).to(dtype)[None].requires_grad_()
+    value = F.gelu(u, approximate="tanh")
+    value.sum().backward()
+    own, own_gradient = lean.gelu_and_gradient(u.detach(), torch.ones_like(u))
+    near = {"atol": 1e-30, "rtol": 1e-6 if dtype == torch.float32 else 8e-3, "equal_nan": True}
+    torch.testing.assert_close(own, value.detach(), **near)
+    torch.testing.assert_close(lean.gelu(u.detach()), value.detach(), **near)
+    torch.testing.assert_close(own_gradient, u.grad, **near)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e3, 1e15, 1e20])
+def test_attention_at_the_ends_of_the_numbers(dtype, scale):
+    """From equal weights to a single one; queries and keys whose products overflow give nan in both forms."""
+    q, k, v = (z.detach().to(dtype) for z in heads(keys=33))
+    runs = []
+    for form in (lean.attention, layers.plain_attention):
+        inputs = [(scale * q).requires_grad_(), (scale * k).requires_grad_(), v.clone().requires_grad_()]
+        out = form(*inputs)
+        out.backward(torch.ones_like(out))
+        runs.append([out.detach(), *(z.grad for z in inputs)])
+    near = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    for own, plain in zip(*runs, strict=True):
+        size = plain.abs().nan_to_num().max().clamp(min=1.0)  # gradients grow with the scale
+        torch.testing.assert_close(own / size, plain / size, **near, equal_nan=True)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_attention_is_nan_where_the_plain_form_is(bad):
+    q, k, v = (z.detach().float() for z in heads(keys=33))
+    q[0, 0, 0, 0] = k[1, 2, 3, 0] = bad
+    own, plain = lean.attention(q, k, v), layers.plain_attention(q, k, v)
+    assert plain.isnan().any() and not plain.isnan().all()
+    torch.testing.assert_close(own, plain, equal_nan=True)
+
+
 def bf16_errors(form, exact_form, inputs: list[Tensor]) -> list[float]:
     """Of the value and each gradient in bf16, against `exact_form` in fp64 from the same rounded inputs."""
 
