@@ -26,15 +26,15 @@ from workers.trainer.checkpointing import last_whole_checkpoint, newest_attempt,
 from workers.trainer.job import TrainingFailed, TrainingJob, TrainingResult, TrainingSuperseded
 from workers.trainer.news import LossPoints, NewsCallback, TrainingNews, ignore_news, last_word
 
-POLL_S = 0.3
+POLL_S = 1.0  # news is shown every two seconds; the end is noticed at once
 ABORT_S = 5.0
 HELD_S = 20.0  # how long a rank that no restart would mend waits to be ended
 TELL_S = 0.25  # a rank tells its progress at most so often
 
-# Ray Train's controller: notice a dead rank at once, write nothing, and leave the ranks in the caller's folder.
+# Ray Train's controller: notice a dead rank soon, write nothing, and leave the ranks in the caller's folder.
 CONTROLLER_ENV = {
     "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
