@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -41,14 +41,19 @@ def export_diffusers(
     *,
     weights: Literal["ema", "live"] | None = None,
     dtype: DtypeName = "float32",
+    shift: float | None = None,
 ) -> Path:
     """Writes OUT, which must not exist yet, whole or not at all. Weights are the EMA where the checkpoint has both.
+
+    shift: the scheduler's; None takes what the checkpoint says.
 
     Raises UserError where OUT exists, where diffusers cannot sample the checkpoint's formulation, or where these towers cannot
     be put together as diffusers puts them together.
     """
     out, towers = Path(out), Path(towers)
     facts = read_facts(checkpoint)
+    if shift is not None:
+        facts = replace(facts, shift=shift)
     with open_source(checkpoint, weights) as source, made_whole(out) as folder:
         config = source.config
         _check_widths(towers, config)
@@ -82,13 +87,16 @@ def export_stage(
         "towers": {name: tower_digests[name] for name in ("vae", "clip_l", "clip_g", "t5")},
         "diffusers": version("diffusers"),
     }
+    shift = recipe.evaluate.shift_for(recipe.phases()[-1][1])
+    if shift != facts.shift:  # the recipe's was changed after the checkpoint was written
+        fields["shift"] = shift
     spec = fingerprint(fields)
     folder = f"runs/{recipe.run}/export/{spec}"
     manifest_path = f"{folder}/{MANIFEST_FILE}"
     skipped = store.exists(manifest_path)
     if not skipped:
         with tempfile.TemporaryDirectory() as scratch:
-            local = export_diffusers(store.uri(checkpoint), towers, Path(scratch) / "export")
+            local = export_diffusers(store.uri(checkpoint), towers, Path(scratch) / "export", shift=shift)
             files = {}
             for path in sorted(p for p in local.rglob("*") if p.is_file()):
                 name = path.relative_to(local).as_posix()

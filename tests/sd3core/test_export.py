@@ -164,3 +164,21 @@ def test_the_stage_writes_its_manifest_last_and_once(towers_folder, tmp_path):
     assert again.skipped and again.digest == exported.digest
     other = export_stage(recipe, store, "runs/tiny-test/model", towers_folder, digests | {"vae": "1" * 64})
     assert not other.skipped and other.folder != exported.folder
+
+
+def test_the_scheduler_follows_a_shift_that_was_changed_after_training(towers_folder, tmp_path):
+    from sd3core.data.store import open_store
+    from sd3core.export import export_stage
+    from sd3core.recipe_file import load_recipe
+
+    store = open_store(str(tmp_path / "store"))
+    write_checkpoint(tmp_path / "store" / "runs" / "tiny-test" / "model")
+    digests = dict.fromkeys(("vae", "clip_l", "clip_g", "t5", "judge"), "0" * 64)
+    folders = {}
+    for shift in (2.5, 4.0):
+        recipe = load_recipe("tiny-test", [f"evaluate.shift={shift}"])
+        exported = export_stage(recipe, store, "runs/tiny-test/model", towers_folder, digests)
+        scheduler = store.get_json(f"{exported.folder}/scheduler/scheduler_config.json")
+        assert scheduler["shift"] == shift and not exported.skipped
+        folders[shift] = exported.folder
+    assert len(set(folders.values())) == 2
