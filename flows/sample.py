@@ -22,11 +22,11 @@ from sd3core.checkpoint import is_training_checkpoint, read_done
 from sd3core.data.folder_source import cut_at_word
 from sd3core.data.store import open_store
 from sd3core.errors import UserError
-from sd3core.generate import Draw, Weights, sample_to_files
+from sd3core.generate import Draw, sample_to_files
 from sd3core.precision import DTYPES
 from sd3core.progress import counted
 from sd3core.recipe import Recipe
-from sd3core.sample_settings import Convention
+from sd3core.sample_settings import Convention, Weights
 from sd3core.sampling import SAMPLERS
 from sd3core.text_encoders import ENCODERS
 from sd3core.towers import fetch_towers

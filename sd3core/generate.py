@@ -24,13 +24,12 @@ from sd3core.formulations import find_formulation
 from sd3core.mmdit import Backbone
 from sd3core.pictures import encode_png, make_grid, to_uint8
 from sd3core.precision import DTYPES
-from sd3core.sample_settings import SampleSettings
+from sd3core.sample_settings import SampleSettings, Weights
 from sd3core.sampling import SAMPLERS
 from sd3core.text_encoders import TextEncoders, load_text_encoders
 
 Pair = tuple[Tensor, Tensor]  # context (B, L, D), pooled (B, P)
 Draw = tuple[str, int]  # prompt and seed
-Weights = Literal["ema", "live"]
 
 
 class Generator:

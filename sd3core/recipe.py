@@ -327,6 +327,7 @@ class Evaluate(Section):
     batch: int = Field(64, ge=1)
     precision: Precision = "auto"  # of the transformer; the towers run in fp32
     checkpoints: Literal["all", "last"] = "all"  # score every checkpoint kept, or the last of each phase
+    weights: Literal["both", "ema"] = "both"  # score the EMA's and the live weights, or in half the time the EMA's alone
     seed: Seed = 0
 
     def shift_for(self, phase: Training) -> float:

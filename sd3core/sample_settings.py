@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Sampler = Literal["euler", "heun", "dpm++2m"]  # sampling.SAMPLERS
+Weights = Literal["ema", "live"]  # of a training checkpoint
 Convention = Literal["reference", "textbook"]  # of sampling.sigma_schedule
 
 

@@ -65,6 +65,7 @@ def test_the_papers_models(name):
             "recipe tiny-test: unknown key finetune.0.learning_rat; did you mean 'learning_rate'?",
         ),
         ("towers.small.vae.stpes=1", "recipe tiny-test: unknown key towers.small.vae.stpes; did you mean 'steps'?"),
+        ("evaluate.weights=live", "recipe tiny-test: evaluate.weights: Input should be 'both' or 'ema' (it is 'live')"),
         ("text.zzz=1", "recipe tiny-test: unknown key text.zzz; valid here: clip_tokens, t5_tokens, padding, null"),
         (
             "text.clip_tokens=78",
@@ -378,7 +379,12 @@ LEARNED = {
     "zero_stage": 1,
 }
 HOW = {"micro_batch": 1, "checkpoint_every_samples": 16, "activation_checkpointing": True}  # never what comes out
-EVALUATE = dict.fromkeys(Evaluate.model_fields, 3) | {"sampler": "heun", "precision": "fp32", "checkpoints": "last"}
+EVALUATE = dict.fromkeys(Evaluate.model_fields, 3) | {
+    "sampler": "heun",
+    "precision": "fp32",
+    "checkpoints": "last",
+    "weights": "ema",
+}
 COMPUTE = dict.fromkeys(Compute.model_fields, 3) | {"ray_address": "ray.internal:6379", "train_ranks": 1}
 CHANGES: list[tuple[set[str], dict[str, Any]]] = [
     (EVERYTHING, {"seed": 1, **under("data", **READ)}),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from sd3core.checkpoint import read_done
 from sd3core.data.manifest import ManifestRef
@@ -20,7 +20,7 @@ from sd3core.metrics.held_out import reference_fields
 from sd3core.metrics.validation_loss import LEVELS
 from sd3core.progress import Progress, ProgressCallback, ProgressMeter
 from sd3core.recipe import Recipe, Training
-from sd3core.sample_settings import SampleSettings
+from sd3core.sample_settings import SampleSettings, Weights
 from sd3core.small_world.detector import MIN_SIDE_PX
 from sd3core.small_world.world import TASKS
 from sd3core.specs import FORMATS, fingerprint
@@ -28,7 +28,7 @@ from sd3core.towers import read_towers
 from workers.inputs import actor_device
 from workers.pool import Outcome, PoolSettings, map_over_actors, start_ray
 
-WEIGHTS = ("ema", "live")
+SCORED_WEIGHTS: dict[str, tuple[Weights, ...]] = {"both": ("ema", "live"), "ema": ("ema",)}
 
 
 class EvaluationFailed(UserError):
@@ -51,7 +51,7 @@ class EvaluationTask:
     phase: str
     checkpoint: str  # folder in the store
     samples: int
-    weights: Literal["ema", "live"]
+    weights: Weights
     protocol: dict[str, Any]
     place: str  # path in the store, without an ending
 
@@ -158,7 +158,7 @@ def plan_tasks(
         chosen = folders[-1:] if recipe.evaluate.checkpoints == "last" else folders
         for folder in chosen:
             done = read_done(store, folder)
-            for weights in WEIGHTS:
+            for weights in SCORED_WEIGHTS[recipe.evaluate.weights]:
                 for part, protocol in _protocols(
                     recipe, phase, phases[phase], inputs, digests, last=folder == folders[-1]
                 ):

@@ -277,6 +277,14 @@ def test_only_the_last_checkpoints_on_request(world):
     } == {64}
 
 
+def test_only_the_averaged_weights_on_request(world):
+    evaluate = world.recipe.evaluate.model_copy(update={"weights": "ema"})
+    ema = world.recipe.model_copy(update={"evaluate": evaluate})
+    every, chosen = (plan_tasks(r, world.store, world.checkpoints, world.inputs) for r in (world.recipe, ema))
+    assert chosen == [task for task in every if task.weights == "ema"]  # the same scores at the same places
+    assert 2 * len(chosen) == len(every)
+
+
 def test_held_out_rows_are_held_out_and_fixed(world):
     raw = read_manifest(world.store, world.inputs.raw.folder, world.inputs.raw.digest)
     held_out, train = (read_rows(world.store, raw, split, 1_000) for split in ("held_out", "train"))
