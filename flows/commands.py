@@ -104,9 +104,13 @@ def status() -> None:
     if answers:
         use(services)
         from flows.runs import described, unfinished_runs
+        from flows.terminal import look
 
         for run in unfinished_runs():
-            _say(described(run))
+            _say(f"{described(run)}  {services.ui_url}/runs/flow-run/{run.id}")
+            for stage in look(run.id).stages:
+                if stage.state == "running":
+                    _say(f"  {stage.name}: {stage.progress or 'starting'}")
     if not answers or not (services.worker and services.worker.alive()):
         _say(f"`{pasted('sd3 up')}` starts what is missing")
         raise typer.Exit(1)

@@ -19,7 +19,7 @@ from flows.interrupt import Interrupted, put_off, unheard
 from flows.recipes import DEFAULT_RECIPE, find_recipe
 from flows.services import ServiceError, Services, up, worker_lives
 from flows.summary import of_stage, print_summary, summary_path
-from sd3core.data.folder_source import cut_at_word, one_line
+from sd3core.data.folder_source import IMAGE_SUFFIXES, cut_at_word, one_line
 from sd3core.data.store import Store
 from sd3core.errors import DataError, UserError
 from sd3core.recipe import Recipe
@@ -42,7 +42,7 @@ def folder_overrides(recipe: Recipe, folder: Path) -> list[str]:
     """The same recipe on a user's folder of images: its own data set, towers and run, no drawn world's captioner."""
     folder = folder.expanduser().resolve()
     if not folder.is_dir():
-        raise DataError(f"DATA={folder}: no such folder")
+        raise DataError(f"DATA (--data) {folder}: no such folder")
     slug = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-")[:40] or "folder"
     name = f"{slug}-{hashlib.sha256(str(folder).encode()).hexdigest()[:6]}"
     overrides = [
@@ -68,6 +68,8 @@ def demo(
     name, source = find_recipe(name_or_path)
     if folder is not None:
         overrides = [*folder_overrides(load_recipe(source, []), folder), *overrides]
+        if not any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.expanduser().rglob("*")):
+            raise DataError(f"DATA (--data) {folder}: no image file in it ({' '.join(sorted(IMAGE_SUFFIXES))})")
     recipe = load_recipe(source, overrides)
     store = run_store(recipe)
     store.exists(summary_path(recipe))  # a store that cannot be reached is told before anything starts
@@ -137,10 +139,13 @@ def _run_at_work(name: str, recipe: Recipe, overrides: list[str]) -> UUID | None
 
 
 def _first_failure(view: RunView) -> str:
+    from flows.runs import GONE
+
     if view.state.value != "CANCELLED" and not worker_lives():
         return "the Prefect worker has ended, and the run with it"
     failed = [stage for stage in view.stages if stage.state in ("failed", "crashed", "cancelled")]
-    return of_stage(failed[0].name, failed[0].progress) if failed else view.message or view.state.value.lower()
+    problem = of_stage(failed[0].name, failed[0].progress) if failed else view.message or view.state.value.lower()
+    return problem.replace(GONE, "its process is gone")  # the rest of that is for the UI
 
 
 def _example_prompt(recipe: Recipe, store: Store) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flows import upstream
-from flows.home import run_store
+from flows.home import pasted, run_store
 from flows.options import device as chosen_device
 from flows.options import one_of
 from flows.recipes import DEFAULT_RECIPE
@@ -182,9 +182,14 @@ def last_checkpoint(recipe: Recipe) -> str:
         return store.uri(upstream.last_checkpoint(recipe, store, recipe.phases()[-1][0]).folder)
     except upstream.NotFinishedError:
         finished = finished_runs(store)
-        if not finished or recipe.run in finished:  # finished with other settings: the error names the stage
+        if recipe.run in finished:  # with other settings: the error names the stage
             raise
         default = " (the default)" if recipe.name == DEFAULT_RECIPE else ""
+        if not finished:
+            makes = pasted(f"sd3 demo --recipe {recipe.name}")
+            raise UserError(
+                f"recipe {recipe.name}{default} is not finished here, nor is another; `{makes}` makes it"
+            ) from None
         named = ", ".join(f"{run} (--recipe {of})" if run == of else run for run, of in finished.items())
         wanted = f"recipe {recipe.name}{default}" if recipe.run == recipe.name else f"run {recipe.run}"
         raise UserError(f"{wanted} is not finished here; finished: {named}") from None

@@ -13,6 +13,7 @@ from prefect import runtime
 from prefect.logging import get_run_logger
 
 from flows.artifacts import Log, StageReporter, publish
+from flows.recipes import known_recipes
 from flows.session import session
 from sd3core.data.store import Store
 from sd3core.recipe import Recipe
@@ -20,8 +21,12 @@ from sd3core.specs import fingerprint
 
 
 def run_name() -> str:
-    """What a run is called in the UI: its flow and its recipe, "pretrain mini"."""
-    return f"{runtime.flow_run.flow_name} {Path(runtime.flow_run.parameters['recipe']).stem}"
+    """What a run is called in the UI: its flow, its recipe, and the recipe's run where another is asked for: "pretrain mini"."""
+    parameters = runtime.flow_run.parameters
+    names = {source: name for name, source in known_recipes().items()}
+    words = [runtime.flow_run.flow_name, names.get(parameters["recipe"], Path(parameters["recipe"]).stem)]
+    runs = [value for key, _, value in (o.partition("=") for o in parameters.get("overrides") or []) if key == "run"]
+    return " ".join([*words, *(value.strip("\"'") for value in runs[-1:])])
 
 
 # The store alone decides what is done (design, sections 5 and 6): Prefect neither caches nor keeps results.

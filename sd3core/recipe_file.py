@@ -60,13 +60,20 @@ def _read_yaml(name_or_path: str) -> dict[str, Any]:
     try:
         fields = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {name_or_path}: not YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"recipe {name_or_path}: not YAML: {_yaml_problem(error)}") from None
     if not isinstance(fields, dict):
         raise RecipeError(f"recipe {name_or_path}: a recipe is a mapping of sections, this file is not")
     text_section = fields.get("text")
     if isinstance(text_section, dict) and None in text_section:
         text_section["null"] = text_section.pop(None)  # YAML reads the bare key `null:` as nothing
     return fields
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """Where and what, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
 
 
 def _apply_override(fields: dict[str, Any], override: str) -> None:

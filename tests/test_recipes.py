@@ -229,7 +229,7 @@ def test_errors_of_the_file_itself(tmp_path):
     missing = tmp_path / "mine.yaml"
     assert problem(str(missing)).startswith(f"recipe {missing}: no such file; shipped: mini, ")
     missing.write_text("a: [1\n")
-    assert problem(str(missing)).startswith(f"recipe {missing}: not YAML: ")
+    assert problem(str(missing)) == f"recipe {missing}: not YAML: line 2, column 1: expected ',' or ']', but got '<stream end>'"
     missing.write_text("- a\n")
     assert problem(str(missing)) == f"recipe {missing}: a recipe is a mapping of sections, this file is not"
     missing.write_bytes(b"name: \xff\n")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # the recipe brings torch, which not every worker needs
     from sd3core.recipe import Compute
 
 Task = TypeVar("Task")
+RAY_WAS_LATE = "timed out during startup"
 POLL_S = 1.0  # how often workers are asked for their progress
 
 
@@ -104,6 +105,10 @@ def start_ray(compute: Compute) -> Iterator[None]:
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         where = f"at compute.ray_address {compute.ray_address!r}" if compute.ray_address else "on this machine"
         raise PoolFailed(f"Ray {where} cannot be reached or started: {_one_line(error)}") from None
+    except Exception as error:
+        if RAY_WAS_LATE not in str(error):  # Ray has no class of its own for it
+            raise
+        raise PoolFailed("Ray did not start within its half minute: other work keeps this machine busy") from None
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = clusters_allowed
     try:

@@ -26,10 +26,8 @@ def test_a_misspelt_key_of_a_run_is_its_message(installation):
 def test_an_empty_folder(installation, tmp_path):
     code, printed = installation.ends(*demo_command(), "--data", str(tmp_path))
     assert code == 1
-    assert printed.splitlines()[-1] == (
-        f"sd3: ingest: data.folder {tmp_path}: no usable image (it holds no image file); name another folder, or mend that"
-        " (the same command goes on from there)"
-    )
+    assert printed.startswith(f"sd3: DATA (--data) {tmp_path}: no image file in it (.avif ")
+    assert printed.count("\n") == 1  # told before anything is started
     assert "Traceback" not in printed
 
 

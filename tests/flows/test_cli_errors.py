@@ -29,7 +29,7 @@ def own_home(tmp_path, monkeypatch):
         (["plan", "-s", "pretrain.sample=9"], "sd3: recipe mini: unknown key pretrain.sample; did you mean 'samples'?"),
         (["plan", "-s", "pretrain"], "sd3: override 'pretrain': write it as section.key=value"),
         (["demo", "-r", "mimi"], "sd3: recipe 'mimi': no recipe of that name"),
-        (["demo", "--data", "/none"], "sd3: DATA=/none: no such folder"),
+        (["demo", "--data", "/none"], "sd3: DATA (--data) /none: no such folder"),
         (["deploy", "none.yaml"], "sd3: recipe none.yaml: no such file"),
         (["env"], "sd3: the local services are not running; start them with `.venv/bin/sd3 up`"),
         (
@@ -93,9 +93,10 @@ def test_a_file_of_prompts_has_one_on_each_line(tmp_path):
     assert read_prompts(path) == ["a red circle", "ein grüner Kreis"]
 
 
-def test_a_stage_that_is_missing_names_the_deployment_to_run(sd3):
+def test_where_no_run_is_finished_the_command_that_makes_one_is_named(sd3):
     _, _, err = sd3("sample", "a circle", "-r", "tiny-test")
-    assert "run `.venv/bin/prefect deployment run 'towers/tiny-test'` first" in err
+    makes = "`.venv/bin/sd3 demo --recipe tiny-test` makes it"
+    assert err == f"sd3: recipe tiny-test is not finished here, nor is another; {makes}\n"
 
 
 def test_where_other_runs_are_finished_they_are_named(sd3, tmp_path):

@@ -8,6 +8,7 @@ from prefect.client.schemas.objects import StateType
 
 from flows import demo, previews
 from flows.demo import folder_overrides, sample_command
+from flows.runs import GONE
 from flows.terminal import RunView, StageView
 from sd3core.errors import DataError
 from sd3core.recipe_file import load_recipe
@@ -50,7 +51,7 @@ def test_a_captioner_for_real_images_stays(tmp_path):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(DataError, match=f"^DATA={tmp_path}/none: no such folder$"):
+    with pytest.raises(DataError, match=rf"^DATA \(--data\) {tmp_path}/none: no such folder$"):
         folder_overrides(load_recipe("tiny-test"), tmp_path / "none")
 
 
@@ -63,6 +64,12 @@ def test_what_a_run_failed_of(monkeypatch, worker, said):
     monkeypatch.setattr(demo, "worker_lives", lambda: worker)
     stages = [StageView("ingest", "done", 1, ""), StageView("towers", "failed", 1, "vae: No space left on device")]
     assert demo._first_failure(RunView(StateType.FAILED, "", stages)) == said
+
+
+def test_a_process_that_is_gone_is_told_without_the_uis_advice(monkeypatch):
+    monkeypatch.setattr(demo, "worker_lives", lambda: True)
+    stages = [StageView("pretrain", "crashed", 1, GONE)]
+    assert demo._first_failure(RunView(StateType.CRASHED, "", stages)) == "pretrain: its process is gone"
 
 
 def test_a_training_phase_is_named_once(monkeypatch):

@@ -107,9 +107,18 @@ def test_a_stage_with_nothing_to_do_says_so(server):
     assert posted[-1] == (100.0, "skipped: finished before")
 
 
-@pytest.mark.parametrize(("recipe", "name"), [("mini", "pretrain mini"), ("/home/a/own.v2.yaml", "pretrain own.v2")])
-def test_a_run_is_named_by_its_flow_and_its_recipe(monkeypatch, recipe, name):
-    run = SimpleNamespace(flow_name="pretrain", parameters={"recipe": recipe})
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "name"),
+    [
+        ("mini", [], "pretrain mini"),
+        ("/home/a/own.yaml", None, "pretrain my-recipe"),  # as its file says
+        ("/home/b/own.v2.yaml", [], "pretrain own.v2"),  # deployed from another machine
+        ("mini", ["seed=2", 'run="photos-1"'], "pretrain mini photos-1"),
+    ],
+)
+def test_a_run_is_named_by_its_flow_and_its_recipe(monkeypatch, recipe, overrides, name):
+    run = SimpleNamespace(flow_name="pretrain", parameters={"recipe": recipe, "overrides": overrides})
+    monkeypatch.setattr(stage_module, "known_recipes", lambda: {"mini": "mini", "my-recipe": "/home/a/own.yaml"})
     monkeypatch.setattr(stage_module, "runtime", SimpleNamespace(flow_run=run))
     assert stage_module.run_name() == name
 

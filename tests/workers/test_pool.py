@@ -156,6 +156,17 @@ def test_an_initialised_ray_is_used_and_left_running(tmp_path):
     assert ray.is_initialized()
 
 
+def test_a_ray_that_does_not_come_in_time_is_told_in_plain_words(monkeypatch):
+    def late(**_):
+        raise Exception("The current node timed out during startup. This could happen because the GCS is overloaded.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(PoolFailed, match="^Ray did not start within its half minute: other work keeps this machine busy$"):
+        with start_ray(Compute()):
+            pass
+
+
 def test_local_ray_listens_on_loopback_only():
     sockets = []
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
