@@ -85,7 +85,6 @@ def make_training(**changes) -> Training:
         "learning_rate": 1e-3,
         "warmup_samples": 16,
         "ema_every_steps": 2,
-        "precision": "bf16",
         "zero_stage": 2,
     }
     return Training(**fields | changes)

@@ -67,17 +67,16 @@ class Notebook:
         self.warnings.append(message)
 
 
-def _train(rank, world, job, loader_changes=None, bf16_arithmetic=True):
-    """(error or None, notebook) of one attempt on this rank, on a processor with bf16 arithmetic or without."""
+def _train(rank, world, job, loader_changes=None):
+    """(error or None, notebook) of one attempt on this rank."""
     notebook = Notebook()
     try:
-        with patch.object(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16_arithmetic}):
-            train_rank(
-                job,
-                Place(rank, world, CPU, threads=1),
-                notebook,
-                lambda *_: FakeLoader(job.training.global_batch, rank, world, **(loader_changes or {})),
-            )
+        train_rank(
+            job,
+            Place(rank, world, CPU, threads=1),
+            notebook,
+            lambda *_: FakeLoader(job.training.global_batch, rank, world, **(loader_changes or {})),
+        )
     except (TrainingFailed, CheckpointError) as error:
         return error, notebook
     return None, notebook
@@ -112,8 +111,8 @@ def _single_rank_stories(rank, world, root: Path):
         with patch.object(lean, "MIN_TOKENS", least):
             stories[name] = _train(rank, world, make_job(root / name, zero_stage=3, activation_checkpointing=True))
     for name, (precision, able, _) in PRECISIONS.items():
-        job = make_job(root / name, samples=16, precision=precision)
-        stories[name] = _train(rank, world, job, bf16_arithmetic=able)
+        with patch.object(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able}):
+            stories[name] = _train(rank, world, make_job(root / name, samples=16, precision=precision))
     often = make_job(root / "average", samples=48, checkpoint_every_samples=16, ema_decay=0.9)
     stories["average"] = _train(rank, world, often)
     stories["always-nan"] = _train(rank, world, make_job(root / "always-nan"), {"nan_steps": tuple(range(6, 12))})
