@@ -19,7 +19,7 @@ from flows.interrupt import Interrupted, put_off, unheard
 from flows.recipes import DEFAULT_RECIPE, find_recipe
 from flows.services import ServiceError, Services, up, worker_lives
 from flows.summary import of_stage, print_summary, summary_path
-from sd3core.data.folder_source import IMAGE_SUFFIXES, cut_at_word, one_line
+from sd3core.data.folder_source import IMAGE_SUFFIXES, cut_at_word, holds_nothing, one_line
 from sd3core.data.store import Store
 from sd3core.errors import DataError, UserError
 from sd3core.recipe import Recipe
@@ -68,7 +68,7 @@ def demo(
     name, source = find_recipe(name_or_path)
     if folder is not None:
         overrides = [*folder_overrides(load_recipe(source, []), folder), *overrides]
-        if not any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.expanduser().rglob("*")):
+        if holds_nothing(folder):
             raise DataError(f"DATA (--data) {folder}: no image file in it ({' '.join(sorted(IMAGE_SUFFIXES))})")
     recipe = load_recipe(source, overrides)
     store = run_store(recipe)

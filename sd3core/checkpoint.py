@@ -33,6 +33,7 @@ from sd3core.errors import CheckpointError
 from sd3core.mmdit import Backbone, BackboneConfig, config_from_dict, make_model
 from sd3core.mmdit.backbone import config_positions
 from sd3core.progress import counted
+from sd3core.sample_settings import Weights
 from sd3core.tensor_files import Shape, TensorFiles
 
 NAMED = 3  # of the tensors that an error is about
@@ -229,7 +230,7 @@ def save_model(url_or_path: str | Path, model: Backbone, extra: dict[str, Any] |
     store.put_json(CONFIG_FILE, fields)
 
 
-def load_model(url_or_path: str | Path, weights: Literal["ema", "live"] | None = None) -> Backbone:
+def load_model(url_or_path: str | Path, weights: Weights | None = None) -> Backbone:
     """The model of a plain folder or of a training checkpoint (folder of DONE.json), on the CPU, in the stored dtype.
 
     `weights` chooses in a training checkpoint: the moving average (also the default) or the live weights.

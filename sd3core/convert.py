@@ -43,6 +43,7 @@ from sd3core.formulation_names import export_problem
 from sd3core.mmdit import MMDiTConfig
 from sd3core.mmdit.backbone import config_positions
 from sd3core.recipe import Text
+from sd3core.sample_settings import Weights
 from sd3core.tensor_files import TensorFiles, TensorFileWriter, TensorInfo
 from sd3core.whole_output import made_whole
 
@@ -129,7 +130,7 @@ def export_model(
     out: Path | str,
     target: TargetName,
     *,
-    weights: Literal["ema", "live"] | None = None,
+    weights: Weights | None = None,
     dtype: DtypeName | None = None,
     on_bytes: OnBytes = lambda done, total: None,
 ) -> None:
@@ -187,7 +188,7 @@ def write_tensors(path: Path, source: Source, form: Format, dtype: DtypeName | N
 
 
 @contextmanager
-def open_source(checkpoint: str, weights: Literal["ema", "live"] | None = None) -> Iterator[Source]:
+def open_source(checkpoint: str, weights: Weights | None = None) -> Iterator[Source]:
     """A plain model folder or a training checkpoint, by URL or path, of an MM-DiT that other systems know.
 
     Raises CheckpointError that names what is missing, damaged or unknown, or the architecture or formulation that they
@@ -211,7 +212,7 @@ def open_source(checkpoint: str, weights: Literal["ema", "live"] | None = None) 
         yield Source(config, dtypes, lambda: _spans_of_files(files, BARE, config), extra.get("side_px"))
 
 
-def _training_source(store: Store, weights: Literal["ema", "live"]) -> Source:
+def _training_source(store: Store, weights: Weights) -> Source:
     done = read_done(store, "")
     config = done.model_config_of()
     check_released_form(config, store.url)

@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -26,6 +26,7 @@ from sd3core.errors import CheckpointError
 from sd3core.export_readme import readme
 from sd3core.mmdit import MMDiTConfig
 from sd3core.recipe import Recipe
+from sd3core.sample_settings import Weights
 from sd3core.specs import FORMATS, fingerprint
 from sd3core.towers import TOWER_FOLDERS
 from sd3core.whole_output import made_whole
@@ -39,7 +40,7 @@ def export_diffusers(
     towers: Path | str,
     out: Path | str,
     *,
-    weights: Literal["ema", "live"] | None = None,
+    weights: Weights | None = None,
     dtype: DtypeName = "float32",
     shift: float | None = None,
 ) -> Path:

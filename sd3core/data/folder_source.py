@@ -70,6 +70,12 @@ def list_folder(data: Data, captions_needed: bool) -> list[FolderItem]:
     return sorted(problems + metadata.problems + found, key=lambda item: item.key)
 
 
+def holds_nothing(folder: Path) -> bool:
+    """Whether `list_folder` would find neither an image nor a reason to tell why it took none. Opens no file."""
+    images, _, problems = _walk(folder.expanduser().resolve())
+    return not images and not problems
+
+
 def image_key(path: str) -> str:
     """A name made from the relative path alone: safe in a tar, without dots, and its own for every path."""
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:10]

@@ -31,6 +31,17 @@ def test_an_empty_folder(installation, tmp_path):
     assert "Traceback" not in printed
 
 
+def test_a_folder_whose_only_image_cannot_be_used(installation, tmp_path):
+    (tmp_path / "a.jpg").touch()
+    code, printed = installation.ends(*demo_command(), "--data", str(tmp_path))
+    assert code == 1
+    assert printed.splitlines()[-1] == (
+        f"sd3: ingest: data.folder {tmp_path}: no usable image (1 rejected: empty file); name another folder, or mend that"
+        " (the same command goes on from there)"
+    )
+    assert "Traceback" not in printed
+
+
 def test_a_store_that_cannot_be_reached(installation):
     """Told before a run is started."""
     code, printed = installation.ends(*demo_command("store=s3://bucket/x"))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd3core.data.folder_source import cut_at_word, image_key, one_line
+from sd3core.data.folder_source import cut_at_word, holds_nothing, image_key, one_line
 from sd3core.data.images import decode_image
 from sd3core.data.ingest import FolderChanged, IngestWorker, list_source
 from sd3core.data.shards import is_held_out, read_index, read_samples, shard_stem
@@ -166,6 +166,19 @@ def test_metadata_lines(folder, file_store, tmp_path):
         "metadata.jsonl line 10": not_json,
         "metadata.jsonl line 11": not_json,
     }
+
+
+def test_nothing_is_what_has_neither_an_image_nor_a_reason(folder, tmp_path):
+    (folder / "words.txt").write_text("no picture")
+    (folder / ".hidden.png").touch()
+    (folder / "inner").mkdir()
+    assert holds_nothing(folder)
+    (folder / "inner" / "a.PNG").touch()  # whether it can be read is ingest's to say
+    assert not holds_nothing(folder)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "linked").symlink_to(folder)  # not followed, and ingest says so
+    assert not holds_nothing(elsewhere)
 
 
 @pytest.mark.parametrize("content, why", [
