@@ -33,6 +33,7 @@ def test_an_empty_folder(installation, tmp_path):
 
 def test_a_folder_whose_only_image_cannot_be_used(installation, tmp_path):
     (tmp_path / "a.jpg").touch()
+    (tmp_path / "a.txt").write_text("a red circle")
     code, printed = installation.ends(*demo_command(), "--data", str(tmp_path))
     assert code == 1
     assert printed.splitlines()[-1] == (
