@@ -31,16 +31,17 @@ class FakeBatch:
 
 @dataclass(frozen=True)
 class FakeLoader:
-    """`nan_steps`: steps (from 0) whose first sample has a NaN in its latent. `slow_s`: seconds a batch takes."""
+    """`nan_steps`: steps (from 0) whose first sample has a NaN in its latent. `stuck_at`: the step whose batch never comes."""
 
     global_batch: int
     rank: int
     world: int
     nan_steps: tuple[int, ...] = ()
-    slow_s: float = 0.0
+    stuck_at: int | None = None
 
     def batch(self, step: int) -> FakeBatch:
-        time.sleep(self.slow_s)
+        if step == self.stuck_at:
+            time.sleep(3600)
         part = self.global_batch // self.world
         positions = step * self.global_batch + np.arange(self.rank * part, (self.rank + 1) * part)
         batch = _batch(positions % IMAGES, positions // IMAGES)

@@ -40,8 +40,10 @@ def open_fake(job, store, place, warn):
     return FakeLoader(job.training.global_batch, place.rank, place.world)
 
 
-def open_slow_fake(job, store, place, warn):
-    return FakeLoader(job.training.global_batch, place.rank, place.world, slow_s=0.3)
+def open_fake_stuck_once(job, store, place, warn):
+    """The first attempt waits after 48 of 96 samples, past the checkpoint at 32, until it is killed."""
+    first = len(store.list(f"{job.folder}/attempts/")) == 1
+    return FakeLoader(job.training.global_batch, place.rank, place.world, stuck_at=6 if first else None)
 
 
 def rows_of(job):
@@ -49,12 +51,13 @@ def rows_of(job):
     return [{key: value for key, value in row.items() if key not in UNTIMED} for row in rows]
 
 
-def kill_a_rank_after(samples: int):
-    """(report callback, list of killed pids): kills -9 the younger rank process once so many samples are seen."""
+def kill_a_rank_after_a_checkpoint(job):
+    """(report callback, list of killed pids): kills -9 the younger rank once a checkpoint stands."""
+    store = open_store(job.store)
     killed: list[int] = []
 
-    def report(progress) -> None:
-        if progress.done >= samples and not killed:
+    def report(_) -> None:
+        if not killed and list_checkpoints(store, job.folder):
             ranks = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
             victim = max(ranks, key=lambda p: p.create_time())
             killed.append(victim.pid)
@@ -94,8 +97,8 @@ def test_a_killed_rank_changes_nothing(undisturbed, tmp_path):
     """The restart goes on from the last checkpoint; losses and weights are those of the undisturbed run, bit by bit."""
     calm_job, _, _ = undisturbed
     job = make_job(tmp_path / "store")
-    report, killed = kill_a_rank_after(48)
-    result = train(job, COMPUTE, report, open_slow_fake)
+    report, killed = kill_a_rank_after_a_checkpoint(job)
+    result = train(job, COMPUTE, report, open_fake_stuck_once)
     assert killed and result.attempts == 2
     assert result.warnings == ["pretrain: a rank was lost; went on from 32 samples"]
     assert rows_of(job) == rows_of(calm_job)
@@ -108,7 +111,7 @@ def test_a_killed_rank_changes_nothing(undisturbed, tmp_path):
 @pytest.mark.usefixtures("own_ray")
 def test_a_stall_is_an_error_that_says_so(tmp_path):
     def open_stuck(job, store, place, warn):
-        return FakeLoader(job.training.global_batch, place.rank, place.world, slow_s=3600)
+        return FakeLoader(job.training.global_batch, place.rank, place.world, stuck_at=0)
 
     started = time.monotonic()
     with pytest.raises(TrainingFailed, match="no progress for 12 s"):
