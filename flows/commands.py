@@ -179,7 +179,7 @@ def sample(
     without: Annotated[
         Optional[list[str]], typer.Option(help="Leaves an encoder out: clip_l, clip_g or t5. Repeatable.")
     ] = None,
-    sampler: Annotated[Optional[str], typer.Option(help="euler, heun or dpm++2m; default: the recipe's.")] = None,
+    sampler: Annotated[Optional[str], typer.Option(help="euler, heun, dpm++2m or dpm++2m-sde; default: the recipe's.")] = None,
     steps: Annotated[
         Optional[int],
         typer.Option(min=1, help="Of the sampler; heun calls the model twice in each. Default: the recipe's."),

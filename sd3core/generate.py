@@ -25,7 +25,7 @@ from sd3core.mmdit import Backbone
 from sd3core.pictures import encode_png, make_grid, to_uint8
 from sd3core.precision import DTYPES
 from sd3core.sample_settings import SampleSettings, Weights
-from sd3core.sampling import SAMPLERS
+from sd3core.sampling import SAMPLERS, solve
 from sd3core.text_encoders import TextEncoders, load_text_encoders
 
 Pair = tuple[Tensor, Tensor]  # context (B, L, D), pooled (B, P)
@@ -108,12 +108,17 @@ class Generator:
         """(n, 16, height / 8, width / 8), normalised, float32."""
         config, device = self.model.config, next(self.model.parameters()).device
         shape = (config.latent_channels, settings.height // DOWNSAMPLING, settings.width // DOWNSAMPLING)
-        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        own = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        def fresh(_: int) -> Tensor:
+            """A picture's own next noise."""
+            return torch.stack([torch.randn(shape, generator=generator) for generator in own]).to(device)
+
         cond, null = self.conditioning(prompts, settings.drop, settings.negative_prompt)
         formulation = self.formulation.shifted(settings.shift)
         predict = formulation.as_rectified_flow(_guided_in_one_batch(self.model, cond, null, settings.guidance_scale))
-        start, sigmas = formulation.start(noise.to(device)), formulation.sigmas(settings.num_steps, settings.schedule)
-        return SAMPLERS[settings.sampler](predict, start, sigmas, on_step=on_step)
+        start, sigmas = formulation.start(fresh(0)), formulation.sigmas(settings.num_steps, settings.schedule)
+        return solve(settings.sampler, predict, start, sigmas, fresh, on_step=on_step)
 
     def conditioning(
         self, prompts: Sequence[str], drop: Sequence[str] = (), negative_prompt: str | None = None

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Sampler = Literal["euler", "heun", "dpm++2m"]  # sampling.SAMPLERS
+Sampler = Literal["euler", "heun", "dpm++2m", "dpm++2m-sde"]  # sampling.SAMPLERS
 Weights = Literal["ema", "live"]  # of a training checkpoint
 Convention = Literal["reference", "textbook"]  # of sampling.sigma_schedule
 
 
 def best_schedule(sampler: Sampler) -> Convention:
-    """Where none is asked for: `reference`, as the released code; for dpm++2m `textbook`, since it overshoots on the
+    """Where none is asked for: `reference`, as the released code; for dpm++2m, with -sde too, `textbook`, since it overshoots on the
     reference schedule's step to a last, tiny sigma.
     """
-    return "textbook" if sampler == "dpm++2m" else "reference"
+    return "textbook" if sampler.startswith("dpm++2m") else "reference"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""From noise to a latent: sigma schedules, guidance, and solvers of dz/dt = velocity: Euler, Heun, DPM-Solver++(2M).
+"""From noise to a latent: sigma schedules, guidance, and solvers of dz/dt = velocity: Euler, Heun, DPM-Solver++(2M),
+and the latter's form for the SDE with the same marginals.
 
 sigma is t. A solver is one function over a sequence of sigmas: (predict, noise (B, ...), sigmas (N + 1,)) -> latent
 (B, ...). The sigmas descend and start at the noise's level; only the last may be 0. The state is kept in float32 at
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from itertools import pairwise
+from itertools import count, pairwise
 from types import MappingProxyType
 
 import torch
@@ -22,6 +23,7 @@ from sd3core.sample_settings import Convention, Sampler
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (z_t (B, ...), t (B,)) -> velocity (B, ...)
 OnStep = Callable[[int, Tensor], None]
+Fresh = Callable[[int], Tensor]  # draw i = 1, 2, ... -> standard normal (B, ...); 0 is what one starts from
 Step = Callable[[Tensor, float, float], Tensor]  # (z, sigma, next_sigma) -> z at next_sigma
 
 
@@ -83,37 +85,66 @@ def sample_heun(predict: Predict, noise: Tensor, sigmas: Tensor, *, on_step: OnS
     return _integrate(step, noise, sigmas, on_step)
 
 
-def sample_dpmpp_2m(predict: Predict, noise: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None) -> Tensor:
+def sample_dpmpp_2m(
+    predict: Predict, noise: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None, fresh: Fresh | None = None
+) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) for rectified flow: second order, one call of the network a step.
 
-    z <- (sigma' / sigma) z + (1 - sigma' / sigma) D, where D is x0 = z - sigma * velocity, carried on half a step along
-    its change since the step before: D = x0 + h' / (2 h) (x0 - x0_before), h and h' being the steps behind and ahead in
-    lambda = ln((1 - sigma) / sigma). With D = x0 it is Euler's step.
+    z <- k (sigma' / sigma) z + (1 - sigma' - k (1 - sigma) sigma' / sigma) D + sqrt(1 - k^2) sigma' fresh
+
+    D is x0 = z - sigma * velocity, carried on half a step along its change since the step before:
+    D = x0 + h' / (2 h) (x0 - x0_before), h and h' being the steps behind and ahead in lambda = ln((1 - sigma) / sigma).
+    k is the share of z's noise that is kept: 1 without `fresh`, where D = x0 is Euler's step; with it e^-h', which is
+    the SDE with the same marginals (SDE-DPM-Solver++).
 
     lambda is infinite at both ends. The first step has none behind it, and for the second, h is infinite where sigmas
     start at 1: both take D = x0. So does the step to sigma 0. (The released SD3.5 code measures steps in -ln(sigma)
     instead, which is finite at 1 and gives other weights.) The textbook schedule suits it: in the reference schedule
     the step to the last, tiny sigma is so long in lambda that D overshoots.
     """
-    sigma_before = x0_before = None
+    sigma_before, x0_before, draws = None, None, count(1)
 
     def step(z: Tensor, sigma: float, next_sigma: float) -> Tensor:
         nonlocal sigma_before, x0_before
         x0 = z - sigma * _velocity(predict, z, sigma)
-        ahead = x0
-        if x0_before is not None and next_sigma > 0:
-            h_behind = _half_log_snr(sigma) - _half_log_snr(sigma_before)
-            h_ahead = _half_log_snr(next_sigma) - _half_log_snr(sigma)
-            ahead = x0 + h_ahead / (2 * h_behind) * (x0 - x0_before)
+        sigma_behind, x0_behind = sigma_before, x0_before
         sigma_before, x0_before = sigma, x0
-        return (next_sigma / sigma) * z + (1 - next_sigma / sigma) * ahead
+        if next_sigma == 0:
+            return x0
+        ahead = x0
+        if x0_behind is not None:
+            h_behind = _half_log_snr(sigma) - _half_log_snr(sigma_behind)
+            h_ahead = _half_log_snr(next_sigma) - _half_log_snr(sigma)
+            ahead = x0 + h_ahead / (2 * h_behind) * (x0 - x0_behind)
+        kept = 1.0 if fresh is None else (1 - sigma) * next_sigma / (sigma * (1 - next_sigma))
+        of_z = kept * next_sigma / sigma
+        moved = of_z * z + (1 - next_sigma - of_z * (1 - sigma)) * ahead
+        return moved if fresh is None else moved + (1 - kept**2) ** 0.5 * next_sigma * fresh(next(draws)).to(z)
 
     return _integrate(step, noise, sigmas, on_step)
 
 
+def sample_dpmpp_2m_sde(
+    predict: Predict, noise: Tensor, sigmas: Tensor, *, fresh: Fresh, on_step: OnStep | None = None
+) -> Tensor:
+    """`sample_dpmpp_2m` with fresh noise in every step but the last, which forgets what the steps before got wrong.
+
+    From sigma 1, `noise` itself only decides the first x0.
+    """
+    return sample_dpmpp_2m(predict, noise, sigmas, on_step=on_step, fresh=fresh)
+
+
 SAMPLERS: Mapping[Sampler, Callable[..., Tensor]] = MappingProxyType(
-    {"euler": sample_euler, "heun": sample_heun, "dpm++2m": sample_dpmpp_2m}
+    {"euler": sample_euler, "heun": sample_heun, "dpm++2m": sample_dpmpp_2m, "dpm++2m-sde": sample_dpmpp_2m_sde}
 )
+
+
+def solve(
+    sampler: Sampler, predict: Predict, noise: Tensor, sigmas: Tensor, fresh: Fresh, *, on_step: OnStep | None = None
+) -> Tensor:
+    """By the sampler of that name; only that of an SDE calls `fresh`."""
+    more = {"fresh": fresh} if sampler == "dpm++2m-sde" else {}
+    return SAMPLERS[sampler](predict, noise, sigmas, on_step=on_step, **more)
 
 
 def _integrate(step: Step, noise: Tensor, sigmas: Tensor, on_step: OnStep | None) -> Tensor:

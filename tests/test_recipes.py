@@ -119,7 +119,7 @@ def test_the_papers_models(name):
         ),
         (
             "evaluate.sampler=ddim",
-            "recipe tiny-test: evaluate.sampler: Input should be 'euler', 'heun' or 'dpm++2m' (it is 'ddim')",
+            "recipe tiny-test: evaluate.sampler: Input should be 'euler', 'heun', 'dpm++2m' or 'dpm++2m-sde' (it is 'ddim')",
         ),
         ("evaluate.shift=0", "recipe tiny-test: evaluate.shift: Input should be greater than 0 (it is 0)"),
         ("data.aspect_ratios.1=0", "recipe tiny-test: data.aspect_ratios.1: Input should be greater than 0 (it is 0)"),

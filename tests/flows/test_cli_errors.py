@@ -37,7 +37,7 @@ def own_home(tmp_path, monkeypatch):
             "sd3: --without clip: take one of clip_l, clip_g, t5",
         ),
         (["sample", "a circle", "-r", "tiny-test", "--weights", "best"], "sd3: --weights best: take one of ema, live"),
-        (["sample", "a circle", "--sampler", "ddim"], "sd3: --sampler ddim: take one of euler, heun, dpm++2m"),
+        (["sample", "a circle", "--sampler", "ddim"], "sd3: --sampler ddim: take one of euler, heun, dpm++2m, dpm++2m-sde"),
         (["sample", "a circle", "--schedule", "karras"], "sd3: --schedule karras: take one of reference, textbook"),
         (["sample", "a circle", "--precision", "fp16"], "sd3: --precision fp16: take one of bf16, fp32"),
         (["sample", "a circle", "--device", "tpu"], "sd3: --device tpu: PyTorch has no such device here; take cpu"),

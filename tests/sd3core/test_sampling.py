@@ -3,7 +3,18 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
 from sd3core.errors import UserError
-from sd3core.sampling import SAMPLERS, guided, sample_dpmpp_2m, sample_euler, sample_heun, sigma_schedule
+from sd3core.sampling import (
+    SAMPLERS,
+    guided,
+    sample_dpmpp_2m,
+    sample_dpmpp_2m_sde,
+    sample_euler,
+    sample_heun,
+    sigma_schedule,
+    solve,
+)
+
+ODE = {name: sampler for name, sampler in SAMPLERS.items() if name != "dpm++2m-sde"}
 
 REFERENCE_28 = """
  1 .987381 .974108 .960129 .945387 .929818 .913349 .8959 .877382 .857692 .836717 .814325 .790368 .764677
@@ -47,7 +58,12 @@ def test_refusals():
             sigma_schedule(num_steps, shift=shift, convention=convention)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS.values())
+def draws_like(noise, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda i: torch.randn(noise.shape, generator=generator)
+
+
+@pytest.mark.parametrize("sampler", ODE.values())
 @pytest.mark.parametrize("convention", ["reference", "textbook"])
 def test_a_constant_velocity_is_solved_exactly(sampler, convention):
     x0, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
@@ -56,10 +72,11 @@ def test_a_constant_velocity_is_solved_exactly(sampler, convention):
         torch.testing.assert_close(out, x0, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS.values())
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_data_set_of_one_point_is_found(sampler):
     point, noise = torch.tensor([[2.0]]), torch.randn(64, 1)
-    out = sampler(lambda z, t: (z - point) / t[:, None], noise, sigma_schedule(5, shift=3.0))
+    sigmas = sigma_schedule(5, shift=3.0)
+    out = solve(sampler, lambda z, t: (z - point) / t[:, None], noise, sigmas, draws_like(noise))
     torch.testing.assert_close(out, point.expand(64, 1), atol=1e-5, rtol=0)
 
 
@@ -101,9 +118,36 @@ def test_second_order_pays_on_the_whole_way_from_noise_to_data():
     """At 50 calls of the network and with both ends, where lambda is infinite: 2M loses some of its order there."""
     error = {
         name: gaussian_error(sampler, sigma_schedule(steps, shift=1.0, convention="textbook").double())
-        for (name, sampler), steps in zip(SAMPLERS.items(), (50, 25, 50), strict=True)
+        for (name, sampler), steps in zip(ODE.items(), (50, 25, 50), strict=True)
     }
     assert error["dpm++2m"] < error["euler"] / 7 and error["heun"] < error["euler"] / 7
+
+
+def sde_std(steps: int, start: float, first: float = 0.9) -> float:
+    """Of the SDE's end at sigma 0.1, without sampling error: as all is linear, its variance is the sum of the squared weights of the
+    start and of every fresh noise.
+    """
+    sigmas = torch.linspace(first, 0.1, steps + 1, dtype=torch.float64)
+    basis = torch.eye(steps + 1, dtype=torch.float64)  # one row of z for the start, one for each fresh noise
+    noise = start * basis[:1].T
+    end = sample_dpmpp_2m_sde(gaussian_velocity, noise, sigmas, fresh=lambda i: basis[i : i + 1].T)
+    return end.norm().item()
+
+
+def test_the_sde_has_the_marginals_of_the_flow():
+    """Twice the steps, four times the accuracy."""
+    exact = gaussian_std(torch.tensor(0.1, dtype=torch.float64)).item()
+    errors = [abs(sde_std(steps, gaussian_std(torch.tensor(0.9)).item()) / exact - 1) for steps in (32, 64, 128)]
+    assert errors[-1] < 5e-4
+    for coarse, fine in zip(errors[:-1], errors[1:], strict=True):
+        assert coarse / fine == pytest.approx(4, rel=0.05)
+
+
+def test_the_sde_forgets_where_it_started_and_the_flow_does_not():
+    exact = gaussian_std(torch.tensor(0.1, dtype=torch.float64)).item()
+    assert sde_std(64, start=0.0, first=0.99) == pytest.approx(exact, rel=0.01)
+    start = torch.zeros(1, 1, dtype=torch.float64)
+    assert sample_dpmpp_2m(gaussian_velocity, start, torch.linspace(0.99, 0.1, 65).double()).item() == 0
 
 
 NOISE = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -115,12 +159,13 @@ def curved(z, t):
     return torch.tanh(1.5 * z.flip(-1)) * (1 + t) - 0.4 * z * (1 - t) + torch.cos(7 * t)
 
 
-def through_diffusers(scheduler, sigma_of):
+def through_diffusers(scheduler, sigma_of, fresh=None):
     """sigma_of(i, t): the level of the i-th call, whose t is the scheduler's."""
     scheduler.set_begin_index(0)
     z = NOISE
     for i, t in enumerate(scheduler.timesteps):
-        z = scheduler.step(curved(z, sigma_of(i, t).expand(len(z))), t, z, return_dict=False)[0]
+        noise = {} if fresh is None else {"variance_noise": fresh(i + 1)}
+        z = scheduler.step(curved(z, sigma_of(i, t).expand(len(z))), t, z, return_dict=False, **noise)[0]
     return z
 
 
@@ -138,6 +183,24 @@ def test_dpmpp_2m_is_diffusers(steps, shift, convention):
     torch.testing.assert_close(sample_dpmpp_2m(curved, NOISE, sigmas), expected, atol=1e-5, rtol=0)
     if steps > 3:  # else every step is Euler's: the first two, and the last
         assert (sample_euler(curved, NOISE, sigmas) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("convention", ["reference", "textbook"])
+@pytest.mark.parametrize(("steps", "shift"), [(1, 3.0), (2, 1.0), (4, 1.0), (10, 3.0), (50, 3.0)])
+def test_dpmpp_2m_sde_is_diffusers(steps, shift, convention):
+    sigmas = sigma_schedule(steps, shift=shift, convention=convention)
+    theirs = DPMSolverMultistepScheduler(
+        solver_order=2,
+        solver_type="midpoint",
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        algorithm_type="sde-dpmsolver++",
+    )
+    theirs.set_timesteps(steps)
+    theirs.sigmas = sigmas
+    expected = through_diffusers(theirs, lambda i, t: sigmas[i], draws_like(NOISE))
+    ours = sample_dpmpp_2m_sde(curved, NOISE, sigmas, fresh=draws_like(NOISE))
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 10, 28])

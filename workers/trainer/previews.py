@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +23,7 @@ from sd3core.data.store import Store
 from sd3core.errors import UserError
 from sd3core.formulations import find_formulation
 from sd3core.sample_settings import best_schedule
-from sd3core.sampling import SAMPLERS, guided
+from sd3core.sampling import guided, solve
 from workers.trainer.job import TrainingJob
 
 FIRST_STEP = 64
@@ -114,11 +115,14 @@ def draw_latents(
             lambda z, t, uncond=uncond: model(z, t, *uncond),
             settings.guidance_scale,
         )
-        noise = randomness.normal(job.seed, 0, batch.sample_ids[rows], "preview", batch.latent.shape[1:])
-        start = formulation.start(torch.from_numpy(noise).to(device))
-        velocity = formulation.as_rectified_flow(predict)
-        latents = SAMPLERS[settings.sampler](velocity, start, sigmas).cpu()  # (rows, 16, h, w)
+        noise = partial(_noise, job, batch.sample_ids[rows], batch.latent.shape[1:], device)
+        start, velocity = formulation.start(noise(0)), formulation.as_rectified_flow(predict)
+        latents = solve(settings.sampler, velocity, start, sigmas, fresh=noise).cpu()  # (rows, 16, h, w)
         drawn |= {batch.keys[row]: latent for row, latent in zip(rows, latents, strict=True)}
     parts: list[dict[str, Tensor]] = [{}] * world
     dist.all_gather_object(parts, drawn)
     return {key: latent for part in parts for key, latent in part.items()}
+
+
+def _noise(job: TrainingJob, ids: np.ndarray, shape: Sequence[int], device: torch.device, draw: int) -> Tensor:
+    return torch.from_numpy(randomness.normal(job.seed, draw, ids, "preview", shape)).to(device)
