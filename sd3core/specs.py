@@ -25,6 +25,7 @@ FORMATS = {
     "evaluations": 2,
     "export": 2,
 }
+WORLD = 2  # the small world's scenes and their captions; raise it when either changes
 
 
 def fingerprint(fields: Any) -> str:
@@ -38,7 +39,7 @@ def raw_fields(recipe: Recipe) -> dict[str, Any]:
     data = recipe.data.model_dump(mode="json", exclude={"name", "images", "folder"})
     fields = {"format": FORMATS["raw"], "data": data}
     if recipe.data.source == "small_world":
-        fields["seed"] = recipe.seed
+        fields |= {"seed": recipe.seed, "world": WORLD}
     else:
         fields["captions_needed"] = recipe.caption.captioner == "none"
     return fields

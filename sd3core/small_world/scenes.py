@@ -242,14 +242,14 @@ def _write_word(picture: np.ndarray, word: Word) -> np.ndarray:
 def describe(scene: Scene, rng: np.random.Generator) -> str:
     """An original caption: short and true, but, as people write them, not always complete.
 
-    A lone object of the single_object task has no colour; so have many pairs and counts; a relation is at times left
-    out.
+    Lone objects of the single_object task have no colour, nor have half of the others and many pairs and counts; a relation
+    is at times left out.
     """
     coloured = {
         "single_object": 0.0,
         "two_objects": 0.4,
         "counting": 0.5,
-        "colors": 1.0,
+        "colors": 0.5,
         "position": 0.5,
         "color_attribution": 1.0,
     }

@@ -1,4 +1,4 @@
-"""Scenes through the demo's autoencoder after two thirds of its training: what the detector reads afterwards bounds a model's score."""
+"""Scenes through the demo's autoencoder: what the detector reads afterwards bounds a model's score."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ TRAINING, SCENES = 1024, 256
 @pytest.fixture(scope="module")
 def autoencoder() -> Autoencoder:
     settings, threads = load_recipe("mini").towers.small.vae, torch.get_num_threads()
-    settings = settings.model_copy(update={"steps": settings.steps * 2 // 3})
     torch.set_num_threads(2)  # nothing else runs beside it
     try:
         vae, _ = train_vae(settings, [render(draw_scene(0, index)) for index in range(TRAINING)], seed=0)
