@@ -110,15 +110,15 @@ class Generator:
         shape = (config.latent_channels, settings.height // DOWNSAMPLING, settings.width // DOWNSAMPLING)
         own = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-        def fresh(_: int) -> Tensor:
-            """A picture's own next noise."""
+        def fresh() -> Tensor:
+            """Each picture's own next noise."""
             return torch.stack([torch.randn(shape, generator=generator) for generator in own]).to(device)
 
         cond, null = self.conditioning(prompts, settings.drop, settings.negative_prompt)
         formulation = self.formulation.shifted(settings.shift)
         predict = formulation.as_rectified_flow(_guided_in_one_batch(self.model, cond, null, settings.guidance_scale))
-        start, sigmas = formulation.start(fresh(0)), formulation.sigmas(settings.num_steps, settings.schedule)
-        return solve(settings.sampler, predict, start, sigmas, fresh, on_step=on_step)
+        start, sigmas = formulation.start(fresh()), formulation.sigmas(settings.num_steps, settings.schedule)
+        return solve(settings.sampler, predict, start, sigmas, fresh=fresh, on_step=on_step)
 
     def conditioning(
         self, prompts: Sequence[str], drop: Sequence[str] = (), negative_prompt: str | None = None

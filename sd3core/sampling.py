@@ -1,8 +1,7 @@
-"""From noise to a latent: sigma schedules, guidance, and solvers of dz/dt = velocity: Euler, Heun, DPM-Solver++(2M),
-and the latter's form for the SDE with the same marginals.
+"""From noise to a latent: sigma schedules, guidance, and solvers: Euler, Heun, DPM-Solver++(2M) as ODE and as SDE.
 
 sigma is t. A solver is one function over a sequence of sigmas: (predict, noise (B, ...), sigmas (N + 1,)) -> latent
-(B, ...). The sigmas descend and start at the noise's level; only the last may be 0. The state is kept in float32 at
+(B, ...); the SDE's also takes `fresh`, and `solve` calls any by its name. The sigmas descend and start at the noise's level; only the last may be 0. The state is kept in float32 at
 least and comes back in noise's dtype. on_step(i, z) is called after step i = 0 .. N - 1. Gradients are the caller's
 business.
 """
@@ -11,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from itertools import count, pairwise
+from itertools import pairwise
 from types import MappingProxyType
 
 import torch
@@ -23,7 +22,7 @@ from sd3core.sample_settings import Convention, Sampler
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (z_t (B, ...), t (B,)) -> velocity (B, ...)
 OnStep = Callable[[int, Tensor], None]
-Fresh = Callable[[int], Tensor]  # draw i = 1, 2, ... -> standard normal (B, ...); 0 is what one starts from
+Fresh = Callable[[], Tensor]  # -> the next standard normal noise (B, ...), independent of all before
 Step = Callable[[Tensor, float, float], Tensor]  # (z, sigma, next_sigma) -> z at next_sigma
 
 
@@ -85,24 +84,39 @@ def sample_heun(predict: Predict, noise: Tensor, sigmas: Tensor, *, on_step: OnS
     return _integrate(step, noise, sigmas, on_step)
 
 
-def sample_dpmpp_2m(
-    predict: Predict, noise: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None, fresh: Fresh | None = None
-) -> Tensor:
+def sample_dpmpp_2m(predict: Predict, noise: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) for rectified flow: second order, one call of the network a step.
 
-    z <- k (sigma' / sigma) z + (1 - sigma' - k (1 - sigma) sigma' / sigma) D + sqrt(1 - k^2) sigma' fresh
-
-    D is x0 = z - sigma * velocity, carried on half a step along its change since the step before:
-    D = x0 + h' / (2 h) (x0 - x0_before), h and h' being the steps behind and ahead in lambda = ln((1 - sigma) / sigma).
-    k is the share of z's noise that is kept: 1 without `fresh`, where D = x0 is Euler's step; with it e^-h', which is
-    the SDE with the same marginals (SDE-DPM-Solver++).
+    z <- (sigma' / sigma) z + (1 - sigma' / sigma) D, where D is x0 = z - sigma * velocity, carried on half a step along
+    its change since the step before: D = x0 + h' / (2 h) (x0 - x0_before), h and h' being the steps behind and ahead in
+    lambda = ln((1 - sigma) / sigma). With D = x0 it is Euler's step.
 
     lambda is infinite at both ends. The first step has none behind it, and for the second, h is infinite where sigmas
     start at 1: both take D = x0. So does the step to sigma 0. (The released SD3.5 code measures steps in -ln(sigma)
     instead, which is finite at 1 and gives other weights.) The textbook schedule suits it: in the reference schedule
     the step to the last, tiny sigma is so long in lambda that D overshoots.
     """
-    sigma_before, x0_before, draws = None, None, count(1)
+    return _dpmpp_2m(predict, noise, sigmas, None, on_step)
+
+
+def sample_dpmpp_2m_sde(
+    predict: Predict, noise: Tensor, sigmas: Tensor, *, fresh: Fresh, on_step: OnStep | None = None
+) -> Tensor:
+    """SDE-DPM-Solver++(2M): the same D for the SDE with the flow's marginals. Its fresh noise makes up for what the
+    steps before got wrong.
+
+    z <- k (sigma' / sigma) z + (1 - sigma' - k (1 - sigma) sigma' / sigma) D + sqrt(1 - k^2) sigma' fresh()
+
+    k = e^-h' is the share of z's noise that is kept (1 would be the flow). It is 0 from sigma 1, where `noise` only
+    decides the first D. The step to sigma 0 takes no fresh noise.
+    """
+    return _dpmpp_2m(predict, noise, sigmas, fresh, on_step)
+
+
+def _dpmpp_2m(
+    predict: Predict, noise: Tensor, sigmas: Tensor, fresh: Fresh | None, on_step: OnStep | None
+) -> Tensor:
+    sigma_before = x0_before = None
 
     def step(z: Tensor, sigma: float, next_sigma: float) -> Tensor:
         nonlocal sigma_before, x0_before
@@ -119,19 +133,9 @@ def sample_dpmpp_2m(
         kept = 1.0 if fresh is None else (1 - sigma) * next_sigma / (sigma * (1 - next_sigma))
         of_z = kept * next_sigma / sigma
         moved = of_z * z + (1 - next_sigma - of_z * (1 - sigma)) * ahead
-        return moved if fresh is None else moved + (1 - kept**2) ** 0.5 * next_sigma * fresh(next(draws)).to(z)
+        return moved if fresh is None else moved + (1 - kept**2) ** 0.5 * next_sigma * fresh().to(z)
 
     return _integrate(step, noise, sigmas, on_step)
-
-
-def sample_dpmpp_2m_sde(
-    predict: Predict, noise: Tensor, sigmas: Tensor, *, fresh: Fresh, on_step: OnStep | None = None
-) -> Tensor:
-    """`sample_dpmpp_2m` with fresh noise in every step but the last, which forgets what the steps before got wrong.
-
-    From sigma 1, `noise` itself only decides the first x0.
-    """
-    return sample_dpmpp_2m(predict, noise, sigmas, on_step=on_step, fresh=fresh)
 
 
 SAMPLERS: Mapping[Sampler, Callable[..., Tensor]] = MappingProxyType(
@@ -140,10 +144,10 @@ SAMPLERS: Mapping[Sampler, Callable[..., Tensor]] = MappingProxyType(
 
 
 def solve(
-    sampler: Sampler, predict: Predict, noise: Tensor, sigmas: Tensor, fresh: Fresh, *, on_step: OnStep | None = None
+    sampler: Sampler, predict: Predict, noise: Tensor, sigmas: Tensor, *, fresh: Fresh, on_step: OnStep | None = None
 ) -> Tensor:
     """By the sampler of that name; only that of an SDE calls `fresh`."""
-    more = {"fresh": fresh} if sampler == "dpm++2m-sde" else {}
+    more = {"fresh": fresh} if SAMPLERS[sampler] is sample_dpmpp_2m_sde else {}
     return SAMPLERS[sampler](predict, noise, sigmas, on_step=on_step, **more)
 
 

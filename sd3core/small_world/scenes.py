@@ -242,8 +242,8 @@ def _write_word(picture: np.ndarray, word: Word) -> np.ndarray:
 def describe(scene: Scene, rng: np.random.Generator) -> str:
     """An original caption: short and true, but, as people write them, not always complete.
 
-    Lone objects of the single_object task have no colour, nor have half of the others and many pairs and counts; a relation
-    is at times left out.
+    The colour of a lone object is never told in the task single_object and half of the time in colors; nor is it always
+    that of pairs and counts. A relation is at times left out.
     """
     coloured = {
         "single_object": 0.0,

@@ -22,7 +22,7 @@ from sd3core.mmdit.architectures import CONFIGS
 from sd3core.pictures import read_settings
 from sd3core.recipe import Text
 from sd3core.sample_settings import SampleSettings
-from sd3core.sampling import SAMPLERS, guided, sigma_schedule
+from sd3core.sampling import SAMPLERS, guided, sigma_schedule, solve
 
 FACTS = CheckpointFacts("zeros", Text(clip_tokens=12, t5_tokens=10), side_px=32, shift=2.0, digest="")
 SETTINGS = SampleSettings(32, 48, num_steps=3, guidance_scale=3.0, shift=2.0)
@@ -100,13 +100,19 @@ def test_a_batch_of_mixed_prompts_gives_each_the_latent_it_gets_alone(generator,
 
 def test_one_batch_for_both_halves_equals_the_guidance_of_two(generator):
     cond, null = generator.conditioning(PROMPTS)
-    noise = torch.stack([torch.randn(16, 4, 6, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2, 3)])
+    own = [torch.Generator() for _ in range(3)]
     model = generator.model
+
+    def fresh():
+        return torch.stack([torch.randn(16, 4, 6, generator=g) for g in own])
+
     with torch.inference_mode():
-        for scale, sampler in ((0.0, "heun"), (1.0, "dpm++2m"), (3.0, "euler")):
+        for scale, sampler in ((0.0, "heun"), (1.0, "dpm++2m"), (3.0, "euler"), (3.0, "dpm++2m-sde")):
+            for g, seed in zip(own, (1, 2, 3), strict=True):
+                g.manual_seed(seed)
             predict = guided(lambda z, t: model(z, t, *cond), lambda z, t: model(z, t, *null), scale)
-            schedule = sigma_schedule(5, shift=2.0, convention="textbook" if sampler == "dpm++2m" else "reference")
-            expected = SAMPLERS[sampler](predict, noise, schedule)
+            schedule = sigma_schedule(5, shift=2.0, convention="textbook" if "2m" in sampler else "reference")
+            expected = solve(sampler, predict, fresh(), schedule, fresh=fresh)
             settings = replace(SETTINGS, num_steps=5, guidance_scale=scale, sampler=sampler)
             assert torch.allclose(generator.latents(PROMPTS, [1, 2, 3], settings), expected, atol=1e-4)
 
@@ -264,7 +270,8 @@ def test_towers_of_other_widths_are_refused(generator):
 
 def test_the_schedule_follows_the_sampler_unless_one_is_asked_for(generator):
     assert SETTINGS.to_dict()["convention"] == "reference"
-    assert replace(SETTINGS, sampler="dpm++2m").to_dict()["convention"] == "textbook"
+    for sampler in ("dpm++2m", "dpm++2m-sde"):
+        assert replace(SETTINGS, sampler=sampler).to_dict()["convention"] == "textbook"
     assert replace(SETTINGS, sampler="dpm++2m", convention="reference").schedule == "reference"
     cosine = Generator(generator.model, generator.encoders, generator.autoencoder, "zeros", "v/cos")
     with pytest.raises(UserError, match="v/cos has one of its own"):

@@ -60,7 +60,7 @@ def test_refusals():
 
 def draws_like(noise, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return lambda i: torch.randn(noise.shape, generator=generator)
+    return lambda: torch.randn(noise.shape, generator=generator)
 
 
 @pytest.mark.parametrize("sampler", ODE.values())
@@ -74,10 +74,16 @@ def test_a_constant_velocity_is_solved_exactly(sampler, convention):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_data_set_of_one_point_is_found(sampler):
-    point, noise = torch.tensor([[2.0]]), torch.randn(64, 1)
-    sigmas = sigma_schedule(5, shift=3.0)
-    out = solve(sampler, lambda z, t: (z - point) / t[:, None], noise, sigmas, draws_like(noise))
-    torch.testing.assert_close(out, point.expand(64, 1), atol=1e-5, rtol=0)
+    """And on the way there z_t is (1 - t) point + t noise: of the SDE, some other noise."""
+    point, noise = torch.tensor([[2.0]]), torch.randn(4096, 1, generator=torch.Generator().manual_seed(0))
+
+    def end_at(sigmas):
+        return solve(sampler, lambda z, t: (z - point) / t[:, None], noise, sigmas, fresh=draws_like(noise, seed=1))
+
+    torch.testing.assert_close(end_at(sigma_schedule(5, shift=3.0)), point.expand(4096, 1), atol=1e-5, rtol=0)
+    on_the_way = end_at(torch.tensor([1, 0.8, 0.6, 0.4, 0.3]))
+    assert on_the_way.mean().item() == pytest.approx(0.7 * 2, abs=0.02)
+    assert on_the_way.std().item() == pytest.approx(0.3, abs=0.01)
 
 
 SPREAD = 0.5  # of Gaussian data N(0, SPREAD^2)
@@ -129,8 +135,8 @@ def sde_std(steps: int, start: float, first: float = 0.9) -> float:
     """
     sigmas = torch.linspace(first, 0.1, steps + 1, dtype=torch.float64)
     basis = torch.eye(steps + 1, dtype=torch.float64)  # one row of z for the start, one for each fresh noise
-    noise = start * basis[:1].T
-    end = sample_dpmpp_2m_sde(gaussian_velocity, noise, sigmas, fresh=lambda i: basis[i : i + 1].T)
+    noises = (row[:, None] for row in basis)
+    end = sample_dpmpp_2m_sde(gaussian_velocity, start * next(noises), sigmas, fresh=lambda: next(noises))
     return end.norm().item()
 
 
@@ -144,10 +150,11 @@ def test_the_sde_has_the_marginals_of_the_flow():
 
 
 def test_the_sde_forgets_where_it_started_and_the_flow_does_not():
-    exact = gaussian_std(torch.tensor(0.1, dtype=torch.float64)).item()
-    assert sde_std(64, start=0.0, first=0.99) == pytest.approx(exact, rel=0.01)
-    start = torch.zeros(1, 1, dtype=torch.float64)
-    assert sample_dpmpp_2m(gaussian_velocity, start, torch.linspace(0.99, 0.1, 65).double()).item() == 0
+    first, last = (gaussian_std(torch.tensor(t, dtype=torch.float64)).item() for t in (0.99, 0.1))
+    wrong, sigmas = 2 * first, torch.linspace(0.99, 0.1, 65, dtype=torch.float64)
+    assert sde_std(64, start=wrong, first=0.99) == pytest.approx(last, rel=0.01)
+    of_flow = sample_dpmpp_2m(gaussian_velocity, torch.tensor([[wrong]], dtype=torch.float64), sigmas)
+    assert of_flow.item() == pytest.approx(2 * last, rel=0.01)
 
 
 NOISE = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -164,7 +171,7 @@ def through_diffusers(scheduler, sigma_of, fresh=None):
     scheduler.set_begin_index(0)
     z = NOISE
     for i, t in enumerate(scheduler.timesteps):
-        noise = {} if fresh is None else {"variance_noise": fresh(i + 1)}
+        noise = {} if fresh is None else {"variance_noise": fresh()}
         z = scheduler.step(curved(z, sigma_of(i, t).expand(len(z))), t, z, return_dict=False, **noise)[0]
     return z
 
@@ -217,7 +224,7 @@ def test_heun_is_diffusers(steps):
 
 @pytest.mark.parametrize(
     ("name", "levels"),
-    [("euler", [1, 2 / 3, 1 / 3]), ("heun", [1, 2 / 3, 2 / 3, 1 / 3, 1 / 3]), ("dpm++2m", [1, 2 / 3, 1 / 3])],
+    [("euler", [1, 2 / 3, 1 / 3]), ("heun", [1, 2 / 3, 2 / 3, 1 / 3, 1 / 3]), ("dpm++2m", [1, 2 / 3, 1 / 3]), ("dpm++2m-sde", [1, 2 / 3, 1 / 3])],
 )
 def test_steps_are_reported_t_is_per_sample_and_the_dtype_is_kept(name, levels):
     steps, times = [], []
@@ -228,7 +235,7 @@ def test_steps_are_reported_t_is_per_sample_and_the_dtype_is_kept(name, levels):
         return torch.zeros_like(z, dtype=torch.bfloat16)
 
     noise, sigmas = torch.ones(3, 2, dtype=torch.bfloat16), sigma_schedule(3, shift=1.0, convention="textbook")
-    out = SAMPLERS[name](predict, noise, sigmas, on_step=lambda i, z: steps.append(i))
+    out = solve(name, predict, noise, sigmas, fresh=draws_like(noise), on_step=lambda i, z: steps.append(i))
     assert steps == [0, 1, 2] and times == pytest.approx(levels) and out.dtype == torch.bfloat16
 
 

@@ -7,8 +7,9 @@ settings as metadata. Training is as it would be without: noise is drawn by (see
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import count
 from typing import Any, Protocol
 
 import numpy as np
@@ -115,14 +116,16 @@ def draw_latents(
             lambda z, t, uncond=uncond: model(z, t, *uncond),
             settings.guidance_scale,
         )
-        noise = partial(_noise, job, batch.sample_ids[rows], batch.latent.shape[1:], device)
-        start, velocity = formulation.start(noise(0)), formulation.as_rectified_flow(predict)
-        latents = solve(settings.sampler, velocity, start, sigmas, fresh=noise).cpu()  # (rows, 16, h, w)
+        fresh = partial(next, _noises(job, batch.sample_ids[rows], batch.latent.shape[1:], device))
+        start, velocity = formulation.start(fresh()), formulation.as_rectified_flow(predict)
+        latents = solve(settings.sampler, velocity, start, sigmas, fresh=fresh).cpu()  # (rows, 16, h, w)
         drawn |= {batch.keys[row]: latent for row, latent in zip(rows, latents, strict=True)}
     parts: list[dict[str, Tensor]] = [{}] * world
     dist.all_gather_object(parts, drawn)
     return {key: latent for part in parts for key, latent in part.items()}
 
 
-def _noise(job: TrainingJob, ids: np.ndarray, shape: Sequence[int], device: torch.device, draw: int) -> Tensor:
-    return torch.from_numpy(randomness.normal(job.seed, draw, ids, "preview", shape)).to(device)
+def _noises(job: TrainingJob, ids: np.ndarray, shape: Sequence[int], device: torch.device) -> Iterator[Tensor]:
+    """One draw of the samples' own noise (rows, *shape) after the other."""
+    for draw in count():
+        yield torch.from_numpy(randomness.normal(job.seed, draw, ids, "preview", shape)).to(device)

@@ -5,7 +5,7 @@ combination.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import combinations, product
 
 import numpy as np
@@ -36,8 +36,9 @@ def test_a_scene_is_a_pure_function_of_seed_and_index():
     np.testing.assert_array_equal(render(draw_scene(3, 7)), render(draw_scene(3, 7)))
     scenes = [draw_scene(0, index) for index in range(32)]
     told = [(scene, describe(scene, scene_rng(0, index, 1))) for index, scene in enumerate(scenes)]
-    golden = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
-    assert golden == "6e1b7e08e5201396", "scenes or captions changed: raise specs.WORLD with them"
+    pictures = b"".join(render(scene).tobytes() for scene in scenes)
+    golden = [hashlib.sha256(part).hexdigest()[:16] for part in (repr(told).encode(), pictures)]
+    assert golden == ["6e1b7e08e5201396", "aec38c1108a57442"], "the small world changed: raise specs.WORLD with it"
 
 
 def test_tasks_counts_shapes_and_colours_are_even():
@@ -115,11 +116,12 @@ def test_fewer_objects_where_asked():
 
 
 def test_descriptions_are_short_true_and_speak_the_language_of_the_bench():
-    said, templates = set(), Counter()
+    said, templates, coloured = set(), Counter(), defaultdict(list)
     for index, scene in enumerate(SCENES):
         caption = describe(scene, scene_rng(11, index, 1))
         assert caption == describe(scene, scene_rng(11, index, 1)) and len(caption.split()) <= 14
         named = [colour for colour in COLOURS if colour in caption.split()]
+        coloured[scene.task].append(bool(named))
         assert set(named) <= {item.colour for item in scene.objects}
         assert all(item.shape in caption or item.shape + "s" in caption for item in scene.objects)
         if scene.task == "color_attribution":
@@ -130,6 +132,8 @@ def test_descriptions_are_short_true_and_speak_the_language_of_the_bench():
     asked |= {word for text in shapes_bench.GRID_PROMPTS for word in text.split()}
     assert asked <= said and len(said) < 50
     assert templates[True] > 250
+    assert not any(coloured["single_object"]) and all(coloured["color_attribution"])
+    assert 0.4 < np.mean(coloured["colors"]) < 0.6
 
 
 def test_words_are_an_option():

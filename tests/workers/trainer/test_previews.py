@@ -18,6 +18,7 @@ from sd3core import randomness
 from sd3core.checkpoint import assemble
 from sd3core.data.store import open_store
 from sd3core.errors import StoreError
+from sd3core.sampling import sample_dpmpp_2m_sde, sigma_schedule
 from workers.trainer import previews
 from workers.trainer.checkpointing import read_metrics
 from workers.trainer.job import PreviewCaption, PreviewSettings
@@ -112,12 +113,12 @@ def _draw_once(rank, world, job):
 
 
 @pytest.mark.slow
-def test_any_number_of_ranks_draws_the_same(tmp_path):
-    job = make_job(tmp_path, previews=SHOWN.model_copy(update={"sampler": "heun"}))
+@pytest.mark.parametrize(("sampler", "calls_each"), [("heun", 2 * SHOWN.num_steps - 1), ("dpm++2m-sde", SHOWN.num_steps)])
+def test_any_number_of_ranks_draws_the_same(tmp_path, sampler, calls_each):
+    job = make_job(tmp_path, previews=SHOWN.model_copy(update={"sampler": sampler}))
     [(alone, _)] = run_ranks(1, _draw_once, job)
     several = run_ranks(3, _draw_once, job)
-    of_heun = 2 * SHOWN.num_steps - 1
-    assert {calls for _, calls in several} == {2 * 2 * of_heun}  # two batches, with and without caption
+    assert {calls for _, calls in several} == {2 * 2 * calls_each}  # two batches, with and without caption
     for drawn, _ in several:
         assert drawn.keys() == alone.keys() and all(torch.equal(drawn[key], alone[key]) for key in alone)
 
@@ -142,6 +143,21 @@ def test_they_are_drawn_by_the_phases_formulation(tmp_path, alone):
     kept = math.prod(math.cos(before - after) for before, after in pairwise(angles))
     for key, start in zip(batch.keys, noise, strict=True):
         torch.testing.assert_close(drawn[key], kept * torch.from_numpy(start), rtol=1e-4, atol=1e-5)
+
+
+def test_the_sdes_noise_is_drawn_anew_in_every_step(tmp_path, alone):
+    job = make_job(tmp_path, previews=SHOWN.model_copy(update={"sampler": "dpm++2m-sde"}))
+    [batch, _] = FakeLoader(8, 0, 1).samples([(0, key) for key in KEYS])
+    drawn = previews.draw_latents(lambda z, t, *_: torch.zeros_like(z), job, [batch], None, CPU)
+    draws = [
+        torch.from_numpy(randomness.normal(job.seed, draw, batch.sample_ids, "preview", batch.latent.shape[1:]))
+        for draw in range(SHOWN.num_steps)
+    ]
+    fresh = iter(draws[1:])
+    sigmas = sigma_schedule(SHOWN.num_steps, shift=SHOWN.shift, convention="textbook")
+    expected = sample_dpmpp_2m_sde(lambda z, t: torch.zeros_like(z), draws[0], sigmas, fresh=lambda: next(fresh))
+    for key, latent in zip(batch.keys, expected, strict=True):
+        torch.testing.assert_close(drawn[key], latent)
 
 
 def _draw_without_a_store(rank, world, job):
