@@ -1,9 +1,9 @@
 """From noise to a latent: sigma schedules, guidance, and solvers: Euler, Heun, DPM-Solver++(2M) as ODE and as SDE.
 
 sigma is t. A solver is one function over a sequence of sigmas: (predict, noise (B, ...), sigmas (N + 1,)) -> latent
-(B, ...); the SDE's also takes `fresh`, and `solve` calls any by its name. The sigmas descend and start at the noise's level; only the last may be 0. The state is kept in float32 at
-least and comes back in noise's dtype. on_step(i, z) is called after step i = 0 .. N - 1. Gradients are the caller's
-business.
+(B, ...); the SDE's also takes `fresh`, and `solve` calls any by its name. The sigmas descend and start at the noise's
+level; only the last may be 0. The state is kept in float32 at least and comes back in noise's dtype. on_step(i, z) is
+called after step i = 0 .. N - 1. Gradients are the caller's business.
 """
 
 from __future__ import annotations

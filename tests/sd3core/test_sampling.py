@@ -176,17 +176,26 @@ def through_diffusers(scheduler, sigma_of, fresh=None):
     return z
 
 
+def their_dpmpp_2m(sigmas, algorithm):
+    """On our sigmas, which begin at 1: theirs would begin at 0.999."""
+    theirs = DPMSolverMultistepScheduler(
+        solver_order=2,
+        solver_type="midpoint",
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        algorithm_type=algorithm,
+    )
+    theirs.set_timesteps(len(sigmas) - 1)
+    theirs.sigmas = sigmas
+    return theirs
+
+
 @pytest.mark.parametrize("convention", ["reference", "textbook"])
 @pytest.mark.parametrize(("steps", "shift"), [(1, 3.0), (2, 1.0), (3, 3.0), (4, 1.0), (10, 3.0), (28, 1.0), (50, 3.0)])
 def test_dpmpp_2m_is_diffusers(steps, shift, convention):
-    """On our sigmas, which begin at 1: theirs would begin at 0.999. All of fp32's precision at values up to 8."""
+    """All of fp32's precision at values up to 8."""
     sigmas = sigma_schedule(steps, shift=shift, convention=convention)
-    theirs = DPMSolverMultistepScheduler(
-        solver_order=2, solver_type="midpoint", prediction_type="flow_prediction", use_flow_sigmas=True
-    )
-    theirs.set_timesteps(steps)
-    theirs.sigmas = sigmas
-    expected = through_diffusers(theirs, lambda i, t: sigmas[i])
+    expected = through_diffusers(their_dpmpp_2m(sigmas, "dpmsolver++"), lambda i, t: sigmas[i])
     torch.testing.assert_close(sample_dpmpp_2m(curved, NOISE, sigmas), expected, atol=1e-5, rtol=0)
     if steps > 3:  # else every step is Euler's: the first two, and the last
         assert (sample_euler(curved, NOISE, sigmas) - expected).abs().max() > 1e-3
@@ -196,15 +205,7 @@ def test_dpmpp_2m_is_diffusers(steps, shift, convention):
 @pytest.mark.parametrize(("steps", "shift"), [(1, 3.0), (2, 1.0), (4, 1.0), (10, 3.0), (50, 3.0)])
 def test_dpmpp_2m_sde_is_diffusers(steps, shift, convention):
     sigmas = sigma_schedule(steps, shift=shift, convention=convention)
-    theirs = DPMSolverMultistepScheduler(
-        solver_order=2,
-        solver_type="midpoint",
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        algorithm_type="sde-dpmsolver++",
-    )
-    theirs.set_timesteps(steps)
-    theirs.sigmas = sigmas
+    theirs = their_dpmpp_2m(sigmas, "sde-dpmsolver++")
     expected = through_diffusers(theirs, lambda i, t: sigmas[i], draws_like(NOISE))
     ours = sample_dpmpp_2m_sde(curved, NOISE, sigmas, fresh=draws_like(NOISE))
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
