@@ -400,7 +400,9 @@ class S3Store(Store):
             found = s3.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=f"{folder}/" if folder else ""
             )
-            return [StoreEntry(item["Key"][cut:], item["Size"]) for page in found for item in page.get("Contents", [])]
+            objects = (item for page in found for item in page.get("Contents", []))
+            # A key that ends in "/" is what consoles and file gateways put for a folder.
+            return [StoreEntry(item["Key"][cut:], item["Size"]) for item in objects if not item["Key"].endswith("/")]
 
         return sorted(self._call(prefix, pages))
 

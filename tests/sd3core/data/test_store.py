@@ -86,6 +86,14 @@ def test_list_is_recursive_sorted_and_by_folder(store):
     assert [entry.path for entry in store.list("a")] == ["a/2", "a/deep/er/3"]
 
 
+def test_what_consoles_put_for_a_folder_is_no_object(s3_bucket):
+    store = open_store(f"s3://{s3_bucket}/a/prefix")
+    for key in ("a/prefix/", "a/prefix/x/", "a/prefix/x/y/"):
+        store._client().put_object(Bucket=s3_bucket, Key=key, Body=b"")
+    store.put("x/y/1", b"1")
+    assert store.list() == store.list("x") == [StoreEntry("x/y/1", 1)]
+
+
 def test_list_reads_every_page(store):
     store.put_json("one/x", 1)
     for number in range(30):
