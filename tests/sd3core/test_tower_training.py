@@ -6,7 +6,7 @@ import torch
 from small_towers import TINY, drawings
 
 from sd3core.tower_training.clip import WordSwaps, build_clip, contrastive_loss, train_clip
-from sd3core.tower_training.muon import Muon, orthogonalise
+from sd3core.tower_training.muon import QUINTICS, SMALLEST, Muon, orthogonalise
 from sd3core.tower_training.schedule import ramp_and_fade, split_held_apart
 from sd3core.tower_training.t5 import corrupt, train_t5
 from sd3core.tower_training.tokenizers import make_clip_tokenizer, make_t5_tokenizer
@@ -101,12 +101,56 @@ def test_t5_features_have_rms_1():
     assert abs(features.square().mean().sqrt() - 1) < 1e-3 and figures["steps"] == TINY.t5.steps
 
 
-def test_orthogonalise_levels_the_singular_values():
+def turned(shape: tuple[int, int], singular_values: torch.Tensor) -> torch.Tensor:
+    """A matrix of those singular values."""
     torch.manual_seed(0)
-    for shape in ((8, 32), (32, 8)):
-        matrix = torch.randn(shape) * torch.logspace(0, -1, shape[1])
-        values = torch.linalg.svdvals(orthogonalise(matrix))
-        assert values.min() > 0.5 and values.max() < 1.3
+    u, _, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    return u * singular_values @ vh
+
+
+def quintics_of(x: torch.Tensor) -> torch.Tensor:
+    for a, b, c in QUINTICS:
+        x = a * x + b * x**3 + c * x**5
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(48, 48), (16, 64), (64, 16)])
+def test_orthogonalise_levels_the_singular_values(shape, dtype):
+    values = torch.logspace(0, -1, min(shape))
+    values[-1] = 1.02 * SMALLEST * values.norm()
+    matrix = turned(shape, values)
+    direction = orthogonalise(matrix.to(dtype)).float()
+    slack = 0.01 if dtype == torch.float32 else 0.06
+    levelled = torch.linalg.svdvals(direction)
+    assert 0.72 - slack < levelled.min() and levelled.max() < 1.28 + slack
+    if dtype == torch.float32:  # the directions are the matrix's own
+        expected = quintics_of(values / values.norm())
+        torch.testing.assert_close(direction, turned(shape, expected), atol=2e-5, rtol=0)
+
+
+def test_each_polynomial_is_the_nearest_to_1_on_its_interval():
+    """Chebyshev: the best one errs by as much at four places, below and above in turn."""
+    low, high = SMALLEST, 1.01
+    for a, b, c in QUINTICS:
+        x = torch.linspace(low, high, 200_001, dtype=torch.float64)
+        error = a * x + b * x**3 + c * x**5 - 1
+        turns = error[1:-1][(error[1:-1] - error[:-2]) * (error[1:-1] - error[2:]) > 0]  # the extrema inside
+        extrema = torch.stack([error[0], *turns, error[-1]])
+        largest = error.abs().max()
+        assert len(extrema) == 4 and (extrema * torch.tensor([-1, 1, -1, 1]) > 0.99 * largest).all()
+        low, high = float(1 - largest), float(1.01 * (1 + largest))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("noise", [0.0, 1e-4, 1e-2])
+def test_orthogonalise_of_a_single_direction_does_not_shoot_up(noise, dtype):
+    """Its singular value is the whole norm, and rounding can push it beyond."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        matrix = torch.randn(32, 1) @ torch.randn(1, 96) + noise * torch.randn(32, 96)
+        values = torch.linalg.svdvals(orthogonalise(matrix.to(dtype)).float())
+        assert 0.7 < values[0] < 1.3
 
 
 def test_muon_solves_least_squares():
