@@ -15,8 +15,8 @@ ONLY_IN = {  # a framework, and the files or folders that may import it
     "ray": ("workers/pool.py", "workers/trainer/launch.py"),
     "deepspeed": ("workers/trainer/engine.py",),
     "prefect": ("flows/",),
-    "boto3": ("sd3core/data/store.py",),
-    "botocore": ("sd3core/data/store.py",),
+    "boto3": ("sd3core/data/store/s3.py",),
+    "botocore": ("sd3core/data/store/s3.py",),
     "typer": ("flows/commands.py",),
 }
 

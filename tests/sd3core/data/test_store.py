@@ -15,14 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from sd3core.data import store as store_module
-from sd3core.data.store import (
-    PARTIAL,
-    FileStore,
-    StoreEntry,
-    StoreNotFound,
-    open_store,
-)
+from sd3core.data.store import PARTIAL, FileStore, StoreEntry, StoreNotFound, files, open_store, s3
 from sd3core.errors import StoreError
 
 ESCAPES = ["", "/etc/passwd", "../x", "a/../../x", "a//b", "a/./b", "a\\b", "a/", f"a/{PARTIAL}b"]
@@ -174,10 +167,9 @@ def test_a_reader_never_sees_half_a_put(store):
 
 WRITER = """
 import sys, time
-from sd3core.data import store
-real = store.os.fsync
-store.os.fsync = lambda handle: (print("written", flush=True), time.sleep(60))  # killed here, before the rename
-store.open_store(sys.argv[1]).put("folder/object", b"new" * 100_000)
+from sd3core.data.store import files, open_store
+files.os.fsync = lambda handle: (print("written", flush=True), time.sleep(60))  # killed here, before the rename
+open_store(sys.argv[1]).put("folder/object", b"new" * 100_000)
 """
 
 
@@ -210,7 +202,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(file_store, monkeypatch):
     def full(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(store_module.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(StoreError, match=r"/store/x: cannot be written: No space left on device; make room there, and "):
         file_store.put("x", b"data")
     assert list(file_store.root.iterdir()) == []
@@ -295,7 +287,7 @@ def test_missing_bucket_is_named(s3_environment, tmp_path):
 
 
 def test_unreachable_endpoint_is_named(s3_environment, monkeypatch, tmp_path):
-    monkeypatch.setattr(store_module, "S3_ATTEMPTS", 1)
+    monkeypatch.setattr(s3, "S3_ATTEMPTS", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     (tmp_path / "local").write_bytes(b"1")
     store = open_store("s3://bucket")

@@ -1,0 +1,27 @@
+"""A store is a URL: file:///path, a plain path, or s3://bucket/prefix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import unquote
+
+from sd3core.data.store.contract import PARTIAL, Store, StoreEntry, StoreNotFound, canonical_json
+from sd3core.data.store.files import FileStore
+from sd3core.data.store.s3 import S3Store
+from sd3core.errors import StoreError
+
+__all__ = ["PARTIAL", "FileStore", "S3Store", "Store", "StoreEntry", "StoreNotFound", "canonical_json", "open_store"]
+
+
+def open_store(url: str) -> Store:
+    """Opens `file:///abs/path`, a plain path, or `s3://bucket/prefix`. Touches nothing yet."""
+    scheme, colon, _ = url.partition(":")
+    if not colon or "/" in scheme:
+        if not url:
+            raise StoreError("store '': name a path, file:///path or s3://bucket/prefix")
+        return FileStore(Path(url))
+    if url.startswith("file:///"):
+        return FileStore(Path(unquote(url.removeprefix("file://"))))
+    if url.startswith("s3://"):
+        return S3Store(url)
+    raise StoreError(f"store {url!r}: a store is a path, file:///path or s3://bucket/prefix")

@@ -1,0 +1,135 @@
+"""A store that is a folder of this machine, or one that all machines see."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import quote
+
+from sd3core.data.store.contract import PARTIAL, Store, StoreEntry, StoreNotFound, checked, too_short
+from sd3core.errors import StoreError, with_mend
+
+ABANDONED_S = 3600  # a file being written that has not grown for so long has lost its writer
+COPY_BYTES = 1 << 20
+
+
+class FileStore(Store):
+    """A folder. Objects are written beside their place and renamed into it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().resolve()
+        super().__init__(self.root.as_uri())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FileStore, (self.root,)
+
+    def uri(self, path: str) -> str:
+        return f"{self.url.rstrip('/')}/{quote(checked(path))}"
+
+    def local_path(self, path: str) -> Path:
+        return self.root / checked(path)
+
+    def get(self, path: str) -> bytes:
+        with self._reading(path):
+            return self.local_path(path).read_bytes()
+
+    def get_range(self, path: str, offset: int, length: int) -> bytes:
+        with self._reading(path), self.local_path(path).open("rb") as file:
+            file.seek(offset)
+            data = file.read(length)
+        if len(data) != length:
+            raise too_short(self.uri(path), offset + length)
+        return data
+
+    def put(self, path: str, data: bytes) -> None:
+        with self._replacing(path) as file:
+            file.write(data)
+
+    def put_file(self, path: str, local: Path) -> None:
+        with local.open("rb") as source, self._replacing(path) as file:
+            shutil.copyfileobj(source, file, COPY_BYTES)
+
+    def get_file(self, path: str, local: Path) -> None:
+        with self._reading(path):
+            source = self.local_path(path).open("rb")
+        with source, _replaced(local, str(local)) as file:
+            shutil.copyfileobj(source, file, COPY_BYTES)
+
+    def size(self, path: str) -> int:
+        with self._reading(path):
+            target = self.local_path(path)
+            status = target.stat()
+        if not target.is_file():
+            raise StoreNotFound(f"{self.uri(path)}: no such object")
+        return status.st_size
+
+    def list(self, prefix: str = "") -> list[StoreEntry]:
+        start = self.root / checked(prefix.rstrip("/")) if prefix else self.root
+        entries = []
+        for folder, _, names in os.walk(start, onerror=self._cannot_list):
+            for name in names:
+                if PARTIAL not in name:
+                    full = Path(folder, name)
+                    try:
+                        entries.append(StoreEntry(full.relative_to(self.root).as_posix(), full.stat().st_size))
+                    except FileNotFoundError:  # deleted while we listed
+                        continue
+        return sorted(entries)
+
+    def delete(self, path: str) -> None:
+        try:
+            self.local_path(path).unlink(missing_ok=True)
+        except NotADirectoryError:
+            return
+        except OSError as error:
+            raise StoreError(f"{self.uri(path)}: cannot be deleted: {error.strerror or error}") from None
+
+    def remove_abandoned(self, prefix: str) -> None:
+        for folder, _, names in os.walk(self.root / checked(prefix.rstrip("/"))):
+            for partial in (Path(folder, name) for name in names if name.startswith(PARTIAL)):
+                with suppress(OSError):  # another process has removed it, or this one may not: it is in nobody's way
+                    if time.time() - partial.stat().st_mtime > ABANDONED_S:
+                        partial.unlink()
+
+    def _cannot_list(self, error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # those are folders without objects
+            raise StoreError(f"{self.url}: {error.filename} cannot be listed: {error.strerror}") from None
+
+    @contextmanager
+    def _reading(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise StoreNotFound(f"{self.uri(path)}: no such object") from None
+        except OSError as error:
+            raise StoreError(f"{self.uri(path)}: cannot be read: {with_mend(error)}") from None
+
+    def _replacing(self, path: str):
+        return _replaced(self.local_path(path), self.uri(path))
+
+
+@contextmanager
+def _replaced(target: Path, shown: str) -> Iterator[BinaryIO]:
+    """A file that takes the place of `target` when all of it is on disk; killed before, only a hidden name is left."""
+    partial = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=PARTIAL, dir=target.parent)
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o644)
+        os.replace(partial, target)
+        partial = None
+    except OSError as error:
+        raise StoreError(f"{shown}: cannot be written: {with_mend(error)}") from None
+    finally:
+        if partial:
+            Path(partial).unlink(missing_ok=True)

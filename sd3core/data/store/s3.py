@@ -1,0 +1,170 @@
+"""A store in a bucket. The only file that knows boto3."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from sd3core.data.store.contract import Store, StoreEntry, StoreNotFound, checked, too_short
+from sd3core.errors import StoreError, with_mend
+
+S3_ATTEMPTS = 5  # of one request, by botocore, and of one body that breaks off
+
+
+class S3Store(Store):
+    """A bucket and a prefix, by boto3. Endpoint and credentials come from the environment (AWS_ENDPOINT_URL, ...)."""
+
+    def __init__(self, url: str) -> None:
+        parsed = urlparse(url)
+        if not parsed.netloc or parsed.query or parsed.fragment:
+            raise StoreError(f"store {url!r}: write it as s3://bucket/prefix, without ? and #")
+        self.bucket, self.prefix = parsed.netloc, parsed.path.strip("/")
+        super().__init__(f"s3://{self.bucket}" + (f"/{self.prefix}" if self.prefix else ""))
+        self._made: Any = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return S3Store, (self.url,)
+
+    def _client(self) -> Any:
+        with self._lock:
+            if self._made is None:
+                import boto3
+                from botocore.config import Config
+
+                # A session of its own: boto3's default one is not safe for threads, and keeps the first credentials.
+                self._made = boto3.session.Session().client(
+                    "s3",
+                    config=Config(
+                        retries={"max_attempts": S3_ATTEMPTS, "mode": "standard"},
+                        connect_timeout=10,
+                        read_timeout=60,
+                        max_pool_connections=32,
+                        request_checksum_calculation="when_required",  # not every S3 server knows the others
+                        response_checksum_validation="when_required",
+                    ),
+                )
+            return self._made
+
+    def _key(self, path: str) -> str:
+        return f"{self.prefix}/{checked(path)}" if self.prefix else checked(path)
+
+    def _call(self, path: str, request: Callable[[Any], Any]) -> Any:
+        """request(client), with every failure told in one line."""
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+
+        try:
+            return request(self._client())
+        except (ClientError, Boto3Error) as error:
+            cause = error if isinstance(error, ClientError) else error.__context__  # uploads wrap the cause
+            if not isinstance(cause, ClientError):
+                raise self._unreachable(cause or error) from None
+            raise self._refused(path, cause) from None
+        except (NoCredentialsError, PartialCredentialsError):
+            raise StoreError(f"{self.url}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
+        except (BotoCoreError, ValueError) as error:  # ValueError: an endpoint that is no URL
+            raise self._unreachable(error) from None
+        except OSError as error:
+            raise StoreError(
+                f"{self.url}/{path}: {error.filename or 'local disk'}: {with_mend(error)}"
+            ) from None
+
+    def _unreachable(self, error: BaseException) -> StoreError:
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the default endpoint"
+        return StoreError(
+            f"{self.url}: cannot be reached at {endpoint}; mend AWS_ENDPOINT_URL, or start this again when the server is"
+            f" back: it goes on ({' '.join(str(error).split())})"
+        )
+
+    def _refused(self, path: str, error: Any) -> StoreError:
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        if code == "NoSuchBucket" or (
+            code == "404" and error.operation_name != "HeadBucket" and not self._bucket_is_there()
+        ):
+            return StoreError(f"{self.url}: there is no bucket {self.bucket!r}; create it, or mend the recipe's store")
+        if code in ("404", "NoSuchKey", "NotFound"):
+            return StoreNotFound(f"{self.url}/{path}: no such object")
+        if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
+            return StoreError(f"{self.url}/{path}: access denied ({code}); check the credentials in the environment")
+        return StoreError(f"{self.url}/{path}: {code}: {error.response.get('Error', {}).get('Message', error)}")
+
+    def _bucket_is_there(self) -> bool:
+        """A HEAD answers 404 without saying whether the object or its bucket is missing."""
+        try:
+            self._call("", lambda s3: s3.head_bucket(Bucket=self.bucket))
+        except StoreNotFound:
+            return False
+        except StoreError:  # a user who may read objects only
+            return True
+        return True
+
+    def _read(self, path: str, **wanted: str) -> bytes:
+        """botocore retries requests, not bodies that break off; this does."""
+        from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
+        def read(s3: Any) -> bytes:
+            for attempt in range(1, S3_ATTEMPTS + 1):
+                try:
+                    return s3.get_object(Bucket=self.bucket, Key=self._key(path), **wanted)["Body"].read()
+                except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+                    if attempt == S3_ATTEMPTS:
+                        raise
+                    time.sleep(0.1 * 2**attempt)
+            raise AssertionError("not reached")
+
+        return self._call(path, read)
+
+    def get(self, path: str) -> bytes:
+        return self._read(path)
+
+    def get_range(self, path: str, offset: int, length: int) -> bytes:
+        if length > 0:
+            try:
+                data = self._read(path, Range=f"bytes={offset}-{offset + length - 1}")
+            except StoreNotFound:
+                raise
+            except StoreError as error:
+                raise (too_short(self.uri(path), offset + length) if "InvalidRange" in str(error) else error) from None
+        else:
+            self.size(path)
+            data = b""
+        if len(data) != length:
+            raise too_short(self.uri(path), offset + length)
+        return data
+
+    def put(self, path: str, data: bytes) -> None:
+        self._call(path, lambda s3: s3.put_object(Bucket=self.bucket, Key=self._key(path), Body=data))
+
+    def put_file(self, path: str, local: Path) -> None:
+        """Large files go in parts (boto3's transfer); nothing shows until the last one is there."""
+        self._call(path, lambda s3: s3.upload_file(str(local), self.bucket, self._key(path)))
+
+    def get_file(self, path: str, local: Path) -> None:
+        local.parent.mkdir(parents=True, exist_ok=True)
+        self._call(path, lambda s3: s3.download_file(self.bucket, self._key(path), str(local)))
+
+    def size(self, path: str) -> int:
+        return self._call(path, lambda s3: s3.head_object(Bucket=self.bucket, Key=self._key(path)))["ContentLength"]
+
+    def list(self, prefix: str = "") -> list[StoreEntry]:
+        folder = "/".join(part for part in (self.prefix, checked(prefix.rstrip("/")) if prefix else "") if part)
+        cut = len(self.prefix) + 1 if self.prefix else 0
+
+        def pages(s3: Any) -> list[StoreEntry]:
+            found = s3.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=f"{folder}/" if folder else ""
+            )
+            objects = (item for page in found for item in page.get("Contents", []))
+            # A key that ends in "/" is what consoles and file gateways put for a folder.
+            return [StoreEntry(item["Key"][cut:], item["Size"]) for item in objects if not item["Key"].endswith("/")]
+
+        return sorted(self._call(prefix, pages))
+
+    def delete(self, path: str) -> None:
+        self._call(path, lambda s3: s3.delete_object(Bucket=self.bucket, Key=self._key(path)))
