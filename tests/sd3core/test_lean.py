@@ -85,7 +85,10 @@ def test_gelu_in_bf16_is_as_near_as_the_kernel():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gelu_at_the_ends_of_the_numbers(dtype):
-    """To where u^3 overflows and beyond, zeros, the smallest numbers, inf and nan: what the kernel gives, nan for nan."""
+    """Zeros, the smallest numbers, inf, nan, and where u^3 overflows: what the kernel gives, nan for nan.
+
+    Between 2e13 and 2e19, where z overflows and u^2 does not, the gradient is nan and the kernel's 0 or 1: left out.
+    """
     sizes = torch.tensor([0.0, 1e-38, 1e-30, 1e-3, 1.0, 20.0, 1e3, 1e6, 1e12, 1e13, 1e20, 3e38, torch.inf])
     u = torch.cat([-sizes, sizes, torch.tensor([torch.nan])]).to(dtype)[None].requires_grad_()
     value = F.gelu(u, approximate="tanh")
@@ -149,6 +152,15 @@ def test_in_bf16_the_error_is_that_of_the_plain_form(name, inputs):
     own, others = (bf16_errors(f, plain, inputs) for f in (form, plain))
     assert all(a < 1.15 * b for a, b in zip(own, others, strict=True)), (own, others)
     assert max(own) < 0.02
+
+
+def test_what_all_keys_share_costs_no_precision():
+    """One channel is large in every key, which makes logits of up to 60 that hardly differ; then none is, and nothing changes."""
+    q, k, v = (z.detach() for z in heads(queries=130, keys=130, width=64))
+    assert not lean.common_part(k).any()
+    q[..., 3], k[..., 3] = q[..., 3] + 16, k[..., 3] + 20
+    own, plain = (bf16_errors(form, layers.plain_attention, [q, k, v]) for form in (lean.attention, layers.plain_attention))
+    assert max(own) < 0.012 and min(plain) > 0.03, (own, plain)
 
 
 def run_model(model: layers.nn.Module, inputs: tuple[Tensor, ...], autocast: bool = False) -> dict[str, Tensor]:
