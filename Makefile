@@ -14,7 +14,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 LOCK    := infra/locks/$(VARIANT).txt
 READY   := $(VENV)/.installed-$(VARIANT)
-TWO     := --numprocesses 2 --dist loadfile
+TWO     := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo test test-unit test-kills up down setup clean
 
@@ -23,7 +23,7 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest $(TWO) -m "not slow"
-	@$(BIN)/python -m pytest -m "slow and not kills" --durations=20
+	@$(BIN)/python -m pytest $(TWO) -m "slow and not kills" --durations=20
 
 test-unit: $(READY)
 	@$(BIN)/python -m pytest $(TWO) -m "not slow"
