@@ -16,6 +16,7 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_PREFECT_HOME, ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own hook reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What two test processes share out (`--dist loadgroup`): files, and the tests of whole chains, which share their services, in one."""
     for item in items:
