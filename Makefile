@@ -14,7 +14,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 LOCK    := infra/locks/$(VARIANT).txt
 READY   := $(VENV)/.installed-$(VARIANT)
-TWO     := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+TWO     := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 .PHONY: demo test test-unit test-kills up down setup clean
 

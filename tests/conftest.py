@@ -5,6 +5,10 @@ import shutil
 import tempfile
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
+
+CHAINS = "tests/end_to_end/"
 
 # Prefect reads its settings when it is imported: the tests keep off the user's profile and send nothing.
 _PREFECT_HOME = tempfile.mkdtemp(prefix="sd3-test-prefect-")
@@ -16,9 +20,13 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_PREFECT_HOME, ignore_errors=True)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist's own hook reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What two test processes share out (`--dist loadgroup`): files, and the tests of whole chains, which share their services, in one."""
-    for item in items:
-        file = item.path.relative_to(item.config.rootpath).as_posix()
-        item.add_marker(pytest.mark.xdist_group("end_to_end" if file.startswith("tests/end_to_end/") else file))
+class _ChainsInOne(LoadScopeScheduling):
+    """Test processes share out files; those of whole chains, which share their services and runs, go to one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return CHAINS if file.startswith(CHAINS) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    return _ChainsInOne(config, log)
