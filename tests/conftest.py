@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
+from contextlib import suppress
 
+import psutil
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
@@ -14,10 +17,23 @@ CHAINS = "tests/end_to_end/"
 _PREFECT_HOME = tempfile.mkdtemp(prefix="sd3-test-prefect-")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share the cores: threads of torch's would wait for each other
 os.environ.update(PREFECT_HOME=_PREFECT_HOME, PREFECT_SERVER_ANALYTICS_ENABLED="false", DO_NOT_TRACK="1")
+# In the environment of all that the tests start: the process that began them.
+_SESSION = "TESTS_BEGUN_BY"
+os.environ.setdefault(_SESSION, str(os.getpid()))
+
+
+def pytest_configure() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C, so that what follows is done
 
 
 def pytest_unconfigure() -> None:
+    """A test process that is interrupted leaves its fixtures' services: the one that began it ends them."""
     shutil.rmtree(_PREFECT_HOME, ignore_errors=True)
+    if os.environ[_SESSION] == str(os.getpid()):
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.pid != os.getpid() and process.environ().get(_SESSION) == str(os.getpid()):
+                    process.kill()
 
 
 class _ChainsInOne(LoadScopeScheduling):
