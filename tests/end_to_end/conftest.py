@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,13 +31,11 @@ RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 def installation() -> Iterator[Installation]:
     """Services that are up; they go down whatever happens, also when the tests are interrupted or terminated."""
     made = Installation()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         made.command("sd3", "up", seconds=240)
         yield made
     finally:
         made.close()
-        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True)
