@@ -15,7 +15,7 @@ from uuid import UUID
 from rich.console import Console
 
 from flows.home import PROJECT, pasted, run_store
-from flows.interrupt import Interrupted, put_off, unheard
+from flows.interrupt import Interrupted, kept_from_children, put_off, unheard
 from flows.recipes import DEFAULT_RECIPE, find_recipe
 from flows.services import ServiceError, Services, up, worker_lives
 from flows.summary import of_stage, print_summary, summary_path
@@ -174,16 +174,17 @@ def start_run(deployment: str, overrides: list[str], console: Console) -> UUID:
     if overrides:
         command += ["--param", f"overrides={json.dumps(overrides)}"]
     console.print(f"$ {shlex.join(command)}", soft_wrap=True, highlight=False)
-    done = subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C in the terminal is not for it
-        timeout=120,
-        check=False,
-    )
+    with kept_from_children():
+        done = subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=PROJECT,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            timeout=120,
+            check=False,
+        )
     found = RUN_ID.search(done.stdout)
     if done.returncode or not found:
         said = (done.stderr or done.stdout).strip().splitlines()

@@ -45,5 +45,19 @@ def unheard() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def kept_from_children() -> Iterator[None]:
+    """A program begun inside never hears Ctrl-C, whatever session it is given.
+
+    Until a new process has its own session, a few instructions after it exists, the terminal's Ctrl-C ends it before it began.
+    The thread's mask is what it inherits; here the press is heard at the end, at the latest.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _raise(*_: Any) -> None:
     raise Interrupted("stopped; what was finished stays, and nothing that it started is left running")

@@ -113,6 +113,17 @@ def test_a_run_that_the_command_started_is_ended_whenever_it_is_pressed(monkeypa
     assert ended == [run, run]
 
 
+def test_a_press_that_meets_prefects_command_before_it_has_its_session_does_not_end_it(monkeypatch, tmp_path, ended):
+    run = uuid4()
+    prefect = tmp_path / "python"
+    prefect.write_text(f"#!/bin/sh\nkill -INT $$ $PPID\necho {run}\n")
+    prefect.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(prefect))
+    with pytest.raises(Interrupted, match="is cancelled"):
+        run_to_the_end(None)
+    assert ended == [run]
+
+
 def test_a_run_that_the_command_joined_goes_on(ended):
     with pytest.raises(Interrupted, match="the run goes on; the same command shows it again, `.venv/bin/sd3 down` ends it"):
         run_to_the_end(uuid4())
