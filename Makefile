@@ -19,7 +19,7 @@ TWO     := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 .PHONY: demo test test-unit test-kills up down setup clean
 
 demo: $(READY)
-	@$(BIN)/sd3 demo --recipe $(RECIPE) $(if $(DATA),--data "$(DATA)") $(if $(FROM),--from-stage $(FROM)) $(foreach s,$(SET),--set "$(s)")
+	@$(BIN)/sd3 demo --recipe "$(RECIPE)" $(if $(DATA),--data "$(DATA)") $(if $(FROM),--from-stage $(FROM)) $(foreach s,$(SET),--set "$(s)")
 
 test: $(READY)
 	@$(BIN)/python -m pytest $(TWO) -m "not slow"
@@ -39,7 +39,7 @@ up down: $(READY)
 $(READY): $(LOCK) pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed; name a Python 3.11 with PYTHON=/path/to/python"; exit 1; }
 	@echo "installing the $(VARIANT) lock into $(VENV) (once; two to three minutes)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)  # a venv that was cut short has no pip
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r $(LOCK)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from flows.home import pasted
 from flows.recipes import DEFAULT_RECIPE, known_recipes
+from sd3core.errors import UserError
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
 
@@ -22,7 +23,9 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="What things cost on this machine.")
 app.add_typer(bench, name="bench")
-console = Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)  # tables in logs and pipes keep their columns
+console = Console(  # tables in logs and pipes keep their columns; a path with [brackets] is a path
+    width=None if sys.stdout.isatty() else LOG_WIDTH, markup=False
+)
 
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="A shipped recipe's name, or a path that ends in .yaml.")
@@ -132,9 +135,14 @@ def deploy(
         start(_say)
     else:
         os.environ["PREFECT_API_URL"] = api  # before prefect is imported
+        import httpx
+
         from flows.deployments import apply_deployments
 
-        apply_deployments({name: str(recipe.resolve())}, pool)
+        try:
+            apply_deployments({name: str(recipe.resolve())}, pool)
+        except httpx.HTTPError as error:
+            raise UserError(f"--api {api}: no Prefect server that takes deployments answers there ({error})") from None
     _say(f"deployed: pipeline/{name} and its stages")
 
 
@@ -314,13 +322,14 @@ def bench_model(
     import torch
 
     from flows.options import device as chosen_device
-    from flows.options import one_of
+    from flows.options import file_to_write, one_of
     from sd3core.bench.model import MODES, ModelBench, fast_modes, measure
     from sd3core.bench.report import heading, result_table
     from sd3core.mmdit import count_parameters
 
     for name in mode or ():
         one_of("--mode", name, MODES)
+    file_to_write("--json", json_out)
     if threads is not None:
         torch.set_num_threads(threads)
     settings = ModelBench(

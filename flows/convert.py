@@ -78,7 +78,7 @@ def _described(foreign: ForeignWeights, facts: CheckpointFacts) -> str:
 
 
 def _say(console: Console, line: str) -> None:
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
+    console.print(line, soft_wrap=True, highlight=False)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from uuid import UUID
 from rich.console import Console
 
 from flows.home import PROJECT, pasted, run_store
-from flows.interrupt import Interrupted, kept_from_children, put_off, unheard
+from flows.interrupt import Interrupted, kept_from_children, listen, put_off, unheard
 from flows.recipes import DEFAULT_RECIPE, find_recipe
 from flows.services import ServiceError, Services, up, worker_lives
 from flows.summary import of_stage, print_summary, summary_path
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 DOWN = pasted("sd3 down")
 PROMPT_CHARS = 120
+FOLDER_TOKENS = 32  # that captions of a user's own images have at least
+START_SECONDS = 120
 EXAMPLE_PROMPT = "a red circle left of a blue square"
 RUN_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -54,6 +56,9 @@ def folder_overrides(recipe: Recipe, folder: Path) -> list[str]:
     ]
     if recipe.caption.captioner == "small_world":
         overrides.append("caption.captioner=none")
+    for key in ("clip_tokens", "t5_tokens"):  # the drawn world's captions are shorter than what people write
+        if getattr(recipe.text, key) < FOLDER_TOKENS:
+            overrides.append(f"text.{key}={FOLDER_TOKENS}")
     return overrides
 
 
@@ -74,14 +79,17 @@ def demo(
     store = run_store(recipe)
     store.exists(summary_path(recipe))  # a store that cannot be reached is told before anything starts
     services = up(lambda line: console.print(line, soft_wrap=True, highlight=False))
-
-    from flows.redo import forget_from
+    listen(f"stopped; the services stay, `{DOWN}` stops them; the same command goes on")
 
     run_id = _run_at_work(name, recipe, overrides)
     if run_id and from_stage:
         raise UserError(f"run {recipe.run} is at work; `{DOWN}` ends it, then --from-stage {from_stage} can begin")
     if from_stage:
-        forgotten = forget_from(recipe, store, from_stage)
+        from flows.redo import forget_from
+        from flows.session import run_lock
+
+        with run_lock(store.url, recipe.run, seconds=0):  # a stage of another deployment may work on it
+            forgotten = forget_from(recipe, store, from_stage)
         console.print(f"made again: {', '.join(forgotten)}", soft_wrap=True, highlight=False)
     view = _run_to_the_end(run_id, f"pipeline/{name}", overrides, services, console)
     if view.state.value != "COMPLETED":
@@ -169,22 +177,28 @@ def sample_command(name_or_path: str, overrides: list[str], prompt: str = EXAMPL
 
 
 def start_run(deployment: str, overrides: list[str], console: Console) -> UUID:
-    """Starts the deployment with Prefect's own command, as a user would."""
+    """Starts the deployment with Prefect's own command, as a user would. ServiceError where that says no, or nothing in time."""
     command = ["prefect", "--no-prompt", "deployment", "run", deployment]
     if overrides:
         command += ["--param", f"overrides={json.dumps(overrides)}"]
     console.print(f"$ {shlex.join(command)}", soft_wrap=True, highlight=False)
-    with kept_from_children():
-        done = subprocess.run(
-            [sys.executable, "-m", *command],
-            cwd=PROJECT,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            timeout=120,
-            check=False,
-        )
+    try:
+        with kept_from_children():
+            done = subprocess.run(
+                [sys.executable, "-m", *command],
+                cwd=PROJECT,
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                timeout=START_SECONDS,
+                check=False,
+            )
+    except subprocess.TimeoutExpired:
+        raise ServiceError(
+            f"`prefect deployment run {deployment}` did not end within {START_SECONDS} s; the same command goes on, also with a"
+            " run that it began"
+        ) from None
     found = RUN_ID.search(done.stdout)
     if done.returncode or not found:
         said = (done.stderr or done.stdout).strip().splitlines()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,8 +56,12 @@ def run_store(recipe: Recipe) -> Store:
 
 
 @contextmanager
-def one_at_a_time(name: str) -> Iterator[None]:
-    """Holds `home()/NAME.lock`, waiting for whoever holds it. The system frees it when a process ends, however it ends."""
+def one_at_a_time(name: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Holds `home()/NAME.lock`, and waits for whoever holds it, which it says. The system frees it when a process ends."""
     with (ensure(home()) / f"{name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another command, which holds {lock.name}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield

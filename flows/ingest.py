@@ -6,6 +6,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows.data_pictures import image_pictures
 from flows.stage import FLOW_OPTIONS, stage
 from flows.tables import shard_table
 from workers.ingest import ingest_stage
@@ -16,4 +17,5 @@ def ingest(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
     """`recipe`: a shipped recipe's name or a path. `overrides`: section.key=value."""
     with stage("ingest", recipe, overrides) as run:
         result = ingest_stage(run.recipe, run.store, run.report)
-        return run.finish_parts({"raw": result}, table=shard_table(run.store, {"raw": result}))
+        pictures = {} if result.skipped else image_pictures(run.recipe, run.store, result.manifest)
+        return run.finish_parts({"raw": result}, table=shard_table(run.store, {"raw": result}), pictures=pictures)

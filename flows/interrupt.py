@@ -8,13 +8,20 @@ from contextlib import contextmanager
 from typing import Any
 
 
+NOTHING_LEFT = "stopped; what was finished stays, and nothing that it started is left running"
+
+
 class Interrupted(BaseException):
     """Ctrl-C, and what it leaves. Not a KeyboardInterrupt: typer ends on that without a word."""
 
 
-def listen() -> None:
-    """From here on Ctrl-C raises Interrupted."""
-    signal.signal(signal.SIGINT, _raise)
+def listen(leaves: str = NOTHING_LEFT) -> None:
+    """From here on Ctrl-C raises Interrupted, whose message says what it leaves."""
+
+    def stop(*_: Any) -> None:
+        raise Interrupted(leaves)
+
+    signal.signal(signal.SIGINT, stop)
 
 
 def end_on_the_next() -> None:
@@ -57,7 +64,3 @@ def kept_from_children() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _raise(*_: Any) -> None:
-    raise Interrupted("stopped; what was finished stays, and nothing that it started is left running")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,12 @@ def one_of(option: str, value: str | None, known: Collection[str]) -> None:
     """UserError unless the value is a known one, or none was given."""
     if value is not None and value not in known:
         raise UserError(f"{option} {value}: take one of {', '.join(known)}")
+
+
+def file_to_write(option: str, path: Path | None) -> None:
+    """UserError where it cannot be made at the end of the work: asked before it begins."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UserError(f"{option} {path}: name a file in a folder that exists")
 
 
 def device(asked: str | None) -> str:

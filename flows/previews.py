@@ -14,14 +14,13 @@ from sd3core.data.manifest import read_manifest
 from sd3core.data.shards import read_table
 from sd3core.data.store import Store
 from sd3core.metrics.held_out import read_rows
-from sd3core.pictures import encode_png, make_grid, thumbnail_jpeg, to_uint8
+from sd3core.pictures import encode_png, make_grid, page_jpeg, to_uint8
 from sd3core.recipe import Recipe, Training
 from sd3core.towers import fetch_towers
 from workers.caches import towers_cache
 from workers.trainer.job import PreviewCaption, PreviewSettings
 
 PICTURES, COLUMNS = 8, 4
-PAGE_PX = 640
 
 
 def preview_settings(recipe: Recipe, store: Store, phase: Training) -> PreviewSettings:
@@ -88,9 +87,7 @@ def _markdown(grid: np.ndarray, captions: list[str], settings: dict[str, object]
     title = f"## {settings['phase']}: pictures after {settings['samples']:,} samples"
     drawn = f"{settings['weights']} weights, {settings['num_steps']} steps, guidance {settings['guidance_scale']:g}"
     lines = "\n".join(f"{number}. {caption}" for number, caption in enumerate(captions, 1))
-    times = max(1, PAGE_PX // max(grid.shape[:2]))  # the UI shows every pixel as one pixel
-    enlarged = grid.repeat(times, axis=0).repeat(times, axis=1)
-    return "\n\n".join([title, markdown_picture("row by row", thumbnail_jpeg(enlarged, PAGE_PX)), lines, drawn])
+    return "\n\n".join([title, markdown_picture("row by row", page_jpeg(grid)), lines, drawn])
 
 
 def _metadata(data: bytes) -> dict[str, str]:

@@ -20,7 +20,10 @@ from sd3core.towers import read_towers
 
 
 def forget_from(recipe: Recipe, store: Store, first: str) -> list[str]:
-    """Undoes `first` and every stage after it, the last stage first. Returns the stages. RecipeError for an unknown stage."""
+    """Undoes `first` and every stage after it, the last stage first. Returns the stages. RecipeError for an unknown stage.
+
+    Call it under the run's lock: a training that goes on would not find its checkpoints when it next looks for them.
+    """
     if first not in STAGES:
         near = difflib.get_close_matches(first, STAGES, n=1)
         meant = f"did you mean {near[0]!r}? " if near else ""

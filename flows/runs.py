@@ -62,16 +62,16 @@ def _cancelled(flow_run_id: str) -> Path:
     return ensure(home() / "live") / f"{flow_run_id}.cancelled"
 
 
-def fail_dead_runs(worker_born: float | None = None) -> list[str]:
+def fail_dead_runs(no_worker: bool = False) -> list[str]:
     """Marks runs whose process is gone as Crashed. Their names.
 
-    `worker_born`: when the worker was started (Unix seconds); what an earlier worker had started without a record is dead too.
+    `no_worker`: none lives, so that what an earlier one had taken, and what has no record of a process, is dead too.
     """
     records = {path.stem: path for path in (home() / "live").glob("*.json")}
     dead = [name for name, path in records.items() if not _alive(path)]
     runs = [run for name in dead for run in (*read_stage_runs(UUID(name)), *_read(FlowRunFilterId(any_=[UUID(name)])))]
-    if worker_born is not None:
-        runs += [run for run in _unfinished(STARTED) if _lost(run, records, worker_born)]
+    if no_worker:  # a stage of a pipeline has no process of its own
+        runs += [run for run in _unfinished(STARTED) if run.parent_task_run_id is None and str(run.id) not in records]
     failed = []
     for run in runs:
         if run.state_type in UNFINISHED:
@@ -128,13 +128,6 @@ def cancel_run(flow_run_id: UUID, reason: str = "Ctrl-C in the terminal that sta
 def read_stage_runs(flow_run_id: UUID) -> list[FlowRun]:
     """The stage runs that a pipeline run started, in their order."""
     return _read(parent=FlowRunFilterParentFlowRunId(any_=[flow_run_id]))
-
-
-def _lost(run: FlowRun, records: dict[str, Path], worker_born: float) -> bool:
-    """Started by a worker that is gone, before it could write down its process."""
-    if run.parent_task_run_id is not None or str(run.id) in records or run.expected_start_time is None:
-        return False
-    return run.expected_start_time.timestamp() < worker_born
 
 
 def _set_states(flow_run_id: UUID, state: Any) -> None:

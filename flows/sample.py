@@ -19,7 +19,6 @@ from flows.options import one_of
 from flows.recipes import DEFAULT_RECIPE
 from flows.summary import finished_runs
 from sd3core.checkpoint import is_training_checkpoint, read_done
-from sd3core.data.folder_source import cut_at_word
 from sd3core.data.store import open_store
 from sd3core.errors import UserError
 from sd3core.generate import Draw, sample_to_files
@@ -33,7 +32,6 @@ from sd3core.towers import fetch_towers
 from workers.caches import towers_cache
 
 LARGEST_SEED = 2**63 - 1
-WORDS_CHARS = 200  # of the unknown words that are named
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -108,10 +106,8 @@ def sample_run(
                 loaded.append(time.monotonic())
             bar.update(drawing, description="sampling", completed=done, total=total)
 
-        def tell(words: list[str]) -> None:
-            named = cut_at_word(", ".join(words), WORDS_CHARS)
-            line = f"note: the text encoders do not know, only spell: {named}"
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        def tell(note: str) -> None:
+            console.print(f"note: {note}", soft_wrap=True, highlight=False)
 
         of_recipe = recipe.evaluate.model_dump(include={"num_steps", "guidance_scale", "sampler"})
         if checkpoint is None:  # another checkpoint has a shift of its own
@@ -127,7 +123,7 @@ def sample_run(
             device=device,
             batch=batch,
             on_step=show,
-            on_unknown_words=tell,
+            on_note=tell,
             **of_recipe | {name: value for name, value in settings.items() if value is not None},
         )
     seconds, pictures = time.monotonic() - loaded[0], counted(len(draws), "picture")

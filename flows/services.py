@@ -110,8 +110,11 @@ def use(services: Services) -> None:
 
 
 def server_answers(services: Services) -> bool:
+    """Only the server that was started here: whoever else has its port after it ended is left alone."""
     import httpx
 
+    if not (services.server and services.server.alive()):
+        return False
     try:
         return httpx.get(f"{services.api_url}/health", timeout=2.0).status_code == 200
     except httpx.HTTPError:
@@ -120,7 +123,7 @@ def server_answers(services: Services) -> bool:
 
 def up(say: Say = print) -> Services:
     """Starts what is not running, and returns when the server answers, the worker polls and the deployments stand."""
-    with one_at_a_time("up"):
+    with one_at_a_time("up", say):
         return _up(say)
 
 
@@ -149,10 +152,11 @@ def _start_what_is_missing(services: Services, say: Say) -> None:
         services.deployed = deployments_fingerprint()
         services.save()
     _end_a_worker_with_other_keys(services, say)
-    if not (services.worker and services.worker.alive()):
-        _start_worker(services, say)
-    for name in fail_dead_runs(services.worker.born):
+    starts_worker = not (services.worker and services.worker.alive())
+    for name in fail_dead_runs(no_worker=starts_worker):  # before the next worker takes runs, which are not to be taken for lost
         say(f"run {name}: its process is gone, marked as crashed; the same command goes on with it")
+    if starts_worker:
+        _start_worker(services, say)
 
 
 def _end_a_worker_with_other_keys(services: Services, say: Say) -> None:
@@ -243,6 +247,9 @@ def _start_server(services: Services, say: Say) -> None:
         taken, services.port = services.port, _free_port(FIRST_PORT)
         services.deployed = ""
         say(f"port {taken} is taken by another program; the server takes {services.port}")
+        if services.worker and services.worker.alive():
+            say("worker: stopped, since it asks at the port before; it is started again, and what it had at work goes on when asked for")
+            _stop_tree(services.worker)
     with put_off():
         services.server = _spawn(["server", "start"], services, "server")
         services.save()

@@ -53,7 +53,7 @@ def session(recipe: str, overrides: list[str] | None) -> Iterator[Session]:
     remember_process(runtime.flow_run.id, Process.of(os.getpid()))
     if take_cancellation(runtime.flow_run.id):
         raise RunCancelledError("this run was cancelled before it began")
-    with _run_lock(store.url, loaded.run), start_ray(loaded.compute):
+    with run_lock(store.url, loaded.run), start_ray(loaded.compute):
         opened = Session(loaded, store)
         token = _current.set(opened)
         try:
@@ -63,12 +63,15 @@ def session(recipe: str, overrides: list[str] | None) -> Iterator[Session]:
 
 
 @contextmanager
-def _run_lock(store_url: str, run: str) -> Iterator[None]:
-    """One process at a time works on a run. The system frees the lock when the process ends, however it ends."""
+def run_lock(store_url: str, run: str, seconds: float = LOCK_SECONDS) -> Iterator[None]:
+    """One process at a time works on a run. The system frees the lock when the process ends, however it ends.
+
+    RunBusyError where another holds it for so many seconds.
+    """
     name = f"{store_url}/{run}".replace("/", "_").replace(":", "")
     path = ensure(home() / "locks") / f"{name[-120:]}.lock"
     with path.open("a+") as lock:
-        deadline = time.monotonic() + LOCK_SECONDS
+        deadline = time.monotonic() + seconds
         while not _locked(lock):
             if time.monotonic() > deadline:
                 lock.seek(0)

@@ -109,7 +109,13 @@ class StageRun:
         return self.outcome.to_dict()
 
     def finish_parts(self, results: dict[str, Any], **shown: Any) -> dict[str, Any]:
-        """For a stage that makes several manifests: the digest covers all of them, the manifest named is the last."""
+        """For a stage that makes several manifests: the digest covers all of them, the manifest named is the last.
+
+        Its warnings are told where the run is followed: a later stage may fail, and no summary would have them.
+        """
+        warnings = [warning for result in results.values() for warning in result.warnings]
+        for warning in warnings:
+            self.warn(warning)
         parts = {name: result.manifest.digest for name, result in results.items()}
         reasons = sorted({result.reason for result in results.values()})
         return self.finish(
@@ -117,7 +123,7 @@ class StageRun:
             digest=next(iter(parts.values())) if len(parts) == 1 else fingerprint(parts),
             skipped=all(result.skipped for result in results.values()),
             reason="; ".join(reasons),
-            warnings=[warning for result in results.values() for warning in result.warnings],
+            warnings=warnings,
             **shown,
         )
 

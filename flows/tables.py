@@ -52,7 +52,7 @@ def towers_table(recipe: Recipe, store: Store) -> list[dict[str, object]]:
 
 
 def caption_table(store: Store, result: Any) -> list[dict[str, object]]:
-    """The first captions, beside the original ones."""
+    """The first captions."""
     manifest = read_manifest(store, result.manifest.folder, result.manifest.digest)
     if not manifest.shards:
         return []

@@ -68,6 +68,7 @@ class RunView:
     state: StateType
     message: str
     stages: list[StageView]
+    pipeline: bool = True  # else one stage's own run
 
     @property
     def finished(self) -> bool:
@@ -82,7 +83,7 @@ def look(flow_run_id: UUID) -> RunView:
         artifacts = _artifacts(client, flow_run_id, RUNS_READ, type={"any_": ["progress"]})
     lines = {UUID(artifact["flow_run_id"]): artifact["description"] or "" for artifact in reversed(artifacts)}
     stages = [_stage_view(child, flow_name(child.flow_id), lines.get(child.id, "")) for child in runs]
-    return RunView(run.state_type or StateType.PENDING, _problem(run), stages)
+    return RunView(run.state_type or StateType.PENDING, _problem(run), stages, flow_name(run.flow_id) == "pipeline")
 
 
 def _stage_view(run: FlowRun, name: str, described: str) -> StageView:
@@ -150,7 +151,7 @@ def follow(flow_run_id: UUID, console: Console) -> RunView:
                 picture_seen = True
             for warning in _warnings(view):
                 if warning not in warned:
-                    console.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
+                    console.print(f"warning: {warning}", soft_wrap=True, highlight=False)
                     warned.add(warning)
             if live:
                 live.update(_screen(view, picture, console), refresh=True)
@@ -180,8 +181,7 @@ def _table(view: RunView) -> Table:
     for column in ("stage", "state", "time", "progress"):
         table.add_column(column, no_wrap=column != "progress")
     shown = {stage.name: stage for stage in view.stages}
-    names = [*STAGES] if len(shown) != 1 or "pipeline" in shown else list(shown)
-    for name in names:
+    for name in STAGES if view.pipeline else shown:
         stage = shown.get(name)
         if stage is None:
             table.add_row(name, "waiting", "", "")

@@ -7,6 +7,7 @@ from typing import Any
 from prefect import flow
 
 from flows import upstream
+from flows.data_pictures import autoencoder_pictures
 from flows.stage import FLOW_OPTIONS, stage
 from flows.tables import towers_table
 from workers.towers import towers_stage
@@ -16,5 +17,7 @@ from workers.towers import towers_stage
 def towers(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
     """Towers are pinned: once made they stay, whatever is added to the data set."""
     with stage("towers", recipe, overrides) as run:
-        result = towers_stage(run.recipe, run.store, upstream.raw(run.recipe, run.store), run.report)
-        return run.finish_parts({"towers": result}, table=towers_table(run.recipe, run.store))
+        raw = upstream.raw(run.recipe, run.store)
+        result = towers_stage(run.recipe, run.store, raw, run.report)
+        pictures = {} if result.skipped else autoencoder_pictures(run.recipe, run.store, raw)
+        return run.finish_parts({"towers": result}, table=towers_table(run.recipe, run.store), pictures=pictures)

@@ -150,9 +150,7 @@ def _up_to_date(recipe: Recipe, manifest: Manifest, stage: str, **inputs: Manife
     wanted = {name: ref.digest for name, ref in inputs.items() if ref is not None}
     behind = [name for name, digest in wanted.items() if manifest.inputs.get(name) != digest]
     if behind:
-        raise DataError(
-            f"{stage}: what it made is older than {behind[0]}; run `{_deployment_run(recipe, stage)}` first"
-        )
+        raise DataError(f"{stage}: what it made is older than {behind[0]}; {_made_by(recipe, stage)}")
     return manifest
 
 
@@ -161,10 +159,11 @@ def _ref(manifest: Manifest) -> ManifestRef:
 
 
 def _missing(recipe: Recipe, stage: str) -> NotFinishedError:
-    return NotFinishedError(
-        f"{stage} is not finished for this recipe; run `{_deployment_run(recipe, stage)}` first, or 'pipeline/{recipe.name}' for all"
+    return NotFinishedError(f"{stage} is not finished for this recipe and its settings; {_made_by(recipe, stage)}")
+
+
+def _made_by(recipe: Recipe, stage: str) -> str:
+    return (
+        f"`{pasted(f'sd3 demo --recipe {recipe.name}')}` with the same --set makes all that is missing,"
+        f" the deployment '{stage}/{recipe.name}' this alone"
     )
-
-
-def _deployment_run(recipe: Recipe, stage: str) -> str:
-    return pasted(f"prefect deployment run '{stage}/{recipe.name}'")

@@ -4,7 +4,8 @@ import errno
 import os
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-OF_THE_MACHINE = {*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR}
+IN_THE_WAY = {errno.EEXIST, errno.EISDIR, errno.ENOTDIR}
+OF_THE_MACHINE = {*NO_SPACE, *IN_THE_WAY, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG}
 
 
 class UserError(Exception):
@@ -28,7 +29,7 @@ class CheckpointError(UserError):
 
 
 def described_os_error(error: OSError) -> str | None:
-    """A full disk, a folder that may not be written: what it is and the mend. None for any other."""
+    """A full disk, a folder that may not be written, a file in its place: what it is and the mend. None for any other."""
     if error.errno not in OF_THE_MACHINE:
         return None
     where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
@@ -42,4 +43,6 @@ def with_mend(error: OSError) -> str:
         return f"{words}; make room there, and the same command goes on"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{words}; give this user the right to it"
+    if error.errno in IN_THE_WAY:
+        return f"{words}; name another, or move what is there"
     return words

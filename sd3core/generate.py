@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from sd3core.checkpoint import is_training_checkpoint, load_model
 from sd3core.checkpoint_facts import Null, read_facts
 from sd3core.conditioning import ENCODERS, TextFeatures, assemble
 from sd3core.data.buckets import DOWNSAMPLING
+from sd3core.data.folder_source import cut_at_word
 from sd3core.data.store import open_store
 from sd3core.errors import UserError
 from sd3core.formulations import find_formulation
@@ -27,9 +28,11 @@ from sd3core.precision import DTYPES
 from sd3core.sample_settings import SampleSettings, Weights
 from sd3core.sampling import SAMPLERS, solve
 from sd3core.text_encoders import TextEncoders, load_text_encoders
+from sd3core.whole_output import made_whole
 
 Pair = tuple[Tensor, Tensor]  # context (B, L, D), pooled (B, P)
 Draw = tuple[str, int]  # prompt and seed
+NOTE_CHARS = 200  # of the words or the prompt that a note names
 
 
 class Generator:
@@ -67,7 +70,6 @@ class Generator:
         model = load_model(checkpoint, weights).to(device, dtype)
         return cls(model, encoders, autoencoder, facts.null, facts.formulation)
 
-    @torch.inference_mode()
     def sample(
         self,
         prompts: Sequence[str],
@@ -82,8 +84,21 @@ class Generator:
 
         Raises UserError where the size does not fit the model, or prompts and seeds do not pair.
         """
+        return np.concatenate([*self.batches(prompts, seeds, settings, batch=batch, on_step=on_step)])
+
+    @torch.inference_mode()
+    def batches(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: SampleSettings,
+        *,
+        batch: int = 64,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """`sample`, each batch as soon as it is drawn."""
         self._check(prompts, seeds, settings)
-        pictures, total = [], -(-len(prompts) // batch) * settings.num_steps
+        total = -(-len(prompts) // batch) * settings.num_steps
         if on_step is not None:
             on_step(0, total)
         for start in range(0, len(prompts), batch):
@@ -95,8 +110,7 @@ class Generator:
 
             rows = slice(start, start + batch)
             latent = self.latents(prompts[rows], seeds[rows], settings, count)
-            pictures.append(to_uint8(self.autoencoder.decode(latent)))
-        return np.concatenate(pictures)
+            yield to_uint8(self.autoencoder.decode(latent))
 
     def latents(
         self,
@@ -187,26 +201,24 @@ def sample_to_files(
     device: str = "cpu",
     batch: int = 64,
     on_step: Callable[[int, int], None] | None = None,
-    on_unknown_words: Callable[[list[str]], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> list[Path]:
     """Draws each prompt with its seed and writes OUT/00000.png ... and, of more than one, OUT/00000-grid.png, with the
-    settings inside each file. Numbers go on after those of pictures that are there. -> paths, grid last.
+    settings inside each file. Numbers go on after those of pictures that are there. -> paths, grid last. A batch's
+    pictures are there as soon as it is drawn.
 
-    columns: of the grid; None makes it square. on_unknown_words hears, before drawing, of words that say nothing to the
-    encoders in use, if there are any. `settings`: fields of SampleSettings; None takes the default, which for size and
-    shift is the checkpoint's own.
+    columns: of the grid; None makes it square. on_note hears, before drawing, what a person should know of the prompts.
+    `settings`: fields of SampleSettings; None takes the default, which for size and shift is the checkpoint's own.
     """
     out = Path(out)
     chosen = read_facts(checkpoint).settings(**{key: value for key, value in settings.items() if value is not None})
+    out.mkdir(parents=True, exist_ok=True)  # before the work, which would be lost where that cannot be
     generator = Generator.load(checkpoint, towers, weights=weights, dtype=DTYPES[precision], device=device)
     prompts, seeds = [prompt for prompt, _ in draws], [seed for _, seed in draws]
-    unknown = generator.encoders.unknown_words([*prompts, chosen.negative_prompt or ""], chosen.drop)
-    if unknown and on_unknown_words is not None:
-        on_unknown_words(unknown)
-    images = generator.sample(prompts, seeds, chosen, batch=batch, on_step=on_step)
-
-    out.mkdir(parents=True, exist_ok=True)
+    if on_note is not None:
+        for note in prompt_notes(generator.encoders, [*prompts, chosen.negative_prompt or ""], chosen.drop):
+            on_note(note)
     common = {
         "settings": json.dumps(chosen.to_dict(), sort_keys=True, ensure_ascii=False),
         "checkpoint": checkpoint,
@@ -216,15 +228,31 @@ def sample_to_files(
     if is_training_checkpoint(open_store(checkpoint)):  # a model folder has one set of weights, whose it does not say
         common["weights"] = weights or "ema"
     first = 1 + max((int(path.stem) for path in out.glob("*.png") if path.stem.isdecimal()), default=-1)
-    paths = [out / f"{first + position:05d}.png" for position in range(len(images))]
-    for path, image, (prompt, seed) in zip(paths, images, draws, strict=True):
-        path.write_bytes(encode_png(image, {"prompt": prompt, "seed": seed} | common))
+    images: list[np.ndarray] = []
+    paths: list[Path] = []
+    for drawn in generator.batches(prompts, seeds, chosen, batch=batch, on_step=on_step):
+        for image in drawn:
+            prompt, seed = draws[len(images)]
+            paths.append(out / f"{first + len(images):05d}.png")
+            images.append(image)
+            with made_whole(paths[-1]) as path:
+                path.write_bytes(encode_png(image, {"prompt": prompt, "seed": seed} | common))
     if len(images) == 1:
         return paths
     many = {"prompts": json.dumps(prompts, ensure_ascii=False), "seeds": json.dumps(seeds)}
     grid = out / f"{first:05d}-grid.png"
-    grid.write_bytes(encode_png(make_grid(list(images), columns or grid_columns(len(images))), many | common))
+    with made_whole(grid) as path:
+        path.write_bytes(encode_png(make_grid(images, columns or grid_columns(len(images))), many | common))
     return [*paths, grid]
+
+
+def prompt_notes(encoders: TextEncoders, prompts: Sequence[str], drop: Sequence[str]) -> Iterator[str]:
+    """What of the prompts the encoders in use do not take in."""
+    unknown = encoders.unknown_words(prompts, drop)
+    if unknown:
+        yield f"the text encoders do not know, only spell: {cut_at_word(', '.join(unknown), NOTE_CHARS)}"
+    for prompt in encoders.too_long(prompts, drop):
+        yield f"longer than all text encoders read, its end says nothing: {cut_at_word(prompt, NOTE_CHARS)}"
 
 
 def grid_columns(count: int) -> int:

@@ -54,6 +54,12 @@ def thumbnail_jpeg(image: np.ndarray, max_side: int = 480, quality: int = 80) ->
     return _encode(small, format="JPEG", quality=quality, optimize=True)
 
 
+def page_jpeg(image: np.ndarray, side: int = 640) -> bytes:
+    """The same for a page that shows every pixel as one: smaller pictures are enlarged by whole pixels."""
+    times = max(1, side // max(image.shape[:2]))
+    return thumbnail_jpeg(image.repeat(times, axis=0).repeat(times, axis=1), side)
+
+
 def _encode(image: Image.Image, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, **options)

@@ -59,6 +59,7 @@ class Data(Section):
     def _folder_named(self) -> Data:
         if self.source == "folder" and not self.folder:
             raise ValueError("data.folder must name the folder of images when data.source is 'folder'")
+        _check_whole_path("folder", self.folder)
         return self
 
 
@@ -118,6 +119,11 @@ class SmallT5(Section):
     def _divides(self) -> SmallT5:
         _check_heads(self.width, self.heads)
         return self
+
+
+def _check_whole_path(key: str, path: str | None) -> None:
+    if path is not None and not (path.startswith("/") or "://" in path):
+        raise ValueError(f"{key} {path} is relative, and workers run in folders of their own: give the whole path")
 
 
 def _check_heads(width: int, heads: int) -> None:
@@ -214,10 +220,7 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _of_the_mmdit(self) -> Model:
-        if self.start_from is not None and not (self.start_from.startswith("/") or "://" in self.start_from):
-            raise ValueError(
-                f"start_from {self.start_from} is relative, and workers run in folders of their own: give the whole path"
-            )
+        _check_whole_path("start_from", self.start_from)
         for key, plain in (("streams", 2), ("dual_attention_blocks", 0)):
             if self.architecture != "mmdit" and getattr(self, key) != plain:
                 raise ValueError(
@@ -345,10 +348,11 @@ class Compute(Section):
     train_ranks: int = Field(2, ge=1)
     cpus_per_rank: float = Field(1.0, gt=0)
     gpus_per_rank: float = Field(0.0, ge=0)
-    max_restarts: int = Field(3, ge=0)  # of a training attempt, by Ray Train
+    max_restarts: int = Field(3, ge=0)  # of training without a checkpoint between them, by Ray Train
     stall_timeout_s: float = Field(600.0, gt=0)  # no progress for so long is a failure
     object_store_mb: int = Field(200, ge=80)  # local Ray only
     cache_gb: float = Field(2.0, gt=0)  # local shard cache of a training rank
+    decoded_gb: float = Field(8.0, gt=0)  # decoded shards in a training rank's memory: the nine that a step draws from should fit
 
 
 class Recipe(Section):
@@ -369,6 +373,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
+        _check_whole_path("store", self.store)
         for where, phase in self.phases():
             accumulation = phase.micro_batch * self.compute.train_ranks
             if phase.global_batch % accumulation:

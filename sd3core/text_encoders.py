@@ -84,6 +84,15 @@ class TextEncoders:
         words = dict.fromkeys(word for prompt in prompts for word in WORD.findall(prompt))
         return [word for word in words if used and all(_is_spelled(word, tokenizer) for tokenizer in used)]
 
+    def too_long(self, prompts: Sequence[str], drop: Collection[str] = ()) -> list[str]:
+        """Prompts whose end no encoder in use reads, since they have more tokens than each takes; each once, in order."""
+        used = [name for name in ENCODERS if name not in drop]
+        return [prompt for prompt in dict.fromkeys(prompts) if used and all(self._is_cut(name, prompt) for name in used)]
+
+    def _is_cut(self, name: str, prompt: str) -> bool:
+        ids = self.tokenizers[name](prompt, verbose=False).input_ids  # it would warn of a length that is not used
+        return len(ids) > self.tokens[name]
+
     def null(self) -> TextFeatures:
         """The encoded empty string, a batch of one: what released pipelines use for "no prompt"."""
         return self.encode([""])

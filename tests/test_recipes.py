@@ -276,6 +276,15 @@ def test_bf16_needs_zero_and_fp32_does_not():
     assert (changed.pretrain.zero_stage, changed.pretrain.precision) == (0, "fp32")
 
 
+@pytest.mark.parametrize("override", ["model.start_from=models/sd3", "store=local/store"])
+def test_a_path_that_workers_would_look_for_elsewhere_is_refused(override):
+    key, _, path = override.rpartition(".")[2].partition("=")
+    with pytest.raises(RecipeError, match=f"{key} {path} is relative, .*: give the whole path"):
+        load_recipe("tiny-test", [override])
+    with pytest.raises(RecipeError, match="folder photos is relative"):
+        load_recipe("tiny-test", ["data.source=folder", "data.folder=photos"])
+
+
 def test_overrides_reach_every_place():
     changed = load_recipe(
         "tiny-test",

@@ -12,13 +12,15 @@ from sd3core.data.images import decode_image
 from sd3core.data.manifest import ManifestRef, read_manifest
 from sd3core.data.shards import DoneRecord, FailedRow, write_table
 from sd3core.data.store import Store, open_store
-from sd3core.errors import UserError
+from sd3core.errors import DataError, UserError
 from sd3core.progress import ProgressCallback
 from sd3core.recipe import Caption, Recipe
 from sd3core.specs import captions_fields, captions_folder
 from workers.inputs import actor_device, input_shards, read_images
+from workers.pool import of_the_process
 from workers.shard_stage import ShardStage, ShardTask, StageResult, run_shard_stage
 
+TOO_MANY_FAILED = 8  # images of a shard, and no other: then it is the captioner, not they
 SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "caption", "model", "prompt")])
 Captioner = Callable[[Sequence[Image]], list[str]]
 
@@ -67,6 +69,8 @@ class CaptionWorker:
                 self._write_captions(batch, rows, failed)
                 batch = []
         self._write_captions(batch, rows, failed)
+        if not rows and len(failed) >= TOO_MANY_FAILED:
+            raise DataError(f"no image of {len(failed)} got a caption, the last: {failed[-1].reason}")
         table = pa.Table.from_pylist(rows, schema=SCHEMA)
         return write_table(self.store, task.folder, task.stem, table, failed)
 
@@ -91,6 +95,8 @@ class CaptionWorker:
             return list(self.captioner(images))
         except Exception as error:
             if len(images) == 1:
+                if of_the_process(error):
+                    raise
                 return [error]
             return [caption for image in images for caption in self._captions([image])]
 

@@ -8,12 +8,12 @@ import time
 from sd3core.data.manifest import ManifestRef, read_manifest
 from sd3core.data.shards import DoneRecord, content_digest
 from sd3core.data.store import Store, open_store
-from sd3core.progress import Progress, ProgressCallback
+from sd3core.progress import Progress, ProgressCallback, counted
 from sd3core.recipe import Recipe, Text
 from sd3core.specs import latents_fields, latents_folder, text_fields, text_folder
 from sd3core.towers import read_towers
 from workers.encode_latents import LatentsSource, LatentsWorker
-from workers.encode_text import NULL, TextSource, TextWorker
+from workers.encode_text import NULL, TOO_LONG, TextSource, TextWorker
 from workers.inputs import InputShard, actor_device, decode_threads, input_shards
 from workers.shard_stage import ShardStage, ShardTask, StageResult, remember_stage, run_shard_stages
 
@@ -61,12 +61,22 @@ def encode_stage(
     }
     made = run_shard_stages(store, recipe.run, list(stages.values()), EncodeWorker, worker, recipe.compute, report)
     results = {result.stage: result for result in made}
+    results["text"] = _with_cut_captions(store, recipe.text, results["text"])
     for name, source in shared.items():
         if name != source:
             results[name] = dataclasses.replace(results[source], stage=name)
             stage = stages[source]
             remember_stage(store, recipe.run, name, stage.folder, results[name].manifest.digest, stage.fields)
     return results
+
+
+def _with_cut_captions(store: Store, text: Text, result: StageResult) -> StageResult:
+    cut = read_manifest(store, result.manifest.folder, result.manifest.digest).buckets.get(TOO_LONG, 0)
+    if not cut:
+        return result
+    limits = f"text.clip_tokens {text.clip_tokens} and text.t5_tokens {text.t5_tokens}"
+    warning = f"{counted(cut, 'caption')} longer than {limits}: no encoder reads their ends; raise these for what they say"
+    return dataclasses.replace(result, warnings=[*result.warnings, warning])
 
 
 def _text_stage(

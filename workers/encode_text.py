@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from workers.shard_stage import ShardTask
 
 NULL = "NULL.safetensors"  # the encoded empty string, beside the text shards
 ORIGINAL, SYNTHETIC = "original", "synthetic"
+TOO_LONG = "captions too long"  # distinct ones, of a shard
 SCHEMA = pa.schema(
     [("kind", pa.string()), ("caption_id", pa.string())] + [(f"{name}_len", pa.int32()) for name in ENCODERS]
 )
@@ -65,8 +67,9 @@ class TextWorker:
         if not self.store.exists(null):
             self.store.put(null, self._encode([""])[0].to_bytes(self.text.padding))
         failed: list[FailedRow] = []
-        samples = self._samples(_distinct(self._captions(task.source)), task.rows, failed)
-        return write_shard(self.store, task.folder, task.stem, samples, failed, SCHEMA)
+        counts: Counter[str] = Counter()
+        samples = self._samples(_distinct(self._captions(task.source)), task.rows, failed, counts)
+        return write_shard(self.store, task.folder, task.stem, samples, failed, SCHEMA, counts=counts)
 
     def _captions(self, source: TextSource) -> Iterator[tuple[str, str, str]]:
         """(key, kind, caption) of every caption there is."""
@@ -81,9 +84,13 @@ class TextWorker:
             if synthetic.get(key):
                 yield key, SYNTHETIC, synthetic[key]
 
-    def _samples(self, uses: dict[str, list[tuple[str, str]]], rows: int, failed: list[FailedRow]) -> Iterator[Sample]:
+    def _samples(
+        self, uses: dict[str, list[tuple[str, str]]], rows: int, failed: list[FailedRow], counts: Counter[str]
+    ) -> Iterator[Sample]:
         offset = encoded = 0
         for captions in batched(uses, self.batch):
+            if cut := self.encoders.too_long(captions):
+                counts[TOO_LONG] += len(cut)
             for caption, features in zip(captions, self._encode(list(captions)), strict=True):
                 if not _finite(features):
                     failed += [

@@ -25,6 +25,7 @@ import ray
 from ray._private import ray_constants
 from ray.exceptions import RayActorError, RayError
 
+from sd3core.data.store import may_pass
 from sd3core.errors import UserError
 from workers.session_folders import scratch_folder, sessions_folder
 
@@ -132,7 +133,7 @@ def map_over_actors(
     Each actor loads once and has one task at a time. A task that raises, whose process dies or that stalls is tried
     again, up to settings.max_attempts, then given up with its reason (a UserError keeps its message). `report(outcome,
     done, total)` is called as each task ends; `watch(task, progress)` about once a second with what a busy worker
-    shows. Raises PoolFailed when no worker can be loaded, and at once when loading raises a UserError.
+    shows. Raises PoolFailed when no worker can be loaded, and at once when loading raises a UserError that stays.
     """
     if not tasks:
         return []
@@ -157,17 +158,24 @@ class _ActorHost:
 class _Answer:
     result: Any = None
     error: str | None = None
-    is_user_error: bool = False
+    stays: bool = False  # the error: no other worker and no other attempt would do better
+    of_the_process: bool = False  # the error: this worker may be of no use for other tasks either
 
 
 def _answer(work: Callable[[], Any]) -> _Answer:
     try:
         return _Answer(work())
     except UserError as error:
-        return _Answer(error=str(error), is_user_error=True)
+        return _Answer(error=str(error), stays=not may_pass(error))
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        return _Answer(error=f"{type(error).__name__}: {_one_line(error)} ({Path(place.filename).name}:{place.lineno})")
+        words = f"{type(error).__name__}: {_one_line(error)} ({Path(place.filename).name}:{place.lineno})"
+        return _Answer(error=words, of_the_process=of_the_process(error))
+
+
+def of_the_process(error: Exception) -> bool:
+    """Memory that has run out, and CUDA: after most of its errors a process can use the GPU no more, whatever it is asked."""
+    return isinstance(error, MemoryError) or "CUDA" in str(error)
 
 
 @dataclass
@@ -235,8 +243,11 @@ class _Pool(Generic[Task]):
             answer = _Answer(error=_one_line(error))
         loading, position = seat.task is None, seat.task
         if loading and answer.error is not None:
-            if answer.is_user_error:
+            if answer.stays:
                 raise PoolFailed(answer.error)
+            self._lost(seat, answer.error)
+            return
+        if answer.of_the_process:
             self._lost(seat, answer.error)
             return
         seat.pending, seat.task = None, None

@@ -200,7 +200,8 @@ def _look(store: Store, run: str, stage: ShardStage) -> _State:
         missing = list(stage.tasks[:1])  # its worker writes them
     newest = _manifest_or_none(store, stage.folder, None)
     candidates = [newest]
-    if note is not None and note.folder == stage.folder:
+    if note is not None and note.folder == stage.folder and newest is not None:
+        # Without a newest one the folder was taken back (--from-stage): shards made since are not those of an older one.
         candidates.append(_manifest_or_none(store, stage.folder, note.digest))
     standing = [manifest for manifest in candidates if manifest is not None]
     matching = [manifest for manifest in standing if _matches(manifest, stage)]

@@ -19,10 +19,14 @@ from pathlib import Path
 from sd3core.errors import DataError, with_mend
 from sd3core.recipe import Data
 
-# Files that a person calls images. Those that cannot be read (.heic, .svg) are rejected with a reason, not passed over.
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .png .webp .gif .bmp .tif .tiff .avif .ppm .heic .heif .svg".split())
+# Files that a person calls images. Those that cannot be read (in the second line) are rejected with a reason, not passed over.
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .tif .tiff .avif .ppm"
+    " .heic .heif .svg .ico .jxl .jp2 .psd .dng .cr2 .nef .arw".split()
+)
+CAPTION_SUFFIXES = (".txt", ".TXT")
 METADATA = "metadata.jsonl"
-NO_CAPTION = "no caption (name a captioner in caption.captioner)"
+NO_CAPTION = "no caption (put it in NAME.txt beside the image, or name a captioner in caption.captioner)"
 READ_THREADS = 8
 
 
@@ -160,8 +164,9 @@ def _image_item(root: Path, path: str, metadata: _Metadata, max_chars: int, capt
 
 
 def _text_beside(root: Path, path: str) -> str:
-    beside = (root / path).with_suffix(".txt")
-    if not beside.is_file():
+    image = root / path
+    beside = next(filter(Path.is_file, (image.with_suffix(suffix) for suffix in CAPTION_SUFFIXES)), None)
+    if beside is None:
         return ""
     if not _inside(root, beside):
         raise DataError("its caption file is a link that leads out of the folder; put the file itself in it")

@@ -71,7 +71,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     except UnidentifiedImageError:
-        raise DataError("not an image that can be read") from None
+        raise DataError("not an image that can be read (save it as JPEG or PNG)") from None
     except Image.DecompressionBombError:
         raise DataError(_too_many(max_pixels)) from None
     except Exception:  # plugins raise what they like on damaged headers

@@ -5,9 +5,10 @@ Every file is checked against the digest in its manifest before it is used.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from sd3core.conditioning import TextFeatures
 from sd3core.data.manifest import Manifest, ShardEntry
-from sd3core.data.plan import PlanTable
+from sd3core.data.plan import WINDOW_SHARDS, PlanTable
 from sd3core.data.shard_cache import ShardCache
 from sd3core.data.shards import read_index, read_samples, sample_id
 from sd3core.data.store import Store, StoreNotFound
@@ -31,7 +32,7 @@ from sd3core.errors import DataError
 Split = Literal["train", "held_out"]
 KINDS = ("original", "synthetic")
 INDEX_THREADS = 16
-DECODED_BYTES = 8 << 30  # of decoded shards in memory; a window of the plan's shards should fit
+DECODED_BYTES = 8e9  # of decoded shards in memory; a window of the plan's shards should fit
 NAMED = 5  # shards that an error names
 
 
@@ -94,10 +95,13 @@ class ShardReader:
         clip_tokens: int,
         t5_tokens: int,
         decoded_bytes: float = DECODED_BYTES,
+        warn: Callable[[str], None] = lambda message: None,
     ) -> None:
+        """`warn` hears once where the shards that a step draws from do not fit into `decoded_bytes`."""
         _check_line_up(latents, text, {"clip_tokens": clip_tokens, "t5_tokens": t5_tokens})
         self.store, self.latents, self.text, self.cache = store, latents, text, cache
         self.clip_tokens, self.t5_tokens, self.decoded_bytes = clip_tokens, t5_tokens, decoded_bytes
+        self._warn: Callable[[str], None] | None = warn
         self.shards = self._read_indexes()
         self._decoded: OrderedDict[int, Future[DecodedShard]] = OrderedDict()
         self._lock = threading.Lock()
@@ -182,8 +186,25 @@ class ShardReader:
             for position in list(done)[:-1]:
                 if total <= self.decoded_bytes:
                     break
-                total -= done[position]
+                if len(done) <= self._window:
+                    self._warn_of_a_small_cache(total / len(done))
+                total -= done.pop(position)
                 del self._decoded[position]
+
+    @property
+    def _window(self) -> int:
+        """The shards that a step draws from: the plan's window moves by less than one while they are read."""
+        return min(WINDOW_SHARDS + 1, len(self.shards))
+
+    def _warn_of_a_small_cache(self, shard_bytes: float) -> None:
+        if self._warn is not None:
+            needed = math.ceil(self._window * shard_bytes / 1e8) / 10
+            self._warn(
+                f"a step draws from {self._window} shards of {shard_bytes / 1e9:.3g} GB, and compute.decoded_gb"
+                f" {self.decoded_bytes / 1e9:.3g} holds fewer, so that each is decoded again in every step: set it to"
+                f" {needed:.1f}, or take fewer data.rows_per_shard"
+            )
+            self._warn = None
 
     def _read_indexes(self) -> list[ShardRows]:
         by_number = {shard.number: shard for shard in self.text.shards}

@@ -92,12 +92,13 @@ def write_shard(
     failed: list[FailedRow],
     schema: pa.Schema | None = None,
     count_by: str | None = None,
+    counts: dict[str, int] | None = None,
 ) -> DoneRecord:
     """Writes FOLDER/STEM.tar, STEM.index.parquet, then STEM.done.json.
 
-    `samples` may append to `failed` while it is iterated. `schema` fixes the index's own columns (needed where a shard
-    can be empty). `count_by` names an index column whose values are counted into the record's `extra`. A sample without
-    files is an index row only; its `row` says where its bytes are.
+    `samples` may append to `failed`, and count in `counts`, while it is iterated. `schema` fixes the index's own columns
+    (needed where a shard can be empty). The record's `extra`: `counts`, and of the index column `count_by` how often each
+    value stands there. A sample without files is an index row only; its `row` says where its bytes are.
     """
     rows: list[dict[str, Any]] = []
     written: set[str] = set()
@@ -115,8 +116,8 @@ def write_shard(
     index = _parquet_bytes(_index_table(rows, schema))
     store.put(f"{folder}/{stem}{INDEX}", index)
     files = {".tar": digest, INDEX: hashlib.sha256(index).hexdigest()}
-    counts = _count(rows, count_by) if count_by else {}
-    return _finish(store, folder, stem, len(rows), failed, size + len(index), files, digest, counts)
+    extra = {**(counts or {}), **(_count(rows, count_by) if count_by else {})}
+    return _finish(store, folder, stem, len(rows), failed, size + len(index), files, digest, extra)
 
 
 def write_table(store: Store, folder: str, stem: str, table: pa.Table, failed: list[FailedRow]) -> DoneRecord:

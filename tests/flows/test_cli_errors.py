@@ -87,6 +87,27 @@ def test_an_error_of_the_user_is_one_line_and_exit_code_1(sd3, arguments, messag
     assert "Traceback" not in out + err
 
 
+def test_brackets_in_what_is_printed_are_no_markup(capsys):
+    commands._say("/home/My Photos [raw]/[/x]")
+    assert capsys.readouterr().out == "/home/My Photos [raw]/[/x]\n"
+
+
+def test_what_cannot_be_written_at_the_end_is_told_before_the_work(sd3, tmp_path):
+    for wrong in (tmp_path, tmp_path / "none" / "x.json"):
+        assert sd3("bench", "model", "--json", str(wrong))[2] == f"sd3: --json {wrong}: name a file in a folder that exists\n"
+    (tmp_path / "file").write_text("")
+    assert sd3("photographs", str(tmp_path / "file"))[2] == f"sd3: {tmp_path}/file: File exists; name another, or move what is there\n"
+
+
+def test_a_prefect_server_that_is_not_there_is_named(sd3, tmp_path):
+    own = (home.PROJECT / "infra/recipes/tiny-test.yaml").read_text().replace("name: tiny-test\n", "name: own\n", 1)
+    (tmp_path / "own.yaml").write_text(own)
+    command = [*SD3, "deploy", str(tmp_path / "own.yaml"), "--api", "http://127.0.0.1:9/api"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("sd3: --api http://127.0.0.1:9/api: no Prefect server that takes deployments answers there (")
+
+
 def test_a_file_of_prompts_has_one_on_each_line(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("\ufeffa red circle\n\n  ein grüner Kreis \r\n", encoding="utf-8")
@@ -107,7 +128,8 @@ def test_where_other_runs_are_finished_they_are_named(sd3, tmp_path):
     assert sd3("sample", "a circle", "--run", "other")[2] == f"sd3: run other is not finished here; {finished}"
     assert sd3("sample", "a circle", "-r", "small")[2] == f"sd3: recipe small is not finished here; {finished}"
     _, _, err = sd3("sample", "a circle", "-r", "tiny-test")  # its data are gone, or its settings changed
-    assert "run `.venv/bin/prefect deployment run 'towers/tiny-test'` first" in err
+    makes = "`.venv/bin/sd3 demo --recipe tiny-test` with the same --set makes all that is missing"
+    assert f"towers is not finished for this recipe and its settings; {makes}, the deployment 'towers/tiny-test' this alone" in err
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 from prefect.client.schemas.objects import StateType
+from rich.console import Console
 
 from flows import demo, previews
 from flows.demo import folder_overrides, sample_command
 from flows.runs import GONE
+from flows.services import ServiceError, Services
+from flows.session import RunBusyError, run_lock
 from flows.terminal import RunView, StageView
 from sd3core.errors import DataError
 from sd3core.recipe_file import load_recipe
@@ -27,6 +30,8 @@ def test_a_users_folder_becomes_a_recipe_of_its_own(tmp_path):
     assert recipe.run.startswith("my-photos-2026-raw-x-")
     assert recipe.caption.captioner == "none"  # the drawn world's captioner reads drawn scenes only
     assert recipe.pretrain == load_recipe("tiny-test").pretrain
+    assert (recipe.text.clip_tokens, recipe.text.t5_tokens) == (32, 32)  # what people write is longer than the drawn world's
+    assert not [override for override in folder_overrides(load_recipe("sd3-2b"), folder) if override.startswith("text.")]
 
 
 def test_folders_of_one_name_do_not_meet(tmp_path):
@@ -87,6 +92,30 @@ def test_a_users_own_caption_is_the_prompt(monkeypatch, tmp_path, captions, prom
     monkeypatch.setattr(previews, "preview_captions", lambda recipe, store: shown)
     assert demo._example_prompt(on_folder("tiny-test", tmp_path), None) == prompt
     assert demo._example_prompt(load_recipe("tiny-test"), None) == demo.EXAMPLE_PROMPT
+
+
+def test_a_run_that_does_not_start_in_time_is_one_line(monkeypatch, tmp_path):
+    prefect = tmp_path / "python"
+    prefect.write_text("#!/bin/sh\nexec sleep 60\n")
+    prefect.chmod(0o700)
+    monkeypatch.setattr(demo.sys, "executable", str(prefect))
+    monkeypatch.setattr(demo, "START_SECONDS", 0.5)
+    with pytest.raises(ServiceError, match="^`prefect deployment run pipeline/mini` did not end within 0.5 s; the same command"):
+        demo.start_run("pipeline/mini", [], Console(quiet=True))
+
+
+def test_a_stage_is_not_made_again_while_something_works_on_the_run(monkeypatch, tmp_path):
+    """A stage's own deployment may: its checkpoints would be gone when it next looks for them."""
+    monkeypatch.setenv("SD3_HOME", str(tmp_path))
+    monkeypatch.setattr(demo, "up", lambda say: Services(port=1))
+    monkeypatch.setattr(demo, "_run_at_work", lambda *_: None)
+    recipe = load_recipe("tiny-test")
+    store = demo.run_store(recipe)
+    done = f"runs/{recipe.run}/checkpoints/pretrain/aaaa/000000000096/DONE.json"
+    store.put(done, b"{}")
+    with run_lock(store.url, recipe.run), pytest.raises(RunBusyError, match="^run tiny-test: process "):
+        demo.demo("tiny-test", None, [], Console(quiet=True), "pretrain")
+    assert store.exists(done)
 
 
 def test_the_sample_command_can_be_pasted():

@@ -53,6 +53,12 @@ def test_put_off_is_heard_at_the_end():
         pass
 
 
+def test_what_it_leaves_is_said_as_it_is():
+    listen("stopped; the services stay")
+    with pytest.raises(Interrupted, match="^stopped; the services stay$"):
+        press()
+
+
 def test_unheard_is_not_heard():
     with unheard():
         press()

@@ -4,12 +4,14 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
 
-from flows import services
+from flows import home, services
 from flows.services import Process, ServiceError, Services
 
 
@@ -75,6 +77,58 @@ def test_services_that_do_not_answer_are_named_with_the_mend():
     Services(port=1).save()  # nobody listens there
     with pytest.raises(ServiceError, match="not running; start them with `.venv/bin/sd3 up`$"):
         services.require()
+
+
+@pytest.fixture
+def strangers_server():
+    """Another program, or another installation's server, that answers as healthy."""
+
+    class Healthy(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+def test_a_server_of_somebody_else_on_the_remembered_port_is_not_taken_for_ours(monkeypatch, child, strangers_server):
+    assert services.server_answers(Services(strangers_server, server=Process.of(child.pid)))
+    child.kill()
+    child.wait()
+    monkeypatch.setitem(sys.modules, "flows.runs", None)  # whoever asks that server for runs fails
+    Services(strangers_server, server=Process(child.pid, 1.0)).save()
+    with pytest.raises(ServiceError, match="not running"):
+        services.require()
+    said = []
+    services.down(said.append)
+    assert said == ["worker: was not running", "server: was not running"]
+
+
+def test_a_worker_that_asks_at_a_port_that_was_lost_is_stopped(monkeypatch, child, strangers_server):
+    monkeypatch.setattr(services, "_spawn", lambda arguments, found, name: Process(1, 1.0))
+    monkeypatch.setattr(services, "_wait", lambda *_: None)
+    found, said = Services(strangers_server, worker=Process.of(child.pid), deployed="abc"), []
+    services._start_server(found, said.append)
+    assert found.port != strangers_server and not found.deployed and not found.worker.alive()
+    assert said[0] == f"port {strangers_server} is taken by another program; the server takes {found.port}"
+    assert said[1].startswith("worker: stopped, since it asks at the port before")
+
+
+def test_a_second_command_says_what_it_waits_for(own_home):
+    said = []
+    with home.one_at_a_time("up", said.append):
+        other = threading.Thread(target=lambda: home.one_at_a_time("up", said.append).__enter__())
+        other.start()
+        other.join(0.5)
+        assert said == [f"waiting for another command, which holds {own_home}/up.lock"] and other.is_alive()
+    other.join(10)
+    assert not other.is_alive()
 
 
 def test_stopping_ends_the_descendants_too():

@@ -29,11 +29,11 @@ def drawn(monkeypatch, tmp_path):
     monkeypatch.setattr(sample, "fetch_towers", lambda store, folder, cache: folder)
     asked: dict[str, object] = {}
     screen = io.StringIO()
-    monkeypatch.setattr(commands, "console", Console(file=screen, force_terminal=True, width=100))
+    monkeypatch.setattr(commands, "console", Console(file=screen, force_terminal=True, width=100, markup=False))
 
-    def draw(checkpoint, towers, draws, out, *, on_step, on_unknown_words, **options):
+    def draw(checkpoint, towers, draws, out, *, on_step, on_note, **options):
         asked.update(checkpoint=checkpoint, towers=towers, draws=list(draws), out=out, **options)
-        on_unknown_words(["[grüner]", "Kreis"])
+        on_note("the text encoders do not know, only spell: [grüner], Kreis")
         for done in range(9):
             on_step(done, 8)
         return [out / "00000.png"]

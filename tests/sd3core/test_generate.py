@@ -14,9 +14,9 @@ from sd3core.checkpoint import CheckpointDone, load_model, save_model
 from sd3core.checkpoint_facts import CheckpointFacts, read_facts
 from sd3core.conditioning import ENCODERS, assemble
 from sd3core.data.store import open_store
-from sd3core.errors import CheckpointError, UserError
+from sd3core.errors import CheckpointError, UserError, described_os_error
 from sd3core.formulations import find_formulation
-from sd3core.generate import Generator, grid_columns, sample_to_files
+from sd3core.generate import Generator, grid_columns, prompt_notes, sample_to_files
 from sd3core.mmdit import MMDiT, MMDiTConfig, make_model
 from sd3core.mmdit.architectures import CONFIGS
 from sd3core.pictures import read_settings
@@ -177,6 +177,34 @@ def test_steps_are_counted_over_all_batches(generator):
     seen = []
     generator.sample(PROMPTS, [0, 1, 2], SETTINGS, batch=2, on_step=lambda done, total: seen.append((done, total)))
     assert seen == [(i, 6) for i in range(7)]
+
+
+def test_what_was_drawn_before_a_stop_is_there(checkpoint, towers_folder, tmp_path):
+    def stop(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    draws = [(prompt, 0) for prompt in PROMPTS]
+    with pytest.raises(KeyboardInterrupt):
+        sample_to_files(checkpoint, towers_folder, draws, tmp_path, batch=1, num_steps=2, on_step=stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["00000.png"]
+    assert read_settings((tmp_path / "00000.png").read_bytes())["prompt"] == PROMPTS[0]
+
+
+def test_a_file_where_the_folder_is_to_be_is_told_before_anything_is_loaded(checkpoint, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(FileExistsError) as error:
+        sample_to_files(checkpoint, "/none", [("x", 0)], tmp_path / "out")
+    assert described_os_error(error.value) == f"{tmp_path}/out: File exists; name another, or move what is there"
+
+
+def test_what_the_encoders_do_not_take_in_is_told(generator):
+    notes = [*prompt_notes(generator.encoders, ["zq" * 300 + " 東京", "a red bar"], ())]
+    assert [note.partition(":")[0] for note in notes] == [
+        "the text encoders do not know, only spell",
+        "longer than all text encoders read, its end says nothing",
+    ]
+    assert all(len(note) < 300 for note in notes)
 
 
 def test_files_carry_their_settings(checkpoint, towers_folder, tmp_path):

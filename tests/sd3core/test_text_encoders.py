@@ -168,6 +168,19 @@ def test_words_that_no_caption_had_are_named(towers_folder: Path):
     assert own.unknown_words(prompts, drop=("clip_l", "clip_g", "t5")) == []
 
 
+def test_a_prompt_is_too_long_when_no_encoder_in_use_reads_its_end(towers_folder: Path, recwarn):
+    own = load_text_encoders(towers_folder, Text(clip_tokens=12, t5_tokens=10))
+    prompts = ["a red square", "a red square " * 40, "a red square"]
+    assert own.too_long(prompts) == [prompts[1]]
+    longest = next(n for n in range(1, 40) if own.too_long(["red " * n])) - 1
+    ids = [own.tokenizers[name]("red " * longest).input_ids for name in own.tokens]
+    assert any(len(found) <= own.tokens[name] for found, name in zip(ids, own.tokens, strict=True))
+    wide = load_text_encoders(towers_folder, Text(clip_tokens=12, t5_tokens=512))
+    assert wide.too_long(prompts) == []  # T5 has read it
+    assert wide.too_long(prompts, drop=("t5",)) == [prompts[1]]
+    assert wide.too_long(prompts, drop=("clip_l", "clip_g", "t5")) == []
+
+
 def test_a_wide_vocabulary_knows_words_it_never_saw_whole(towers_folder: Path):
     """As the released ones: longer words fall into pieces of several letters."""
     own = load_text_encoders(towers_folder, TEXT)

@@ -22,7 +22,7 @@ from sd3core.data.shards import Sample, read_done, read_table, write_shard
 from sd3core.data.store import open_store
 from sd3core.errors import DataError
 from sd3core.recipe import Caption
-from workers.caption import CaptionWorker
+from workers.caption import TOO_MANY_FAILED, CaptionWorker
 from workers.inputs import InputShard
 from workers.shard_stage import ShardTask
 
@@ -120,6 +120,30 @@ def test_worker_writes_model_and_prompt_and_names_what_failed(vlm_folder, tmp_pa
     assert failed["k3"] == "captioner: it wrote nothing"
     assert "broken" in failed and record.rows == 3
     assert sizes == [2, 2, 1, 1, 1]  # the batch that failed was tried one by one
+
+
+def test_a_captioner_that_fails_on_every_image_is_an_error_and_no_shard(vlm_folder, tmp_path, monkeypatch):
+    """Else training would go on without captions, and only a warning would say so."""
+    store = open_store(str(tmp_path))
+    caption = Caption(captioner="vision_language_model", model=str(vlm_folder), max_new_tokens=4, batch=4)
+    worker = CaptionWorker(store.url, caption, 10**6, "cpu")
+    pictures = {f"k{i}": png(image) for i, image in enumerate(noise_images(TOO_MANY_FAILED))}
+
+    def broken(batch):
+        raise TypeError("no such argument")
+
+    monkeypatch.setattr(worker, "captioner", broken)
+    task = raw_shard(store, pictures)
+    with pytest.raises(DataError, match="^no image of 8 got a caption, the last: captioner: no such argument$"):
+        worker(task)
+
+    def without_memory(batch):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(worker, "captioner", without_memory)
+    with pytest.raises(RuntimeError, match="^CUDA out of memory"):  # not the image's fault: another worker tries
+        worker(raw_shard(store, {"one": png(noise_images(1)[0])}))
+    assert not [entry for entry in store.list("captions")]
 
 
 def test_the_real_model_fills_a_shard(vlm_folder, tmp_path):

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import ray
 
-from sd3core.errors import StoreError
+from sd3core.errors import DataError, StoreError
 from sd3core.recipe import Compute
 from workers.pool import PoolFailed, PoolSettings, map_over_actors, start_ray
 
@@ -43,7 +43,10 @@ class Worker:
             self.log.write_text("")
             os.kill(os.getpid(), signal.SIGKILL)
         if load == "user error":
-            raise StoreError("no such folder: towers/x")
+            raise DataError("no such folder: towers/x")
+        if load == "away once" and not self.log.exists():
+            self.log.write_text("")
+            raise StoreError("s3://b: cannot be reached")
         if load == "bug":
             raise ZeroDivisionError("one over nothing")
 
@@ -58,6 +61,10 @@ class Worker:
             raise StoreError(f"shard {name} cannot be read")
         if action == "bug":
             raise KeyError("width")
+        if action == "no gpu":
+            raise RuntimeError(f"CUDA error: an illegal memory access was encountered, {os.getpid()}")
+        if action == "who":
+            return str(os.getpid())
         if action == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if action == "die once" and name not in lines:
@@ -127,6 +134,17 @@ def test_workers_that_never_load_are_one_clear_error(tmp_path, load, message):
 def test_a_user_error_while_loading_ends_at_once_with_its_message(tmp_path):
     with pytest.raises(PoolFailed, match="^no such folder: towers/x$"):
         run(tmp_path, [("a", "")], load="user error")
+
+
+def test_a_store_that_is_away_while_a_worker_loads_is_asked_again(tmp_path):
+    assert run(tmp_path, [("a", "")], PoolSettings(actors=1), load="away once")[0].result == "A1"
+
+
+def test_a_worker_whose_gpu_is_lost_is_replaced(tmp_path):
+    """It would fail at every task that it takes, faster than the others work."""
+    outcomes = run(tmp_path, [("x", "no gpu"), ("y", "who")], PoolSettings(actors=1, max_attempts=1))
+    assert outcomes[0].error.startswith("RuntimeError: CUDA error: an illegal memory access")
+    assert outcomes[1].result not in outcomes[0].error.split()
 
 
 def test_a_stalled_task_is_given_up_but_one_that_progresses_is_not(tmp_path):

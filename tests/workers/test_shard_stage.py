@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 
 import pytest
 import ray
@@ -91,6 +92,20 @@ def test_first_run_then_nothing_to_do_then_only_what_is_missing(store):
     store.delete(f"{manifest.folder}/NULL.safetensors")  # a lost file that the stage needs brings one shard back
     assert run(store, a_stage()).made == 1
     assert attempts(store)["00000"] == 2
+
+
+def test_shards_that_were_made_again_before_a_kill_are_those_of_the_next_manifest(store):
+    """`--from-stage` takes the markers; the killed attempt had made one shard, with other bytes than before."""
+    first = run(store, a_stage())
+    for entry in store.list(first.manifest.folder):
+        if entry.path.endswith((".done.json", "/MANIFEST.json")):
+            store.delete(entry.path)
+    task = a_stage().tasks[0]
+    made = Worker(store.url)(replace(task, rows=5))
+    again = run(store, a_stage())
+    manifest = read_manifest(store, first.manifest.folder, again.manifest.digest)
+    assert (again.made, again.skipped, again.rows) == (3, False, 14)
+    assert (manifest.shards[0].digest, manifest.shards[0].rows) == (made.digest, 5)
 
 
 def test_a_changed_field_is_named_and_going_back_costs_nothing(store):

@@ -69,18 +69,24 @@ def newest_attempt(store: Store, folder: str) -> int:
 def last_whole_checkpoint(
     store: Store, folder: str, warn: Callable[[str], None] = lambda message: None
 ) -> CheckpointRef | None:
-    """The last finished checkpoint whose files all stand; `warn` hears of later ones that are passed over."""
+    """The last finished checkpoint whose files all stand whole; `warn` hears of later ones that are passed over."""
     for ref in reversed(list_checkpoints(store, folder)):
-        missing = _missing_files(store, ref.folder, read_done(store, ref.folder))
-        if not missing:
+        damaged = _damaged_files(store, ref.folder, read_done(store, ref.folder))
+        if not damaged:
             return ref
-        warn(f"{store.uri(ref.folder)}: {missing[0]} is missing; going on from an earlier checkpoint")
+        warn(f"{store.uri(ref.folder)}: {damaged[0]}; going on from an earlier checkpoint")
     return None
 
 
-def _missing_files(store: Store, folder: str, done: CheckpointDone) -> list[str]:
-    standing = {entry.path for entry in store.list(f"{folder}/")}
-    return sorted(name for name in done.files if f"{folder}/{name}" not in standing)
+def _damaged_files(store: Store, folder: str, done: CheckpointDone) -> list[str]:
+    """By name and size, which a listing has."""
+    standing = {entry.path: entry.size for entry in store.list(f"{folder}/")}
+    sizes = {name: (standing.get(f"{folder}/{name}"), record.bytes) for name, record in sorted(done.files.items())}
+    return [
+        f"{name} is missing" if size is None else f"{name} has {size:,} bytes instead of {expected:,}"
+        for name, (size, expected) in sizes.items()
+        if size != expected
+    ]
 
 
 def save_checkpoint(
@@ -155,7 +161,7 @@ def _take_back_unless_whole(store: Store, folder: str, attempt: int) -> None:
         done = read_done(store, folder)
     except CheckpointError:  # the newer attempt took it back
         return
-    if done.attempt == attempt and _missing_files(store, folder, done):
+    if done.attempt == attempt and _damaged_files(store, folder, done):
         store.delete(f"{folder}/{DONE_FILE}")
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from sd3core import allocator
 from sd3core.checkpoint import METRICS_FILE, list_checkpoints
-from sd3core.data.store import StoreNotFound, open_store
-from sd3core.errors import StoreError, UserError
+from sd3core.data.store import may_pass, open_store
+from sd3core.errors import UserError
 from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
 from sd3core.recipe import Compute
 from workers.pool import start_ray
@@ -67,7 +67,7 @@ def train(
     if stands < job.samples_at(job.total_steps):
         with start_ray(compute):
             _check_resources(compute)
-            warnings = _Supervisor(job, compute, report, tell, stands).run(open_loader)
+            warnings = _supervise(job, compute, report, tell, stands, open_loader)
         if _samples_that_stand(job) < job.samples_at(job.total_steps):
             raise TrainingFailed(f"{job.phase}: the ranks ended before the last checkpoint was written")
     store = open_store(job.store)
@@ -81,6 +81,21 @@ def train(
         warnings=list(dict.fromkeys(stored + warnings)),
         metrics=[f"{folder}/{METRICS_FILE}" for folder in folders],
     )
+
+
+def _supervise(
+    job: TrainingJob, compute: Compute, report: ProgressCallback, tell: NewsCallback, stands: int, open_loader: Any
+) -> list[str]:
+    """Ray Train counts failures from the phase's beginning. Here those since the last checkpoint count: a phase of weeks loses
+    more ranks than a bad start may.
+    """
+    while True:
+        try:
+            return _Supervisor(job, compute, report, tell, stands).run(open_loader)
+        except RanksFailed:
+            before, stands = stands, _samples_that_stand(job)
+            if stands <= before:
+                raise
 
 
 def _samples_that_stand(job: TrainingJob) -> int:
@@ -224,19 +239,14 @@ def _run_rank(job: TrainingJob, compute: Compute, desk: Any, open_loader: Any) -
         device = ray.train.torch.get_device()
         torch.cuda.set_device(device)
     threads = _threads(compute)
-    place = Place(context.get_world_rank(), context.get_world_size(), device, threads, compute.cache_gb * 1e9)
+    place = Place(context.get_world_rank(), context.get_world_size(), device, threads, compute.cache_gb * 1e9, compute.decoded_gb * 1e9)
     try:
         train_rank(job, place, _DeskWatcher(desk), open_loader)
     except UserError as error:
-        if not a_restart_may_mend(error):  # the desk is told before Ray Train hears of it
+        if not may_pass(error):  # the desk is told before Ray Train hears of it
             ray.get(desk.fail.remote(isinstance(error, TrainingSuperseded), str(error)))
             time.sleep(HELD_S)  # the driver ends this rank meanwhile; failing at once, Ray Train would try again first
         raise
-
-
-def a_restart_may_mend(error: UserError) -> bool:
-    """True for a store that cannot be reached just now; what it does not hold will not come by waiting."""
-    return isinstance(error, StoreError) and not isinstance(error, StoreNotFound)
 
 
 class _DeskWatcher:
@@ -266,6 +276,10 @@ class _DeskWatcher:
         self._desk.warn.remote(message)
 
 
+class RanksFailed(TrainingFailed):
+    """Ray Train gave up after compute.max_restarts."""
+
+
 class _Supervisor:
     """The driver's side: shows what the desk hears, and ends everything on a fatal word, a stall or an interrupt."""
 
@@ -287,7 +301,7 @@ class _Supervisor:
             news = self._watch(desk, finished)
             reason = ray.get(finished)
             if reason is not None:
-                raise TrainingFailed(
+                raise RanksFailed(
                     f"{self.job.phase}: the ranks failed {self.compute.max_restarts + 1} times"
                     f" (compute.max_restarts {self.compute.max_restarts}); last: {reason}"
                 )
@@ -295,6 +309,8 @@ class _Supervisor:
             return self._warnings(news)
         except RayActorError:
             raise TrainingFailed(f"{self.job.phase}: Ray Train's own process died") from None
+        except RayTaskError as error:  # of the process that Ray Train runs in, as a disk without room for its own files
+            raise TrainingFailed(f"{self.job.phase}: {str(error).strip().splitlines()[-1]}") from None
         finally:
             _end(desk, finished, label)
 

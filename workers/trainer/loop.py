@@ -68,6 +68,7 @@ class Place:
     device: torch.device
     threads: int
     cache_bytes: float = 2e9  # of stored shards, on this machine
+    decoded_bytes: float = 8e9  # of decoded shards, in this rank's memory
 
 
 class Watcher(Protocol):

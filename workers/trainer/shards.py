@@ -16,7 +16,8 @@ def open_shards(job: TrainingJob, store: Store, place: Place, warn: Warn) -> Bat
     latents = read_manifest(store, job.latents.folder, job.latents.digest)
     text = read_manifest(store, job.text_features.folder, job.text_features.digest)
     cache = ShardCache(store, shards_cache(), place.cache_bytes)
-    reader = ShardReader(store, latents, text, cache, clip_tokens=job.text.clip_tokens, t5_tokens=job.text.t5_tokens)
+    tokens = {"clip_tokens": job.text.clip_tokens, "t5_tokens": job.text.t5_tokens}
+    reader = ShardReader(store, latents, text, cache, **tokens, decoded_bytes=place.decoded_bytes, warn=warn)
     table, without_caption = reader.table("train")
     if without_caption:
         warn(f"{without_caption} images have no caption and are left out of training")

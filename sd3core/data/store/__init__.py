@@ -5,12 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import unquote
 
-from sd3core.data.store.contract import PARTIAL, Store, StoreEntry, StoreNotFound, canonical_json
+from sd3core.data.store.contract import PARTIAL, Store, StoreEntry, StoreNotFound, canonical_json, may_pass
 from sd3core.data.store.files import FileStore
 from sd3core.data.store.s3 import S3Store
 from sd3core.errors import StoreError
 
-__all__ = ["PARTIAL", "FileStore", "S3Store", "Store", "StoreEntry", "StoreNotFound", "canonical_json", "open_store"]
+__all__ = [
+    "PARTIAL",
+    "FileStore",
+    "S3Store",
+    "Store",
+    "StoreEntry",
+    "StoreNotFound",
+    "canonical_json",
+    "may_pass",
+    "open_store",
+]
 
 
 def open_store(url: str) -> Store:

@@ -21,6 +21,11 @@ class StoreNotFound(StoreError):
     """An object that the store does not hold."""
 
 
+def may_pass(error: Exception) -> bool:
+    """True for a store that cannot be reached just now; what it does not hold will not come by waiting."""
+    return isinstance(error, StoreError) and not isinstance(error, StoreNotFound)
+
+
 @dataclass(frozen=True, order=True)
 class StoreEntry:
     path: str

@@ -88,7 +88,7 @@ class FileStore(Store):
         except NotADirectoryError:
             return
         except OSError as error:
-            raise StoreError(f"{self.uri(path)}: cannot be deleted: {error.strerror or error}") from None
+            raise StoreError(f"{self.uri(path)}: cannot be deleted: {with_mend(error)}") from None
 
     def remove_abandoned(self, prefix: str) -> None:
         for folder, _, names in os.walk(self.root / checked(prefix.rstrip("/"))):
@@ -99,7 +99,7 @@ class FileStore(Store):
 
     def _cannot_list(self, error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):  # those are folders without objects
-            raise StoreError(f"{self.url}: {error.filename} cannot be listed: {error.strerror}") from None
+            raise StoreError(f"{self.url}: {error.filename} cannot be listed: {with_mend(error)}") from None
 
     @contextmanager
     def _reading(self, path: str) -> Iterator[None]:

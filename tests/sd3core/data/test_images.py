@@ -107,9 +107,9 @@ ANIMATED = "animated, or several pictures in one file; save the one you want as 
 NOISE = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
 REJECTED = {
     "empty": (b"", "empty file"),
-    "text": (b"not an image", "not an image that can be read"),
-    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image that can be read"),
-    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image that can be read"),
+    "text": (b"not an image", "not an image that can be read (save it as JPEG or PNG)"),
+    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image that can be read (save it as JPEG or PNG)"),
+    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image that can be read (save it as JPEG or PNG)"),
     "truncated_png": (_encoded(Image.fromarray(NOISE))[:4000], "truncated or damaged image"),
     "truncated_jpeg": (_encoded(Image.fromarray(NOISE), "JPEG")[:900], "truncated or damaged image"),
     "too_large": (_encoded(Image.new("L", (101, 100))), "more than 10,000 pixels (data.max_image_pixels)"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd3core.data.folder_source import cut_at_word, holds_nothing, image_key, one_line
+from sd3core.data.folder_source import NO_CAPTION, cut_at_word, holds_nothing, image_key, one_line
 from sd3core.data.images import decode_image
 from sd3core.data.ingest import FolderChanged, IngestWorker, list_source
 from sd3core.data.shards import is_held_out, read_index, read_samples, shard_stem
@@ -115,10 +115,10 @@ def test_every_reject_is_named_with_its_reason(folder, file_store, tmp_path):
     rows, failed, _ = _ingest(file_store, _data(folder, max_image_pixels=8000), captions_needed=True)
     assert sorted(rows) == ["good.png", "inner.png"]
     assert failed == {
-        "plain.png": "no caption (name a captioner in caption.captioner)",
+        "plain.png": NO_CAPTION,
         "empty.jpg": "empty file",
-        "text.jpg": "not an image that can be read",
-        "drawing.svg": "not an image that can be read",
+        "text.jpg": "not an image that can be read (save it as JPEG or PNG)",
+        "drawing.svg": "not an image that can be read (save it as JPEG or PNG)",
         "cut.png": "truncated or damaged image",
         "small.png": "a side is shorter than 32 px (data.min_side_px)",
         "large.png": "more than 8,000 pixels (data.max_image_pixels)",
@@ -183,7 +183,7 @@ def test_nothing_is_what_has_neither_an_image_nor_a_reason(folder, tmp_path):
 
 @pytest.mark.parametrize("content, why", [
     ({}, "it holds no image file"),
-    ({"a.jpg": b"", "b.jpg": b"x", "c.jpg": b"y"}, "2 rejected: not an image that can be read; 1 rejected: empty file"),
+    ({"a.jpg": b"", "b.jpg": b"x", "c.jpg": b"y"}, "2 rejected: not an image that can be read (save it as JPEG or PNG); 1 rejected: empty file"),
 ])  # fmt: skip
 def test_a_folder_without_a_usable_image_is_an_error_of_one_line(folder, content, why):
     for name, data in content.items():
@@ -317,9 +317,7 @@ def test_captions_of_every_kind(folder, file_store):
     rows, failed, files = _ingest(file_store, _data(folder), captions_needed=True)
     captions = {name.removesuffix(".png"): row["caption"] for name, row in rows.items()}
     assert captions == kept | {"long": ("word " * 400).strip(), "controls": "a[2J b"}
-    assert failed == dict.fromkeys(
-        ("nothing.png", "spaces.png", "invisible.png"), "no caption (name a captioner in caption.captioner)"
-    )
+    assert failed == dict.fromkeys(("nothing.png", "spaces.png", "invisible.png"), NO_CAPTION)
     for row in rows.values():
         assert json.loads(files[row["key"]]["json"])["caption"] == row["caption"]
     cut = {item.name for shard in list_source(_data(folder), 0) for item in shard.items if item.cut}

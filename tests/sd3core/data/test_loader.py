@@ -142,11 +142,18 @@ def test_a_shard_is_decoded_once_and_memory_is_bounded(file_store, tmp_path, mon
     [thread.join() for thread in threads]
     assert decoded == {0: 1, 1: 1, 2: 1} and len(reader._decoded) == 3
     one = reader.decoded(0).bytes
-    small = _reader(file_store, data_set, tmp_path, decoded_bytes=1.5 * one)
+    warned = []
+    small = _reader(file_store, data_set, tmp_path, decoded_bytes=1.5 * one, warn=warned.append)
     for position in (0, 1, 2, 0):
         assert small.decoded(position).keys[0] == made.key_of(position, 0)
         assert len(small._decoded) == 1
     assert decoded[0] == 3 and decoded[1] == 2
+    [warning] = warned
+    assert warning.startswith(f"a step draws from {len(small.shards)} shards of {one / 1e9:.3g} GB, and compute.decoded_gb")
+    assert warning.endswith("set it to 0.1, or take fewer data.rows_per_shard")
+    for position in range(len(small.shards)):
+        reader.decoded(position)
+    assert len(warned) == 1
 
 
 def test_a_failure_while_fetching_ahead_does_not_stop_a_step(file_store, tmp_path, monkeypatch):

@@ -101,9 +101,16 @@ def test_a_checkpoint_whose_files_are_gone_is_passed_over(job):
     attempt = begin_attempt(store, job.folder)
     first, second = (write(store, job, attempt, step) for step in (4, 8))
     [name] = read_done(store, second).rank_files
+    whole = store.get(f"{second}/{name}")
     store.delete(f"{second}/{name}")
     warnings: list[str] = []
     assert last_whole_checkpoint(store, job.folder, warnings.append).folder == first
     assert warnings == [f"{store.uri(second)}: {name} is missing; going on from an earlier checkpoint"]
+    store.put(f"{second}/{name}", whole[:-8])
+    assert last_whole_checkpoint(store, job.folder, warnings.append).folder == first
+    assert f"{name} has {len(whole) - 8:,} bytes instead of {len(whole):,}; going on from an earlier" in warnings[1]
+    store.put(f"{second}/{name}", whole)
+    assert last_whole_checkpoint(store, job.folder).folder == second
+    store.delete(f"{second}/{name}")
     store.delete(f"{first}/{DONE_FILE}")
     assert last_whole_checkpoint(store, job.folder) is None

@@ -14,13 +14,13 @@ from fake_training import FakeLoader, make_job
 from ray import cloudpickle
 
 from sd3core.checkpoint import assemble, list_checkpoints
-from sd3core.data.store import StoreNotFound, open_store
+from sd3core.data.store import StoreNotFound, may_pass, open_store
 from sd3core.errors import DataError, StoreError
 from sd3core.recipe import Compute
 from workers.pool import start_ray
-from workers.trainer import TrainingFailed, train
+from workers.trainer import TrainingFailed, launch, train
 from workers.trainer.checkpointing import read_metrics
-from workers.trainer.launch import a_restart_may_mend
+from workers.trainer.launch import RanksFailed
 
 for module in (fake_training, sys.modules[__name__]):  # ranks do not have the tests on their path
     cloudpickle.register_pickle_by_value(module)
@@ -131,10 +131,29 @@ def test_an_error_of_the_user_is_not_tried_again(tmp_path):
     assert len(store.list(f"{job.folder}/attempts/")) == 1 and list_checkpoints(store, job.folder) == []
 
 
+@pytest.mark.parametrize("stand", [[32, 64, 64], [0]])
+def test_restarts_are_counted_from_the_last_checkpoint(monkeypatch, tmp_path, stand):
+    """Ray Train's own count is of the whole phase."""
+    began, standing = [], iter(stand)
+
+    class GivesUp:
+        def __init__(self, job, compute, report, tell, stands):
+            began.append(stands)
+
+        def run(self, open_loader):
+            raise RanksFailed("pretrain: the ranks failed 4 times")
+
+    monkeypatch.setattr(launch, "_Supervisor", GivesUp)
+    monkeypatch.setattr(launch, "_samples_that_stand", lambda job: next(standing))
+    with pytest.raises(TrainingFailed, match="^pretrain: the ranks failed 4 times$"):
+        launch._supervise(None, COMPUTE, None, None, 0, None)
+    assert began == [0, *stand[:-1]]
+
+
 def test_which_errors_a_restart_may_mend():
-    assert a_restart_may_mend(StoreError("s3://b: cannot be reached"))
+    assert may_pass(StoreError("s3://b: cannot be reached"))
     for error in (StoreNotFound("s3://b/x: no such object"), DataError("x"), TrainingFailed("x")):
-        assert not a_restart_may_mend(error)
+        assert not may_pass(error)
 
 
 @pytest.mark.kills
