@@ -99,6 +99,7 @@ def train_fields(recipe: Recipe, phase: Training, *, latents: str, text: str, in
     if phase.qk_norm_start == "one" or not recipe.inserts_qk_norm(phase):
         left_out.add("qk_norm_start")
     training = phase.model_dump(mode="json", exclude=left_out)
+    training["zero_stage"] = 2  # whatever it is: checkpoints fit any, so a run may go on with another number of GPUs
     if phase.precision == "auto":
         training["precision"] = "bf16"  # the run is the same whatever a machine's arithmetic is
     return {

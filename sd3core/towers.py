@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ from sd3core.data.store import Store, StoreNotFound, canonical_json
 from sd3core.errors import DataError
 from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
 from sd3core.specs import fingerprint
+FETCH = ".fetch-"  # of a folder that a file is fetched into
+ABANDONED_S = 3600  # one that has not grown for so long has lost its process
 
 TOWER_FOLDERS = {
     "vae": ("vae",),
@@ -176,7 +181,8 @@ def fetch_towers(
 
 def _fetch_file(store: Store, path: str, target: Path, file: TowerFile) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
+    _remove_abandoned_fetches(target.parent)
+    with tempfile.TemporaryDirectory(prefix=FETCH, dir=target.parent) as scratch:
         arrived = Path(scratch) / target.name
         standing = store.local_path(path)
         if standing is not None and standing.is_file():
@@ -188,6 +194,15 @@ def _fetch_file(store: Store, path: str, target: Path, file: TowerFile) -> None:
                 f"{store.uri(path)}: not the file that was committed; delete the folder and run the towers stage again"
             )
         os.replace(arrived, target)
+
+
+def _remove_abandoned_fetches(folder: Path) -> None:
+    """What a killed process left, up to a whole T5 each."""
+    for scratch in folder.glob(f"{FETCH}*"):
+        with suppress(OSError):  # another process removes it as well
+            grew = max((entry.stat().st_mtime for entry in scratch.iterdir()), default=scratch.stat().st_mtime)
+            if time.time() - grew > ABANDONED_S:
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _size(path: Path) -> int:

@@ -385,9 +385,8 @@ LEARNED = {
     "ema_decay": 0.5,
     "ema_every_steps": 2,
     "precision": "fp32",
-    "zero_stage": 1,
 }
-HOW = {"micro_batch": 1, "checkpoint_every_samples": 16, "activation_checkpointing": True}  # never what comes out
+HOW = {"micro_batch": 1, "checkpoint_every_samples": 16, "activation_checkpointing": True, "zero_stage": 1}  # never what comes out
 EVALUATE = dict.fromkeys(Evaluate.model_fields, 3) | {
     "sampler": "heun",
     "precision": "fp32",

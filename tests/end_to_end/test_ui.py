@@ -83,7 +83,7 @@ def expect_pictures(shown: Locator) -> None:
 
 def test_a_stage_at_work_shows_its_progress(killed):
     """Read from the server while pretraining worked, just before its process was killed."""
-    assert re.match(rf"\d+/{LAST} samples, .*\bloss \d\.\d+", killed.shown["pretrain-progress"])
+    assert re.match(rf"\d+/{LAST} samples, [\d.,]+ samples/s, \d.* left, .*\bloss \d\.\d+", killed.shown["pretrain-progress"])
     assert killed.shown["encode-progress"].startswith("288/288 rows")
 
 
@@ -113,6 +113,13 @@ def test_warnings_stand_in_the_log_of_their_stage(installation, page, stage_runs
     log = open_run(page, installation, stage_runs["evaluate"], "Logs")
     expect(log.get_by_text("clip_fid is left out").first).to_be_visible()
     expect(log.get_by_text("Warning", exact=True).first).to_be_visible()
+
+
+@pytest.mark.parametrize("stage", ["ingest", "towers"])
+def test_the_first_stages_end_with_a_table_and_pictures(installation, page, killed, stage):
+    shown = open_artifact(page, installation, installation.stage_runs(killed.flow_run_id)[stage], f"{stage}-result")
+    expect(shown.get_by_role("columnheader", name="MB")).to_be_visible()
+    expect_pictures(shown)
 
 
 def test_pretraining_ends_with_its_checkpoints_and_curve(installation, page, stage_runs):

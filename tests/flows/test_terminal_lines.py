@@ -13,6 +13,7 @@ from rich.console import Console
 
 from flows import terminal
 from flows.artifacts import markdown_picture
+from flows.deployments import STAGES
 from flows.services import ServiceError
 from flows.terminal import Picture, RunView, StageView, _LinePrinter, _picture, _problem, _screen, _stage_view, _table
 from flows.terminal_picture import half_blocks
@@ -79,6 +80,12 @@ def test_the_table_of_a_pipeline_shows_what_is_to_come():
     ]
     assert rows[2][:2] == ["towers", "running"]
     assert rows[3] == ["caption", "waiting"]
+
+
+def test_the_table_has_all_stages_from_the_pipelines_first_and_a_stage_on_its_own_alone():
+    first = [StageView("ingest", "running", 1, "")]
+    assert _table(RunView(StateType.RUNNING, "", first)).row_count == len(STAGES)
+    assert _table(RunView(StateType.RUNNING, "", first, pipeline=False)).row_count == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,19 @@ def test_fetch_gives_a_folder_that_opens_and_only_what_was_asked(store, committe
     folder = fetch_towers(store, "towers/t/0", tmp_path / "cache")
     assert folder == some
     assert len(load_text_encoders(folder, Text(clip_tokens=8, t5_tokens=8)).encode(["a red bar"])) == 1
+
+
+def test_what_killed_fetches_left_is_removed(store, committed, tmp_path: Path):
+    vae = fetch_towers(store, "towers/t/0", tmp_path / "cache", only=("vae",)) / "vae"
+    for name, written in ((".fetch-killed", 0), (".fetch-at-work", None)):
+        (vae / name).mkdir()
+        (vae / name / "model.safetensors").write_bytes(b"half")
+        if written is not None:
+            os.utime(vae / name / "model.safetensors", (written, written))
+    (vae / "config.json").unlink()
+    fetch_towers(store, "towers/t/0", tmp_path / "cache", only=("vae",))
+    assert sorted(path.name for path in vae.glob(".fetch-*")) == [".fetch-at-work"]
+    assert (vae / "config.json").is_file()
 
 
 def test_a_damaged_file_is_found(store, committed, tmp_path: Path):

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -13,6 +14,7 @@ from urllib.parse import urlparse
 from sd3core.data.store.contract import Store, StoreEntry, StoreNotFound, checked, too_short
 from sd3core.errors import StoreError, with_mend
 
+ABANDONED_S = 24 * 3600  # an upload that began so long ago has lost its writer
 S3_ATTEMPTS = 5  # of one request, by botocore, and of one body that breaks off
 
 
@@ -168,3 +170,17 @@ class S3Store(Store):
 
     def delete(self, path: str) -> None:
         self._call(path, lambda s3: s3.delete_object(Bucket=self.bucket, Key=self._key(path)))
+
+    def remove_abandoned(self, prefix: str) -> None:
+        """Parts of an upload whose writer was killed are no object, and are paid for."""
+
+        def abort(s3: Any) -> None:
+            listed = s3.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self.bucket, Prefix=f"{self._key(prefix.rstrip('/'))}/"
+            )
+            for upload in [upload for page in listed for upload in page.get("Uploads", [])]:
+                if time.time() - upload["Initiated"].timestamp() > ABANDONED_S:
+                    s3.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+
+        with suppress(StoreError):  # a user who may not: they are in nobody's way
+            self._call(prefix, abort)

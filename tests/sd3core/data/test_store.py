@@ -198,6 +198,27 @@ def test_what_killed_writers_left_is_removed_after_an_hour(file_store):
     file_store.remove_abandoned("nothing")
 
 
+def test_uploads_that_lost_their_writer_are_aborted(s3_bucket, monkeypatch):
+    """moto says of every upload that it began in 2010."""
+    import boto3
+
+    client, store = boto3.client("s3"), open_store(f"s3://{s3_bucket}/a/prefix")
+    keys = ["a/prefix/runs/x/1.safetensors", "a/prefix/runs/xy/1.safetensors", "a/other"]
+    for key in keys:
+        client.create_multipart_upload(Bucket=s3_bucket, Key=key)
+
+    def left() -> list[str]:
+        return sorted(upload["Key"] for upload in client.list_multipart_uploads(Bucket=s3_bucket).get("Uploads", []))
+
+    with monkeypatch.context() as young:
+        young.setattr(s3, "ABANDONED_S", 1e10)
+        store.remove_abandoned("runs/x")
+    assert left() == sorted(keys)
+    store.remove_abandoned("runs/x/")
+    assert left() == sorted(keys[1:])
+    open_store(f"s3://none-{s3_bucket}/a").remove_abandoned("runs")  # no bucket: the next request says so
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(file_store, monkeypatch):
     def full(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
