@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from flows.interrupt import Interrupted, end_on_the_next, listen
@@ -11,7 +12,9 @@ def main() -> None:
     try:
         listen()  # before the imports, which take long enough to be interrupted
         from flows.commands import app
+        from flows.home import home
 
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "cache" / "compiled"))  # else in /tmp, where others write
         app()
     except Interrupted as stopped:
         end_on_the_next()

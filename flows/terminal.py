@@ -8,6 +8,7 @@ the first picture, are always printed.
 from __future__ import annotations
 
 import base64
+import builtins
 import re
 import time
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from sd3core.progress import format_seconds
 POLL_SECONDS, PICTURE_SECONDS, LINE_SECONDS, SERVER_AWAY_SECONDS = 2.0, 10.0, 20.0, 60.0
 PICTURE_COLUMNS, PICTURE_MIN_ROWS, LINES_BESIDE = 80, 6, 4  # beside table and picture: headings, what is above, the cursor
 DATA_URL = re.compile(r"\(data:image/\w+;base64,([^)]+)\)")
-EXCEPTION = re.compile(r"^Flow run encountered an exception: (?:[\w.]+: )?")  # Prefect's words before an error's own
+EXCEPTION = re.compile(r"^Flow run encountered an exception: (?:([\w.]+): )?")  # Prefect's words before an error's own
 FINAL = {StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
 STATE_WORDS = {
     StateType.SCHEDULED: "waiting",
@@ -170,10 +171,11 @@ def _warnings(view: RunView) -> list[str]:
 
 
 def _problem(run: FlowRun) -> str:
+    """In the error's own words; one that nobody wrote for a person keeps its class, as `KeyError: 'uri'`."""
     if run.state_type not in (StateType.FAILED, StateType.CRASHED, StateType.CANCELLED) or run.state is None:
         return ""
     message = (run.state.message or run.state.name).strip().splitlines()[0]
-    return EXCEPTION.sub("", message)
+    return EXCEPTION.sub(lambda found: f"{found[1]}: " if hasattr(builtins, found[1] or "") else "", message)
 
 
 def _table(view: RunView) -> Table:

@@ -35,6 +35,8 @@ def layer_norm(x: Tensor) -> Tensor:
 
 def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     """x + gate * update. x, update (B, L, H); gate (B, H)."""
+    if lean.serves(x):
+        return lean.gated_add(x, gate, update)
     return torch.addcmul(x, gate.unsqueeze(1), update)
 
 

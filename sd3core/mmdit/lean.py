@@ -1,7 +1,8 @@
 """The heavy steps of a block for a CPU: the same numbers as their plain forms, less kept for the backward pass, less time.
 
 What is cheap to make again is made again: the modulated input of a linear layer from its normalised one, GELU's output
-from its input, the weights of an attention from queries and keys. Work is cut into pieces that stay in a core's cache.
+from its input, the weights of an attention from queries and keys. What is done number by number is compiled into one pass
+over its tensors, products are left to the library, and an attention's work is cut into pieces that stay in a core's cache.
 Under autocast the normalised input is rounded to bf16 before it is modulated; the plain form modulates in fp32.
 A GPU takes the plain forms, which its compiler fuses.
 
@@ -10,8 +11,11 @@ Shapes as in `layers`: B batch, L tokens, H width, n heads, d channels of a head
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +24,46 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 aten = torch.ops.aten
+log = logging.getLogger(__name__)
 
 MIN_TOKENS = 128  # shorter sequences keep little anyway, and the calls would cost more than they save
-PIECE_BYTES = 2**20  # of GELU's input in fp32, for each core: its second cache holds it
+MIN_FUSED = 2**16  # numbers of a tensor: for fewer, compiling does not pay
 HEADS_BYTES = 2**21  # of the attention weights of the heads that are worked on at a time
 KEYS_MULTIPLE = 32  # of bf16 values in a vector register: softmax over other lengths takes half as long again
 LAYER_NORM_EPS = 1e-6
 GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 GELU_CUBIC = 0.044715
+GELU_SATURATED = 30.0  # from here on the sigmoid is 0 or 1 to the last bit, also in fp64
+
+
+@functools.cache
+def can_compile() -> bool:
+    """Whether PyTorch can compile for this machine's CPU. Tried once; where it cannot, the steps run as they are written."""
+    try:
+        _compiled(torch.neg)(torch.zeros(1))
+    except Exception as error:  # no C++ compiler, or a folder for its output that may not be written
+        why = str(error).strip().splitlines()[0]
+        log.warning("this CPU computes a model's blocks uncompiled, which takes longer: install g++ (%s)", why)
+        return False
+    return True
+
+
+@functools.cache
+def _compiled(plain: Callable[..., Any]) -> Callable[..., Any]:
+    # Compiled in this process, so that no pool of compilers stays behind, and for any number of threads, since what was
+    # compiled is found again by processes that have another.
+    return torch.compile(plain, options={"compile_threads": 1, "cpp.dynamic_threads": True})
+
+
+def _fused(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`plain` in one pass over its tensors, of which the first decides whether that pays."""
+
+    @functools.wraps(plain)
+    def call(x: Tensor, *others: Any) -> Any:
+        fuses = x.numel() >= MIN_FUSED and not torch.compiler.is_compiling() and can_compile()
+        return (_compiled(plain) if fuses else plain)(x, *others)
+
+    return call
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -48,6 +84,11 @@ def modulated_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bi
 def gelu_linear(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """linear(gelu(u)), tanh form. u (B, L, K); weight (H, K) -> (B, L, H)."""
     return _apply(_GeluLinear, u, *_autocast(weight, bias))
+
+
+def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """x + gate * update. x, update (B, L, H); gate (B, H)."""
+    return _apply(_GatedAdd, x, gate, update)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -76,26 +117,18 @@ class _ModulatedLinear(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        normed, _, per_deviation = torch.native_layer_norm(x, x.shape[-1:], None, None, LAYER_NORM_EPS)
-        normed, shift, scale = (z.to(weight.dtype) for z in (normed, shift, scale))
+        normed, per_deviation, modulated = _normed_and_modulated(x, shift, scale, weight.dtype)
         ctx.save_for_backward(normed, per_deviation, shift, scale, weight)
-        return F.linear(modulate(normed, shift, scale), weight, bias)
+        ctx.dtype = x.dtype
+        return F.linear(modulated, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
         normed, per_deviation, shift, scale, weight = ctx.saved_tensors
-        d_weight, d_bias = _linear_gradients(grad, modulate(normed, shift, scale))
-        d_modulated = grad @ weight  # (B, L, H)
-        d_shift, d_scale = d_modulated.sum(dim=1), (d_modulated * normed).sum(dim=1)
-        d_normed = d_modulated.mul_(1 + scale.unsqueeze(1))
-
-        # The kernel's own formula, for an input of mean 0 and deviation 1: the normalised one; x's deviation comes after.
-        mean, one = (torch.full_like(per_deviation, value, dtype=normed.dtype) for value in (0.0, 1.0))
-        d_x, _, _ = aten.native_layer_norm_backward(
-            d_normed, normed, normed.shape[-1:], mean, one, None, None, [True, False, False]
-        )
-        return d_x * per_deviation, d_shift, d_scale, d_weight, d_bias
+        d_weight, d_bias = _linear_gradients(grad, _modulated(normed, shift, scale))
+        d_x, d_shift, d_scale = _modulated_backward(grad @ weight, normed, per_deviation, scale, ctx.dtype)
+        return d_x, d_shift, d_scale, d_weight, d_bias
 
 
 class _GeluLinear(Function):
@@ -115,62 +148,76 @@ class _GeluLinear(Function):
         return d_u, *_linear_gradients(grad, activated)
 
 
+class _GatedAdd(Function):
+    """Keeps what the plain form keeps; both gradients of the product come from one pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, update)
+        return torch.addcmul(x, gate.unsqueeze(1), update)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        gate, update = ctx.saved_tensors
+        return grad, *_gated_backward(grad, gate, update)
+
+
 class _Attention(Function):
-    """Keeps queries, keys and values; a few heads at a time, whose weights stay in the cache while one of them fits there."""
+    """Keeps queries, keys and values as it multiplies them; a few heads' weights at a time, which stay in the cache while
+    those of one head fit there.
+    """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        common = common_part(k)
-        ctx.save_for_backward(q, k, v, common)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        pieces = _HeadPieces(q, k - common, v)
-        for (q, k, v, out_piece), weights in pieces.zip_weights(out):  # (S, L, d), (S, M, d) twice, (S, L, d)
+        ctx.keys = k.shape[2]
+        ctx.save_for_backward(*(prepared := _prepared(q, k, v, -ctx.keys % KEYS_MULTIPLE)))
+        out = torch.empty_like(prepared[0])
+        for (_, _, v, out_piece), weights, _ in _zip_weights(prepared, ctx.keys, out):  # (S, M, d), (S, L, d)
             torch.bmm(weights, v, out=out_piece)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, common = ctx.saved_tensors
-        pieces = _HeadPieces(q, k - common, v)
-        d_q, d_k, d_v = (torch.empty_like(z) for z in (pieces.q, pieces.k, pieces.v))
-        d_weights = torch.empty_like(pieces.logits)
-        for (q, k, v, g, dq, dk, dv), weights in pieces.zip_weights(grad.contiguous(), d_q, d_k, d_v):
-            d = d_weights[: len(q)]  # (S, L, M)
+        prepared, keys = ctx.saved_tensors, ctx.keys
+        d_q, d_k, d_v = (torch.empty_like(z) for z in prepared)
+        scale = d_q.shape[-1] ** -0.5
+        for (q, k, v, g, dq, dk, dv), weights, d in _zip_weights(prepared, keys, grad.contiguous(), d_q, d_k, d_v):
             torch.bmm(weights.mT, g, out=dv)
-            torch.bmm(g, v.mT, out=d)
+            torch.bmm(g, v.mT, out=d)  # (S, L, M)
             aten._softmax_backward_data.out(d, weights, -1, d.dtype, grad_input=d)
-            torch.bmm(d, k, out=dq)
+            torch.baddbmm(dq, d, k, beta=0, alpha=scale, out=dq)
             torch.bmm(d.mT, q, out=dk)
-        keys = pieces.keys
-        return d_q.mul_(pieces.scale), d_k[:, :, :keys], d_v[:, :, :keys]
+        return d_q, d_k[:, :, :keys], d_v[:, :, :keys]
 
 
-class _HeadPieces:
-    """Queries (scaled), keys and values of all samples' heads, cut into pieces of as many heads as the cache holds.
-
-    Keys and values are padded to a multiple of KEYS_MULTIPLE; the weights of the padding are 0.
+def _zip_weights(
+    prepared: tuple[Tensor, ...], keys: int, *others: Tensor
+) -> Iterator[tuple[tuple[Tensor, ...], Tensor, Tensor]]:
+    """Pieces of q, k, v and of `others`, all (B, n, ...), of as many heads as the cache holds; the softmax of each (S, L, M);
+    and room of its size. The next piece overwrites both.
     """
+    q, k, _ = prepared
+    matrix = (q.shape[2], k.shape[2])
+    heads = min(max(1, HEADS_BYTES // (math.prod(matrix) * q.element_size())), len(q) * q.shape[1])
+    all_logits, all_weights = torch.empty(2, heads, *matrix, dtype=q.dtype)
+    for piece in zip(*(z.flatten(0, 1).split(heads) for z in (*prepared, *others)), strict=True):
+        q, k, *_ = piece
+        logits, weights = all_logits[: len(q)], all_weights[: len(q)]
+        torch.bmm(q, k.mT, out=logits)
+        logits[:, :, keys:] = -torch.inf
+        torch.softmax(logits, dim=-1, out=weights)
+        yield piece, weights, logits
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor):
-        self.scale, self.keys = q.shape[-1] ** -0.5, k.shape[2]
-        padding = -self.keys % KEYS_MULTIPLE
-        self.q = q.contiguous() * self.scale
-        self.k, self.v = (F.pad(z, (0, 0, 0, padding)) if padding else z.contiguous() for z in (k, v))
-        matrix = (q.shape[2], self.keys + padding)
-        self.heads = min(max(1, HEADS_BYTES // (math.prod(matrix) * q.element_size())), len(q) * q.shape[1])
-        self.logits, self.weights = torch.empty(2, self.heads, *matrix, dtype=q.dtype)
 
-    def zip_weights(self, *others: Tensor) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-        """Pieces of q, k, v and of `others`, all (B, n, ...), and the softmax of each: one buffer, overwritten by the next."""
-        split = (z.flatten(0, 1).split(self.heads) for z in (self.q, self.k, self.v, *others))
-        for piece in zip(*split, strict=True):
-            q, k, *_ = piece
-            logits, weights = self.logits[: len(q)], self.weights[: len(q)]
-            torch.bmm(q, k.mT, out=logits)
-            logits[:, :, self.keys :] = -torch.inf
-            torch.softmax(logits, dim=-1, out=weights)
-            yield piece, weights
+@_fused
+def _prepared(q: Tensor, k: Tensor, v: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries scaled; keys without what they have in common; keys and values with rows of zeros behind them."""
+    wide = _at_least_fp32(k)
+    k = (wide - common_part(wide)).to(k.dtype)
+    k, v = (F.pad(z, (0, 0, 0, padding)) for z in (k, v))
+    return (q * q.shape[-1] ** -0.5).contiguous(), k.contiguous(), v.contiguous()
 
 
 def common_part(k: Tensor) -> Tensor:
@@ -184,43 +231,71 @@ def common_part(k: Tensor) -> Tensor:
     return torch.where(2 * mean.square() > mean_square, mean, 0.0)
 
 
+@_fused
+def _normed_and_modulated(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm of x, rounded to dtype; 1 / its deviation, (B, L, 1); and the former modulated."""
+    wide = _at_least_fp32(x)
+    centred = wide - wide.mean(dim=-1, keepdim=True)
+    per_deviation = torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + LAYER_NORM_EPS)
+    normed = (centred * per_deviation).to(dtype)
+    return normed, per_deviation, _modulate(normed, shift, scale)
+
+
+def _modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    wide = (_at_least_fp32(z) for z in (normed, shift, scale))
+    return modulate(*wide).to(normed.dtype)
+
+
+_modulated = _fused(_modulate)
+
+
+@_fused
+def _modulated_backward(
+    d_modulated: Tensor, normed: Tensor, per_deviation: Tensor, scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, in dtype, of shift and of scale."""
+    d, n, factor = (_at_least_fp32(z) for z in (d_modulated, normed, 1 + scale))
+    d_shift, d_scale = d.sum(dim=1), (d * n).sum(dim=1)
+    d = d * factor.unsqueeze(1)
+    d_x = (d - d.mean(dim=-1, keepdim=True) - n * (d * n).mean(dim=-1, keepdim=True)) * per_deviation
+    return d_x.to(dtype), d_shift.to(scale.dtype), d_scale.to(scale.dtype)
+
+
+@_fused
+def _gated_backward(grad: Tensor, gate: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and update."""
+    d, wide = _at_least_fp32(grad), _at_least_fp32(update)
+    return (d * wide).sum(dim=1).to(gate.dtype), (d * gate.unsqueeze(1)).to(update.dtype)
+
+
+@_fused
 def gelu(u: Tensor) -> Tensor:
     """u * sigmoid(z(u)), z(u) = 2 sqrt(2 / pi) (u + 0.044715 u^3): the tanh form, by 1 + tanh(z / 2) = 2 sigmoid(z).
 
-    Computed in fp32. PyTorch's kernel takes twice as long, its vector tanh being three times as dear as its sigmoid.
+    Computed in fp32. A vector tanh is three times as dear as a sigmoid.
     """
-    out = torch.empty_like(u)
-    for x, piece in zip(_pieces(u), _pieces(out), strict=True):
-        x = _at_least_fp32(x)
-        piece.copy_(_gelu_logit(x).sigmoid_().mul_(x))
-    return out
+    x = _at_least_fp32(u)
+    return (x * _gelu_logit(x).sigmoid()).to(u.dtype)
 
 
+@_fused
 def gelu_and_gradient(u: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """gelu(u), and gelu'(u) * grad, for which grad is overwritten. PyTorch's kernel takes as long for the latter alone.
-
-    gelu'(u) = s + s (1 - s) u z'(u), s = sigmoid(z), u z'(u) = 3 z - 2 GELU_SLOPE u.
-    """
-    out = torch.empty_like(u)
-    for x, g, piece in zip(_pieces(u), _pieces(grad), _pieces(out), strict=True):
-        x = _at_least_fp32(x)
-        z = _gelu_logit(x)
-        s = z.sigmoid()
-        piece.copy_(x * s)
-        third = z.sub_(x, alpha=2 * GELU_SLOPE / 3)  # of u z'(u)
-        aten.sigmoid_backward.grad_input(third, s, grad_input=third)  # * s (1 - s)
-        g.copy_(s.add_(third, alpha=3).mul_(g))
-    return out, grad
+    """gelu(u), and gelu'(u) * grad. gelu'(u) = s + s (1 - s) u z'(u), s = sigmoid(z), u z'(u) = 3 z - 2 GELU_SLOPE u."""
+    x = _at_least_fp32(u)
+    z = _gelu_logit(x)
+    s = z.sigmoid()
+    slope = s + s * (1 - s) * (3 * z - 2 * GELU_SLOPE * _unsaturated(x))
+    return (x * s).to(u.dtype), (slope * grad).to(grad.dtype)
 
 
 def _gelu_logit(x: Tensor) -> Tensor:
-    slope = torch.tensor(GELU_SLOPE, dtype=x.dtype)
-    return torch.addcmul(slope, x, x, value=GELU_SLOPE * GELU_CUBIC).mul_(x)
+    x = _unsaturated(x)
+    return x * (GELU_SLOPE + GELU_SLOPE * GELU_CUBIC * x.square())
 
 
-def _pieces(z: Tensor) -> tuple[Tensor, ...]:
-    """Rows of (..., K) in pieces that are PIECE_BYTES in fp32 for each thread."""
-    return z.view(-1, z.shape[-1]).split(max(1, torch.get_num_threads() * PIECE_BYTES // (4 * z.shape[-1])))
+def _unsaturated(x: Tensor) -> Tensor:
+    """Farther out nothing changes but that x^3 overflows."""
+    return x.clamp(-GELU_SATURATED, GELU_SATURATED)
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

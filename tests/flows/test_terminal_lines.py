@@ -96,7 +96,7 @@ def test_the_table_has_all_stages_from_the_pipelines_first_and_a_stage_on_its_ow
             "raw: no such folder",
         ),
         ("Flow run encountered an exception: StageFailed: text: 1 of 3 shards", "text: 1 of 3 shards"),
-        ("Flow run encountered an exception: KeyError: 'uri'", "'uri'"),
+        ("Flow run encountered an exception: KeyError: 'uri'", "KeyError: 'uri'"),
         (
             "Its process is gone. Run the same deployment again: it goes on.",
             "Its process is gone. Run the same deployment again: it goes on.",
