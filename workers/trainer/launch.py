@@ -28,6 +28,7 @@ from workers.trainer.news import LossPoints, NewsCallback, TrainingNews, ignore_
 
 POLL_S = 1.0  # news is shown every two seconds; the end is noticed at once
 ABORT_S = 5.0
+AWAY_S = 30.0  # how long a rank waits whose store is away
 HELD_S = 20.0  # how long a rank that no restart would mend waits to be ended
 TELL_S = 0.25  # a rank tells its progress at most so often
 
@@ -243,7 +244,10 @@ def _run_rank(job: TrainingJob, compute: Compute, desk: Any, open_loader: Any) -
     try:
         train_rank(job, place, _DeskWatcher(desk), open_loader)
     except UserError as error:
-        if not may_pass(error):  # the desk is told before Ray Train hears of it
+        if may_pass(error):  # restarts at once would all be used up before the store is back
+            desk.warn.remote(f"{job.phase}: {error}; the ranks start again in {AWAY_S:g} s")
+            time.sleep(AWAY_S)
+        else:  # the desk is told before Ray Train hears of it
             ray.get(desk.fail.remote(isinstance(error, TrainingSuperseded), str(error)))
             time.sleep(HELD_S)  # the driver ends this rank meanwhile; failing at once, Ray Train would try again first
         raise

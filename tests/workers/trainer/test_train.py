@@ -166,6 +166,7 @@ def test_a_store_that_is_away_for_a_moment_costs_a_restart(tmp_path):
 
     result = train(make_job(tmp_path / "store"), COMPUTE, open_loader=open_once_away)
     assert result.samples == 96 and result.attempts == 2
+    assert [line for line in result.warnings if line.endswith("cannot be reached; the ranks start again in 30 s")]
 
 
 @pytest.mark.kills
