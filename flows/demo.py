@@ -19,7 +19,7 @@ from flows.interrupt import Interrupted, kept_from_children, listen, put_off, un
 from flows.recipes import DEFAULT_RECIPE, find_recipe
 from flows.services import ServiceError, Services, up, worker_lives
 from flows.summary import of_stage, print_summary, summary_path
-from sd3core.data.folder_source import IMAGE_SUFFIXES, cut_at_word, holds_nothing, one_line
+from sd3core.data.folder_source import READABLE_SUFFIXES, cut_at_word, holds_nothing, one_line
 from sd3core.data.store import Store
 from sd3core.errors import DataError, UserError
 from sd3core.recipe import Recipe
@@ -74,7 +74,7 @@ def demo(
     if folder is not None:
         overrides = [*folder_overrides(load_recipe(source, []), folder), *overrides]
         if holds_nothing(folder):
-            raise DataError(f"DATA (--data) {folder}: no image file in it ({' '.join(sorted(IMAGE_SUFFIXES))})")
+            raise DataError(f"DATA (--data) {folder}: no image file in it ({' '.join(sorted(READABLE_SUFFIXES))})")
     recipe = load_recipe(source, overrides)
     store = run_store(recipe)
     store.exists(summary_path(recipe))  # a store that cannot be reached is told before anything starts

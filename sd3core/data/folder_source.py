@@ -19,11 +19,9 @@ from pathlib import Path
 from sd3core.errors import DataError, with_mend
 from sd3core.recipe import Data
 
-# Files that a person calls images. Those that cannot be read (in the second line) are rejected with a reason, not passed over.
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .tif .tiff .avif .ppm"
-    " .heic .heif .svg .ico .jxl .jp2 .psd .dng .cr2 .nef .arw".split()
-)
+READABLE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .ppm".split())
+# What else a person calls an image is rejected with a reason, not passed over.
+IMAGE_SUFFIXES = READABLE_SUFFIXES | frozenset(".apng .heic .heif .svg .ico .jxl .jp2 .psd .dng .cr2 .nef .arw".split())
 CAPTION_SUFFIXES = (".txt", ".TXT")
 METADATA = "metadata.jsonl"
 NO_CAPTION = "no caption (put it in NAME.txt beside the image, or name a captioner in caption.captioner)"
