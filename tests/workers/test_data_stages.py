@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from sd3core.progress import ignore_progress
 from sd3core.small_world.captioner import caption_from_pixels
 from sd3core.text_encoders import load_text_encoders
 from sd3core.towers import fetch_towers
-from workers.encode_text import TextWorker, caption_id
+from workers.encode_text import TOO_LONG, TextWorker, caption_id
 from workers.ingest import ingest_stage
 from workers.inputs import input_shards, read_images
 from workers.shard_stage import NOTHING_TO_DO
@@ -229,10 +230,11 @@ def test_text_that_does_not_fit_its_dtype_is_a_failed_row(chain, monkeypatch):
         return features
 
     monkeypatch.setattr(worker.encoders, "encode", too_large)
-    failed = []
-    samples = list(
-        worker._samples({"a": [("k1", "original")], "b": [("k1", "synthetic"), ("k2", "original")]}, 2, failed)
-    )
+    failed, counts = [], Counter()
+    uses = {"a": [("k1", "original")], "b": [("k1", "synthetic"), ("k2", "original")]}
+    samples = list(worker._samples(uses, 2, failed, counts))
+    assert not counts
+    assert len([*worker._samples({"red " * 60: [("k3", "original")]}, 1, [], counts)]) == 1 and counts == {TOO_LONG: 1}
     assert [s.row["key"] for s in samples] == ["k1"]
     assert [(f.key, f.reason) for f in failed] == [
         ("k1", "synthetic caption: its features are not finite in torch.float16"),

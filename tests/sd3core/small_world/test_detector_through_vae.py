@@ -14,7 +14,7 @@ from sd3core.small_world.detector import detect
 from sd3core.small_world.scenes import draw_scene, render
 from sd3core.tower_training.vae import train_vae
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # training a VAE takes minutes of one core
 
 TRAINING, SCENES = 1024, 256
 
