@@ -5,16 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from flows import upstream
+from flows.previews import COLUMNS, shown_rows
 from sd3core.data.images import to_model_range
 from sd3core.data.manifest import ManifestRef, read_manifest
 from sd3core.data.store import Store
-from sd3core.metrics.held_out import read_images, read_rows
+from sd3core.metrics.held_out import read_images
 from sd3core.pictures import make_grid, page_jpeg, to_uint8
 from sd3core.recipe import Recipe
 from sd3core.towers import fetch_towers
 from workers.caches import towers_cache
 
-PICTURES, COLUMNS, LARGEST_PX = 8, 4, 256
+LARGEST_PX = 256
 
 
 def image_pictures(recipe: Recipe, store: Store, raw: ManifestRef) -> dict[str, bytes]:
@@ -39,8 +40,7 @@ def autoencoder_pictures(recipe: Recipe, store: Store, raw: ManifestRef) -> dict
 
 
 def _some_images(recipe: Recipe, store: Store, raw: ManifestRef) -> np.ndarray:
-    """(n, side, side, 3) uint8 of the held-out part, of the training part where none is held out."""
+    """(n, side, side, 3) uint8."""
     manifest = read_manifest(store, raw.folder, raw.digest)
-    rows = read_rows(store, manifest, "held_out", PICTURES) or read_rows(store, manifest, "train", PICTURES)
     side = min(recipe.phases()[-1][1].side_px, LARGEST_PX)
-    return read_images(store, manifest, rows, side, recipe.data.max_image_pixels)
+    return read_images(store, manifest, shown_rows(recipe, store, manifest), side, recipe.data.max_image_pixels)

@@ -10,10 +10,10 @@ from safetensors.torch import load as load_tensors
 
 from flows import upstream
 from flows.artifacts import Shown, markdown_picture
-from sd3core.data.manifest import read_manifest
+from sd3core.data.manifest import Manifest, read_manifest
 from sd3core.data.shards import read_table
 from sd3core.data.store import Store
-from sd3core.metrics.held_out import read_rows
+from sd3core.metrics.held_out import Row, read_rows
 from sd3core.pictures import encode_png, make_grid, page_jpeg, to_uint8
 from sd3core.recipe import Recipe, Training
 from sd3core.towers import fetch_towers
@@ -36,17 +36,22 @@ def preview_settings(recipe: Recipe, store: Store, phase: Training) -> PreviewSe
 
 
 def preview_captions(recipe: Recipe, store: Store) -> list[PreviewCaption]:
-    """A few of the held-out part, of the training part where none is held out."""
+    """Of the rows that are shown."""
     reference = upstream.raw(recipe, store)
     raw = read_manifest(store, reference.folder, reference.digest)
-    held_out = read_rows(store, raw, "held_out", PICTURES) if recipe.data.held_out_fraction else []
-    rows = held_out or read_rows(store, raw, "train", PICTURES)
+    rows = shown_rows(recipe, store, raw)
     numbers = {shard.stem: shard.number for shard in raw.shards}
     synthetic = _synthetic_captions(recipe, store, {numbers[row.stem] for row in rows if not row.caption})
     return [
         PreviewCaption(shard=numbers[row.stem], key=row.key, caption=row.caption or synthetic.get(row.key, ""))
         for row in rows
     ]
+
+
+def shown_rows(recipe: Recipe, store: Store, raw: Manifest) -> list[Row]:
+    """A few of the held-out part, of the training part where none is held out."""
+    held_out = read_rows(store, raw, "held_out", PICTURES) if recipe.data.held_out_fraction else []
+    return held_out or read_rows(store, raw, "train", PICTURES)
 
 
 def _synthetic_captions(recipe: Recipe, store: Store, numbers: set[int]) -> dict[str, str]:

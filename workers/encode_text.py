@@ -89,8 +89,6 @@ class TextWorker:
     ) -> Iterator[Sample]:
         offset = encoded = 0
         for captions in batched(uses, self.batch):
-            if cut := self.encoders.too_long(captions):
-                counts[TOO_LONG] += len(cut)
             for caption, features in zip(captions, self._encode(list(captions)), strict=True):
                 if not _finite(features):
                     failed += [
@@ -101,7 +99,10 @@ class TextWorker:
                 data = features.to_bytes(self.text.padding)
                 length = BLOCK * (1 + math.ceil(len(data) / BLOCK))  # one tar header and the padded bytes
                 name = caption_id(caption)
-                lengths = dict(zip((f"{name}_len" for name in ENCODERS), features.lengths[0].tolist(), strict=True))
+                real = features.lengths[0].tolist()
+                if real == [self.encoders.tokens[name] for name in ENCODERS] and self.encoders.too_long([caption]):
+                    counts[TOO_LONG] += 1
+                lengths = dict(zip((f"{name}_len" for name in ENCODERS), real, strict=True))
                 for position, (key, kind) in enumerate(uses[caption]):
                     row = {"key": key, "kind": kind, "caption_id": name, "offset": offset, "length": length, **lengths}
                     yield Sample(name, {"safetensors": data} if position == 0 else {}, row)
