@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-aten = torch.ops.aten
 log = logging.getLogger(__name__)
 
 MIN_TOKENS = 128  # shorter sequences keep little anyway, and the calls would cost more than they save
@@ -164,51 +163,73 @@ class _GatedAdd(Function):
 
 
 class _Attention(Function):
-    """Keeps queries, keys and values as it multiplies them; a few heads' weights at a time, which stay in the cache while
-    those of one head fit there.
+    """Keeps queries, keys and values as it multiplies them, and of the weights each query's log-sum. A few heads' weights
+    are made at a time, which stay in the cache while those of one head fit there.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.keys = k.shape[2]
-        ctx.save_for_backward(*(prepared := _prepared(q, k, v, -ctx.keys % KEYS_MULTIPLE)))
+        prepared = _prepared(q, k, v, -ctx.keys % KEYS_MULTIPLE)
         out = torch.empty_like(prepared[0])
-        for (_, _, v, out_piece), weights, _ in _zip_weights(prepared, ctx.keys, out):  # (S, M, d), (S, L, d)
+        log_sum = _at_least_fp32(out.new_empty(*out.shape[:-1], 1))
+        for (_, _, v, out_piece, log_sum_piece), logits, weights in _zip_logits(prepared, ctx.keys, out, log_sum):
+            _softmax_into(weights, logits, log_sum_piece)  # (S, L, M)
             torch.bmm(weights, v, out=out_piece)
+        ctx.save_for_backward(*prepared, log_sum)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
-        prepared, keys = ctx.saved_tensors, ctx.keys
+        *prepared, log_sum = ctx.saved_tensors
         d_q, d_k, d_v = (torch.empty_like(z) for z in prepared)
         scale = d_q.shape[-1] ** -0.5
-        for (q, k, v, g, dq, dk, dv), weights, d in _zip_weights(prepared, keys, grad.contiguous(), d_q, d_k, d_v):
-            torch.bmm(weights.mT, g, out=dv)
+        pieces = _zip_logits(prepared, ctx.keys, log_sum, grad.contiguous(), d_q, d_k, d_v)
+        for (q, k, v, log_sum, g, dq, dk, dv), logits, d in pieces:
             torch.bmm(g, v.mT, out=d)  # (S, L, M)
-            aten._softmax_backward_data.out(d, weights, -1, d.dtype, grad_input=d)
+            _weights_and_gradient(logits, d, log_sum)
+            torch.bmm(logits.mT, g, out=dv)
             torch.baddbmm(dq, d, k, beta=0, alpha=scale, out=dq)
             torch.bmm(d.mT, q, out=dk)
-        return d_q, d_k[:, :, :keys], d_v[:, :, :keys]
+        return d_q, d_k[:, :, : ctx.keys], d_v[:, :, : ctx.keys]
 
 
-def _zip_weights(
-    prepared: tuple[Tensor, ...], keys: int, *others: Tensor
+def _zip_logits(
+    prepared: Sequence[Tensor], keys: int, *others: Tensor
 ) -> Iterator[tuple[tuple[Tensor, ...], Tensor, Tensor]]:
-    """Pieces of q, k, v and of `others`, all (B, n, ...), of as many heads as the cache holds; the softmax of each (S, L, M);
-    and room of its size. The next piece overwrites both.
+    """Pieces of q, k, v and of `others`, all (B, n, ...), of as many heads as the cache holds; the logits of each (S, L, M);
+    and room of their size. The next piece overwrites both.
     """
     q, k, _ = prepared
     matrix = (q.shape[2], k.shape[2])
     heads = min(max(1, HEADS_BYTES // (math.prod(matrix) * q.element_size())), len(q) * q.shape[1])
-    all_logits, all_weights = torch.empty(2, heads, *matrix, dtype=q.dtype)
+    all_logits, all_room = (torch.empty(heads, *matrix, dtype=q.dtype) for _ in range(2))
     for piece in zip(*(z.flatten(0, 1).split(heads) for z in (*prepared, *others)), strict=True):
         q, k, *_ = piece
-        logits, weights = all_logits[: len(q)], all_weights[: len(q)]
+        logits, room = all_logits[: len(q)], all_room[: len(q)]
         torch.bmm(q, k.mT, out=logits)
         logits[:, :, keys:] = -torch.inf
-        torch.softmax(logits, dim=-1, out=weights)
-        yield piece, weights, logits
+        yield piece, logits, room
+
+
+@_fused
+def _softmax_into(weights: Tensor, logits: Tensor, log_sum: Tensor) -> None:
+    """The softmax of the logits (S, L, M), and log(sum(exp(logits))) (S, L, 1)."""
+    wide = _at_least_fp32(logits)
+    largest = wide.amax(dim=-1, keepdim=True)
+    powers = (wide - largest).exp()
+    total = powers.sum(dim=-1, keepdim=True)
+    weights.copy_(powers / total)
+    log_sum.copy_(largest + total.log())
+
+
+@_fused
+def _weights_and_gradient(logits: Tensor, d: Tensor, log_sum: Tensor) -> None:
+    """The logits become their softmax, and its gradient d becomes the logits'."""
+    weights, wide = (_at_least_fp32(logits) - log_sum).exp(), _at_least_fp32(d)
+    d.copy_(weights * (wide - (weights * wide).sum(dim=-1, keepdim=True)))
+    logits.copy_(weights)
 
 
 @_fused
