@@ -145,7 +145,7 @@ def autocast_of(mode: str, device: torch.device) -> AbstractContextManager:
 
 
 class TrainingStep:
-    """Forward, backward and AdamW of one model in one mode. Gradients stay allocated between steps."""
+    """Forward, backward and AdamW of one model in one mode."""
 
     def __init__(self, contender: Contender, mode: str, inputs: Inputs):
         self.call, self.inputs, self.device = contender.call, inputs, inputs.latent.device
@@ -153,8 +153,8 @@ class TrainingStep:
         self.masters = [p.detach().float().clone() for p in self.weights] if mode == "bf16" else self.weights
         self.mode = mode
         for weight, master in zip(self.weights, self.masters, strict=True):
-            weight.grad = torch.zeros_like(weight)
-            master.grad = weight.grad if master is weight else torch.zeros_like(master)
+            if master is not weight:
+                master.grad = torch.zeros_like(master)
         self.adam = torch.optim.AdamW(self.masters, lr=1e-6, fused=True)
 
     def __call__(self) -> None:
@@ -162,7 +162,12 @@ class TrainingStep:
         self.step()
 
     def forward_backward(self) -> None:
-        torch._foreach_zero_([weight.grad for weight in self.weights])
+        for weight in self.weights:
+            weight.grad = None  # as optimizers' zero_grad does: the backward pass gives its own, and adds to nothing
+        self.accumulate()
+
+    def accumulate(self) -> None:
+        """Forward and backward on top of the gradients that are there, if any."""
         i = self.inputs
         with autocast_of(self.mode, self.device):
             velocity = self.call(i.latent, i.t, i.context, i.pooled)
@@ -270,7 +275,8 @@ def _measure_mode(
     halves = {name: step.forward_backward for name, step in train.items()}
     passes = interleaved(halves, bench.rounds, device, told("forward and backward"))
     stepped = interleaved({name: step.step for name, step in train.items()}, bench.rounds, device, told("optimizer"))
-    peaks = {name: peak_bytes_above_start(step.forward_backward, device) for name, step in train.items()}
+    # Gradients that are there before count as such, not as what forward and backward need besides.
+    peaks = {name: peak_bytes_above_start(step.accumulate, device) for name, step in train.items()}
 
     products = {name: product_seconds(step) for name, step in train.items()} if device.type == "cpu" else None
 
