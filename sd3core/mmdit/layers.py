@@ -6,6 +6,7 @@ Shapes: B batch, L tokens, Lc text tokens, Lx image tokens, H hidden size, n hea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from sd3core.mmdit import lean
 from sd3core.mmdit.lean import modulate
 
 PLAIN_ATTENTION_TOKENS = 512  # up to here the CPU's fused bf16 attention loses to two matmuls
+Heads = tuple[Tensor, Tensor, Tensor]  # a stream's queries (B, n, L, d), keys and values (B, n, M, d)
 SINUSOID_CHANNELS = 256
 MLP_RATIO = 4
 
@@ -123,7 +125,7 @@ class AttentionWeights(QKNorms):
         if output:
             self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Heads:
         qkv = rearrange(self.qkv(x, shift, scale), "b l (three n d) -> b l three n d", three=3, n=self.num_heads)
         q, k, v = (rearrange(z, "b l n d -> b n l d") for z in qkv.unbind(2))
         return self.ln_q(q), self.ln_k(k), v
@@ -143,7 +145,8 @@ class CrossAttention(QKNorms):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         q = rearrange(self.q(x), "b l (n d) -> b n l d", n=self.num_heads)
         k, v = rearrange(self.kv(c), "b l (two n d) -> two b n l d", two=2, n=self.num_heads)
-        return self.proj(join_heads(self.attention(self.ln_q(q), self.ln_k(k), v)))
+        (attended,) = self.attention((self.ln_q(q), self.ln_k(k), v))
+        return self.proj(attended)
 
 
 class Mlp(nn.Module):
@@ -159,29 +162,33 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v without a mask. q (B, n, L, d); k, v (B, n, M, d) -> (B, n, L, d). Holds no weights.
+    """softmax(q k^T / sqrt(d)) v without a mask, where each stream's queries look at the keys of all. Holds no weights.
 
-    A module, so that a hook can look at queries and keys (see `max_attention_logit`) without a branch in the forward.
+    Heads of each stream -> its (B, L, H). A module, so that a hook can look at queries and keys (see `max_attention_logit`)
+    without a branch in the forward.
     """
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-            if lean.serves(q, tokens_dim=2):
-                return lean.attention(q, k, v)
-            if q.shape[2] <= PLAIN_ATTENTION_TOKENS:
-                return plain_attention(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v)
+    def forward(self, *streams: Heads) -> tuple[Tensor, ...]:
+        lengths = [q.shape[2] for q, _, _ in streams]
+        first, _, _ = streams[0]
+        bf16_on_cpu = first.device.type == "cpu" and first.dtype == torch.bfloat16
+        if bf16_on_cpu and lean.serves(first, tokens=sum(lengths)):
+            return lean.attention(*streams)
+        q, k, v = join(streams)
+        plain = bf16_on_cpu and sum(lengths) <= PLAIN_ATTENTION_TOKENS
+        attended = (plain_attention if plain else F.scaled_dot_product_attention)(q, k, v)  # (B, n, L, d)
+        return tuple(rearrange(z, "b n l d -> b l (n d)") for z in attended.split(lengths, dim=2))
+
+
+def join(streams: Sequence[Heads]) -> Heads:
+    """The streams one after the other, as one attention sees them."""
+    return streams[0] if len(streams) == 1 else tuple(torch.cat(parts, dim=2) for parts in zip(*streams, strict=True))
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same written out. On a CPU in bf16 the fused kernel's backward takes 2 to 10 times as long for short sequences."""
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, n, L, L)
     return logits.softmax(dim=-1) @ v
-
-
-def join_heads(attended: Tensor) -> Tensor:
-    """(B, n, L, d) -> (B, L, H)."""
-    return rearrange(attended, "b n l d -> b l (n d)")
 
 
 class StreamBlock(nn.Module):
@@ -203,8 +210,8 @@ class StreamBlock(nn.Module):
         self.chunks = 2 if last else 9 if dual else 6
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, self.chunks * hidden_size))
 
-    def before_attention(self, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """x, with the second attention added where there is one; q, k, v (B, n, L, d); (B, H) each for `after_attention`.
+    def before_attention(self, x: Tensor, y: Tensor) -> tuple[Tensor, Heads, tuple[Tensor, ...]]:
+        """x, with the second attention added where there is one; its heads; (B, H) each for `after_attention`.
 
         Both attentions read the same x, each under its own modulation.
         """
@@ -212,16 +219,16 @@ class StreamBlock(nn.Module):
         qkv = self.attn(x, shift_attn, scale_attn)
         if self.dual:
             *rest, shift_attn2, scale_attn2, gate_attn2 = rest
-            attended = self.attention2(*self.attn2(x, shift_attn2, scale_attn2))
-            x = gated_add(x, gate_attn2, self.attn2.proj(join_heads(attended)))
+            (attended,) = self.attention2(self.attn2(x, shift_attn2, scale_attn2))
+            x = gated_add(x, gate_attn2, self.attn2.proj(attended))
         return x, qkv, tuple(rest)
 
     def after_attention(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
-        """attended (B, n, L, d) -> the stream (B, L, H)."""
+        """x and what it attended to -> the stream, all (B, L, H)."""
         if self.last:
             return x
         gate_attn, *modulation_mlp = modulation
-        x = gated_add(x, gate_attn, self.attn.proj(join_heads(attended)))
+        x = gated_add(x, gate_attn, self.attn.proj(attended))
         return self.add_mlp(x, *modulation_mlp)
 
     def add_mlp(self, x: Tensor, shift_mlp: Tensor, scale_mlp: Tensor, gate_mlp: Tensor) -> Tensor:
@@ -259,8 +266,7 @@ class JointBlock(nn.Module):
             streams = [*c.tensor_split([self.clip_tokens], dim=1), x]
 
         before = [block.before_attention(z, y) for block, z in zip(blocks, streams, strict=True)]
-        q, k, v = (torch.cat(parts, dim=2) for parts in zip(*(qkv for _, qkv, _ in before), strict=True))
-        attended = self.attention(q, k, v).split([z.shape[1] for z in streams], dim=2)  # (B, n, L, d) each, text first
+        attended = self.attention(*(heads for _, heads, _ in before))  # (B, L, H) each
         *text, x = (
             block.after_attention(z, part, modulation)
             for block, part, (z, _, modulation) in zip(blocks, attended, before, strict=True)
@@ -276,8 +282,9 @@ class SelfBlock(StreamBlock):
         self.attention = Attention()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        x, qkv, modulation = self.before_attention(x, y)
-        return self.after_attention(x, self.attention(*qkv), modulation)
+        x, heads, modulation = self.before_attention(x, y)
+        (attended,) = self.attention(heads)
+        return self.after_attention(x, attended, modulation)
 
 
 class CrossBlock(SelfBlock):
@@ -291,8 +298,9 @@ class CrossBlock(SelfBlock):
         self.cross = CrossAttention(hidden_size, num_heads, qk_norm)
 
     def forward(self, x: Tensor, c: Tensor, y: Tensor) -> Tensor:
-        x, qkv, (gate_attn, *modulation_mlp) = self.before_attention(x, y)
-        x = gated_add(x, gate_attn, self.attn.proj(join_heads(self.attention(*qkv))))
+        x, heads, (gate_attn, *modulation_mlp) = self.before_attention(x, y)
+        (attended,) = self.attention(heads)
+        x = gated_add(x, gate_attn, self.attn.proj(attended))
         x = x + self.cross(x, c)
         return self.add_mlp(x, *modulation_mlp)
 

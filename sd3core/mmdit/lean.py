@@ -55,11 +55,12 @@ def _compiled(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fused(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """`plain` in one pass over its tensors, of which the first decides whether that pays."""
+    """`plain` in one pass over its tensors, of which the first, or the first list of them, decides whether that pays."""
 
     @functools.wraps(plain)
-    def call(x: Tensor, *others: Any) -> Any:
-        fuses = x.numel() >= MIN_FUSED and not torch.compiler.is_compiling() and can_compile()
+    def call(x: Tensor | list[Tensor], *others: Any) -> Any:
+        size = x.numel() if isinstance(x, Tensor) else sum(z.numel() for z in x)
+        fuses = size >= MIN_FUSED and not torch.compiler.is_compiling() and can_compile()
         return (_compiled(plain) if fuses else plain)(x, *others)
 
     return call
@@ -70,9 +71,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
 
 
-def serves(x: Tensor, tokens_dim: int = 1) -> bool:
-    """Whether these forms gain anything for x: on a CPU, uncompiled, and with enough tokens."""
-    return x.device.type == "cpu" and x.shape[tokens_dim] >= MIN_TOKENS and not torch.compiler.is_compiling()
+def serves(x: Tensor, tokens: int | None = None) -> bool:
+    """Whether these forms gain anything for x (B, L, ...): on a CPU, uncompiled, and with enough tokens, L or as given."""
+    enough = (x.shape[1] if tokens is None else tokens) >= MIN_TOKENS
+    return x.device.type == "cpu" and enough and not torch.compiler.is_compiling()
 
 
 def modulated_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -90,13 +92,15 @@ def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     return _apply(_GatedAdd, x, gate, update)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v. q (B, n, L, d); k, v (B, n, M, d) -> (B, n, L, d).
+def attention(*streams: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """softmax(q k^T / sqrt(d)) v, where each stream's queries look at the keys of all.
+
+    Of each stream q (B, n, L, d); k, v (B, n, M, d) -> its (B, L, n * d).
 
     For bf16: in fp32 PyTorch's fused attention is as fast. That one takes 1.2 to 1.9 times as long in bf16, and keeps the
     logits in fp32; here they are rounded (see common_part).
     """
-    return _apply(_Attention, q, k, v)
+    return _apply(_Attention, *(z for stream in streams for z in stream))
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -106,7 +110,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors)
 
 
-def _apply(function: type[Function], *tensors: Tensor) -> Tensor:
+def _apply(function: type[Function], *tensors: Tensor) -> Any:
     with torch.autocast("cpu", enabled=False):  # dtypes are settled: nothing inside is to be cast again
         return function.apply(*tensors)
 
@@ -168,31 +172,34 @@ class _Attention(Function):
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ctx.keys = k.shape[2]
-        prepared = _prepared(q, k, v, -ctx.keys % KEYS_MULTIPLE)
+    def forward(ctx, *heads: Tensor) -> tuple[Tensor, ...]:
+        ctx.lengths = [[z.shape[2] for z in heads[i::3]] for i in range(3)]  # of each stream's queries, keys, values
+        queries, keys, _ = ctx.lengths
+        prepared = _prepared(heads[0::3], heads[1::3], heads[2::3], -sum(keys) % KEYS_MULTIPLE)
         out = torch.empty_like(prepared[0])
         log_sum = _at_least_fp32(out.new_empty(*out.shape[:-1], 1))
-        for (_, _, v, out_piece, log_sum_piece), logits, weights in _zip_logits(prepared, ctx.keys, out, log_sum):
+        for (_, _, v, out_piece, log_sum_piece), logits, weights in _zip_logits(prepared, sum(keys), out, log_sum):
             _softmax_into(weights, logits, log_sum_piece)  # (S, L, M)
             torch.bmm(weights, v, out=out_piece)
         ctx.save_for_backward(*prepared, log_sum)
-        return out
+        return tuple(z.transpose(1, 2).flatten(2) for z in out.split(queries, dim=2))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, ...]:
         *prepared, log_sum = ctx.saved_tensors
-        d_q, d_k, d_v = (torch.empty_like(z) for z in prepared)
-        scale = d_q.shape[-1] ** -0.5
-        pieces = _zip_logits(prepared, ctx.keys, log_sum, grad.contiguous(), d_q, d_k, d_v)
+        grad = torch.cat([z.unflatten(2, (prepared[0].shape[1], -1)).transpose(1, 2) for z in grads], dim=2)
+        d_heads = [torch.empty_like(z) for z in prepared]
+        scale = grad.shape[-1] ** -0.5
+        pieces = _zip_logits(prepared, sum(ctx.lengths[1]), log_sum, grad.contiguous(), *d_heads)
         for (q, k, v, log_sum, g, dq, dk, dv), logits, d in pieces:
             torch.bmm(g, v.mT, out=d)  # (S, L, M)
             _weights_and_gradient(logits, d, log_sum)
             torch.bmm(logits.mT, g, out=dv)
             torch.baddbmm(dq, d, k, beta=0, alpha=scale, out=dq)
             torch.bmm(d.mT, q, out=dk)
-        return d_q, d_k[:, :, : ctx.keys], d_v[:, :, : ctx.keys]
+        of_streams = (z[:, :, : sum(n)].split(n, dim=2) for z, n in zip(d_heads, ctx.lengths, strict=True))
+        return tuple(z for stream in zip(*of_streams, strict=True) for z in stream)
 
 
 def _zip_logits(
@@ -233,22 +240,27 @@ def _weights_and_gradient(logits: Tensor, d: Tensor, log_sum: Tensor) -> None:
 
 
 @_fused
-def _prepared(q: Tensor, k: Tensor, v: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries scaled; keys without what they have in common; keys and values with rows of zeros behind them."""
-    wide = _at_least_fp32(k)
-    k = (wide - common_part(wide)).to(k.dtype)
-    k, v = (F.pad(z, (0, 0, 0, padding)) for z in (k, v))
-    return (q * q.shape[-1] ** -0.5).contiguous(), k.contiguous(), v.contiguous()
+def _prepared(
+    q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], padding: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The streams joined: queries scaled; keys without what they have in common; keys and values with zeros behind them."""
+    zeros = v[0].new_zeros(*v[0].shape[:2], padding, v[0].shape[3])
+    common = common_part(k)
+    k = [(_at_least_fp32(z) - common).to(z.dtype) for z in k]
+    q = [z * z.shape[-1] ** -0.5 for z in q]
+    return tuple(torch.cat(parts, dim=2).contiguous() for parts in (q, [*k, zeros], [*v, zeros]))
 
 
-def common_part(k: Tensor) -> Tensor:
-    """The mean over the keys, in channels where it is larger than their deviation; else 0. k (B, n, M, d) -> (B, n, 1, d).
+def common_part(keys: Sequence[Tensor]) -> Tensor:
+    """The mean over all keys, in channels where it is larger than their deviation; else 0. (B, n, M, d) each -> (B, n, 1, d).
 
     Taking it off the keys moves all logits of a query alike, so the softmax and every gradient stay what they are, and bf16
     has more places for the rest: a channel that is large in all keys, as trained models have them, would cost the weights a
     decimal place.
     """
-    mean, mean_square = k.mean(dim=2, keepdim=True), k.square().mean(dim=2, keepdim=True)
+    wide, per_key = [_at_least_fp32(k) for k in keys], 1 / sum(k.shape[2] for k in keys)
+    mean = sum(k.sum(dim=2, keepdim=True) for k in wide) * per_key  # compiled, it is made again for every key: no division
+    mean_square = sum(k.square().sum(dim=2, keepdim=True) for k in wide) * per_key
     return torch.where(2 * mean.square() > mean_square, mean, 0.0)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sd3core.mmdit.backbone import Backbone
-from sd3core.mmdit.layers import Attention, QKNorms, RMSNorm
+from sd3core.mmdit.layers import Attention, Heads, QKNorms, RMSNorm, join
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # latent, t, context, pooled
 
@@ -96,8 +96,8 @@ def max_attention_logit(model: nn.Module, latent: Tensor, t: Tensor, context: Te
     """
     maxima: list[Tensor] = []
 
-    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        q, k, _ = inputs
+    def record(module: nn.Module, streams: tuple[Heads, ...]) -> None:
+        q, k, _ = join(streams)
         logits = (torch.einsum("n l d, n m d -> n l m", *pair) for pair in zip(q.float(), k.float(), strict=True))
         maxima.append(torch.stack([sample.abs().amax() for sample in logits]).amax() / q.shape[-1] ** 0.5)
 

@@ -36,6 +36,16 @@ def plain_gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     return x + gate.unsqueeze(1) * update
 
 
+def lean_attention(*heads: Tensor) -> Tensor:
+    """Of the heads of one stream, or of several: q, k, v, q, k, v, ... -> (B, L, n * d), the streams one after the other."""
+    return torch.cat(lean.attention(*zip(heads[0::3], heads[1::3], heads[2::3], strict=True)), dim=1)
+
+
+def plain_attention(*heads: Tensor) -> Tensor:
+    q, k, v = (torch.cat(heads[i::3], dim=2) for i in range(3))
+    return layers.plain_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 def linear_of(inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
     return draw(outputs, inputs, seed=8), draw(outputs, seed=9)
 
@@ -44,18 +54,19 @@ def modulated(tokens: int = L, width: int = H, outputs: int = K) -> list[Tensor]
     return [draw(B, tokens, width), draw(B, width, seed=1), draw(B, width, seed=2), *linear_of(width, outputs)]
 
 
-def heads(queries: int = L, keys: int = L, width: int = D) -> list[Tensor]:
+def heads(queries: int = L, keys: int = L, width: int = D, seed: int = 0) -> list[Tensor]:
     shapes = [(B, HEADS, n, width) for n in (queries, keys, keys)]
-    return [draw(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    return [draw(*shape, seed=seed + i) for i, shape in enumerate(shapes)]
 
 
 CASES = {
     "modulated_linear": (lean.modulated_linear, plain_modulated_linear, modulated()),
     "gelu_linear": (lean.gelu_linear, plain_gelu_linear, [3 * draw(B, L, K).detach(), *linear_of(K, H)]),
     "gated_add": (lean.gated_add, plain_gated_add, [draw(B, L, H), draw(B, H, seed=1), draw(B, L, H, seed=2)]),
-    "attention": (lean.attention, layers.plain_attention, heads()),
-    "attention, more keys": (lean.attention, layers.plain_attention, heads(keys=33)),
-    "attention, no padding": (lean.attention, layers.plain_attention, heads(keys=32)),
+    "attention": (lean_attention, plain_attention, heads()),
+    "attention, more keys": (lean_attention, plain_attention, heads(keys=33)),
+    "attention, no padding": (lean_attention, plain_attention, heads(keys=32)),
+    "attention, three streams": (lean_attention, plain_attention, [*heads(2, 2), *heads(3, 17, seed=3), *heads(2, 6, seed=6)]),
 }
 
 
@@ -113,7 +124,7 @@ def test_attention_at_the_ends_of_the_numbers(dtype, scale):
     """From equal weights to a single one; queries and keys whose products overflow give nan in both forms."""
     q, k, v = (z.detach().to(dtype) for z in heads(keys=33))
     runs = []
-    for form in (lean.attention, layers.plain_attention):
+    for form in (lean_attention, plain_attention):
         inputs = [(scale * q).requires_grad_(), (scale * k).requires_grad_(), v.clone().requires_grad_()]
         out = form(*inputs)
         out.backward(torch.ones_like(out))
@@ -128,7 +139,7 @@ def test_attention_at_the_ends_of_the_numbers(dtype, scale):
 def test_attention_is_nan_where_the_plain_form_is(bad):
     q, k, v = (z.detach().float() for z in heads(keys=33))
     q[0, 0, 0, 0] = k[1, 2, 3, 0] = bad
-    own, plain = lean.attention(q, k, v), layers.plain_attention(q, k, v)
+    own, plain = lean_attention(q, k, v), plain_attention(q, k, v)
     assert plain.isnan().any() and not plain.isnan().all()
     torch.testing.assert_close(own, plain, equal_nan=True)
 
@@ -207,9 +218,9 @@ def test_without_a_compiler_the_steps_run_as_they_are_written(monkeypatch, caplo
 def test_what_all_keys_share_costs_no_precision():
     """One channel is large in every key, which makes logits of up to 60 that hardly differ; then none is, and nothing changes."""
     q, k, v = (z.detach() for z in heads(queries=130, keys=130, width=64))
-    assert not lean.common_part(k).any()
+    assert not lean.common_part([k]).any()
     q[..., 3], k[..., 3] = q[..., 3] + 16, k[..., 3] + 20
-    own, plain = (bf16_errors(form, layers.plain_attention, [q, k, v]) for form in (lean.attention, layers.plain_attention))
+    own, plain = (bf16_errors(form, plain_attention, [q, k, v]) for form in (lean_attention, plain_attention))
     assert max(own) < 0.012 and min(plain) > 0.03, (own, plain)
 
 
