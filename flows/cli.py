@@ -11,11 +11,11 @@ from flows.interrupt import Interrupted, end_on_the_next, listen
 def main() -> None:
     try:
         listen()  # before the imports, which take long enough to be interrupted
-        from flows.commands import app
+        from flows.commands import run
         from flows.home import home
 
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "cache" / "compiled"))  # else in /tmp, where others write
-        app()
+        sys.exit(run(_print))
     except Interrupted as stopped:
         end_on_the_next()
         _print(str(stopped))

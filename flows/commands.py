@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -35,6 +36,17 @@ SetOption = Annotated[
 ]
 WeightsOption = Annotated[Optional[str], typer.Option(help="ema (the default) or live, of a training checkpoint.")]
 DtypeOption = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; default: as it is stored.")]
+
+
+def run(complain: Callable[[str], None]) -> int:
+    """The command of this process's arguments: its exit code. What cannot be read as one is a line to `complain`, and 2."""
+    try:
+        return app(standalone_mode=False) or 0
+    except typer.TyperException as error:
+        context, said = getattr(error, "ctx", None), error.format_message().rstrip(".")
+        if said:  # without any arguments the help was printed
+            complain(f"{said}; `{pasted(context.command_path if context else 'sd3')} --help` has what there is")
+        return error.exit_code
 
 
 def _say(line: str) -> None:
@@ -197,7 +209,7 @@ def sample(
         typer.Option(help="reference (the released code's sigmas) or textbook (an even grid, shifted); default: the sampler's."),
     ] = None,
     shift: Annotated[
-        Optional[float], typer.Option(help="Alpha of the resolution shift; default: the last phase's.")
+        Optional[float], typer.Option(min=0.01, help="Alpha of the resolution shift; default: the last phase's.")
     ] = None,
     weights: WeightsOption = None,
     precision: Annotated[str, typer.Option(help="Of the model: fp32 or bf16; its towers run in fp32.")] = "fp32",

@@ -133,13 +133,29 @@ def test_where_other_runs_are_finished_they_are_named(sd3, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["none"], ["plan", "--none"], ["plan", "extra"], ["sample", "x", "--images", "0"], ["sample", "x", "--seed", "-1"]]
+    ("arguments", "message"),
+    [
+        (["none"], "No such command 'none'; `.venv/bin/sd3 --help` has what there is"),
+        (["plan", "--none"], "No such option: --none; `.venv/bin/sd3 plan --help` has what there is"),
+        (["plan", "extra"], "unexpected extra argument"),
+        (["import"], "Missing argument 'source'"),
+        (["sample", "x", "--images", "0"], "'--images': Input should be greater than or equal to 1"),
+        (["sample", "x", "--seed", "-1"], "'--seed': Input should be greater than or equal to 0"),
+        (["sample", "x", "--shift", "-1"], "'--shift': Input should be greater than or equal to 0.01"),
+        (["sample", "x", "--guidance", "nan"], "'--guidance': Input should be greater than or equal to 0"),
+        (["bench", "model", "--rounds", "many"], "`.venv/bin/sd3 bench model --help` has what there is"),
+    ],
 )
-def test_a_command_that_cannot_be_read_is_exit_code_2(sd3, arguments):
+def test_a_command_that_cannot_be_read_is_one_line_and_exit_code_2(sd3, arguments, message):
     code, out, err = sd3(*arguments)
-    assert code == 2
-    assert err.startswith("Usage: sd3 ")
-    assert "Traceback" not in out + err
+    assert (code, out) == (2, "")
+    assert err.startswith("sd3: ") and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["bench"]])
+def test_without_a_command_there_is_help(sd3, arguments):
+    code, out, err = sd3(*arguments)
+    assert (code, err) == (2, "") and "--help" in out
 
 
 def test_status_and_down_where_nothing_was_started(sd3):

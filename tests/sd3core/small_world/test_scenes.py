@@ -13,7 +13,7 @@ import pytest
 
 from sd3core.errors import RecipeError
 from sd3core.small_world import shapes_bench
-from sd3core.small_world.scenes import JITTER, LAYOUTS, describe, draw_scene, render, scene_rng
+from sd3core.small_world.scenes import JITTER, LAYOUTS, WIDTHS, describe, draw_scene, render, scene_rng
 from sd3core.small_world.world import (
     AREAS,
     CENTROIDS_Y,
@@ -50,6 +50,18 @@ def test_tasks_counts_shapes_and_colours_are_even():
     assert len(kinds) == len(SHAPES) * len(COLOURS) and min(kinds.values()) > 0.7 * kinds.total() / 24
     relations = Counter(scene.relation for scene in SCENES if scene.relation)
     assert set(relations) == set(RELATIONS) and min(relations.values()) > 90
+
+
+def test_sizes_places_and_backgrounds_vary():
+    for count, (narrow, wide) in WIDTHS.items():
+        widths = [item.size / 2 for scene in SCENES if len(scene.objects) == count for item in scene.objects]
+        quarters = np.histogram(widths, bins=4, range=(narrow, wide))[0]
+        assert quarters.sum() == len(widths) and quarters.min() > 0.02 * len(widths), (count, quarters)
+    backgrounds = [scene.background for scene in SCENES]
+    kinds = Counter(background.kind for background in backgrounds)
+    assert set(kinds) == {"plain", "gradient"} and min(kinds.values()) > 0.3 * len(SCENES)
+    assert len({background.first for background in backgrounds}) > 0.9 * len(SCENES)
+    assert np.std([background.first for background in backgrounds], axis=0).min() > 10  # of 255
 
 
 def test_reserved_combinations_are_never_drawn_and_hide_no_coloured_shape():
