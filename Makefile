@@ -28,7 +28,7 @@ test: $(READY)
 test-unit: $(READY)
 	@$(BIN)/python -m pytest $(TWO) -m "not slow"
 
-test-kills: $(READY)  # kill -9 of every kind of process in every stage, stores that go away; takes about half an hour
+test-kills: $(READY)  # kills, Ctrl-C and full disks in every stage, stores that go away; takes about an hour
 	@$(BIN)/python -m pytest -m kills
 
 setup: $(READY)

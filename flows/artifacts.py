@@ -21,7 +21,7 @@ from flows.prefect_client import prefect_client
 from sd3core.progress import Progress
 
 POST_SECONDS = 2.0  # as often as the terminal asks
-WARNINGS_SHOWN = 5  # below the progress, the newest
+WARNINGS_SHOWN = 20  # below the progress, the newest: a folder of images may be told of in a dozen at once
 SKIPPED = "skipped: "  # how the progress of a stage that found nothing to do begins; a reason follows
 PROGRESS_KEY = "progress"
 NOT_POSTED = (httpx.HTTPError, PrefectException, OSError)

@@ -212,15 +212,13 @@ class Installation:
             found |= {root, *root.children(recursive=True)}
         return found
 
+    def only_services_run(self) -> bool:
+        """A flow's process stands below the Prefect worker, so among the services' processes: it is looked for by its own mark."""
+        return not self.flow_processes() and self.processes() == self.service_processes()
+
     def files(self, *parts: str) -> dict[str, FileState]:
         """The state of every file of the local store whose path begins with one of `parts`."""
-        found = {}
-        for path in sorted(p for p in self.store.rglob("*") if p.is_file()):
-            name = path.relative_to(self.store).as_posix()
-            if name.startswith(parts):
-                stat = path.stat()
-                found[name] = FileState(stat.st_ino, stat.st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
-        return found
+        return file_states(self.store, *parts)
 
     def summary(self, run: str = "tiny-test") -> dict[str, Any]:
         return json.loads((self.store / "runs" / run / "summary.json").read_text())
@@ -253,6 +251,24 @@ class Installation:
                     process.kill()
             psutil.wait_procs(left, timeout=10)
             shutil.rmtree(self.home, ignore_errors=True)
+
+
+def file_states(folder: Path, *parts: str) -> dict[str, FileState]:
+    """Of every file below it, or of those whose path from there begins with one of `parts`."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name.startswith(parts or ""):
+            stat = path.stat()
+            found[name] = FileState(stat.st_ino, stat.st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+    return found
+
+
+def finished_files(folder: Path, *parts: str) -> dict[str, FileState]:
+    """Shards, towers and checkpoints whose done record stands: their files and the record itself."""
+    files = file_states(folder, *parts)
+    done = [name[: -len("done.json")] for name in files if name.lower().endswith(("/done.json", ".done.json"))]
+    return {name: state for name, state in files.items() if name.startswith(tuple(done))}
 
 
 def demo_command(*overrides: str) -> list[str]:

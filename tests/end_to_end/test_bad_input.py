@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+
 import pytest
 from conftest import ended
 from installation import demo_command
+from PIL import Image
+
+from sd3core.small_world.scenes import draw_scene, render
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -41,6 +47,37 @@ def test_a_folder_whose_only_image_cannot_be_used(installation, tmp_path):
         " (the same command goes on from there)"
     )
     assert "Traceback" not in printed
+
+
+@pytest.mark.kills
+def test_the_rest_of_a_folder_goes_on_to_the_end(installation, tmp_path):
+    """Own images, some of which cannot be used, from the command to a picture from what was trained on them."""
+    folder = tmp_path / "own images"
+    (folder / "more").mkdir(parents=True)
+    captions = {f"{index}.{kind}": f"picture {index}" for index, kind in enumerate(("jpg", "png", "webp", "bmp") * 10)}
+    captions |= {"0.jpg": "ein roter Kreis \U0001f534\0, " + 2_000 * "wort ", "more/39.bmp": captions.pop("39.bmp")}
+    for index, name in enumerate(captions):
+        picture = render(draw_scene(5, index, side_px=96, aspect=(1.0, 4 / 3)[index % 2]))
+        Image.fromarray(picture).save(folder / name)
+    bad = {"empty.jpg": b"", "text.png": b"no image", "half.webp": (folder / "2.webp").read_bytes()[:200]}
+    for name, content in bad.items():
+        (folder / name).write_bytes(content)
+    first, second = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+    first.save(folder / "moving.gif", save_all=True, append_images=[second])
+    first.save(folder / "untold.jpg")
+    for name in (*captions, *bad, "moving.gif"):
+        (folder / name).with_suffix(".txt").write_text(captions.get(name, "a red square"))
+
+    short = ("pretrain.samples=32", "pretrain.checkpoint_every_samples=32", "compute.actors=1")
+    printed = installation.command(*demo_command(*short), "--data", str(folder), seconds=420)
+
+    told = [line.removeprefix("warning: ingest: ") for line in printed.splitlines() if line.startswith("warning: ingest: ")]
+    endings = ("half.webp", "empty.jpg", "text.png", "moving.gif", "untold.jpg", "0.jpg")
+    assert len(told) == len(endings) and all(any(line.endswith(name) for line in told) for name in endings), printed
+    assert re.search(r"^ingest +done .* 40 of 45 images used", printed, re.MULTILINE), printed
+    [command] = [line.removeprefix("sample") for line in printed.splitlines() if line.startswith("sample ")]
+    installation.command(*shlex.split(command), "--out", str(tmp_path / "drawn"), "--steps", "2", seconds=180)
+    assert list((tmp_path / "drawn").glob("*.png"))
 
 
 def test_a_store_that_cannot_be_reached(installation):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -95,6 +96,8 @@ def test_the_terminal_ends_with_scores_pictures_ui_and_a_command(installation, r
         for line in resumed.printed.splitlines()
         if line.startswith(("UI ", "export ", "summary ", "pictures ", "sample "))
     )
+    [columns] = [line for line in resumed.printed.splitlines() if line.startswith("task ")]
+    assert {"right", "seen combinations", "unseen", "chance"} < {*re.split(r"  +", columns.strip())}
     assert Path(said["summary"]) == installation.store / RUN / "summary.json"
     assert Path(said["pictures"].partition("  ")[0]).is_file()
     assert Path(said["export"], "model_index.json").is_file()

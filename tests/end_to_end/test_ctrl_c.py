@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 
 import pytest
-from conftest import DATA, FIRST, OVERRIDES, described
-from installation import Installation, demo_command
+from conftest import DATA, FIRST, OVERRIDES, STAGES, described
+from installation import FileState, Installation, demo_command, finished_files
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -17,11 +18,6 @@ CANCELLED = (
 )
 STOPPED = "sd3: stopped; what was finished stays, and nothing that it started is left running"
 SETTLES_SECONDS = 20  # Prefect's worker looks after a cancelled run with a process of its own
-
-
-def only_services_run(installation: Installation) -> bool:
-    """A flow's process stands below the Prefect worker, so among the services' processes: it is looked for by its own mark."""
-    return not installation.flow_processes() and installation.processes() == installation.service_processes()
 
 
 def states(installation: Installation, run: str) -> set[str]:
@@ -35,8 +31,28 @@ def test_before_and_in_the_first_stage(installation, moment):
     code, printed = installation.interrupted(demo_command("run=early", "data.name=early", "towers.name=early"), moment)
     assert (code, printed.splitlines()[-1]) == (130, CANCELLED), printed
     assert "Traceback" not in printed
-    installation.wait("its processes to end", lambda: only_services_run(installation), SETTLES_SECONDS)
+    installation.wait("its processes to end", installation.only_services_run, SETTLES_SECONDS)
     assert not installation.running()
+
+
+@pytest.mark.kills
+def test_in_every_stage_that_takes_time(installation):
+    """One run, stopped as each stage begins: what was finished stays as it is, and the same command brings it to its end."""
+    command = demo_command("run=stages", "data.name=stages", "towers.name=stages", *OVERRIDES)
+    kept: dict[str, FileState] = {}
+    for stage in STAGES[:-1]:
+        code, printed = installation.interrupted(command, f"{stage}: running")
+        assert (code, printed.splitlines()[-1]) == (130, CANCELLED), printed
+        assert "Traceback" not in printed
+        installation.wait("its processes to end", installation.only_services_run, SETTLES_SECONDS)
+        assert not installation.running()
+        now = finished_files(installation.store)
+        assert {name: now.get(name) for name in kept} == kept
+        kept = now
+    printed = installation.command(*command, seconds=420)
+    assert set(re.findall(r"^(\w+) +(?:done|skipped) ", printed, re.MULTILINE)) == {*STAGES}
+    now = finished_files(installation.store)
+    assert {name: now.get(name) for name in kept} == kept
 
 
 @pytest.mark.kills
@@ -49,7 +65,7 @@ def test_while_training_pressed_twice(installation, resumed):
     )
     assert (code, printed.splitlines()[-1]) == (130, CANCELLED), printed
     assert "Traceback" not in printed
-    installation.wait("its processes to end", lambda: only_services_run(installation), SETTLES_SECONDS)
+    installation.wait("its processes to end", installation.only_services_run, SETTLES_SECONDS)
     assert states(installation, installation.run_id(printed)) == {"COMPLETED", "CANCELLED"}
     assert installation.files(*DATA) == before
     assert [path.parent.name for path in checkpoints.glob("*/*/DONE.json")] == [f"{FIRST:012d}"]
@@ -66,7 +82,7 @@ def test_a_run_that_was_joined_goes_on(installation):
     ), printed
     assert run in printed and installation.running()
     installation.api(f"flow_runs/{run}/set_state", state={"type": "CANCELLING"})  # as the UI's Cancel does
-    installation.wait("its processes to end", lambda: only_services_run(installation), 60)
+    installation.wait("its processes to end", installation.only_services_run, 60)
     installation.command("sd3", "up", seconds=120)
     assert not installation.running()
 

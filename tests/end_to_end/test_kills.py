@@ -15,7 +15,7 @@ import psutil
 import pytest
 from conftest import OVERRIDES as TRAINING
 from conftest import described, ended
-from installation import PROJECT, FileState, Installation, demo_command
+from installation import PROJECT, Installation, demo_command, finished_files
 
 pytestmark = [pytest.mark.kills, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -41,6 +41,7 @@ RESULTS = {
     "finetune": [f"runs/{RUN}/checkpoints/finetune.0"],
     "evaluate": [f"runs/{RUN}/evaluations"],
 }
+KEPT = ("datasets/", "towers/", f"runs/{RUN}/checkpoints/")
 AT_WORK = "ray::_ActorHost.call"  # Ray names a process by what it executes
 RANK = "ray::RayTrainWorker"
 VICTIMS = ("flow", "ray worker", "server")
@@ -65,7 +66,7 @@ def test_the_same_command_goes_on_after_a_kill(complete: Installation, stage: st
     worker = installation.wait(f"a worker of {stage}", lambda: worker_of(installation, stage), seconds=120, poll=0.01)
     victims = {"flow": installation.flow_process, "ray worker": lambda: worker, "server": installation.server_process}
     victims[victim]().kill()
-    finished = finished_files(installation)
+    finished = finished_files(installation.store, *KEPT)
 
     installation.demo(OVERRIDES)
 
@@ -96,7 +97,7 @@ def test_the_same_command_goes_on_after_a_kill_of_the_prefect_worker(complete: I
     assert printed.splitlines()[-1] == (
         "sd3: the Prefect worker has ended, and the run with it (the same command goes on from there)"
     )
-    finished = finished_files(installation)
+    finished = finished_files(installation.store, *KEPT)
 
     installation.demo(OVERRIDES)
 
@@ -116,11 +117,3 @@ def worker_of(installation: Installation, stage: str) -> psutil.Process | None:
             return None
     with suppress(psutil.NoSuchProcess):
         return next((child for child in flow.children(recursive=True) if described(child).startswith(title)), None)
-
-
-def finished_files(installation: Installation) -> dict[str, FileState]:
-    """Shards, towers and checkpoints whose done record stands: their files and the record itself."""
-    files = installation.files("datasets/", "towers/", f"runs/{RUN}/checkpoints/")
-    shards = {name.removesuffix("done.json") for name in files if name.endswith(".done.json")}
-    checkpoints = {name.removesuffix("DONE.json") for name in files if name.endswith("/DONE.json")}
-    return {name: state for name, state in files.items() if name.startswith((*shards, *checkpoints))}

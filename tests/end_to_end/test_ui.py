@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import BATCH, FIRST, LAST, RUN, STAGES, Finished
+from conftest import BATCH, FIRST, LAST, OVERRIDES, RUN, STAGES, Finished
 from installation import RUN_ID, Installation
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
@@ -87,6 +87,25 @@ def test_a_stage_at_work_shows_its_progress(killed):
     assert killed.shown["encode-progress"].startswith("288/288 rows")
 
 
+@pytest.mark.kills
+def test_the_pages_of_a_stage_at_work(installation, page, resumed):
+    """A run of its own, looked at while it trains, then cancelled as the UI's button does."""
+    run = installation.start("pipeline/tiny-test", [*OVERRIDES, "run=watched", "pretrain.samples=160000"])
+    try:
+        stage = installation.wait("pretraining", lambda: installation.stage_runs(run).get("pretrain"), seconds=120)
+        artifacts = open_run(page, installation, stage, "Artifacts").get_by_role("link")
+        done = re.compile(r"\d+/160000 samples, [\d.,]+ samples/s, .* left, .*loss \d")
+        expect(artifacts.filter(has_text="pretrain-progress").filter(has_text=done)).to_be_visible(timeout=4 * PAGE_MS)
+        expect(artifacts.filter(has_text="pretrain-loss")).to_be_visible(timeout=4 * PAGE_MS)
+        expect_pictures(open_artifact(page, installation, stage, "pretrain-loss"))
+        runs = open_run(page, installation, run, "Subflow Runs")
+        expect(runs.get_by_text("Running", exact=True)).to_have_count(1)
+    finally:
+        installation.api(f"flow_runs/{run}/set_state", state={"type": "CANCELLING"})
+        installation.wait("its processes to end", installation.only_services_run, seconds=60)
+        installation.command("sd3", "up", seconds=120)  # tells the server what became of the stage's run
+
+
 def test_the_run_lists_its_stages_by_name_with_their_states(installation, page, run_id, stage_runs):
     runs = open_run(page, installation, run_id, "Subflow Runs")
     expect(page.get_by_role("banner").get_by_text("pipeline tiny-test")).to_be_visible()
@@ -155,7 +174,7 @@ def test_the_first_pictures_came_long_before_the_end(installation, killed, resum
 
 def test_evaluation_shows_scores_and_pictures(installation, page, resumed, stage_runs):
     shown = open_artifact(page, installation, stage_runs["evaluate"], "evaluate-result")
-    for metric in ("validation_loss", "clip_score", "shapes_bench/overall"):
+    for metric in ("validation_loss", "clip_score", "shapes_bench/overall", "seen combinations", "unseen", "chance"):
         expect(shown.get_by_role("columnheader", name=metric)).to_be_visible()
     score = next(row["value"] for row in resumed.summary["scores"] if row["metric"] == "validation_loss")
     expect(shown.get_by_role("cell", name=f"{score:.3f}").first).to_be_visible()

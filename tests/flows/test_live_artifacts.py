@@ -92,9 +92,10 @@ def test_what_cannot_be_drawn_is_one_warning_and_the_progress_goes_on(server, ca
 def test_the_progress_has_the_newest_warnings_below_it_and_ends_without_what_was_done_last(server):
     with StageReporter("pretrain", str(uuid4()), logging.getLogger("run")) as report:
         report(Progress(4, 4, "steps", note="writing a checkpoint"))
-        for number in range(7):
-            report.warn(f"warning {number}")
-        assert report._progress() == (100.0, "\n".join(["4/4 steps, writing a checkpoint", *(f"warning {n}" for n in range(2, 7))]))
+        told = [f"warning {number}" for number in range(artifacts.WARNINGS_SHOWN + 2)]
+        for warning in told:
+            report.warn(warning)
+        assert report._progress() == (100.0, "\n".join(["4/4 steps, writing a checkpoint", *told[2:]]))
     [posted] = server.posted.values()
     assert posted[-1][1].splitlines()[0] == "4/4 steps"
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 from datetime import timedelta
 from types import SimpleNamespace
 from uuid import uuid4
@@ -188,6 +189,19 @@ def test_the_path_of_the_first_picture_is_printed_once(server, kind):
     terminal.follow(uuid4(), Console(file=out, width=60, **kind))
     assert out.getvalue().count("first pictures: /store/a.png") == 1 and "b.png" not in out.getvalue()
     assert ("▀" in out.getvalue()) == bool(kind)
+
+
+@pytest.mark.parametrize("variables", [{"TERM": "dumb"}, {"NO_COLOR": "1", "TERM": "xterm"}])
+def test_a_terminal_that_cannot_or_shall_not_show_colours(server, variables):
+    """Lines where it cannot move its cursor, a table that is drawn anew where it can; no colour, and no picture made of it."""
+    server.look = pretraining(StateType.RUNNING, StateType.COMPLETED)
+    server.pictures = [Picture("/store/a.png", picture_file([(1, 2, 3)], [(1, 2, 3)]))]
+    out = io.StringIO()
+    terminal.follow(uuid4(), Console(file=out, width=60, height=40, force_terminal=True, _environ=variables))
+    shown = out.getvalue()
+    assert "first pictures: /store/a.png" in shown and "▀" not in shown
+    assert not re.search(r"\x1b\[[\d;]*(?:3|4|9)\d[\d;]*m", shown)  # a colour
+    assert ("\x1b" in shown) == (variables["TERM"] != "dumb")
 
 
 @pytest.mark.parametrize("kind", [{}, COLOURFUL])

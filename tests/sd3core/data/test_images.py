@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -74,9 +76,10 @@ def test_transparent_palette_index_lies_over_white():
     assert image[0, 0].tolist() == [255, 255, 255] and image[0, 1].tolist() == [40, 50, 60]
 
 
-def test_grey_one_bit_and_cmyk_become_rgb():
+def test_grey_one_bit_lab_and_cmyk_become_rgb():
     assert np.asarray(decode_image(_encoded(Image.new("L", (3, 3), 77)), LIMIT)).tolist() == [[[77] * 3] * 3] * 3
     assert np.asarray(decode_image(_encoded(Image.new("1", (3, 3), 1)), LIMIT)).min() == 255
+    assert np.asarray(decode_image(_encoded(Image.new("LAB", (1, 1), (128, 128, 128)), "TIFF"), LIMIT)).tolist() == [[[119] * 3]]
     red = decode_image(_encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95), LIMIT)
     assert red.mode == "RGB" and np.abs(np.asarray(red).astype(int) - (255, 0, 0)).max() < 12
 
@@ -88,6 +91,21 @@ def test_sixteen_bits_keep_their_high_byte():
     np.testing.assert_array_equal(image[..., 0], image[..., 2])
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+def test_sixteen_bits_a_channel(channels):
+    """Pillow writes none, so the file is put together here: IHDR, one filterless row each, IEND."""
+    values = np.arange(2 * 3 * channels, dtype=np.uint16).reshape(2, 3, channels) * 2500
+    values[..., 3:] = 65535
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 3, 2, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    np.testing.assert_array_equal(np.asarray(decode_image(data, LIMIT)), values[..., :3] >> 8)
+
+
 def test_phone_jpeg_with_a_second_picture_behind_it_is_a_jpeg():
     first, second = (Image.new("RGB", (16, 16), colour) for colour in ("green", "blue"))
     image, kind = decode_image_and_format(_encoded(first, "MPO", save_all=True, append_images=[second]), LIMIT)
@@ -97,9 +115,7 @@ def test_phone_jpeg_with_a_second_picture_behind_it_is_a_jpeg():
 def _bomb() -> bytes:
     data = bytearray(_encoded(Image.new("1", (8, 8))))
     data[16:24] = (60_000).to_bytes(4, "big") * 2  # the header says 3.6 billion pixels
-    from zlib import crc32
-
-    data[29:33] = crc32(data[12:29]).to_bytes(4, "big")
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     return bytes(data)
 
 
