@@ -86,6 +86,22 @@ class Installation:
         self, arguments: Sequence[str], moment: str | Callable[[], Any], times: int = 1, seconds: float = 180
     ) -> tuple[int, str]:
         """Runs a command, presses Ctrl-C when it prints `moment` or `moment` is true: its exit code and what it printed."""
+
+        def press(running: subprocess.Popen) -> None:
+            for _ in range(times):
+                os.killpg(running.pid, signal.SIGINT)
+                time.sleep(0.5)
+
+        return self.disturbed(arguments, moment, press, seconds)
+
+    def disturbed(
+        self,
+        arguments: Sequence[str],
+        moment: str | Callable[[], Any],
+        happens: Callable[[subprocess.Popen], Any],
+        seconds: float = 180,
+    ) -> tuple[int, str]:
+        """Runs a command, and lets something happen when it prints `moment` or `moment` is true: its exit code and what it printed."""
         with tempfile.TemporaryFile("w+") as printed:
             running = subprocess.Popen(
                 arguments,
@@ -104,10 +120,8 @@ class Installation:
             reached = moment if callable(moment) else lambda: moment in so_far()
             try:
                 self.wait(f"{arguments} to come to {moment}", lambda: reached() or running.poll() is not None, seconds)
-                assert running.poll() is None, self.story(f"{arguments} ended before it could be interrupted", so_far())
-                for _ in range(times):
-                    os.killpg(running.pid, signal.SIGINT)
-                    time.sleep(0.5)
+                assert running.poll() is None, self.story(f"{arguments} ended before it came to {moment}", so_far())
+                happens(running)
                 code = running.wait(seconds)
             finally:
                 running.kill()

@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -36,10 +37,12 @@ from sd3core.checkpoint import (
     read_pieces,
     record_file,
 )
-from sd3core.data.store import Store
-from sd3core.errors import CheckpointError
+from sd3core.data.store import Store, may_pass
+from sd3core.errors import CheckpointError, StoreError
 from workers.trainer.engine import ShardedTrainer
 from workers.trainer.job import TrainingJob, TrainingSuperseded
+
+PATIENCE_S = (10.0, 20.0, 30.0, 60.0, 60.0)  # between the tries of a write; the ranks that wait for it are silent so long
 
 
 def begin_attempt(store: Store, folder: str) -> int:
@@ -90,11 +93,19 @@ def _damaged_files(store: Store, folder: str, done: CheckpointDone) -> list[str]
 
 
 def save_checkpoint(
-    store: Store, job: TrainingJob, trainer: ShardedTrainer, *, attempt: int, step: int, rows: list[dict[str, Any]]
+    store: Store,
+    job: TrainingJob,
+    trainer: ShardedTrainer,
+    *,
+    attempt: int,
+    step: int,
+    rows: list[dict[str, Any]],
+    warn: Callable[[str], None],
 ) -> str:
     """Writes a checkpoint from all ranks, DONE.json last; returns its folder. `rows` (of rank 0): since the last one.
 
-    Raises TrainingSuperseded, on all ranks, where a newer attempt is registered.
+    A store that is away, or full, has a few minutes to come back, and `warn` is told. Raises TrainingSuperseded, on all
+    ranks, where a newer attempt is registered.
     """
     folder = checkpoint_folder(job.folder, job.samples_at(step))
     name = rank_file(trainer.rank, trainer.world).replace(".safetensors", f".attempt-{attempt:04d}.safetensors")
@@ -102,7 +113,7 @@ def save_checkpoint(
         local = Path(scratch) / name
         save_file({piece_name(s.kind, s.name, s.start): s.values for s in trainer.slices(own=True)}, local)
         record = record_file(local)
-        store.put_file(f"{folder}/{name}", local)
+        _patiently(lambda: store.put_file(f"{folder}/{name}", local), warn)
     written: list[tuple[str, FileRecord]] = [None] * trainer.world  # type: ignore[list-item]
     dist.all_gather_object(written, (name, record))  # every file stands from here on
 
@@ -110,7 +121,7 @@ def save_checkpoint(
     if trainer.rank == 0:
         newest = newest_attempt(store, job.folder)
         if newest <= attempt:
-            _commit(store, job, trainer, folder, attempt, step, rows, dict(written))
+            _patiently(lambda: _commit(store, job, trainer, folder, attempt, step, rows, dict(written)), warn)
             newest = newest_attempt(store, job.folder)
             if newest > attempt:  # it began meanwhile: it goes on from this checkpoint, or has removed its files
                 _take_back_unless_whole(store, folder, attempt)
@@ -123,6 +134,19 @@ def save_checkpoint(
     if outcome[0]:
         raise TrainingSuperseded(outcome[0])
     return folder
+
+
+def _patiently(write: Callable[[], None], warn: Callable[[str], None]) -> None:
+    """A rank that failed would have all steps since the last checkpoint computed again."""
+    for seconds in PATIENCE_S:
+        try:
+            return write()
+        except StoreError as error:
+            if not may_pass(error):
+                raise
+            warn(f"{error}; the checkpoint waits, and is tried again in {seconds:g} s")
+            time.sleep(seconds)
+    return write()
 
 
 def _commit(

@@ -186,9 +186,8 @@ class PhaseTraining:
                 raise NonFiniteStreak(f"{streak} steps in a row without a finite gradient up to step {step}")
             if ends_here:
                 self._tell(row, ", writing a checkpoint")
-                save_checkpoint(
-                    self.store, job, self.trainer, attempt=self.attempt, step=step, rows=self.records.since_checkpoint
-                )
+                rows = self.records.since_checkpoint
+                save_checkpoint(self.store, job, self.trainer, attempt=self.attempt, step=step, rows=rows, warn=self._warn)
                 self.records.checkpoint_stands()
                 checkpoint_due = False
             if self.previews.due(step):

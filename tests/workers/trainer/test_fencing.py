@@ -1,4 +1,4 @@
-"""Two attempts at one phase at the same time, moment by moment: no DONE.json is left without its files."""
+"""Two attempts at one phase at the same time, moment by moment: no DONE.json is left without its files. And a store that is away."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from fake_training import make_job
 
 from sd3core.checkpoint import DONE_FILE, list_checkpoints, read_done
 from sd3core.data.store import FileStore
-from workers.trainer.checkpointing import begin_attempt, last_whole_checkpoint, save_checkpoint
+from sd3core.errors import StoreError
+from workers.trainer import checkpointing
+from workers.trainer.checkpointing import PATIENCE_S, begin_attempt, last_whole_checkpoint, save_checkpoint
 from workers.trainer.engine import Slice
 from workers.trainer.job import TrainingSuperseded
 
@@ -53,10 +55,10 @@ def job(tmp_path):
     return make_job(tmp_path / "store")
 
 
-def write(store, job, attempt, step=4):
+def write(store, job, attempt, step=4, warn=print):
     trainer = SimpleNamespace(rank=0, world=1, optimizer_step=step, shapes={"w": [3]})
     trainer.slices = lambda own: [Slice("weights", "w", 0, torch.ones(3))]
-    return save_checkpoint(store, job, trainer, attempt=attempt, step=step, rows=[{"step": step}])
+    return save_checkpoint(store, job, trainer, attempt=attempt, step=step, rows=[{"step": step}], warn=warn)
 
 
 def test_a_newer_attempt_before_done_removes_the_files_and_the_older_one_takes_done_back(job):
@@ -114,3 +116,51 @@ def test_a_checkpoint_whose_files_are_gone_is_passed_over(job):
     store.delete(f"{second}/{name}")
     store.delete(f"{first}/{DONE_FILE}")
     assert last_whole_checkpoint(store, job.folder) is None
+
+
+class Away(FileStore):
+    """A store that refuses the next `refusals` files and records, one after another."""
+
+    def __init__(self, root, refusals):
+        super().__init__(root)
+        self.refusals = refusals
+
+    def _refuse(self):
+        if self.refusals:
+            self.refusals -= 1
+            raise StoreError("the store: No space left on device")
+
+    def put_file(self, path, local):
+        self._refuse()
+        super().put_file(path, local)
+
+    def put_json(self, path, value):
+        self._refuse()
+        super().put_json(path, value)
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """How long was waited, without the waiting."""
+    waited: list[float] = []
+    monkeypatch.setattr(checkpointing.time, "sleep", waited.append)
+    return waited
+
+
+@pytest.mark.parametrize("refusals", [1, len(PATIENCE_S)])
+def test_a_checkpoint_waits_for_its_store(job, waits, refusals):
+    store, told = FileStore(Path(job.store)), []
+    attempt = begin_attempt(store, job.folder)
+    write(Away(store.root, refusals), job, attempt, warn=told.append)
+    assert last_whole_checkpoint(store, job.folder).samples == 32
+    assert waits == [*PATIENCE_S[:refusals]]
+    assert told[0] == "the store: No space left on device; the checkpoint waits, and is tried again in 10 s"
+    assert len(told) == refusals
+
+
+def test_a_store_that_stays_away_is_the_error(job, waits):
+    store = FileStore(Path(job.store))
+    attempt = begin_attempt(store, job.folder)
+    with pytest.raises(StoreError, match="No space left"):
+        write(Away(store.root, 100), job, attempt)
+    assert waits == [*PATIENCE_S] and list_checkpoints(store, job.folder) == []
