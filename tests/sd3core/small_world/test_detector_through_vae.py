@@ -25,7 +25,7 @@ TRAINING, SCENES = 1024, 256
 @pytest.fixture(scope="module")
 def autoencoder() -> Autoencoder:
     settings, threads = load_recipe("mini").towers.small.vae, torch.get_num_threads()
-    torch.set_num_threads(2)  # nothing else runs beside it
+    torch.set_num_threads(1)  # two would wait for each other while other tests hold the cores: ten times as long
     try:
         vae, _ = train_vae(settings, [render(draw_scene(0, index)) for index in range(TRAINING)], seed=0)
     finally:
