@@ -58,7 +58,7 @@ def _fused(plain: Callable[..., Any]) -> Callable[..., Any]:
     """`plain` in one pass over its tensors, of which the first, or the first list of them, decides whether that pays."""
 
     @functools.wraps(plain)
-    def call(x: Tensor | list[Tensor], *others: Any) -> Any:
+    def call(x: Tensor | Sequence[Tensor], *others: Any) -> Any:
         size = x.numel() if isinstance(x, Tensor) else sum(z.numel() for z in x)
         fuses = size >= MIN_FUSED and not torch.compiler.is_compiling() and can_compile()
         return (_compiled(plain) if fuses else plain)(x, *others)

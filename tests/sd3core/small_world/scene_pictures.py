@@ -42,8 +42,11 @@ def kinds(items) -> Counter:
     return Counter((item.shape, item.colour) for item in items)
 
 
-def planted(error: str, index: int) -> tuple[np.ndarray, Counter, Counter]:
-    """A fresh scene with one error of `PLANTED` in it; the kinds it had before; those that the error leaves alone."""
+def planted(error: str, index: int, thin_bars: bool = True) -> tuple[np.ndarray, Counter, Counter]:
+    """A fresh scene with one error of `PLANTED` in it; the kinds it had before; those that the error leaves alone.
+
+    `thin_bars`: a bar may be cut lengthwise too, which an autoencoder draws as it should be.
+    """
     scene = draw_scene(201, index, max_objects=3 if error == "extra" else 4)  # a fifth one would touch the others
     rng = np.random.default_rng(index)
     first, *others = scene.objects
@@ -64,7 +67,7 @@ def planted(error: str, index: int) -> tuple[np.ndarray, Counter, Counter]:
         bare = render(replace(scene, objects=tuple(others)))
         y, x = np.mgrid[0 : scene.height, 0 : scene.width]
         halves = [x < first.centre[0], x > first.centre[0]]
-        if first.shape != "bar":  # an autoencoder draws a thin one as it should be
+        if first.shape != "bar" or thin_bars:
             halves.append(y > first.centre[1])  # a triangle's upper half is a triangle too
         return np.where(halves[index % len(halves)][..., None], render(scene), bare), before, kinds(others)
     return render(replace(scene, objects=objects)), before, kinds(others)
