@@ -11,6 +11,7 @@ from rich.table import Table
 from flows.scores import bench_rows, score_rows
 from flows.services import Services
 from sd3core.data.store import Store
+from sd3core.provenance import Provenance, provenance, provenance_of
 from sd3core.recipe import Recipe
 
 PICTURES_NAMED = 6
@@ -44,7 +45,8 @@ def write_summary(store: Store, recipe: Recipe, stages: list[dict[str, Any]], sc
     summary = {
         "recipe": recipe.name,
         "run": recipe.run,
-        "stages": stages,
+        "made_by": provenance().model_dump(mode="json", exclude_none=True),
+        "stages": [stage | {"made_by": _makers(store, stage["manifest"])} for stage in stages],
         "scores": scores["scores"],
         "bench": scores["bench"],
         "left_out": scores["left_out"],
@@ -53,6 +55,20 @@ def write_summary(store: Store, recipe: Recipe, stages: list[dict[str, Any]], sc
     }
     store.put_json(summary_path(recipe), summary)
     return summary
+
+
+def _makers(store: Store, manifest: str) -> list[dict[str, Any]]:
+    found = provenance_of(store, manifest.removeprefix(f"{store.url}/"))
+    return [maker.model_dump(mode="json", exclude_none=True) for maker in found]
+
+
+def maker_lines(stages: list[dict[str, Any]]) -> list[str]:
+    """A line for each version, lock and kind of machine that made something of this run, with its stages."""
+    stages_of: dict[str, list[str]] = {}
+    for stage in stages:
+        for maker in stage.get("made_by", []):
+            stages_of.setdefault(Provenance.model_validate(maker).line(), []).append(stage["name"])
+    return [f"{line} ({', '.join(dict.fromkeys(names))})" for line, names in stages_of.items()]
 
 
 def print_summary(
@@ -75,6 +91,8 @@ def print_summary(
     if summary["export"]:
         say("export", summary["export"].removeprefix("file://"))
     say("summary", _shown(store, summary_path(recipe)))
+    for line in maker_lines(summary["stages"]):
+        say("made by", line)
     say("UI", services.ui_url)
     say("sample", " ".join(command))
 

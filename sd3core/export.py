@@ -25,6 +25,7 @@ from sd3core.data.store import Store
 from sd3core.errors import CheckpointError
 from sd3core.export_readme import readme
 from sd3core.mmdit import MMDiTConfig
+from sd3core.provenance import PROVENANCE_FILE, provenance, put_provenance
 from sd3core.recipe import Recipe
 from sd3core.sample_settings import Weights
 from sd3core.specs import FORMATS, fingerprint
@@ -103,6 +104,7 @@ def export_stage(
                 name = path.relative_to(local).as_posix()
                 store.put_file(f"{folder}/{name}", path)
                 files[name] = record_file(path).model_dump()
+        put_provenance(store, f"{folder}/{PROVENANCE_FILE}", provenance())
         store.put_json(
             manifest_path, {"stage": "export", "spec": spec, "fields": fields, "from": checkpoint, "files": files}
         )

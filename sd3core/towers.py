@@ -24,7 +24,9 @@ from sd3core.data.manifest import MANIFEST
 from sd3core.data.store import Store, StoreNotFound, canonical_json
 from sd3core.errors import DataError
 from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
+from sd3core.provenance import Provenance, provenance_path, put_provenance
 from sd3core.specs import fingerprint
+
 FETCH = ".fetch-"  # of a folder that a file is fetched into
 ABANDONED_S = 3600  # one that has not grown for so long has lost its process
 
@@ -120,7 +122,9 @@ def finished_towers(store: Store, folder: str) -> dict[str, TowerEntry]:
     return finished
 
 
-def commit_towers(store: Store, folder: str, fields: dict[str, Any]) -> TowersManifest:
+def commit_towers(
+    store: Store, folder: str, fields: dict[str, Any], made_by: Provenance | None = None
+) -> TowersManifest:
     """Writes the manifest over the finished towers. Raises DataError naming those that are not finished."""
     finished = finished_towers(store, folder)
     missing = [name for name in TOWER_FOLDERS if name not in finished]
@@ -128,6 +132,8 @@ def commit_towers(store: Store, folder: str, fields: dict[str, Any]) -> TowersMa
         raise DataError(f"{store.uri(folder)}: towers not finished: {', '.join(missing)}; run the towers stage again")
     store.put_json(f"{folder}/training.json", {name: entry.training for name, entry in finished.items()})
     manifest = TowersManifest(spec=fingerprint(fields), fields=fields, folder=folder, towers=finished)
+    if made_by is not None:
+        put_provenance(store, provenance_path(folder, manifest.digest), made_by)
     store.put(f"{folder}/MANIFEST.{manifest.digest[:12]}.json", manifest.to_bytes())
     store.put(f"{folder}/{MANIFEST}", manifest.to_bytes())
     return manifest

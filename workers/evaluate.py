@@ -112,7 +112,7 @@ def evaluate_stage(
     parts = [store.get_json(task.path) for task in tasks]
     path = f"{_folder(recipe)}/scores.json"
     summary = summarise(tasks, parts)
-    data = canonical_json(summary)
+    data = canonical_json(summary | {"made_by": _makers(parts)})
     if not store.exists(path) or store.get(path) != data:
         store.put(path, data)
     seconds = time.monotonic() - started
@@ -266,6 +266,12 @@ def summarise(tasks: Sequence[EvaluationTask], parts: Sequence[dict[str, Any]]) 
         "pictures": pictures,
         "protocols": protocols,
     }
+
+
+def _makers(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the parts were made with, each once; every part's own stands in its record."""
+    makers = [part["made_by"] for part in parts if "made_by" in part]
+    return [maker for place, maker in enumerate(makers) if maker not in makers[:place]]
 
 
 def _folder(recipe: Recipe) -> str:

@@ -28,6 +28,7 @@ from sd3core.metrics.validation_loss import LEVELS, level_losses, validation_los
 from sd3core.pictures import encode_png, make_grid, thumbnail_jpeg
 from sd3core.precision import DTYPES, has_bf16_arithmetic, settled
 from sd3core.progress import Progress
+from sd3core.provenance import device_kind, provenance
 from sd3core.recipe import Recipe
 from sd3core.sample_settings import SampleSettings
 from sd3core.small_world import shapes_bench
@@ -58,7 +59,8 @@ class EvaluationWorker:
         result = _Part()
         parts.get(task.protocol["kind"], self._bench)(task, result)
         fields = {"part": task.part, "phase": task.phase, "checkpoint": task.checkpoint, "weights": task.weights}
-        fields |= {"protocol": task.protocol, "precision": self.precision}
+        made_by = provenance(device_kind(torch.device(self.device).type)).model_dump(mode="json", exclude_none=True)
+        fields |= {"protocol": task.protocol, "precision": self.precision, "made_by": made_by}
         self.store.put_json(task.path, fields | result.to_dict())
         return task.path
 

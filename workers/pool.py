@@ -27,6 +27,7 @@ from ray.exceptions import RayActorError, RayError
 
 from sd3core.data.store import may_pass
 from sd3core.errors import UserError
+from sd3core.provenance import Provenance, device_kind, provenance
 from workers.session_folders import scratch_folder, sessions_folder
 
 if TYPE_CHECKING:  # the recipe brings torch, which not every worker needs
@@ -69,6 +70,8 @@ class Outcome(Generic[Task]):
     result: Any = None
     error: str | None = None
     attempts: int = 1
+    device: str = ""  # kind of what the worker ran on
+    seconds: float = 0.0  # of the last attempt
 
 
 @contextmanager
@@ -140,12 +143,26 @@ def map_over_actors(
     return _Pool(worker_class, worker_kwargs, tasks, settings, report, watch).run()
 
 
+def made_by(outcomes: Sequence[Outcome[Any]], actors: int) -> Provenance:
+    """Provenance of what actors have made; its seconds are those of a pool that has work for all of them."""
+    made = [outcome for outcome in outcomes if outcome.error is None]
+    kinds = sorted({outcome.device for outcome in made} - {""})
+    used = max(1, min(actors, len(made)))
+    return provenance(" and ".join(kinds) or None, used, made=len(made), seconds=sum(o.seconds for o in made) / used)
+
+
 class _ActorHost:
     """The only class that is a Ray actor: it loads a plain worker, and returns failures as values."""
 
     def load(self, worker_class: type, worker_kwargs: dict[str, Any]) -> _Answer:
+        """Answers with the kind of device that the worker runs on."""
         self.worker = None
-        return _answer(lambda: setattr(self, "worker", worker_class(**worker_kwargs)))
+
+        def loaded() -> str:
+            self.worker = worker_class(**worker_kwargs)
+            return device_kind("cuda" if ray.get_gpu_ids() else "cpu")
+
+        return _answer(loaded)
 
     def call(self, task: Any) -> _Answer:
         return _answer(lambda: self.worker(task))
@@ -185,6 +202,8 @@ class _Seat:
     actor: Any
     pending: Any  # reference of the running load or call
     task: int | None = None  # position of the task; None while loading
+    device: str = ""
+    began_at: float = 0.0  # the task
     failed_loads: int = 0
     progress: Any = None
     progress_pending: Any = None
@@ -252,11 +271,10 @@ class _Pool(Generic[Task]):
             return
         seat.pending, seat.task = None, None
         if loading:
-            seat.failed_loads = 0
+            seat.failed_loads, seat.device = 0, answer.result
         elif answer.error is None:
-            self._finish(
-                position, Outcome(self.tasks[position], result=answer.result, attempts=self.attempts[position])
-            )
+            how = {"attempts": self.attempts[position], "device": seat.device, "seconds": time.monotonic() - seat.began_at}
+            self._finish(position, Outcome(self.tasks[position], answer.result, **how))
         else:
             self._failed(position, answer.error)
 
@@ -295,7 +313,8 @@ class _Pool(Generic[Task]):
             if seat.pending is None and self.waiting:
                 seat.task = self.waiting.popleft()
                 self.attempts[seat.task] += 1
-                seat.alive_at, seat.progress, seat.progress_pending = time.monotonic(), None, None
+                seat.alive_at = seat.began_at = time.monotonic()
+                seat.progress = seat.progress_pending = None
                 seat.pending = seat.actor.call.remote(self.tasks[seat.task])
 
     def _look_at_progress(self) -> None:

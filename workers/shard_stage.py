@@ -28,7 +28,7 @@ from sd3core.errors import DataError, StoreError, UserError
 from sd3core.progress import Progress, ProgressCallback, ProgressMeter, counted
 from sd3core.recipe import Compute
 from sd3core.specs import fingerprint
-from workers.pool import Outcome, PoolSettings, map_over_actors, start_ray
+from workers.pool import Outcome, PoolSettings, made_by, map_over_actors, start_ray
 from workers.stage_notes import NOTHING_TO_DO, StageNote, reason_to_work, recall_stage, remember_stage
 
 NAMED_FAILURES = 5  # shards that an error names
@@ -122,26 +122,23 @@ def run_shard_stages(
     todo = [task for state in states for task in state.missing]
     total_rows = sum(task.rows for stage in stages for task in stage.tasks)
     meter = ProgressMeter(total_rows, "rows", report, already_done=total_rows - sum(task.rows for task in todo))
-    failures: list[str] = []
+    outcomes: list[Outcome[ShardTask]] = []
     if todo:
         tally = _Tally(meter)
         with start_ray(compute):
             outcomes = map_over_actors(
                 worker_class, worker_kwargs, todo, PoolSettings.of(compute), tally.finished, tally.working
             )
-        made = {(o.task.folder, o.task.stem): o.result for o in outcomes if o.error is None}
-        failures = [
-            f"{o.task.folder}/{o.task.stem} ({o.error}, {o.attempts} attempts)" for o in outcomes if o.error is not None
-        ]
-    else:
-        made = {}
+    failures = [
+        f"{o.task.folder}/{o.task.stem} ({o.error}, {o.attempts} attempts)" for o in outcomes if o.error is not None
+    ]
     if failures:
         more = f" and {len(failures) - NAMED_FAILURES} more" if len(failures) > NAMED_FAILURES else ""
         raise StageFailed(
             f"{', '.join(stage.name for stage in stages)}: {len(failures)} of {len(todo)} shards could not be made:"
             f" {'; '.join(failures[:NAMED_FAILURES])}{more}; put that right and run it again: the other shards are kept"
         )
-    return [_conclude(store, run, state, made, started) for state in states]
+    return [_conclude(store, run, state, outcomes, compute.actors, started) for state in states]
 
 
 class _Tally:
@@ -225,10 +222,10 @@ def _manifest_or_none(store: Store, folder: str, digest: str | None) -> Manifest
 
 
 def _conclude(
-    store: Store, run: str, state: _State, made: dict[tuple[str, str], DoneRecord], started: float
+    store: Store, run: str, state: _State, outcomes: list[Outcome[ShardTask]], actors: int, started: float
 ) -> StageResult:
     stage = state.stage
-    made_here = [task for task in state.missing if (stage.folder, task.stem) in made]
+    made_here = [outcome for outcome in outcomes if outcome.task.folder == stage.folder]
     if state.matches and not made_here:
         manifest, reason = state.standing, NOTHING_TO_DO
         reference = manifest_ref(stage.folder, manifest.digest)
@@ -236,8 +233,8 @@ def _conclude(
             commit_manifest(store, stage.folder, manifest)
     else:
         reason = reason_to_work(state.note, stage.folder, stage.fields, len(made_here), len(stage.tasks), "shard")
-        manifest = _build_manifest(store, state, made)
-        reference = commit_manifest(store, stage.folder, manifest)
+        manifest = _build_manifest(store, state, {outcome.task.stem: outcome.result for outcome in made_here})
+        reference = commit_manifest(store, stage.folder, manifest, made_by(made_here, actors))
         store.remove_abandoned(stage.folder)
     remember_stage(store, run, stage.name, stage.folder, reference.digest, stage.fields)
     return StageResult(
@@ -275,11 +272,11 @@ def some(names: list[str], count: int) -> str:
     return ", ".join(shown) + (f" and {count - len(shown):,} more" if count > len(shown) else "")
 
 
-def _build_manifest(store: Store, state: _State, made: dict[tuple[str, str], DoneRecord]) -> Manifest:
+def _build_manifest(store: Store, state: _State, made: dict[str, DoneRecord]) -> Manifest:
     """From the done records just made, the standing manifest's entries, and only then the records in the store."""
     stage = state.stage
     known: dict[str, ShardEntry] = {entry.stem: entry for entry in state.standing.shards} if state.standing else {}
-    records = {stem: record for (folder, stem), record in made.items() if folder == stage.folder}
+    records = dict(made)
     unknown = [stem for stem in stage.stems if stem not in records and stem not in known]
     with ThreadPoolExecutor(16) as threads:
         records |= dict(

@@ -18,7 +18,7 @@ from sd3core.recipe import Recipe, ReleasedTowers, SmallTowers
 from sd3core.specs import towers_fields, towers_folder
 from sd3core.towers import TOWER_FOLDERS, TowerEntry, commit_tower, commit_towers, finished_towers, read_towers
 from workers.inputs import InputShard, input_shards, read_images, read_input_index
-from workers.pool import Outcome, PoolSettings, map_over_actors, start_ray
+from workers.pool import Outcome, PoolSettings, made_by, map_over_actors, start_ray
 from workers.shard_stage import StageFailed, StageResult
 from workers.stage_notes import NOTHING_TO_DO, reason_to_work, recall_stage, remember_stage
 
@@ -43,9 +43,8 @@ def towers_stage(recipe: Recipe, store: Store, raw: ManifestRef | None, report: 
         manifest = _standing_manifest(store, folder)
     if manifest is None:
         reason = reason_to_work(note, folder, fields, len(missing), len(TOWER_FOLDERS), "tower")
-        if missing:
-            _make(recipe, store, raw, folder, missing, report)
-        manifest = commit_towers(store, folder, fields)
+        outcomes = _make(recipe, store, raw, folder, missing, report) if missing else []
+        manifest = commit_towers(store, folder, fields, made_by(outcomes, recipe.compute.actors))
     reference = manifest_ref(folder, manifest.digest)
     remember_stage(store, recipe.run, "towers", folder, reference.digest, fields)
     return StageResult(
@@ -69,7 +68,7 @@ def _standing_manifest(store: Store, folder: str):
 
 def _make(
     recipe: Recipe, store: Store, raw: ManifestRef | None, folder: str, missing: list[str], report: ProgressCallback
-) -> None:
+) -> list[Outcome[str]]:
     """One tower is one task: with one thread each, the long VAE and the four others keep two cores busy."""
     small, released = recipe.towers.small, recipe.towers.released
     if small is not None:
@@ -96,6 +95,7 @@ def _make(
     failures = [f"{o.task} ({o.error}, {o.attempts} attempts)" for o in outcomes if o.error is not None]
     if failures:
         raise StageFailed(f"towers: {len(failures)} of {len(missing)} could not be made: {'; '.join(failures)}")
+    return outcomes
 
 
 class _Tally:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sd3core.data.store import Store, StoreNotFound, canonical_json
 from sd3core.errors import DataError
+from sd3core.provenance import Provenance, provenance_path, put_provenance
 
 MANIFEST = "MANIFEST.json"
 UNSET = "unset"
@@ -76,10 +77,17 @@ class ManifestRef:
     digest: str
 
 
-def commit_manifest(store: Store, folder: str, manifest: Manifest) -> ManifestRef:
-    """Writes the immutable copy, then MANIFEST.json. One writer a stage commits (design, section 5)."""
+def commit_manifest(
+    store: Store, folder: str, manifest: Manifest, made_by: Provenance | None = None
+) -> ManifestRef:
+    """Writes the immutable copy, then MANIFEST.json. One writer a stage commits (design, section 5).
+
+    `made_by` goes beside them, first of all; None leaves what stands there.
+    """
     data, digest = manifest.to_bytes(), manifest.digest
     ref = manifest_ref(folder, digest)
+    if made_by is not None:
+        put_provenance(store, provenance_path(folder, digest), made_by)
     store.put(ref.path, data)
     store.put(f"{folder}/{MANIFEST}", data)
     return ref

@@ -158,6 +158,7 @@ def test_the_stage_writes_its_manifest_last_and_once(towers_folder, tmp_path):
     assert {path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()} == {
         *manifest["files"],
         "MANIFEST.json",
+        "PROVENANCE.json",
     }
     assert all(record_file(local / name).model_dump() == record for name, record in manifest["files"].items())
     again = export_stage(recipe, store, "runs/tiny-test/model", towers_folder, digests)

@@ -33,8 +33,10 @@ from sd3core.metrics.held_out import read_rows
 from sd3core.mmdit import MMDiT
 from sd3core.pictures import read_settings
 from sd3core.progress import Progress
+from sd3core.provenance import device_kind, provenance_of
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
+from sd3core.specs import fingerprint
 from workers.encode import encode_stage
 from workers.evaluate import (
     EvaluationFailed,
@@ -163,6 +165,16 @@ def test_every_checkpoint_has_every_score_for_both_weights(world, result):
         for w in ("live", "ema")
     )
     assert all(a != b for a, b in zip(live, ema, strict=True))
+
+
+def test_every_record_names_what_it_was_made_with_and_no_digest_covers_it(world, result):
+    parts = [world.store.get_json(task.path) for task in plan_tasks(world.recipe, world.store, world.checkpoints, world.inputs)]
+    assert {part["made_by"]["device"] for part in parts} == {device_kind()}
+    makers = provenance_of(world.store, result.path)
+    assert [maker.device for maker in makers] == [device_kind()]
+    told = world.store.get_json(result.path)
+    told.pop("made_by")
+    assert result.digest == fingerprint(told)
 
 
 def test_earlier_checkpoints_get_fewer_bench_prompts(world):

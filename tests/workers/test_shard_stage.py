@@ -13,6 +13,7 @@ from sd3core.data.shards import FailedRow, Sample, write_shard
 from sd3core.data.store import open_store
 from sd3core.errors import DataError
 from sd3core.progress import ignore_progress
+from sd3core.provenance import device_kind, provenance_of
 from sd3core.recipe import Compute
 from workers.shard_stage import (
     NOTHING_TO_DO,
@@ -78,6 +79,8 @@ def test_first_run_then_nothing_to_do_then_only_what_is_missing(store):
     assert told == [f"shard {stem}: 1 rows left out: too small" for stem in a_stage().stems]
     manifest = read_manifest(store, first.manifest.folder, first.manifest.digest)
     assert [entry.number for entry in manifest.shards] == [0, 1, 2, 3]
+    (maker,) = provenance_of(store, first.manifest.path)
+    assert (maker.device, maker.devices, maker.made) == (device_kind(), 1, 4) and maker.seconds >= 0
 
     again = run(store, a_stage())
     assert (again.skipped, again.reason, again.made, again.done_before) == (True, NOTHING_TO_DO, 0, 4)

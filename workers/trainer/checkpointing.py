@@ -39,6 +39,7 @@ from sd3core.checkpoint import (
 )
 from sd3core.data.store import Store, may_pass
 from sd3core.errors import CheckpointError, StoreError
+from sd3core.provenance import device_kind, provenance, provenance_bytes, provenance_file
 from workers.trainer.engine import ShardedTrainer
 from workers.trainer.job import TrainingJob, TrainingSuperseded
 
@@ -164,6 +165,11 @@ def _commit(
         local.write_text("".join(json.dumps(row) + "\n" for row in rows))
         store.put_file(f"{folder}/{METRICS_FILE}", local)
         files[METRICS_FILE] = record_file(local)
+        made_by = provenance(device_kind(trainer.device.type), trainer.world)
+        local = Path(scratch) / provenance_file(attempt)
+        local.write_bytes(provenance_bytes(made_by))
+        store.put_file(f"{folder}/{local.name}", local)
+        files[local.name] = record_file(local)
     done = CheckpointDone(
         samples=job.samples_at(step),
         steps=step,

@@ -74,6 +74,10 @@ class ShardedTrainer:
             self._place_matrices(self._adam)
 
     @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
     def model(self) -> nn.Module:
         """What to call for a forward pass."""
         return self.engine if self.training.zero_stage == 3 else self.engine.module

@@ -56,7 +56,9 @@ def job(tmp_path):
 
 
 def write(store, job, attempt, step=4, warn=print):
-    trainer = SimpleNamespace(rank=0, world=1, optimizer_step=step, shapes={"w": [3]})
+    trainer = SimpleNamespace(
+        rank=0, world=1, device=torch.device("cpu"), optimizer_step=step, shapes={"w": [3]}
+    )
     trainer.slices = lambda own: [Slice("weights", "w", 0, torch.ones(3))]
     return save_checkpoint(store, job, trainer, attempt=attempt, step=step, rows=[{"step": step}], warn=warn)
 

@@ -16,6 +16,7 @@ from ray import cloudpickle
 from sd3core.checkpoint import assemble, list_checkpoints
 from sd3core.data.store import StoreNotFound, may_pass, open_store
 from sd3core.errors import DataError, StoreError
+from sd3core.provenance import device_kind, provenance_of
 from sd3core.recipe import Compute
 from workers.pool import start_ray
 from workers.trainer import TrainingFailed, launch, train
@@ -82,6 +83,8 @@ def test_an_undisturbed_phase(undisturbed):
     assert [folder[-12:] for folder in result.checkpoints] == ["000000000032", "000000000064", "000000000096"]
     assert seen[-1].done == 96 and seen[-1].total == 96 and seen[-1].note.startswith("loss ")
     assert len(rows_of(job)) == 12
+    makers = provenance_of(open_store(job.store), f"{result.checkpoints[-1]}/DONE.json")
+    assert [(maker.device, maker.devices) for maker in makers] == [(device_kind(), COMPUTE.train_ranks)]
 
 
 def test_a_finished_phase_returns_at_once(undisturbed):
