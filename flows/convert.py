@@ -14,8 +14,10 @@ from flows.options import one_of
 from sd3core.checkpoint_facts import CheckpointFacts
 from sd3core.convert import DTYPES, assumed_facts, export_model, import_model
 from sd3core.errors import UserError
+from sd3core.export import check_exported
 from sd3core.foreign_weights import ForeignWeights, open_foreign_weights
 from sd3core.mmdit import count_parameters
+from workers.caches import checked_here
 
 TARGETS = ("diffusers", "single-file")
 
@@ -34,6 +36,7 @@ def import_weights(
     """Another system's weights as a plain model folder; says what they are, and what is taken for granted."""
     one_of("--dtype", dtype, DTYPES)
     one_of("--null", null, ("zeros", "empty"))
+    check_exported(path, checked_here(), "transformer/")
     with open_foreign_weights(path, any_dtype=dtype is not None) as foreign:
         for note in foreign.notes:
             _say(console, f"note: {note}")

@@ -12,7 +12,7 @@ from sd3core.checkpoint import DONE_FILE, read_done
 from sd3core.export import export_stage
 from sd3core.progress import Progress
 from sd3core.towers import fetch_towers
-from workers.caches import towers_cache
+from workers.caches import checked_here, towers_cache
 from workers.shard_stage import NOTHING_TO_DO
 
 
@@ -37,12 +37,21 @@ def export(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
         manifest = upstream.towers_manifest(run.recipe, run.store)
         towers = fetch_towers(run.store, manifest.folder, towers_cache())
         run.report(Progress(0, 1, "folders"))
-        exported = export_stage(run.recipe, run.store, last.folder, towers, manifest.digests)
+        exported = export_stage(
+            run.recipe,
+            run.store,
+            last.folder,
+            towers,
+            manifest.digests,
+            checked=checked_here(),
+            reread_towers=lambda: fetch_towers(run.store, manifest.folder, towers_cache(), reread=True),
+        )
         run.report(Progress(1, 1, "folders"))
         return run.finish(
             manifest=f"{exported.folder}/MANIFEST.json",
             digest=exported.digest,
             skipped=exported.skipped,
             reason=NOTHING_TO_DO if exported.skipped else f"from {last.folder}",
+            warnings=[f"{run.store.uri(exported.damaged)} was damaged: the folder is made again"] if exported.damaged else [],
             table=[{"folder": run.store.uri(exported.folder), "checkpoint": last.folder}],
         )

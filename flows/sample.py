@@ -21,6 +21,7 @@ from flows.summary import finished_runs
 from sd3core.checkpoint import is_training_checkpoint, read_done
 from sd3core.data.store import open_store
 from sd3core.errors import UserError
+from sd3core.export import check_exported
 from sd3core.generate import Draw, sample_to_files
 from sd3core.precision import DTYPES
 from sd3core.progress import counted
@@ -29,7 +30,7 @@ from sd3core.sample_settings import Convention, Weights
 from sd3core.sampling import SAMPLERS
 from sd3core.text_encoders import ENCODERS
 from sd3core.towers import fetch_towers
-from workers.caches import towers_cache
+from workers.caches import checked_here, towers_cache
 
 LARGEST_SEED = 2**63 - 1
 
@@ -144,6 +145,8 @@ def _towers(recipe: Recipe, checkpoint: str | None, given: Path | None) -> Path:
     if given is not None:
         if not (given / "vae").is_dir():
             raise UserError(f"--towers {given}: no vae folder there; name a folder as diffusers' pipelines have it")
+        for part in ("vae/", "text_encoder", "tokenizer"):
+            check_exported(given, checked_here(), part)
         return given
     recipe = (_own_recipe(checkpoint) if checkpoint else None) or recipe
     store = run_store(recipe)

@@ -9,8 +9,10 @@ positions.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +23,9 @@ import torch
 from sd3core.checkpoint import record_file
 from sd3core.checkpoint_facts import CheckpointFacts, read_facts
 from sd3core.convert import DtypeName, open_source, write_config, write_transformer
-from sd3core.data.store import Store
-from sd3core.errors import CheckpointError
+from sd3core.data.checked_files import CheckedFiles
+from sd3core.data.store import Store, StoreNotFound
+from sd3core.errors import CheckpointError, StoreError
 from sd3core.export_readme import readme
 from sd3core.mmdit import MMDiTConfig
 from sd3core.provenance import PROVENANCE_FILE, provenance, put_provenance
@@ -73,14 +76,24 @@ class Exported:
     folder: str  # in the store
     digest: str  # of its MANIFEST.json
     skipped: bool
+    damaged: str | None = None  # the file for which it was made again
 
 
 def export_stage(
-    recipe: Recipe, store: Store, checkpoint: str, towers: Path, tower_digests: dict[str, str]
+    recipe: Recipe,
+    store: Store,
+    checkpoint: str,
+    towers: Path,
+    tower_digests: dict[str, str],
+    *,
+    checked: CheckedFiles | None = None,
+    reread_towers: Callable[[], object] = lambda: None,
 ) -> Exported:
     """The checkpoint folder `checkpoint` of the store, exported to runs/RUN/export/SPEC with its MANIFEST.json last.
 
-    `towers` is the local copy, `tower_digests` the digests of its manifest. Where a manifest stands, nothing is made.
+    `towers` is the local copy, `tower_digests` the digests of its manifest; before it is copied `reread_towers` compares
+    all of its bytes, which the export's own manifest will vouch for. Where a manifest stands and every file is as it says,
+    nothing is made.
     """
     facts = read_facts(store.uri(checkpoint))
     fields = {
@@ -95,8 +108,10 @@ def export_stage(
     spec = fingerprint(fields)
     folder = f"runs/{recipe.run}/export/{spec}"
     manifest_path = f"{folder}/{MANIFEST_FILE}"
-    skipped = store.exists(manifest_path)
+    standing = {"stage": "export", "spec": spec, "fields": fields}
+    skipped, damaged = _look(store, folder, standing, checked)
     if not skipped:
+        reread_towers()
         with tempfile.TemporaryDirectory() as scratch:
             local = export_diffusers(store.uri(checkpoint), towers, Path(scratch) / "export", shift=shift)
             files = {}
@@ -105,10 +120,48 @@ def export_stage(
                 store.put_file(f"{folder}/{name}", path)
                 files[name] = record_file(path).model_dump()
         put_provenance(store, f"{folder}/{PROVENANCE_FILE}", provenance())
-        store.put_json(
-            manifest_path, {"stage": "export", "spec": spec, "fields": fields, "from": checkpoint, "files": files}
-        )
-    return Exported(folder, fingerprint(store.get_json(manifest_path)), skipped)
+        store.put_json(manifest_path, standing | {"from": checkpoint, "files": files})
+    return Exported(folder, fingerprint(store.get_json(manifest_path)), skipped, damaged)
+
+
+def _look(
+    store: Store, folder: str, standing: dict[str, Any], checked: CheckedFiles | None
+) -> tuple[bool, str | None]:
+    """(whether the export is there as its manifest says, the file that is not)."""
+    checked = checked or CheckedFiles(Path(os.devnull))  # which keeps no notes
+    path = f"{folder}/{MANIFEST_FILE}"
+    try:
+        manifest = store.get_json(path)
+        if manifest | standing != manifest:
+            return False, path
+        for name, record in sorted(manifest["files"].items()):
+            if not checked.holds(store, f"{folder}/{name}", record["sha256"], record["bytes"]):
+                return False, f"{folder}/{name}"
+    except StoreNotFound:
+        return False, None
+    except (StoreError, KeyError, TypeError, AttributeError):
+        return False, path
+    return True, None
+
+
+def check_exported(folder: Path, checked: CheckedFiles, part: str = "") -> None:
+    """Raises CheckpointError naming a file below `part` of an exported folder that is not what its manifest says.
+
+    A folder without a manifest of this system's export stage is another's: nothing is known of its bytes.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file() or not (folder / "model_index.json").is_file():
+        return
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest.get("stage") != "export":
+            return
+        records = {name: (record["sha256"], record["bytes"]) for name, record in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: damaged; run the export stage again, or delete it to take the files as they are") from None
+    for name, record in sorted(records.items()):
+        if name.startswith(part) and not checked.is_whole(folder / name, *record):
+            raise CheckpointError(f"{folder / name}: damaged, not the file that was exported; run the export stage again")
 
 
 def _check_widths(towers: Path, config: MMDiTConfig) -> None:

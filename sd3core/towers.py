@@ -20,6 +20,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sd3core.data.checked_files import CheckedFiles, sha256_of
 from sd3core.data.manifest import MANIFEST
 from sd3core.data.store import Store, StoreNotFound, canonical_json
 from sd3core.errors import DataError
@@ -86,23 +87,37 @@ def commit_tower(
     local: Path,
     training: dict[str, Any],
     report: ProgressCallback = ignore_progress,
+    pinned: TowerEntry | None = None,
 ) -> TowerEntry:
-    """Puts a tower's folders from `local` into the store, the done record last."""
+    """Puts a tower's folders from `local` into the store, the done record last.
+
+    `pinned`: the entry of the damaged one that it is made again for, which stays. Raises DataError where it is another
+    one: what the old one encoded would not fit it.
+    """
     paths = sorted(
         path
         for part in TOWER_FOLDERS[name]
         for path in (local / part).rglob("*")
         if path.is_file() and path.name[0] != "."
     )
-    files = {str(path.relative_to(local)): TowerFile(sha256=_sha256(path), bytes=path.stat().st_size) for path in paths}
+    files = {
+        str(path.relative_to(local)): TowerFile(sha256=sha256_of(path), bytes=path.stat().st_size) for path in paths
+    }
     missing = [part for part in TOWER_FOLDERS[name] if not any(path.startswith(f"{part}/") for path in files)]
     if missing:
         raise DataError(f"tower {name}: {local / missing[0]} has no files")
+    entry = TowerEntry(files=files, digest=_digest(files), training=training)
+    if pinned is not None and entry.digest != pinned.digest:
+        raise DataError(
+            f"{store.uri(folder)}: tower {name} is damaged, and made again it is another one ({entry.digest[:12]}, not"
+            f" {pinned.digest[:12]}); put its files back from a copy, or delete {name}.done.json there to take the new one: what"
+            " the old one encoded is then made again"
+        )
     meter = ProgressMeter(len(files), "files", report)
     for path in files:
         store.put_file(f"{folder}/{path}", local / path)
         meter.advance(note=path)
-    entry = TowerEntry(files=files, digest=_digest(files), training=training)
+    entry = pinned or entry
     store.put(_done_path(folder, name), canonical_json(entry.model_dump(mode="json")))
     return entry
 
@@ -112,14 +127,37 @@ def finished_towers(store: Store, folder: str) -> dict[str, TowerEntry]:
     finished = {}
     for name in TOWER_FOLDERS:
         try:
-            finished[name] = TowerEntry.model_validate_json(store.get(_done_path(folder, name)))
+            finished[name] = _read_entry(store, folder, name)
         except StoreNotFound:
             continue
-        except ValidationError:
-            raise DataError(
-                f"{store.uri(_done_path(folder, name))}: not a done record of this version; delete it"
-            ) from None
     return finished
+
+
+def _read_entry(store: Store, folder: str, name: str) -> TowerEntry:
+    """A damaged done record is written again from the manifest, where there is one."""
+    path = _done_path(folder, name)
+    try:
+        entry = TowerEntry.model_validate_json(store.get(path))
+        if entry.digest == _digest(entry.files):
+            return entry
+    except ValidationError:
+        pass
+    try:
+        entry = read_towers(store, folder).towers[name]
+    except (DataError, KeyError):
+        raise DataError(f"{store.uri(path)}: damaged, or not of this version; delete it: the tower is made again") from None
+    store.put(path, canonical_json(entry.model_dump(mode="json")))
+    return entry
+
+
+def damaged_towers(store: Store, folder: str, finished: dict[str, TowerEntry], checked: CheckedFiles) -> dict[str, str]:
+    """Of finished towers those with a file that is gone or is not what was committed: name -> the first such file."""
+    damaged: dict[str, str] = {}
+    for name, entry in finished.items():
+        for path, file in entry.files.items():
+            if not checked.holds(store, f"{folder}/{path}", file.sha256, file.bytes):
+                damaged.setdefault(name, path)
+    return damaged
 
 
 def commit_towers(
@@ -134,14 +172,14 @@ def commit_towers(
     manifest = TowersManifest(spec=fingerprint(fields), fields=fields, folder=folder, towers=finished)
     if made_by is not None:
         put_provenance(store, provenance_path(folder, manifest.digest), made_by)
-    store.put(f"{folder}/MANIFEST.{manifest.digest[:12]}.json", manifest.to_bytes())
+    store.put(_manifest_path(folder, manifest.digest), manifest.to_bytes())
     store.put(f"{folder}/{MANIFEST}", manifest.to_bytes())
     return manifest
 
 
 def read_towers(store: Store, folder: str, digest: str | None = None) -> TowersManifest:
     """The towers manifest of a folder, or the one with `digest`. Raises DataError if it is missing, damaged or another one."""
-    path = f"{folder}/MANIFEST.{digest[:12]}.json" if digest else f"{folder}/{MANIFEST}"
+    path = _manifest_path(folder, digest) if digest else f"{folder}/{MANIFEST}"
     try:
         manifest = TowersManifest.model_validate_json(store.get(path))
     except StoreNotFound:
@@ -154,6 +192,8 @@ def read_towers(store: Store, folder: str, digest: str | None = None) -> TowersM
         raise DataError(
             f"{store.uri(path)}: not the towers that were asked for ({digest[:12]}); run the towers stage again"
         )
+    if digest is None and not store.exists(_manifest_path(folder, manifest.digest)):
+        raise DataError(f"{store.uri(path)}: not the manifest that was committed; run the towers stage again")
     return manifest
 
 
@@ -164,28 +204,32 @@ def fetch_towers(
     only: Collection[str] | None = None,
     digest: str | None = None,
     report: ProgressCallback = ignore_progress,
+    reread: bool = False,
 ) -> Path:
-    """The towers (or those in `only`) as a local folder that the loaders open; digests checked once, then kept.
+    """The towers (or those in `only`) as a local folder that the loaders open, every file as the manifest names it.
 
-    Several processes may fetch into one cache at a time. Files of a store on this machine are linked, not copied.
-    Raises DataError where a file is not what the manifest says.
+    Several processes may fetch into one cache at a time. Files of a store on this machine are linked, not copied. Bytes
+    are read and compared once a machine, and again where a file was changed; `reread` compares all of them now. A
+    damaged copy is fetched again; DataError where the stored file itself is not what the manifest says.
     """
     manifest = read_towers(store, folder, digest)
-    local = Path(local_cache) / f"towers-{fingerprint(manifest.digests)}"
+    local, checked = Path(local_cache) / f"towers-{fingerprint(manifest.digests)}", checked_files(local_cache)
     wanted = {name: entry for name, entry in manifest.towers.items() if only is None or name in only}
     meter = ProgressMeter(sum(len(entry.files) for entry in wanted.values()), "files", report)
     for name, entry in wanted.items():
-        checked = local / f".{name}.{entry.digest[:12]}"
-        files_stand = all(_size(local / path) == file.bytes for path, file in entry.files.items())
-        if not (checked.exists() and files_stand):
-            for path, file in entry.files.items():
-                _fetch_file(store, f"{folder}/{path}", local / path, file)
-            checked.touch()
+        for path, file in entry.files.items():
+            if not checked.is_whole(local / path, file.sha256, file.bytes, reread=reread):
+                _fetch_file(store, f"{folder}/{path}", local / path, file, f"{name}.done.json")
+                checked.is_whole(local / path, file.sha256, file.bytes)
         meter.advance(len(entry.files), name)
     return local
 
 
-def _fetch_file(store: Store, path: str, target: Path, file: TowerFile) -> None:
+def checked_files(local_cache: Path | str) -> CheckedFiles:
+    return CheckedFiles(Path(local_cache) / "checked")
+
+
+def _fetch_file(store: Store, path: str, target: Path, file: TowerFile, done: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned_fetches(target.parent)
     with tempfile.TemporaryDirectory(prefix=FETCH, dir=target.parent) as scratch:
@@ -195,9 +239,10 @@ def _fetch_file(store: Store, path: str, target: Path, file: TowerFile) -> None:
             arrived.symlink_to(standing.resolve())
         else:
             store.get_file(path, arrived)
-        if _size(arrived) != file.bytes or _sha256(arrived) != file.sha256:
+        if arrived.stat().st_size != file.bytes or sha256_of(arrived) != file.sha256:
             raise DataError(
-                f"{store.uri(path)}: not the file that was committed; delete the folder and run the towers stage again"
+                f"{store.uri(path)}: damaged, not the file that was committed; run the towers stage: it makes the tower"
+                f" again, in a store elsewhere once {done} is deleted there"
             )
         os.replace(arrived, target)
 
@@ -211,20 +256,13 @@ def _remove_abandoned_fetches(folder: Path) -> None:
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _digest(files: dict[str, TowerFile]) -> str:
     return hashlib.sha256(canonical_json({path: file.sha256 for path, file in files.items()})).hexdigest()
+
+
+def _manifest_path(folder: str, digest: str) -> str:
+    """Of the copy that stays, whatever towers are committed later."""
+    return f"{folder}/MANIFEST.{digest[:12]}.json"
 
 
 def _done_path(folder: str, name: str) -> str:

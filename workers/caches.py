@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from sd3core.data.checked_files import CheckedFiles
+from sd3core.towers import checked_files
+
 
 def towers_cache() -> Path:
     """Fetched towers, for all workers."""
@@ -15,3 +18,8 @@ def towers_cache() -> Path:
 def shards_cache() -> Path:
     """Fetched shards, for all that read latents and text: bounded by its readers."""
     return towers_cache() / "shards"
+
+
+def checked_here() -> CheckedFiles:
+    """What this machine has compared with its digest."""
+    return checked_files(towers_cache())

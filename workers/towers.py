@@ -16,7 +16,16 @@ from sd3core.errors import DataError, UserError
 from sd3core.progress import Progress, ProgressCallback, ProgressMeter
 from sd3core.recipe import Recipe, ReleasedTowers, SmallTowers
 from sd3core.specs import towers_fields, towers_folder
-from sd3core.towers import TOWER_FOLDERS, TowerEntry, commit_tower, commit_towers, finished_towers, read_towers
+from sd3core.towers import (
+    TOWER_FOLDERS,
+    TowerEntry,
+    commit_tower,
+    commit_towers,
+    damaged_towers,
+    finished_towers,
+    read_towers,
+)
+from workers.caches import checked_here
 from workers.inputs import InputShard, input_shards, read_images, read_input_index
 from workers.pool import Outcome, PoolSettings, made_by, map_over_actors, start_ray
 from workers.shard_stage import StageFailed, StageResult
@@ -30,20 +39,22 @@ def towers_stage(recipe: Recipe, store: Store, raw: ManifestRef | None, report: 
     """Makes the towers that are not finished and commits their manifest. `raw` may be None where the towers are
     released.
 
-    Towers are pinned: once made they stay, however the data set grows. Raises StageFailed naming the towers that
-    failed.
+    Towers are pinned: once made they stay, however the data set grows. A damaged one is made again, as it was. Raises
+    StageFailed naming the towers that failed.
     """
     started = time.monotonic()
     folder, fields = towers_folder(recipe), towers_fields(recipe)
     note = recall_stage(store, recipe.run, "towers")
     finished = finished_towers(store, folder)
-    missing = [name for name in LONGEST_FIRST if name not in finished]
+    damaged = damaged_towers(store, folder, finished, checked_here())
+    missing = [name for name in LONGEST_FIRST if name not in finished or name in damaged]
     reason, manifest = NOTHING_TO_DO, None
     if not missing:
         manifest = _standing_manifest(store, folder)
     if manifest is None:
         reason = reason_to_work(note, folder, fields, len(missing), len(TOWER_FOLDERS), "tower")
-        outcomes = _make(recipe, store, raw, folder, missing, report) if missing else []
+        pinned = {name: finished[name] for name in damaged}
+        outcomes = _make(recipe, store, raw, folder, missing, pinned, report) if missing else []
         manifest = commit_towers(store, folder, fields, made_by(outcomes, recipe.compute.actors))
     reference = manifest_ref(folder, manifest.digest)
     remember_stage(store, recipe.run, "towers", folder, reference.digest, fields)
@@ -53,9 +64,10 @@ def towers_stage(recipe: Recipe, store: Store, raw: ManifestRef | None, report: 
         skipped=reason == NOTHING_TO_DO,
         reason=reason,
         seconds=time.monotonic() - started,
-        done_before=len(finished),
+        done_before=len(finished) - len(damaged),
         made=len(missing),
         bytes=manifest.bytes,
+        warnings=[f"{store.uri(folder)}/{path} was damaged: {name} is made again" for name, path in damaged.items()],
     )
 
 
@@ -67,7 +79,13 @@ def _standing_manifest(store: Store, folder: str):
 
 
 def _make(
-    recipe: Recipe, store: Store, raw: ManifestRef | None, folder: str, missing: list[str], report: ProgressCallback
+    recipe: Recipe,
+    store: Store,
+    raw: ManifestRef | None,
+    folder: str,
+    missing: list[str],
+    pinned: dict[str, TowerEntry],
+    report: ProgressCallback,
 ) -> list[Outcome[str]]:
     """One tower is one task: with one thread each, the long VAE and the four others keep two cores busy."""
     small, released = recipe.towers.small, recipe.towers.released
@@ -86,7 +104,7 @@ def _make(
     with start_ray(recipe.compute):
         outcomes = map_over_actors(
             worker_class,
-            {"store_url": store.url, "folder": folder, **kwargs},
+            {"store_url": store.url, "folder": folder, "pinned": pinned, **kwargs},
             missing,
             PoolSettings.of(recipe.compute),
             tally.finished,
@@ -132,8 +150,9 @@ class SmallTowerWorker:
         shards: list[InputShard],
         max_image_pixels: int,
         seed: int,
+        pinned: dict[str, TowerEntry] | None = None,  # by name, of those that are made again
     ) -> None:
-        self.store, self.folder = open_store(store_url), folder
+        self.store, self.folder, self.pinned = open_store(store_url), folder, pinned or {}
         self.small, self.seed = small, seed
         rows = list(training_rows(self.store, shards, small.images, max_image_pixels))
         self.images = [image for image, _ in rows]
@@ -156,7 +175,9 @@ class SmallTowerWorker:
                 lambda p: setattr(self, "progress", p),
             )
             seconds = round(time.monotonic() - started, 1)
-            return commit_tower(self.store, self.folder, name, Path(scratch), figures | {"seconds": seconds})
+            figures |= {"seconds": seconds}
+            pinned = self.pinned.get(name)
+            return commit_tower(self.store, self.folder, name, Path(scratch), figures, pinned=pinned)
 
 
 def training_rows(
@@ -184,8 +205,11 @@ def training_rows(
 class ReleasedTowerWorker:
     """Loads one released tower with the class that will use it, and puts its files into the store."""
 
-    def __init__(self, store_url: str, folder: str, released: ReleasedTowers) -> None:
-        self.store, self.folder, self.released = open_store(store_url), folder, released
+    def __init__(
+        self, store_url: str, folder: str, released: ReleasedTowers, pinned: dict[str, TowerEntry] | None = None
+    ) -> None:
+        self.store, self.folder, self.pinned = open_store(store_url), folder, pinned or {}
+        self.released = released
         self.progress: Progress | None = None
 
     def __call__(self, name: str) -> TowerEntry:
@@ -193,7 +217,8 @@ class ReleasedTowerWorker:
             local = Path(scratch)
             sources = lay_out_released(name, self.released, local)
             origin = {"released": {part: str(path) for part, path in sources.items()}}
-            return commit_tower(self.store, self.folder, name, local, origin, lambda p: setattr(self, "progress", p))
+            show = lambda progress: setattr(self, "progress", progress)  # noqa: E731
+            return commit_tower(self.store, self.folder, name, local, origin, show, self.pinned.get(name))
 
 
 def lay_out_released(name: str, released: ReleasedTowers, local: Path) -> dict[str, Path]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from small_towers import TINY, drawings
 
+import sd3core.data.checked_files as checked_files_module
 import sd3core.tower_training.make as make
 from sd3core.data.store import open_store
 from sd3core.errors import DataError
@@ -16,7 +18,16 @@ from sd3core.judge import load_judge
 from sd3core.metrics.clip_score import image_embeddings
 from sd3core.recipe import Text
 from sd3core.text_encoders import load_text_encoders
-from sd3core.towers import TOWER_FOLDERS, commit_tower, commit_towers, fetch_towers, finished_towers, read_towers
+from sd3core.towers import (
+    TOWER_FOLDERS,
+    checked_files,
+    commit_tower,
+    commit_towers,
+    damaged_towers,
+    fetch_towers,
+    finished_towers,
+    read_towers,
+)
 
 
 @pytest.fixture
@@ -90,6 +101,71 @@ def test_a_damaged_file_is_found(store, committed, tmp_path: Path):
     store.put("towers/t/0/vae/config.json", b"{}")
     with pytest.raises(DataError, match="vae/config.json"):
         fetch_towers(store, "towers/t/0", tmp_path / "cache", only=("vae",))
+
+
+def flip(path: Path, position: int = -1) -> None:
+    """One bit, the size stays."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def test_bits_that_flip_after_the_first_fetch_are_found(store, committed, tmp_path: Path):
+    """In a store on this machine the cache is a link into it."""
+    path = "vae/diffusion_pytorch_model.safetensors"
+    fetch_towers(store, "towers/t/0", tmp_path / "cache", only=("vae",))
+    flip(store.local_path(f"towers/t/0/{path}"))
+    with pytest.raises(DataError, match=path):
+        fetch_towers(store, "towers/t/0", tmp_path / "cache", only=("vae",))
+    finished = finished_towers(store, "towers/t/0")
+    assert damaged_towers(store, "towers/t/0", finished, checked_files(tmp_path / "cache")) == {"vae": path}
+
+
+def test_a_damaged_copy_is_fetched_again(store, committed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of a store elsewhere the cache has copies."""
+    monkeypatch.setattr(type(store), "get_file", lambda self, path, local: shutil.copyfile(self.root / path, local))
+    monkeypatch.setattr(type(store), "local_path", lambda self, path: None)
+    monkeypatch.setattr(type(store), "get", lambda self, path: (self.root / path).read_bytes())
+    monkeypatch.setattr(type(store), "size", lambda self, path: (self.root / path).stat().st_size)
+    path = "vae/diffusion_pytorch_model.safetensors"
+    local = fetch_towers(store, "towers/t/0", tmp_path / "cache", only=("vae",))
+    flip(local / path)
+    fetch_towers(store, "towers/t/0", tmp_path / "cache", only=("vae",))
+    assert (local / path).read_bytes() == (store.root / "towers/t/0" / path).read_bytes()
+
+
+def test_files_are_read_once_a_machine_and_again_on_request(store, committed, tmp_path: Path, monkeypatch):
+    read: list[Path] = []
+    real = checked_files_module.sha256_of
+    monkeypatch.setattr(checked_files_module, "sha256_of", lambda path: read.append(path) or real(path))
+    folder = fetch_towers(store, "towers/t/0", tmp_path / "cache")
+    count = sum(len(entry.files) for entry in committed.towers.values())
+    assert len(read) == count
+    fetch_towers(store, "towers/t/0", tmp_path / "cache")
+    assert len(read) == count
+    status = (folder / "vae/config.json").stat()
+    flip(folder.joinpath("vae/config.json").resolve())
+    os.utime(folder / "vae/config.json", ns=(status.st_atime_ns, status.st_mtime_ns))  # as a disk's own damage leaves it
+    fetch_towers(store, "towers/t/0", tmp_path / "cache")
+    with pytest.raises(DataError, match="vae/config.json"):
+        fetch_towers(store, "towers/t/0", tmp_path / "cache", reread=True)
+
+
+def test_a_tower_made_again_for_a_damaged_one_must_be_the_same(store, committed, towers_folder: Path, tmp_path: Path):
+    entry = committed.towers["vae"]
+    assert commit_tower(store, "towers/t/0", "vae", towers_folder, {"steps": 9}, pinned=entry) == entry
+    shutil.copytree(towers_folder / "vae", tmp_path / "other/vae")
+    (tmp_path / "other/vae/config.json").write_text("{}")
+    with pytest.raises(DataError, match="tower vae is damaged, and made again it is another one"):
+        commit_tower(store, "towers/t/0", "vae", tmp_path / "other", {}, pinned=entry)
+
+
+def test_a_damaged_done_record_comes_back_from_the_manifest(store, committed):
+    before = store.get("towers/t/0/vae.done.json")
+    for damaged in (before[:-9], before.replace(b'"digest": "', b'"digest": "0', 1)):
+        store.put("towers/t/0/vae.done.json", damaged)
+        assert finished_towers(store, "towers/t/0")["vae"] == committed.towers["vae"]
+        assert store.get("towers/t/0/vae.done.json") == before
 
 
 def test_no_towers_says_which_stage_to_run(store):
