@@ -19,7 +19,8 @@ from flows.interrupt import Interrupted, kept_from_children, listen, put_off, un
 from flows.recipes import DEFAULT_RECIPE, find_recipe
 from flows.services import ServiceError, Services, up, worker_lives
 from flows.summary import of_stage, print_summary, summary_path
-from sd3core.data.folder_source import READABLE_SUFFIXES, cut_at_word, holds_nothing, one_line
+from sd3core.data.caption_text import cut_at_word, one_line
+from sd3core.data.folder_source import READABLE_SUFFIXES, holds_nothing
 from sd3core.data.store import Store
 from sd3core.errors import DataError, UserError
 from sd3core.recipe import Recipe

@@ -18,7 +18,7 @@ from sd3core.checkpoint import is_training_checkpoint, load_model
 from sd3core.checkpoint_facts import Null, read_facts
 from sd3core.conditioning import ENCODERS, TextFeatures, assemble
 from sd3core.data.buckets import DOWNSAMPLING
-from sd3core.data.folder_source import cut_at_word
+from sd3core.data.caption_text import cut_at_word
 from sd3core.data.store import open_store
 from sd3core.errors import UserError
 from sd3core.formulations import find_formulation

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 RATE_WINDOW_S = 60.0
+NAMED = 3  # of many things that a line is about
 RATE_POINTS = 5  # at least: where a unit takes minutes, a window of seconds would see none
 
 
@@ -92,3 +93,9 @@ def format_seconds(seconds: float) -> str:
 
 def counted(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def some(names: Sequence[str], count: int) -> str:
+    """The first of `count` names, and how many more there are."""
+    shown = names[:NAMED]
+    return ", ".join(shown) + (f" and {count - len(shown):,} more" if count > len(shown) else "")

@@ -45,6 +45,7 @@ class Data(Section):
     name: Name  # datasets/NAME in the store
     source: Literal["small_world", "folder"]
     folder: str | None = None  # a local folder: name.jpg with name.txt, or a metadata.jsonl with file_name and text
+    caption: Literal["whole", "first_line"] = "whole"  # folder only: what a caption file holds, or its first line
     images: int = Field(4096, ge=1, le=100_000_000)  # small world only: how many scenes
     image_side_px: int = Field(128, ge=16)  # small world only: side of the square whose area each scene has
     aspect_ratios: AspectRatios = (1.0,)  # small world only: drawn evenly

@@ -36,7 +36,10 @@ def fingerprint(fields: Any) -> str:
 
 def raw_fields(recipe: Recipe) -> dict[str, Any]:
     """How images are read and kept. The number of images is content, not spec: a data set that grows keeps its shards."""
-    data = recipe.data.model_dump(mode="json", exclude={"name", "images", "folder"})
+    left_out = {"name", "images", "folder"}
+    if recipe.data.source == "small_world" or recipe.data.caption == "whole":
+        left_out.add("caption")
+    data = recipe.data.model_dump(mode="json", exclude=left_out)
     fields = {"format": FORMATS["raw"], "data": data}
     if recipe.data.source == "small_world":
         fields |= {"seed": recipe.seed, "world": WORLD}

@@ -422,6 +422,7 @@ CHANGES: list[tuple[set[str], dict[str, Any]]] = [
     ({"finetune"}, under("finetune.0", qk_norm=None, **LEARNED)),
     (set(), {"name": "other", "run": "other", "store": "s3://bucket/x"}),
     (set(), under("data", folder="/other", images=960)),  # more shards of the same kind
+    (set(), under("data", caption="first_line")),  # of a folder's captions
     (set(), under("caption", "encode", batch=1) | under("pretrain", "finetune.0", **HOW)),
     (set(), under("evaluate", **EVALUATE) | under("compute", **COMPUTE)),
 ]
@@ -497,6 +498,12 @@ def test_fields_that_came_later_leave_fingerprints_as_they_were(monkeypatch):
     found = [fingerprint(specs.train_fields(recipe, phase, **fields)) for _, phase in recipe.phases()]
     found += [fingerprint(specs.latents_fields(recipe, phase, {"vae": "0"})) for _, phase in recipe.phases()]
     assert found == ["a875bcf22aa4", "22066f934c56", "4c1cf6ccef01", "996f973eedb4"]
+
+
+def test_a_folders_first_lines_are_another_data_set_and_whole_captions_are_the_one_from_before():
+    folder = ["data.source=folder", "data.folder=/photos", "caption.captioner=none"]
+    fields = [specs.raw_fields(load_recipe("tiny-test", [*folder, *more])) for more in ([], ["data.caption=first_line"])]
+    assert "caption" not in fields[0]["data"] and fields[1]["data"]["caption"] == "first_line"
 
 
 def test_a_phase_inserts_qk_norm_where_the_one_before_has_none():

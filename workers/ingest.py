@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sd3core.data.folder_source import FolderItem
-from sd3core.data.ingest import IngestWorker, SourceShard, list_source
+from sd3core.data.folder_source import Tell
+from sd3core.data.ingest import IngestWorker, list_source
 from sd3core.data.manifest import read_manifest
 from sd3core.data.shards import DoneRecord, read_index
 from sd3core.data.store import Store
 from sd3core.progress import ProgressCallback, counted
 from sd3core.recipe import Data, Recipe
 from sd3core.specs import raw_fields, raw_folder
-from workers.shard_stage import ShardStage, ShardTask, StageResult, run_shard_stage, some
+from workers.shard_stage import ShardStage, ShardTask, StageResult, run_shard_stage
 
 
-def ingest_stage(recipe: Recipe, store: Store, report: ProgressCallback) -> StageResult:
-    """Rejected images are counted by reason in the result's warnings with the first names; the done records have all."""
+def ingest_stage(
+    recipe: Recipe, store: Store, report: ProgressCallback, tell: Tell = lambda note: None
+) -> StageResult:
+    """Rejected images are counted by reason in the result's warnings with the first names; the done records have all.
+
+    What is odd about a folder's captions is among them, and told before any shard is made.
+    """
     folder = raw_folder(recipe)
-    sources = list_source(recipe.data, recipe.seed, captions_needed=recipe.caption.captioner == "none")
+    notes: list[str] = []
+    sources = list_source(recipe.data, recipe.seed, recipe.caption.captioner == "none", notes.append)
+    for note in notes:
+        tell(note)
     tasks = [
         ShardTask(source.number, source.digest, folder, rows=len(source.items), source=source) for source in sources
     ]
@@ -26,7 +34,7 @@ def ingest_stage(recipe: Recipe, store: Store, report: ProgressCallback) -> Stag
     worker = {"data": recipe.data, "store_url": store.url, "folder": folder}
     result = run_shard_stage(store, recipe.run, stage, IngestShard, worker, recipe.compute, report)
     reason = result.reason if result.skipped else "; ".join([result.reason, *_images_used(store, recipe.data, result)])
-    return replace(result, reason=reason, warnings=[*result.warnings, *_cut_captions(recipe.data, sources)])
+    return replace(result, reason=reason, warnings=[*result.warnings, *notes])
 
 
 def _images_used(store: Store, data: Data, result: StageResult) -> list[str]:
@@ -41,14 +49,6 @@ def _images_used(store: Store, data: Data, result: StageResult) -> list[str]:
     ]
     found = manifest.rows + sum(manifest.failed_reasons.values())
     return [f"{manifest.rows:,} of {counted(found, 'image')} used, {splits.count('held_out'):,} held out"]
-
-
-def _cut_captions(data: Data, sources: list[SourceShard]) -> list[str]:
-    cut = [item.name for source in sources for item in source.items if isinstance(item, FolderItem) and item.cut]
-    if not cut:
-        return []
-    limit = f"{data.max_caption_chars:,} characters (data.max_caption_chars)"
-    return [f"{counted(len(cut), 'caption')} cut at {limit}: {some(cut, len(cut))}"]
 
 
 class IngestShard:

@@ -25,14 +25,13 @@ from sd3core.data.manifest import (
 from sd3core.data.shards import INDEX, DoneRecord, finished_stems, read_done, shard_stem
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError, UserError
-from sd3core.progress import Progress, ProgressCallback, ProgressMeter, counted
+from sd3core.progress import NAMED, Progress, ProgressCallback, ProgressMeter, counted, some
 from sd3core.recipe import Compute
 from sd3core.specs import fingerprint
 from workers.pool import Outcome, PoolSettings, made_by, map_over_actors, start_ray
 from workers.stage_notes import NOTHING_TO_DO, StageNote, reason_to_work, recall_stage, remember_stage
 
 NAMED_FAILURES = 5  # shards that an error names
-NAMED_ROWS = 3  # that a warning names
 
 
 class StageFailed(UserError):
@@ -254,7 +253,7 @@ def _conclude(
 def _left_out(store: Store, manifest: Manifest) -> list[str]:
     """A line for every reason, with the first names: the manifest counts, the done records name."""
     names: dict[str, list[str]] = {reason: [] for reason in manifest.failed_reasons}
-    wanted = {reason: min(count, NAMED_ROWS) for reason, count in manifest.failed_reasons.items()}
+    wanted = {reason: min(count, NAMED) for reason, count in manifest.failed_reasons.items()}
     for entry in manifest.shards:
         if any(len(names[reason]) < wanted[reason] for reason in entry.failed):
             with suppress(DataError, StoreError):  # a line without names is better than a stage that fails over it
@@ -264,12 +263,6 @@ def _left_out(store: Store, manifest: Manifest) -> list[str]:
         f"{counted(count, 'row')} left out: {reason}" + (f": {some(names[reason], count)}" if names[reason] else "")
         for reason, count in sorted(manifest.failed_reasons.items())
     ]
-
-
-def some(names: list[str], count: int) -> str:
-    """The first of `count` names, and how many more there are."""
-    shown = names[:NAMED_ROWS]
-    return ", ".join(shown) + (f" and {count - len(shown):,} more" if count > len(shown) else "")
 
 
 def _build_manifest(store: Store, state: _State, made: dict[str, DoneRecord]) -> Manifest:

@@ -1,31 +1,40 @@
-"""A folder of images: NAME.jpg with NAME.txt beside it, or a metadata.jsonl with file_name and text in any of its
-folders.
+"""Lists a folder of images with their captions: NAME.txt beside NAME.jpg, or the rows of a metadata file in any of its folders.
 
-Whatever is not taken is an item with a `problem`, so that it is counted and named where the shards are made.
+What is not taken is an item with a `problem`, so that it is counted and named where the shards are made. What is odd about the
+captions is told in a line for each kind.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from sd3core.data.caption_text import cut_at_word, lines_of, mixes_languages, one_line
+from sd3core.data.folder_captions import (
+    HOW_TO_GIVE,
+    FolderCaptions,
+    FolderFiles,
+    is_caption_file,
+    is_inside,
+    is_metadata,
+    may_hold_captions,
+)
 from sd3core.errors import DataError, with_mend
+from sd3core.progress import counted, some
 from sd3core.recipe import Data
 
 READABLE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .ppm".split())
 # What else a person calls an image is rejected with a reason, not passed over.
 IMAGE_SUFFIXES = READABLE_SUFFIXES | frozenset(".apng .heic .heif .svg .ico .jxl .jp2 .psd .dng .cr2 .nef .arw".split())
-CAPTION_SUFFIXES = (".txt", ".TXT")
-METADATA = "metadata.jsonl"
-NO_CAPTION = "no caption (put it in NAME.txt beside the image, or name a captioner in caption.captioner)"
+NO_CAPTION = f"no caption (give it as {HOW_TO_GIVE}; or name a captioner in caption.captioner)"
+LINK_OUT = "a link that leads out of the folder is not followed; put the file itself in it"
 READ_THREADS = 8
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -38,44 +47,47 @@ class FolderItem:
     sha256: str = ""
     problem: str = ""  # why it is not taken
     cut: bool = False  # its caption was longer than data.max_caption_chars
+    lines: int = 1  # of its caption file that were made one
+    several: tuple[str, ...] = ()  # caption files that fit it, where the first of more than one was taken
+    hint: str = ""  # what may be its caption and was not understood
 
     @property
     def name(self) -> str:
         """The path as text that can be stored, also where the file system's name is not UTF-8."""
-        return os.fsencode(self.path).decode("utf-8", "backslashreplace")
+        return _storable(self.path)
+
+    @property
+    def named(self) -> str:
+        """The name, and what was not understood of its caption."""
+        return f"{self.name} ({_storable(self.hint)})" if self.hint else self.name
 
     def content(self) -> tuple[str, ...]:
-        return self.key, self.sha256, self.caption, self.problem
+        """What names it in a shard's digest. Of a problem that there is one, not its words: to say it better remakes nothing."""
+        return self.key, self.sha256, self.caption, "left out" if self.problem else ""
 
 
-@dataclass(frozen=True)
-class _Metadata:
-    """What the metadata.jsonl files say: raw captions by relative path, and the lines that say nothing usable."""
-
-    captions: dict[str, str]
-    problems: list[FolderItem]
-
-
-def list_folder(data: Data, captions_needed: bool) -> list[FolderItem]:
+def list_folder(data: Data, captions_needed: bool, tell: Tell = lambda note: None) -> list[FolderItem]:
     """Every image of data.folder with its caption and digest, by key. Hidden files are ignored, links out not
-    followed.
+    followed. What a person should know of the captions goes to `tell`, a line for each kind.
     """
     root = Path(data.folder).expanduser().resolve()
     if not root.is_dir():
         raise DataError(f"data.folder {data.folder}: no such folder")
-    images, metadata_files, problems = _walk(root)
-    metadata = _read_metadata(root, metadata_files, set(images))
+    walked = _walk(root)
+    captions = FolderCaptions(root, data.folder, walked.files)
     with ThreadPoolExecutor(READ_THREADS) as threads:
         found = list(
-            threads.map(lambda path: _image_item(root, path, metadata, data.max_caption_chars, captions_needed), images)
+            threads.map(lambda path: _image_item(root, path, captions, data, captions_needed), walked.files.images)
         )
-    return sorted(problems + metadata.problems + found, key=lambda item: item.key)
+    for note in [*walked.notes, *captions.metadata.notes, *_caption_notes(data, found, captions, captions_needed)]:
+        tell(_storable(note))
+    return sorted(walked.problems + found, key=lambda item: item.key)
 
 
 def holds_nothing(folder: Path) -> bool:
     """Whether `list_folder` would find neither an image nor a reason to tell why it took none. Opens no file."""
-    images, _, problems = _walk(folder.expanduser().resolve())
-    return not images and not problems
+    walked = _walk(folder.expanduser().resolve())
+    return not walked.files.images and not walked.problems
 
 
 def image_key(path: str) -> str:
@@ -85,51 +97,51 @@ def image_key(path: str) -> str:
     return f"{name[:60]}-{digest}"
 
 
-def one_line(text: str) -> str:
-    """A caption without control characters or line breaks. Any script.
-
-    Characters that show nothing (joiners, marks of direction) stay beside those that do; alone they are no caption.
-    """
-    kept = "".join(
-        " " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs")
-    )
-    line = " ".join(kept.split())
-    return line if any(unicodedata.category(c)[0] in "LMNPS" for c in line) else ""
+@dataclass(frozen=True)
+class _Walked:
+    files: FolderFiles = field(default_factory=lambda: FolderFiles([], [], [], []))
+    problems: list[FolderItem] = field(default_factory=list)  # images, and folders, that are not taken
+    notes: list[str] = field(default_factory=list)
 
 
-def cut_at_word(line: str, max_chars: int) -> str:
-    """At most so many characters of the line: whole words, where it has spaces."""
-    if len(line) <= max_chars:
-        return line
-    cut = line[:max_chars]
-    if line[max_chars] != " " and " " in cut:
-        cut = cut[: cut.rindex(" ")]
-    return cut.rstrip()
-
-
-def _walk(root: Path) -> tuple[list[str], list[str], list[FolderItem]]:
-    """Relative paths of the image files, of the metadata files, and the links that are not followed."""
-    images, metadata, problems = [], [], []
+def _walk(root: Path) -> _Walked:
+    """Every file that matters, and the links that are not followed."""
+    walked = _Walked()
     for folder, folders, names in os.walk(root, onerror=_cannot_list):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in folders:
             if Path(folder, name).is_symlink():
-                problems.append(
-                    _problem(Path(folder, name).relative_to(root).as_posix(), "a linked folder is not followed; put the images themselves in it")
+                walked.problems.append(
+                    _problem(
+                        Path(folder, name).relative_to(root).as_posix(),
+                        "a linked folder is not followed; put the images themselves in it",
+                    )
                 )
         for name in sorted(names):
-            path = Path(folder, name)
-            is_image = path.suffix.lower() in IMAGE_SUFFIXES
-            if name.startswith(".") or not (is_image or name == METADATA):
-                continue
-            relative = path.relative_to(root).as_posix()
-            if not _inside(root, path):
-                problems.append(_problem(relative, "a link that leads out of the folder is not followed; put the file itself in it"))
-            elif not path.is_file():
-                problems.append(_problem(relative, "not a regular file"))
-            else:
-                (images if is_image else metadata).append(relative)
-    return images, metadata, problems
+            if not name.startswith("."):
+                _sort_in(walked, root, Path(folder, name))
+    return walked
+
+
+def _sort_in(walked: _Walked, root: Path, path: Path) -> None:
+    """Puts a file where it belongs, by its name. Caption files that are links are looked at where they are read."""
+    relative, files = path.relative_to(root).as_posix(), walked.files
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        if not is_inside(root, path):
+            walked.problems.append(_problem(relative, LINK_OUT))
+        elif not path.is_file():
+            walked.problems.append(_problem(relative, "not a regular file"))
+        else:
+            files.images.append(relative)
+    elif is_metadata(path.name):
+        if not is_inside(root, path):
+            walked.notes.append(f"{relative}: {LINK_OUT}")
+        elif path.is_file():
+            files.metadata.append(relative)
+    elif is_caption_file(path.name):
+        files.captions.append(relative)
+    elif may_hold_captions(path.name):
+        files.unread.append(relative)
 
 
 def _cannot_list(error: OSError) -> None:
@@ -138,72 +150,74 @@ def _cannot_list(error: OSError) -> None:
     )
 
 
-def _inside(root: Path, path: Path) -> bool:
-    return not path.is_symlink() or path.resolve().is_relative_to(root)
-
-
 def _problem(path: str, reason: str) -> FolderItem:
     return FolderItem(image_key(path), path, "", problem=reason)
 
 
-def _image_item(root: Path, path: str, metadata: _Metadata, max_chars: int, captions_needed: bool) -> FolderItem:
+def _image_item(root: Path, path: str, captions: FolderCaptions, data: Data, captions_needed: bool) -> FolderItem:
     try:
         with (root / path).open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        text = metadata.captions[path] if path in metadata.captions else _text_beside(root, path)
+        words = captions.words_of(path)
     except OSError as error:
         return _problem(path, f"cannot be read: {with_mend(error)}")
     except DataError as error:
         return _problem(path, str(error))
-    line = one_line(text)
-    caption = cut_at_word(line, max_chars)
-    item = FolderItem(image_key(path), path, caption, sha256, cut=caption != line)
+    lines = lines_of(words.text)
+    line = "".join(lines[:1]) if data.caption == "first_line" else one_line(words.text)
+    caption = cut_at_word(line, data.max_caption_chars)
+    item = FolderItem(
+        image_key(path),
+        path,
+        caption,
+        sha256,
+        cut=caption != line,
+        lines=len(lines),
+        several=words.several,
+        hint=words.hint,
+    )
     return replace(item, problem=NO_CAPTION) if captions_needed and not item.caption else item
 
 
-def _text_beside(root: Path, path: str) -> str:
-    image = root / path
-    beside = next(filter(Path.is_file, (image.with_suffix(suffix) for suffix in CAPTION_SUFFIXES)), None)
-    if beside is None:
-        return ""
-    if not _inside(root, beside):
-        raise DataError("its caption file is a link that leads out of the folder; put the file itself in it")
-    try:
-        return beside.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError("its caption file is not UTF-8; save it as UTF-8") from None
+def _caption_notes(data: Data, items: list[FolderItem], captions: FolderCaptions, captions_needed: bool) -> list[str]:
+    """What a person should know before hours are spent on captions that were read otherwise than they were meant."""
+    notes = []
+    if cut := [item.path for item in items if item.cut]:
+        limit = f"{data.max_caption_chars:,} characters (data.max_caption_chars)"
+        notes.append(f"{counted(len(cut), 'caption')} cut at {limit}: {some(cut, len(cut))}")
+    long = [item for item in items if item.lines > 1 and data.caption == "whole"]
+    if long:
+        most = max(item.lines for item in long)
+        notes.append(
+            f"{counted(len(long), 'caption')} of several lines (up to {most}), which are joined: is it one caption?"
+            f" data.caption=first_line takes the first line alone: {some([item.path for item in long], len(long))}"
+        )
+    if mixed := [item.path for item in items if mixes_languages(item.caption)]:
+        notes.append(
+            f"{counted(len(mixed), 'caption')} in three scripts or more, as one text in several languages has: is it one"
+            f" caption? data.caption=first_line takes the first line alone, else keep one language: {some(mixed, len(mixed))}"
+        )
+    if several := [f"{item.path} ({', '.join(item.several)})" for item in items if item.several]:
+        notes.append(
+            f"{counted(len(several), 'image')} with more than one caption file, the first that has words is taken:"
+            f" {some(several, len(several))}"
+        )
+    without = [item for item in items if item.sha256 and not item.caption]
+    if not without:
+        return notes
+    notes += captions.not_taken()
+    hinted = [f"{item.path} ({item.hint})" for item in without if item.hint]
+    if hinted:
+        notes.append(f"{counted(len(hinted), 'image')} whose captions were not understood: {some(hinted, len(hinted))}")
+    had_captions = len(without) < len(items) or notes or captions.metadata.notes
+    if not captions_needed and had_captions:
+        names = some([item.path for item in without], len(without))
+        notes.append(
+            f"{counted(len(without), 'image')} without a caption that was understood: the captioner's alone will describe"
+            f" them; stop here and mend that if they should have their own: {names}"
+        )
+    return notes
 
 
-def _read_metadata(root: Path, files: list[str], images: set[str]) -> _Metadata:
-    metadata = _Metadata({}, [])
-    for file in files:
-        try:
-            content = (root / file).read_bytes()
-        except OSError as error:
-            metadata.problems.append(_problem(file, f"cannot be read: {with_mend(error)}"))
-            continue
-        for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-            if line.strip():
-                for reason in _read_line(metadata, Path(file).parent, line, images):
-                    metadata.problems.append(_problem(f"{file} line {number}", reason))
-    return metadata
-
-
-def _read_line(metadata: _Metadata, folder: Path, line: bytes, images: set[str]) -> Iterator[str]:
-    """Takes one line in, or yields why not."""
-    try:
-        fields = json.loads(line.decode("utf-8"))
-        name, text = fields["file_name"], fields["text"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        yield "not a JSON object with file_name and text"
-        return
-    if not isinstance(name, str) or not isinstance(text, str):
-        yield "file_name and text must be strings"
-        return
-    path = os.path.normpath(folder / name)
-    if path not in images:
-        yield "its file_name is no image of the folder"
-    elif path in metadata.captions:
-        yield "its file_name stood in an earlier line"
-    else:
-        metadata.captions[path] = text
+def _storable(path: str) -> str:
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

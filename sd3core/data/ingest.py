@@ -16,11 +16,12 @@ from pathlib import Path
 import pyarrow as pa
 from PIL import Image
 
-from sd3core.data.folder_source import FolderItem, list_folder
+from sd3core.data.folder_source import FolderItem, Tell, list_folder
 from sd3core.data.images import decode_image_and_format
 from sd3core.data.shards import DoneRecord, FailedRow, Sample, content_digest, is_held_out, shard_stem, write_shard
 from sd3core.data.store import open_store
 from sd3core.errors import DataError, UserError
+from sd3core.progress import NAMED
 from sd3core.recipe import Data
 from sd3core.small_world.scenes import describe, draw_scene, render, scene_rng
 
@@ -48,16 +49,22 @@ class SourceShard:
     root: str = ""
 
 
-def list_source(data: Data, seed: int, captions_needed: bool = False) -> list[SourceShard]:
+def list_source(
+    data: Data, seed: int, captions_needed: bool = False, tell: Tell = lambda note: None
+) -> list[SourceShard]:
     """The shards of the recipe's source, the same for the same content.
 
-    `captions_needed`: an image without caption is rejected, because no captioner will write one. Raises DataError where
-    a folder holds no image that can be used.
+    `captions_needed`: an image without caption is rejected, because no captioner will write one. `tell` is called with
+    each line that a person should know of a folder's captions. Raises DataError where a folder holds no image that can be
+    used.
     """
     if data.source == "small_world":
         return _list_small_world(data, seed)
-    items = list_folder(data, captions_needed)
-    _check_usable(data, items)
+    notes: list[str] = []
+    items = list_folder(data, captions_needed, notes.append)
+    _check_usable(data, items, notes)
+    for note in notes:
+        tell(note)
     root = str(Path(data.folder).expanduser().resolve())
     parts = [tuple(items[start : start + data.rows_per_shard]) for start in range(0, len(items), data.rows_per_shard)]
     return [
@@ -81,7 +88,7 @@ def _list_small_world(data: Data, seed: int) -> list[SourceShard]:
     return shards
 
 
-def _check_usable(data: Data, items: list[FolderItem]) -> None:
+def _check_usable(data: Data, items: list[FolderItem], notes: list[str]) -> None:
     """One image that can be used is enough to begin; it is looked for here, before any worker starts."""
     reasons: dict[str, int] = {}
     for item in items:
@@ -93,8 +100,9 @@ def _check_usable(data: Data, items: list[FolderItem]) -> None:
     why = "; ".join(
         f"{count} rejected: {reason}" for reason, count in sorted(reasons.items(), key=lambda kv: -kv[1])[:5]
     )
+    why = "; ".join([why or "it holds no image file", *notes[:NAMED]])
     raise DataError(
-        f"data.folder {data.folder}: no usable image ({why or 'it holds no image file'});"
+        f"data.folder {data.folder}: no usable image ({why});"
         " name another folder, or mend that"
     )
 
@@ -130,7 +138,7 @@ class IngestWorker:
                 image, extension, stored = _usable_image(self.data, Path(shard.root), item)
                 yield self._sample(item.key, extension, stored, image.size, item.caption, item.name)
             except DataError as error:
-                failed.append(FailedRow(key=item.name, reason=str(error)))
+                failed.append(FailedRow(key=item.named, reason=str(error)))
             self.progress += 1
 
     def _sample(

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd3core.data.folder_source import NO_CAPTION, cut_at_word, holds_nothing, image_key, one_line
+from sd3core.data.caption_text import cut_at_word, one_line
+from sd3core.data.folder_source import NO_CAPTION, holds_nothing, image_key
 from sd3core.data.images import decode_image
 from sd3core.data.ingest import FolderChanged, IngestWorker, list_source
 from sd3core.data.shards import is_held_out, read_index, read_samples, shard_stem
@@ -130,44 +131,6 @@ def test_every_reject_is_named_with_its_reason(folder, file_store, tmp_path):
     }
 
 
-def test_metadata_lines(folder, file_store, tmp_path):
-    _save(folder / "a.png")
-    _save(folder / "sub/b.png")
-    _save(folder / "sub/c.png")
-    _save(folder / "d.png")
-    _save(tmp_path / "out.png")
-    (folder / "a.txt").write_text("metadata wins over this")
-    lines = [
-        json.dumps({"file_name": "a.png", "text": "ä from metadata", "more": 1}, ensure_ascii=False),
-        "",
-        "{broken",
-        json.dumps({"file_name": "sub/b.png", "text": "b"}),
-        json.dumps({"file_name": "../out.png", "text": "outside"}),
-        json.dumps({"file_name": "gone.png", "text": "x"}),
-        json.dumps({"file_name": "a.png", "text": "again"}),
-        json.dumps({"file_name": "d.png", "text": None}),
-        json.dumps(["file_name"]),
-        json.dumps({"text": "no name"}),
-    ]
-    (folder / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b'\n{"file_name": "\xff"}')
-    (folder / "sub/metadata.jsonl").write_text(json.dumps({"file_name": "c.png", "text": "c \ud800 lone"}))
-    rows, failed, _ = _ingest(file_store, _data(folder))
-    assert {name: row["caption"] for name, row in rows.items()} == {
-        "a.png": "ä from metadata", "sub/b.png": "b", "sub/c.png": "c lone", "d.png": "",
-    }  # fmt: skip
-    not_json, no_image = "not a JSON object with file_name and text", "its file_name is no image of the folder"
-    assert failed == {
-        "metadata.jsonl line 3": not_json,
-        "metadata.jsonl line 5": no_image,
-        "metadata.jsonl line 6": no_image,
-        "metadata.jsonl line 7": "its file_name stood in an earlier line",
-        "metadata.jsonl line 8": "file_name and text must be strings",
-        "metadata.jsonl line 9": not_json,
-        "metadata.jsonl line 10": not_json,
-        "metadata.jsonl line 11": not_json,
-    }
-
-
 def test_nothing_is_what_has_neither_an_image_nor_a_reason(folder, tmp_path):
     (folder / "words.txt").write_text("no picture")
     (folder / ".hidden.png").touch()
@@ -249,6 +212,7 @@ def test_files_that_may_not_be_read_are_named_and_the_others_go_on(folder, file_
         (folder / f"{name}.txt").write_text(name)
     (folder / "metadata.jsonl").write_text("")
     shut = {"shut.png", "caption.txt", "metadata.jsonl"}
+    told = []
     opened = type(folder).open
 
     def refused(path, *arguments, **options):
@@ -258,10 +222,10 @@ def test_files_that_may_not_be_read_are_named_and_the_others_go_on(folder, file_
 
     monkeypatch.setattr(type(folder), "open", refused)  # file modes do not stop root
     rows, failed, _ = _ingest(file_store, _data(folder))
-    assert sorted(rows) == ["good.png"]
-    assert failed == dict.fromkeys(
-        ("shut.png", "caption.png", "metadata.jsonl"), "cannot be read: Permission denied; give this user the right to it"
-    )
+    why = "cannot be read: Permission denied; give this user the right to it"
+    assert sorted(rows) == ["good.png"] and failed == dict.fromkeys(("shut.png", "caption.png"), why)
+    list_source(_data(folder), 0, tell=told.append)
+    assert told == [f"metadata.jsonl: {why}"]
 
 
 def test_one_pixel_and_images_of_20_000_px(folder, file_store):
@@ -317,7 +281,7 @@ def test_captions_of_every_kind(folder, file_store):
     rows, failed, files = _ingest(file_store, _data(folder), captions_needed=True)
     captions = {name.removesuffix(".png"): row["caption"] for name, row in rows.items()}
     assert captions == kept | {"long": ("word " * 400).strip(), "controls": "a[2J b"}
-    assert failed == dict.fromkeys(("nothing.png", "spaces.png", "invisible.png"), NO_CAPTION)
+    assert failed == {f"{name}.png ({name}.txt is empty)": NO_CAPTION for name in ("nothing", "spaces", "invisible")}
     for row in rows.values():
         assert json.loads(files[row["key"]]["json"])["caption"] == row["caption"]
     cut = {item.name for shard in list_source(_data(folder), 0) for item in shard.items if item.cut}

@@ -1,0 +1,193 @@
+"""Reads metadata.jsonl, metadata.csv and metadata.tsv: a row an image, with its file_name and text."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import posixpath
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sd3core.data.caption_text import one_line, text_encoding
+from sd3core.data.image_names import ImageNames
+from sd3core.errors import DataError, with_mend
+from sd3core.progress import NAMED, counted, some
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
+FILE_NAMES = ("file_name", "filename", "file", "image", "image_path", "path", "name", "img")  # columns, ours first
+TEXTS = ("text", "caption", "captions", "prompt", "description", "label", "title")
+DELIMITERS = (",", ";", "\t")  # of a spreadsheet's countries
+SHOWN_CHARS = 100  # of a row's file_name
+
+NOT_JSON = "not a JSON object"
+NO_FIELDS = "no file_name and text in it"
+NO_STRINGS = "file_name and text must be strings"
+NO_TEXT = "its text is empty; write it there, or in NAME.txt beside the image"
+NO_IMAGE = "its file_name is no image of the folder; write the image's path from the metadata's folder on"
+SEVERAL_IMAGES = "its file_name fits several images; write it as the file is called"
+TWICE = "an earlier row has given its image a caption; keep one of them"
+SEVERAL_ROWS = "several rows, none spelled as the file is, fit one image; write file_name as the file is called"
+
+
+@dataclass
+class Metadata:
+    """What the metadata files say: words by image, where an image's text is empty, and the rows that were not used."""
+
+    captions: dict[str, str] = field(default_factory=dict)
+    empty: dict[str, str] = field(default_factory=dict)  # image -> file and line
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row that names images of the folder."""
+
+    where: str
+    name: str
+    text: str
+    exact: bool
+
+
+class _Unused:
+    """Rows that were not used: counted by reason, the first of each named."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = defaultdict(int)
+        self.names: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, reason: str, name: str, detail: str = "") -> None:
+        self.counts[reason] += 1
+        if self.has_room(reason):
+            self.names[reason].append(f"{name} ({detail})" if detail else name)
+
+    def has_room(self, reason: str) -> bool:
+        """Whether one more is named: what is costly to say is said of those alone."""
+        return len(self.names[reason]) < NAMED
+
+    def lines(self) -> list[str]:
+        return [
+            f"{counted(count, 'metadata row')} not used: {reason}: {some(self.names[reason], count)}"
+            for reason, count in sorted(self.counts.items(), key=lambda item: -item[1])
+        ]
+
+
+def read_metadata(root: Path, files: list[str], names: ImageNames) -> Metadata:
+    metadata, unused = Metadata(), _Unused()
+    claims: dict[str, list[_Row]] = defaultdict(list)
+    for file in files:
+        try:
+            rows = list(_rows_of(file, (root / file).read_bytes()))
+        except OSError as error:
+            metadata.notes.append(f"{file}: cannot be read: {with_mend(error)}")
+            continue
+        except DataError as error:
+            metadata.notes.append(f"{file}: {error}")
+            continue
+        for line, fields in rows:
+            _place_row(f"{file} line {line}", posixpath.dirname(file), fields, names, claims, metadata, unused)
+    for image, rows in claims.items():
+        exact = next((row for row in rows if row.exact), None)
+        if exact is None and len({row.name for row in rows}) > 1:
+            for row in rows:
+                unused.add(SEVERAL_ROWS, row.where, image)
+            continue
+        taken = exact or rows[0]
+        metadata.captions[image] = taken.text
+        for row in rows:
+            if row is not taken:
+                unused.add(TWICE, row.where, image)
+    metadata.notes += unused.lines()
+    return metadata
+
+
+def _place_row(
+    where: str,
+    folder: str,
+    fields: Any,
+    names: ImageNames,
+    claims: dict[str, list[_Row]],
+    metadata: Metadata,
+    unused: _Unused,
+) -> None:
+    """Puts a row's text to its image, or its reason to the unused ones."""
+    if reason := _unusable(fields):
+        unused.add(reason, where)
+        return
+    name, text = fields["file_name"], fields["text"] or ""
+    found, exact = names.find(folder, name)
+    shown = _shown(name)
+    if not found:
+        unused.add(NO_IMAGE, where, names.with_nearest(shown, name) if unused.has_room(NO_IMAGE) else shown)
+    elif len(found) > 1:
+        unused.add(SEVERAL_IMAGES, where, f"{shown}: {some(found, len(found))}")
+    elif not one_line(text):
+        metadata.empty.setdefault(found[0], where)
+        unused.add(NO_TEXT, where, shown)
+    else:
+        claims[found[0]].append(_Row(where, name, text, exact))
+
+
+def _unusable(fields: Any) -> str:
+    """Why a row cannot be used by its form alone, "" where it can. Columns under another name are named."""
+    if not isinstance(fields, dict):
+        return NOT_JSON
+    wanted = [(ours, others) for ours, *others in (FILE_NAMES, TEXTS) if ours not in fields]
+    if wanted:
+        said = [
+            f"call its {next(other for other in others if other in fields)!r} {ours!r}"
+            for ours, others in wanted
+            if any(other in fields for other in others)
+        ]
+        return f"{NO_FIELDS}; {' and '.join(said)}" if said else NO_FIELDS
+    if not isinstance(fields["file_name"], str) or not isinstance(fields["text"] or "", str):
+        return NO_STRINGS
+    return ""
+
+
+def _rows_of(file: str, content: bytes) -> Iterator[tuple[int, Any]]:
+    """(line number, fields) of each row; None for what is no JSON."""
+    encoding, skipped = text_encoding(content)
+    if encoding == "utf-8" and file.lower().endswith(".jsonl"):
+        lines = content[skipped:].split(b"\n")  # decoded one by one, so that a damaged one costs no other
+    else:
+        try:
+            text = content[skipped:].decode(encoding)
+        except UnicodeDecodeError:
+            raise DataError("not UTF-8; save it as UTF-8") from None
+        if not file.lower().endswith(".jsonl"):
+            yield from _table_rows(text)
+            return
+        lines = text.encode("utf-8", "surrogatepass").split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError):
+                yield number, None
+
+
+def _table_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Of a table with its columns' names in the first line, by the delimiter with which these are found there."""
+    first = text.partition("\n")[0]
+    delimiter = next((d for d in DELIMITERS if {"file_name", "text"} <= set(_columns(first, d))), DELIMITERS[0])
+    columns = _columns(first, delimiter)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        next(reader, None)
+        for row in filter(None, reader):
+            yield reader.line_num, dict(zip(columns, row, strict=False))
+    except csv.Error as error:
+        raise DataError(f"line {reader.line_num}: {error}; mend the quotes there") from None
+
+
+def _columns(line: str, delimiter: str) -> list[str]:
+    return [name.strip().strip('"') for name in line.strip("\r").split(delimiter)]
+
+
+def _shown(name: str) -> str:
+    printable = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+    return printable if len(printable) <= SHOWN_CHARS else f"...{printable[-SHOWN_CHARS:]}"
