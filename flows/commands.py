@@ -139,8 +139,12 @@ def deploy(
 ) -> None:
     """Adds deployments of a recipe of your own: `prefect deployment run 'pipeline/NAME'`."""
     from flows.recipes import add_recipe
+    from sd3core.moving_average import short_average_warnings
 
-    name = add_recipe(recipe).name
+    added = add_recipe(recipe)
+    name = added.name
+    for warning in short_average_warnings(added):
+        _say(f"warning: {warning}")
     if api is None:
         from flows.services import up as start
 

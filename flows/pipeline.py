@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import flow
+from prefect.logging import get_run_logger
 
 from flows.caption import caption
 from flows.encode import encode
@@ -18,6 +19,7 @@ from flows.stage import FLOW_OPTIONS
 from flows.summary import write_summary
 from flows.towers import towers
 from flows.upstream import check_start_from
+from sd3core.moving_average import short_average_warnings
 
 STAGE_FLOWS = (ingest, towers, caption, encode, pretrain, finetune, evaluate, export)
 
@@ -27,6 +29,8 @@ def pipeline(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
     """A retry, a new run and a run on another machine all do the same: they go on where the work stopped."""
     with session(recipe, overrides) as opened:
         check_start_from(opened.recipe, opened.store)
+        for warning in short_average_warnings(opened.recipe):
+            get_run_logger().warning(warning)
         outcomes = [stage_flow(recipe, overrides) for stage_flow in STAGE_FLOWS]
         scores = opened.store.get_json(f"runs/{opened.recipe.run}/evaluations/scores.json")
         return write_summary(opened.store, opened.recipe, outcomes, scores)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from sd3core.mmdit import count_parameters
 from sd3core.mmdit.flops import forward_flops
+from sd3core.moving_average import short_average_warnings
 from sd3core.precision import CPU, DTYPES, has_bf16_arithmetic, settled
 from sd3core.recipe import Recipe, Training
 from sd3core.timing import matmul_flops_per_second
@@ -60,11 +61,10 @@ def plan_phase(recipe: Recipe, key: str, phase: Training) -> PhasePlan:
     pixels = max(height * width for height, width in sides)
     image_tokens = pixels // 256
     text_tokens = recipe.text.clip_tokens + recipe.text.t5_tokens
-    steps = math.ceil(phase.samples / phase.global_batch)
     return PhasePlan(
         key=key,
         parameters=parameters,
-        steps=steps,
+        steps=phase.total_steps,
         samples=phase.samples,
         tokens=image_tokens + text_tokens,
         step_flops=3 * phase.global_batch * forward_flops(config, image_tokens, text_tokens),
@@ -137,6 +137,8 @@ def _print_phases(recipe: Recipe, phases: list[PhasePlan], console: Console) -> 
         row = (plan.parameters, phase.side_px, plan.samples, phase.global_batch, plan.steps, plan.tokens)
         table.add_row(key, *(f"{value:,}" for value in row), f"{plan.step_flops:.2e}", f"{plan.flops:.2e}")
     console.print(table)
+    for warning in short_average_warnings(recipe):
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     console.print(
         f"\ntraining state of one of {recipe.compute.train_ranks} ranks, GiB (activations come on top)", highlight=False
     )

@@ -12,11 +12,13 @@ from flows.stage import StageRun
 from flows.training_view import training_view
 from sd3core.checkpoint import read_done
 from sd3core.data.store import Store
+from sd3core.moving_average import short_average_warning
 from sd3core.plots import loss_curve
+from sd3core.progress import Progress
 from sd3core.specs import fingerprint
-from workers.shard_stage import NOTHING_TO_DO, reason_to_work, recall_stage, remember_stage
-from workers.trainer.checkpointing import read_metrics
-from workers.trainer.job import DataRef, TrainingJob, TrainingResult
+from workers.stage_notes import NOTHING_TO_DO, StageNote, reason_to_work, recall_stage, remember_stage
+from workers.trainer.checkpointing import last_whole_checkpoint, read_metrics
+from workers.trainer.job import DataRef, TrainingJob
 from workers.trainer.launch import train
 
 
@@ -42,23 +44,30 @@ def train_phase(run: StageRun, key: str) -> PhaseResult:
     """Trains one phase of the recipe to its end; a finished one returns at once."""
     job = phase_job(run, key)
     note = recall_stage(run.store, run.recipe.run, key)
+    start = start_point(run.store, job, note)
+    if start.samples < job.last_samples:
+        run.log.info("%s starts at %s of %s samples: %s", key, f"{start.samples:,}", f"{job.last_samples:,}", start.why)
+        run.report(Progress(start.samples, job.last_samples, "samples", f"starts here: {start.why}"))
+    short = short_average_warning(key, job.training)
+    if short:
+        run.warn(short)
     with training_view(run, job) as view:
         result = train(job, run.recipe.compute, run.report, tell=view)
     last = result.checkpoints[-1]
     skipped = result.resumed_from == result.samples
     digest = read_done(run.store, last).digest
     known = note.warnings if skipped and note is not None and note.digest == digest else ()
-    warnings = list(dict.fromkeys([*known, *result.warnings]))
+    warnings = list(dict.fromkeys([*filter(None, [short]), *known, *result.warnings]))
     remember_stage(run.store, run.recipe.run, key, job.folder, digest, job.fields, tuple(warnings))
     return PhaseResult(
         key=key,
         manifest=f"{last}/DONE.json",
         digest=digest,
         skipped=skipped,
-        reason=NOTHING_TO_DO if skipped else _reason(note, job, result),
+        reason=start.reason,
         table=checkpoint_table(run.store, key, result.checkpoints),
         warnings=warnings,
-        pictures={f"loss, {key}": loss_curve(read_metrics(run.store, job.folder), key)},
+        pictures={f"loss, {key}": loss_curve(read_metrics(run.store, job.folder, job.last_samples), key)},
     )
 
 
@@ -75,7 +84,7 @@ def phase_job(run: StageRun, key: str) -> TrainingJob:
         fields=inputs.fields,
         model=recipe.model_config_for(phase).to_dict(),
         training=phase,
-        seed=recipe.seed,
+        seed=recipe.training_seed(phase),
         text=recipe.text,
         latents=DataRef(folder=inputs.latents.folder, digest=inputs.latents.digest),
         text_features=DataRef(folder=inputs.text.folder, digest=inputs.text.digest),
@@ -118,9 +127,28 @@ def checkpoint_table(store: Store, key: str, folders: list[str]) -> list[dict[st
     return rows
 
 
-def _reason(note: Any, job: TrainingJob, result: TrainingResult) -> str:
-    if result.resumed_from:
-        return f"went on from {result.resumed_from:,} samples"
-    return reason_to_work(
-        note, job.folder, job.fields, 1, 1, "phase", {"training": job.phase, "init": "its starting checkpoint"}
-    )
+@dataclass(frozen=True)
+class StartPoint:
+    """How many samples stand when a phase starts, why it starts there, and the reason that its outcome gives for its work."""
+
+    samples: int
+    why: str
+    reason: str
+
+
+def start_point(store: Store, job: TrainingJob, note: StageNote | None) -> StartPoint:
+    """The last whole checkpoint of the phase's settings that is not past its end, else 0 with what changed since this run
+    last trained it.
+    """
+    standing = last_whole_checkpoint(store, job.folder, last_samples=job.last_samples)
+    if standing and standing.samples == job.last_samples:
+        return StartPoint(standing.samples, NOTHING_TO_DO, NOTHING_TO_DO)
+    if standing:
+        why = "the last whole checkpoint of these settings"
+        return StartPoint(standing.samples, why, f"went on from {standing.samples:,} samples")
+    names = {"training": job.phase, "init": "its starting checkpoint"}
+    reason = reason_to_work(note, job.folder, job.fields, 1, 1, "phase", names)
+    before = note.fields.get("training", {}).get("samples") if note else None
+    if before not in (None, job.fields["training"].get("samples", before)):
+        reason += f" (under schedule {job.training.schedule} the rate of every step depends on them)"
+    return StartPoint(0, reason, reason)

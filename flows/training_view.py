@@ -45,7 +45,7 @@ class TrainingView:
 
     def _stored_losses(self) -> tuple[tuple[int, float], ...]:
         losses = LossPoints()
-        for row in read_metrics(self.run.store, self.job.folder):
+        for row in read_metrics(self.run.store, self.job.folder, self.job.last_samples):
             if row["loss"] is not None:
                 losses.add(row["samples"], row["loss"])
         return losses.with_last()

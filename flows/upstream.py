@@ -122,9 +122,9 @@ def start_of(recipe: Recipe, store: Store, phase_key: str) -> str | None:
 def checkpoints(recipe: Recipe, store: Store, phase_key: str) -> list[CheckpointRef]:
     """The finished checkpoints of a phase that has been trained to its end, oldest first."""
     folder = specs.checkpoints_folder(recipe, phase_key, phase_inputs(recipe, store, phase_key).fields)
-    found = list_checkpoints(store, folder)
-    wanted = dict(recipe.phases())[phase_key].samples
-    if not found or found[-1].samples < wanted:
+    end = dict(recipe.phases())[phase_key].last_samples
+    found = list_checkpoints(store, folder, end)  # a longer run's stand there too
+    if not found or found[-1].samples < end:
         raise _missing(recipe, phase_key.partition(".")[0])
     return found
 

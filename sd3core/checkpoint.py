@@ -133,12 +133,15 @@ def record_file(path: Path) -> FileRecord:
         return FileRecord(sha256=hashlib.file_digest(file, "sha256").hexdigest(), bytes=path.stat().st_size)
 
 
-def list_checkpoints(store: Store, parent: str) -> list[CheckpointRef]:
-    """The finished checkpoints of one training phase, fewest samples first. One listing."""
+def list_checkpoints(store: Store, parent: str, last_samples: int | None = None) -> list[CheckpointRef]:
+    """The finished checkpoints of one training phase, fewest samples first. One listing.
+
+    `last_samples`: of a phase that ends there; without it also those of a longer one, which share the folder.
+    """
     pattern = re.compile(re.escape(parent.rstrip("/")) + rf"/(\d{{12}})/{DONE_FILE}")
     matches = (pattern.fullmatch(entry.path) for entry in store.list(parent.rstrip("/") + "/"))
     samples = sorted(int(match.group(1)) for match in matches if match)
-    return [CheckpointRef(n, checkpoint_folder(parent, n)) for n in samples]
+    return [CheckpointRef(n, checkpoint_folder(parent, n)) for n in samples if last_samples is None or n <= last_samples]
 
 
 def read_done(store: Store, folder: str) -> CheckpointDone:

@@ -6,6 +6,7 @@ that a stage makes, so `sd3core.specs` leaves them out of every fingerprint.
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -247,6 +248,7 @@ class Training(Section):
     aspect_ratios: AspectRatios = (1.0,)  # more than one makes aspect buckets
     buckets: Buckets | None = None  # in place of aspect_ratios: all sizes by a rule
     samples: int = Field(ge=1)
+    seed: Seed | None = None  # of weights, batches, timesteps and noise; None: the phase before's, of pretrain the recipe's
     global_batch: int = Field(ge=1)
     micro_batch: int = Field(ge=1)  # per rank and forward
     learning_rate: float = Field(1e-4, gt=0)
@@ -278,6 +280,15 @@ class Training(Section):
         if problem := unknown_formulation(name):
             raise ValueError(problem)
         return name
+
+    @property
+    def total_steps(self) -> int:
+        return math.ceil(self.samples / self.global_batch)
+
+    @property
+    def last_samples(self) -> int:
+        """Samples seen at the phase's end: `samples`, in whole batches."""
+        return self.total_steps * self.global_batch
 
     def bucket_sides(self) -> list[Side]:
         """(height, width) px of every bucket."""
@@ -421,11 +432,23 @@ class Recipe(Section):
 
     def inserts_qk_norm(self, phase: Training) -> bool:
         """Whether the phase adds QK-norm to weights that were trained without it; of `model.start_from`, whether it may."""
+        before = self._phases_until(phase)[:-1]
+        if not before:
+            return phase.qk_norm is not None and self.model.start_from is not None
+        return phase.qk_norm is not None and before[-1].qk_norm is None
+
+    def training_seed(self, phase: Training) -> int:
+        """The seed that a phase trains with: its own, else the nearest earlier phase's, else the recipe's.
+
+        Data, towers and the held-out part have the recipe's, so runs of several training seeds are compared on the same.
+        """
+        own = [other.seed for other in self._phases_until(phase) if other.seed is not None]
+        return own[-1] if own else self.seed
+
+    def _phases_until(self, phase: Training) -> list[Training]:
         phases = [other for _, other in self.phases()]
         position = next(i for i, other in enumerate(phases) if other is phase)  # equal phases may follow each other
-        if position == 0:
-            return phase.qk_norm is not None and self.model.start_from is not None
-        return phase.qk_norm is not None and phases[position - 1].qk_norm is None
+        return phases[: position + 1]
 
     def model_config_for(self, phase: Training) -> BackboneConfig:
         """The model of one phase: the recipe's architecture and depth, the towers' widths, the phase's QK-norm."""

@@ -21,7 +21,7 @@ FORMATS = {
     "captions": 1,
     "text": 1,
     "latents": 1,
-    "train": 1,
+    "train": 2,  # 2: the EMA's decay grows from nothing; `samples` only where the schedule depends on it
     "evaluations": 2,
     "export": 2,
 }
@@ -94,9 +94,12 @@ def latents_fields(recipe: Recipe, phase: Training, tower_digests: dict[str, str
 def train_fields(recipe: Recipe, phase: Training, *, latents: str, text: str, init: str | None) -> dict[str, Any]:
     """`latents`, `text`: manifest digests. `init`: the content digest of what the phase starts from, or None.
 
-    Fields that came later stand there only where they change something: fingerprints from before them are good.
+    Fields that came later stand there only where they change something: fingerprints from before them are good. Under a
+    constant rate a step does not depend on how many there will be, so a phase that is made longer goes on.
     """
-    left_out = {"micro_batch", "checkpoint_every_samples", "activation_checkpointing"}
+    left_out = {"micro_batch", "checkpoint_every_samples", "activation_checkpointing", "seed"}
+    if phase.schedule == "constant":
+        left_out.add("samples")
     if phase.buckets is None:
         left_out.add("buckets")
     if phase.qk_norm_start == "one" or not recipe.inserts_qk_norm(phase):
@@ -109,7 +112,7 @@ def train_fields(recipe: Recipe, phase: Training, *, latents: str, text: str, in
         "format": FORMATS["train"],
         "model": recipe.model_config_for(phase).to_dict(),
         "training": training,
-        "seed": recipe.seed,
+        "seed": recipe.training_seed(phase),
         "null": recipe.text.null,
         "latents": latents,
         "text": text,

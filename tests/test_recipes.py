@@ -366,7 +366,7 @@ READ = {
     "held_out_fraction": 0.1,
 }
 LEARNED = {
-    "samples": 192,
+    "seed": 9,
     "global_batch": 16,
     "learning_rate": 1.0,
     "warmup_samples": 8,
@@ -420,6 +420,8 @@ CHANGES: list[tuple[set[str], dict[str, Any]]] = [
     (TRAINED, under("model", start_from="models/sd3")),
     (TRAINED, under("pretrain", qk_norm="rms", **LEARNED)),
     ({"finetune"}, under("finetune.0", qk_norm=None, **LEARNED)),
+    ({"finetune"}, under("pretrain", samples=192)),  # it goes on under its constant rate, and the next phase starts later
+    (set(), under("finetune.0", samples=192)),
     (set(), {"name": "other", "run": "other", "store": "s3://bucket/x"}),
     (set(), under("data", folder="/other", images=960)),  # more shards of the same kind
     (set(), under("data", caption="first_line")),  # of a folder's captions
@@ -449,9 +451,10 @@ def stage_specs(recipe: Recipe) -> dict[str, str]:
     for key, phase in recipe.phases():
         name = key.partition(".")[0]
         found[f"latents.{name}"] = fingerprint(specs.latents_fields(recipe, phase, digests))
-        init = found[name] = fingerprint(
+        found[name] = fingerprint(
             specs.train_fields(recipe, phase, latents=found[f"latents.{name}"], text=found["text"], init=init)
         )
+        init = f"{found[name]} after {phase.last_samples}"
     return found
 
 
@@ -487,17 +490,45 @@ def test_a_field_changes_exactly_the_stages_that_depend_on_it(key, value, stages
     assert {stage for stage in before if before[stage] != after[stage]} == stages
 
 
+def test_the_length_counts_where_the_schedule_depends_on_it():
+    def spec(*overrides: str) -> str:
+        return stage_specs(load_recipe("tiny-test", list(overrides)))["pretrain"]
+
+    cosine, longer = "pretrain.schedule=cosine", "pretrain.samples=192"
+    assert spec() == spec(longer)
+    assert len({spec(), spec(cosine), spec(cosine, longer)}) == 3
+
+
+def test_a_training_seed_is_the_phases_own_or_that_of_the_one_before():
+    def seeds(*overrides: str) -> list[int]:
+        recipe = load_recipe("tiny-test", ["seed=5", *overrides])
+        return [recipe.training_seed(phase) for _, phase in recipe.phases()]
+
+    assert seeds() == [5, 5]
+    assert seeds("pretrain.seed=1") == [1, 1]
+    assert seeds("pretrain.seed=0", "finetune.0.seed=2") == [0, 2]
+    as_it_is = stage_specs(load_recipe("tiny-test"))
+    assert stage_specs(load_recipe("tiny-test", ["pretrain.seed=0"])) == as_it_is  # the recipe's seed by name
+    other = stage_specs(load_recipe("tiny-test", ["pretrain.seed=1"]))
+    assert {stage for stage in as_it_is if other[stage] != as_it_is[stage]} == TRAINED
+
+
 def test_fields_that_came_later_leave_fingerprints_as_they_were(monkeypatch):
     """Golden: from before there were other architectures, a rule of buckets, and fitted scales of QK-norm. The small world had no
-    number then.
+    number then; training's format 1 had the length in every fingerprint.
     """
     raw_fields = specs.raw_fields
     monkeypatch.setattr(specs, "raw_fields", lambda r: {k: v for k, v in raw_fields(r).items() if k != "world"})
     recipe = load_recipe("tiny-test", ["finetune.0.qk_norm_start=one"])
     fields = {"latents": "0", "text": "0", "init": None}
-    found = [fingerprint(specs.train_fields(recipe, phase, **fields)) for _, phase in recipe.phases()]
+    trained = [specs.train_fields(recipe, phase, **fields) for _, phase in recipe.phases()]
+    found = [fingerprint(made) for made in trained]
+    for made, (_, phase) in zip(trained, recipe.phases(), strict=True):
+        made["format"], made["training"]["samples"] = 1, phase.samples
+    found += [fingerprint(made) for made in trained]
     found += [fingerprint(specs.latents_fields(recipe, phase, {"vae": "0"})) for _, phase in recipe.phases()]
-    assert found == ["a875bcf22aa4", "22066f934c56", "4c1cf6ccef01", "996f973eedb4"]
+    assert found[:2] == ["f63697300ede", "264b8c208169"]
+    assert found[2:] == ["a875bcf22aa4", "22066f934c56", "4c1cf6ccef01", "996f973eedb4"]
 
 
 def test_a_folders_first_lines_are_another_data_set_and_whole_captions_are_the_one_from_before():

@@ -29,7 +29,7 @@ class Run:
 @pytest.fixture
 def shown(monkeypatch):
     """The run, the rows that stand in the store, and the rows of every curve that was plotted."""
-    made = SimpleNamespace(run=Run(), stored=[], plotted=[], job=SimpleNamespace(phase="pretrain", folder="x"))
+    made = SimpleNamespace(run=Run(), stored=[], plotted=[], job=SimpleNamespace(phase="pretrain", folder="x", last_samples=40))
 
     class Decoder:
         def __init__(self, store, towers):
@@ -46,7 +46,7 @@ def shown(monkeypatch):
 
     monkeypatch.setattr(module, "PreviewDecoder", Decoder)
     monkeypatch.setattr(module, "loss_curve", plot)
-    monkeypatch.setattr(module, "read_metrics", lambda store, folder: made.stored)
+    monkeypatch.setattr(module, "read_metrics", lambda store, folder, last_samples: made.stored)
     monkeypatch.setattr(module.upstream, "towers", lambda recipe, store: SimpleNamespace(folder="towers/t"))
     return made
 

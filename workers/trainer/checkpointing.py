@@ -71,10 +71,13 @@ def newest_attempt(store: Store, folder: str) -> int:
 
 
 def last_whole_checkpoint(
-    store: Store, folder: str, warn: Callable[[str], None] = lambda message: None
+    store: Store, folder: str, warn: Callable[[str], None] = lambda message: None, last_samples: int | None = None
 ) -> CheckpointRef | None:
-    """The last finished checkpoint whose files all stand whole; `warn` hears of later ones that are passed over."""
-    for ref in reversed(list_checkpoints(store, folder)):
+    """The last finished checkpoint whose files all stand whole; `warn` hears of later ones that are passed over.
+
+    `last_samples`: where the phase ends that goes on from it.
+    """
+    for ref in reversed(list_checkpoints(store, folder, last_samples)):
         damaged = _damaged_files(store, ref.folder, read_done(store, ref.folder))
         if not damaged:
             return ref
@@ -239,11 +242,15 @@ def load_start_weights(weights: dict[str, Tensor], trainer: ShardedTrainer) -> N
     trainer.loaded(0)
 
 
-def read_metrics(store: Store, folder: str) -> list[dict[str, Any]]:
-    """The loss rows of a phase, from its first step to its last checkpoint."""
-    rows = []
-    for ref in list_checkpoints(store, folder):
-        rows += [json.loads(line) for line in store.get(f"{ref.folder}/{METRICS_FILE}").decode().splitlines()]
+def read_metrics(store: Store, folder: str, last_samples: int | None = None) -> list[dict[str, Any]]:
+    """The loss rows of a phase, from its first step to its last checkpoint, each step once.
+
+    A checkpoint that a shorter run left between two others has rows that the later one has as well.
+    """
+    rows: list[dict[str, Any]] = []
+    for ref in list_checkpoints(store, folder, last_samples):
+        found = [json.loads(line) for line in store.get(f"{ref.folder}/{METRICS_FILE}").decode().splitlines()]
+        rows += [row for row in found if not rows or row["samples"] > rows[-1]["samples"]]
     return rows
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -82,7 +81,12 @@ class TrainingJob(BaseModel):
 
     @property
     def total_steps(self) -> int:
-        return math.ceil(self.training.samples / self.training.global_batch)
+        return self.training.total_steps
+
+    @property
+    def last_samples(self) -> int:
+        """Where the phase ends. Its folder may hold later checkpoints, of a run that was longer."""
+        return self.training.last_samples
 
     def samples_at(self, step: int) -> int:
         """Samples seen after `step` steps: the clock."""

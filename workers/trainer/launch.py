@@ -65,15 +65,16 @@ def train(
     job = job.model_copy(update={"store": open_store(job.store).url, "log_dir": log_dir})
     stands = _samples_that_stand(job)
     warnings: list[str] = []
-    if stands < job.samples_at(job.total_steps):
+    if stands < job.last_samples:
         with start_ray(compute):
             _check_resources(compute)
             warnings = _supervise(job, compute, report, tell, stands, open_loader)
-        if _samples_that_stand(job) < job.samples_at(job.total_steps):
+        if _samples_that_stand(job) < job.last_samples:
             raise TrainingFailed(f"{job.phase}: the ranks ended before the last checkpoint was written")
     store = open_store(job.store)
-    folders = [ref.folder for ref in list_checkpoints(store, job.folder)]
-    stored = [f"{job.phase}: {row['warning']}" for row in read_metrics(store, job.folder) if "warning" in row]
+    folders = [ref.folder for ref in list_checkpoints(store, job.folder, job.last_samples)]
+    rows = read_metrics(store, job.folder, job.last_samples)
+    stored = [f"{job.phase}: {row['warning']}" for row in rows if "warning" in row]
     return TrainingResult(
         checkpoints=folders,
         samples=_samples_that_stand(job),
@@ -100,7 +101,7 @@ def _supervise(
 
 
 def _samples_that_stand(job: TrainingJob) -> int:
-    last = last_whole_checkpoint(open_store(job.store), job.folder)
+    last = last_whole_checkpoint(open_store(job.store), job.folder, last_samples=job.last_samples)
     return last.samples if last else 0
 
 
@@ -289,7 +290,7 @@ class _Supervisor:
 
     def __init__(self, job: TrainingJob, compute: Compute, report: ProgressCallback, tell: NewsCallback, stands: int):
         self.job, self.compute, self.tell = job, compute, tell
-        self.meter = ProgressMeter(job.samples_at(job.total_steps), "samples", report, already_done=stands)
+        self.meter = ProgressMeter(job.last_samples, "samples", report, already_done=stands)
 
     def run(self, open_loader: Any) -> list[str]:
         """Returns the warnings of this call."""

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sd3core import conditioning, randomness
+from sd3core import conditioning, moving_average, randomness
 from sd3core.conditioning import TextFeatures
 from sd3core.data.store import Store, open_store
 from sd3core.formulations import Formulation, find_formulation
@@ -152,7 +152,8 @@ class PhaseTraining:
 
     def _restore(self) -> int:
         """Loads the last whole checkpoint, or the start weights; returns the number of steps taken until then."""
-        last = self._from_first_rank(lambda: last_whole_checkpoint(self.store, self.job.folder, self._warn))
+        find = partial(last_whole_checkpoint, self.store, self.job.folder, self._warn, self.job.last_samples)
+        last = self._from_first_rank(find)
         if last:
             step = load_checkpoint(self.store, last.folder, self.trainer).steps
         else:
@@ -175,8 +176,8 @@ class PhaseTraining:
         for step, inputs in enumerate(self._inputs_from(first), start=first + 1):
             row = self._take_step(step, inputs)
             streak = streak + 1 if "warning" in row else 0
-            if step % job.training.ema_every_steps == 0:
-                self.trainer.update_ema(job.training.ema_decay)
+            if moving_average.changes_average(job.training, step):
+                self.trainer.update_ema(moving_average.decay_at(job.training, step))
             checkpoint_due |= job.is_checkpoint_step(step)
             ends_here = checkpoint_due and (not streak or step == job.total_steps)
             if ends_here:

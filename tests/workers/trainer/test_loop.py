@@ -46,6 +46,9 @@ PRECISIONS = {  # precision asked, whether the processor has arithmetic for bf16
     "bf16-without": ("bf16", False, "bf16"),
 }
 
+AVERAGE = {"samples": 48, "checkpoint_every_samples": 16, "ema_decay": 0.15}  # a checkpoint at each update of the EMA
+LATE = {"samples": 48, "checkpoint_every_samples": 16, "ema_every_steps": 3}  # the first update is after 24 samples
+
 LEAN = {"all-lean": 1, "all-plain": 10**9}  # name -> least number of tokens that takes the lean forms
 
 
@@ -113,8 +116,11 @@ def _single_rank_stories(rank, world, root: Path):
     for name, (precision, able, _) in PRECISIONS.items():
         with patch.object(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able}):
             stories[name] = _train(rank, world, make_job(root / name, samples=16, precision=precision))
-    often = make_job(root / "average", samples=48, checkpoint_every_samples=16, ema_decay=0.9)
-    stories["average"] = _train(rank, world, often)
+    stories["average"] = _train(rank, world, make_job(root / "average", **AVERAGE))
+    for samples in (16, 24, 48):  # made longer twice: before the EMA's first update, and after it
+        stories[f"longer-{samples}"] = _train(rank, world, make_job(root / "longer", **LATE | {"samples": samples}))
+    stories["at-once"] = _train(rank, world, make_job(root / "at-once", **LATE))
+    stories["shorter"] = _train(rank, world, make_job(root / "longer", **LATE | {"samples": 40}))
     stories["always-nan"] = _train(rank, world, make_job(root / "always-nan"), {"nan_steps": tuple(range(6, 12))})
 
     job, notebook = make_job(root / "usurped"), Notebook()
@@ -232,33 +238,80 @@ def test_a_checkpoint_says_in_which_precision_it_was_trained(root, stories, name
     assert notebook.warnings == ([advice] if precision == "bf16" and not able else [])
 
 
+def average_of(job, checkpoints: tuple[int, ...], decays: tuple[float, ...]):
+    """The EMA by hand, from the live weights of checkpoints that each stand at one of its updates."""
+    store, average = open_store(job.store), {}
+    for samples, decay in zip(checkpoints, decays, strict=True):
+        live = assemble(store, f"{job.folder}/{samples:012d}", "weights")
+        average = {name: decay * average.get(name, 0.0) + (1 - decay) * tensor for name, tensor in live.items()}
+    return average, assemble(store, f"{job.folder}/{checkpoints[-1]:012d}", "ema")
+
+
+def assert_close(found, expected):
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-7)
+
+
 def test_going_on_with_more_and_with_fewer_ranks(root, stories, tmp_path):
-    """From 1 rank at ZeRO 2 to 2 ranks at ZeRO 1, then to 1 rank at ZeRO 3; bf16 sums in another order differ slightly."""
-    shutil.copytree(root / "clean", tmp_path / "store")
-    for attempt, (ranks, stage, start) in enumerate([(2, 1, 32), (1, 3, 64)], start=2):
-        job = make_job(tmp_path / "store", zero_stage=stage)
-        for later in range(start + 32, 97, 32):
-            shutil.rmtree(tmp_path / "store" / job.folder / f"{later:012d}")
+    """From 1 rank at ZeRO 2 to 2 ranks at ZeRO 1, then to 1 rank at ZeRO 3; bf16 sums in another order differ slightly.
+
+    The EMA counts its updates on, whoever makes them.
+    """
+    shutil.copytree(root / "average", tmp_path / "store")
+    alone = rows_of(root, "average")
+    for later in (32, 48):
+        shutil.rmtree(tmp_path / "store" / make_job(root / "average").folder / f"{later:012d}")
+    for attempt, (ranks, stage, start) in enumerate([(2, 1, 16), (1, 3, 32)], start=2):
+        job = make_job(tmp_path / "store", **AVERAGE | {"samples": start + 16, "zero_stage": stage})
         (error, notebook), *_ = run_ranks(ranks, _train, job)
         assert error is None and notebook.began_at == [start]
         rows = read_metrics(open_store(job.store), job.folder)
-        for ours, alone in zip(rows[start // 8 :], rows_of(root, "clean")[start // 8 :], strict=True):
-            assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-3)
-        done = read_done(open_store(job.store), f"{job.folder}/000000000096")
-        assert (len(done.rank_files), done.attempt, done.optimizer_step) == (ranks, attempt, 12)
+        for ours, theirs in zip(rows, alone[: len(rows)], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        done = read_done(open_store(job.store), f"{job.folder}/{start + 16:012d}")
+        assert (len(done.rank_files), done.attempt, done.optimizer_step) == (ranks, attempt, (start + 16) // 8)
+    average, ema = average_of(job, (16, 32, 48), (0, 1 / 10, 0.15))
+    assert_close(ema, average)
 
 
-def test_ema_is_the_average_of_the_weights(root, stories):
-    """ema <- 0.9 ema + 0.1 weights every 2nd step, from the start weights, in fp32 although the model is bf16."""
-    job, store = make_job(root / "average"), open_store(str(root / "average"))
-    average = {name: p.detach() for name, p in start_weights(job).weights.items()}
+def test_ema_is_the_average_of_the_weights_since_its_first_update(root, stories):
+    """Decays 0, 1 / 10, then the recipe's, in fp32 although the model is bf16: nothing of the start is in it."""
     assert stories["average"][0] is None
-    for samples in (16, 32, 48):
-        live, ema = (assemble(store, f"{job.folder}/{samples:012d}", kind) for kind in ("weights", "ema"))
-        average = {name: tensor + 0.1 * (live[name] - tensor) for name, tensor in average.items()}
-        for name, tensor in average.items():
-            torch.testing.assert_close(ema[name], tensor, rtol=0, atol=1e-7)
+    job = make_job(root / "average")
+    average, ema = average_of(job, (16, 32, 48), (0, 1 / 10, 0.15))
+    assert_close(ema, average)
     assert load_model(str(root / "average" / job.folder / "000000000048"), weights="ema").config == MODEL
+
+
+def test_before_its_first_update_the_ema_is_the_live_weights(root, stories):
+    job, store = make_job(root / "at-once"), open_store(str(root / "at-once"))
+    for samples, same in ((16, True), (32, False)):
+        live, ema = (assemble(store, f"{job.folder}/{samples:012d}", kind) for kind in ("weights", "ema"))
+        assert all(torch.equal(live[name], ema[name]) for name in live) == same
+    start = start_weights(job).weights
+    assert not any(torch.equal(ema[name], start[name]) for name in start)
+
+
+def test_a_phase_that_is_made_longer_goes_on(root, stories):
+    """Bit by bit as if its length had been known, and its curve has each step once."""
+    assert [stories[f"longer-{samples}"][0] for samples in (16, 24, 48)] == [None] * 3
+    assert [stories[f"longer-{samples}"][1].began_at for samples in (16, 24, 48)] == [[0], [16], [24]]
+    folder, stores = make_job(root / "longer").folder, [open_store(str(root / name)) for name in ("longer", "at-once")]
+    for kind in ("weights", "exp_avg", "exp_avg_sq", "ema"):
+        longer, at_once = (assemble(store, f"{folder}/{48:012d}", kind) for store in stores)
+        assert all(torch.equal(longer[name], at_once[name]) for name in at_once)
+    losses = [[(row["samples"], row["loss"]) for row in rows_of(root, name)] for name in ("longer", "at-once")]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_a_phase_that_is_made_shorter_starts_before_its_end(root, stories):
+    """Checkpoints at 16, 24, 32 and 48 stand; an end at 40 goes on from 32."""
+    error, notebook = stories["shorter"]
+    assert error is None and notebook.began_at == [32]
+    store, folder = open_store(str(root / "longer")), make_job(root / "longer").folder
+    assert [ref.samples for ref in list_checkpoints(store, folder)] == [16, 24, 32, 40, 48]
+    assert [ref.samples for ref in list_checkpoints(store, folder, 40)] == [16, 24, 32, 40]
+    assert [row["samples"] for row in read_metrics(store, folder, 40)] == [8, 16, 24, 32, 40]
 
 
 def test_a_step_that_is_not_finite_is_named_and_left_out(root, stories):
