@@ -10,17 +10,11 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from sd3core.checkpoint import DONE_FILE, is_training_checkpoint, read_done, read_model_fields
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError
-from sd3core.formulation_names import unknown_formulation
+from sd3core.formulation_names import canonical_name
 from sd3core.recipe import Text
 from sd3core.sample_settings import SampleSettings
 
 Null = Literal["zeros", "empty"]
-
-
-def _known(formulation: str) -> str:
-    if problem := unknown_formulation(formulation):
-        raise ValueError(problem)
-    return formulation
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class _Extra(BaseModel):
     side_px: Annotated[int, Field(ge=16)]
     shift: Annotated[float, Field(gt=0)]
     samples: int | None = None
-    formulation: Annotated[str, AfterValidator(_known)] = "rf"
+    formulation: Annotated[str, AfterValidator(canonical_name)] = "rf"
 
 
 def read_facts(checkpoint: str) -> CheckpointFacts:

@@ -1,34 +1,104 @@
-"""The names of the paper's formulations, apart from what they do: a recipe is checked without torch."""
+"""The formulations by name, in plain words: a recipe is checked without torch. sd3core.formulations.catalogue makes objects of them.
+
+A new one is a line in KINDS. Of the kinds with numbers any are taken inside their bounds: `rf/lognorm(0.3,0.8)`.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
 
-LOGNORM = {  # name -> mean and standard deviation of logit t
-    f"rf/lognorm({mean:.2f},{std:.2f})": (mean, std)
-    for mean in (-1.0, -0.5, 0.0, 0.5, 1.0)
-    for std in (0.2, 0.6, 1.0, 1.4, 1.8, 2.2)
-}
-MODE = {  # name -> scale: seven even steps over [-1, 1.75], and 1; scale 0 is plain rf
-    f"rf/mode({scale:.2f})": scale for scale in (*(-1 + 2.75 * i / 6 for i in range(7)), 1.0)
-}
-EDM = {  # name -> mean and standard deviation of ln sigma
-    f"edm({mean:.2f},{std:.2f})": (mean, std) for mean in (-1.2, -0.6, 0.0, 0.6, 1.2) for std in (0.6, 1.2, 1.8)
-}
-SCHEDULES = ("eps/linear", "v/linear", "eps/cos", "v/cos")
-NAMES = ("rf", "rf/cosmap", *LOGNORM, *MODE, *SCHEDULES, *EDM, "edm/rf", "edm/cos")  # the paper's 61
+
+@dataclass(frozen=True)
+class Number:
+    """A number in a name: what it is, and its bounds, which are allowed."""
+
+    letter: str
+    meaning: str
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a name stands for. `density`: of t, on EDM's path of sigma."""
+
+    path: Literal["rectified", "cosine", "cosine-early", "linear", "edm", "edm-shifted"]
+    predicts: Literal["velocity", "noise", "v", "f"]
+    density: Literal["uniform", "steps", "cosmap", "mode", "lognorm"]
+    numbers: tuple[Number, ...] = ()
+    version: int = 1  # raise it when what is trained under the name changes: then it is trained again
+
+
+LOGIT_T = (Number("m", "mean of logit t", -5.0, 5.0), Number("s", "standard deviation of logit t", 0.05, 5.0))
+SCALE = (Number("s", "scale", -1.0, 1.75),)  # as the paper's; beyond 1.7519 t would not grow with u
+LN_SIGMA = (Number("m", "mean of ln sigma", -3.0, 3.0), Number("s", "standard deviation of ln sigma", 0.3, 3.0))
 EDM_RF_WEIGHT = "edm/rf-weight"  # the other reading of edm/rf, see sd3core.formulations.catalogue
-FIXED_LEVELS = ("eps/linear", "v/linear")  # a table of noise levels, which a resolution shift would leave
+
+KINDS: dict[str, Kind] = {
+    "rf": Kind("rectified", "velocity", "uniform"),
+    "rf/cosmap": Kind("rectified", "velocity", "cosmap"),
+    "rf/lognorm": Kind("rectified", "velocity", "lognorm", LOGIT_T),
+    "rf/mode": Kind("rectified", "velocity", "mode", SCALE),
+    "eps/linear": Kind("linear", "noise", "steps"),
+    "v/linear": Kind("linear", "v", "steps"),
+    "eps/cos": Kind("cosine-early", "noise", "uniform"),
+    "v/cos": Kind("cosine", "v", "uniform"),
+    "edm": Kind("edm", "f", "lognorm", LN_SIGMA),
+    "edm/rf": Kind("edm", "f", "uniform"),
+    "edm/cos": Kind("edm", "f", "cosmap"),
+    EDM_RF_WEIGHT: Kind("edm-shifted", "f", "cosmap"),
+}
 
 
-def unknown_formulation(name: str) -> str | None:
-    """What is wrong with a name, with the nearest that is known; None for a known one."""
-    if name in (*NAMES, EDM_RF_WEIGHT):
-        return None
-    as_printed = re.sub(r"-?\d+\.?\d*", lambda number: f"{float(number.group()):.2f}", name.replace(" ", ""))
-    close = difflib.get_close_matches(as_printed, NAMES, n=1, cutoff=0.0)[0]
-    return f"formulation {name!r} is not one of the {len(NAMES)} known; did you mean {close!r}?"
+def _printed(kind: str, rows: Iterable[tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+    return {f"{kind}({','.join(f'{number:.2f}' for number in row)})": row for row in rows}
+
+
+# The paper's 61 as its tables print them, with their numbers: rf/mode(1.29) is -1 + 2.75 * 5 / 6 = 1.291667.
+PAPER: dict[str, tuple[float, ...]] = {
+    **dict.fromkeys(("rf", "rf/cosmap"), ()),
+    **_printed("rf/lognorm", ((m, s) for m in (-1.0, -0.5, 0.0, 0.5, 1.0) for s in (0.2, 0.6, 1.0, 1.4, 1.8, 2.2))),
+    **_printed("rf/mode", ((scale,) for scale in (*(-1 + 2.75 * i / 6 for i in range(7)), 1.0))),
+    **dict.fromkeys(("eps/linear", "v/linear", "eps/cos", "v/cos"), ()),
+    **_printed("edm", ((m, s) for m in (-1.2, -0.6, 0.0, 0.6, 1.2) for s in (0.6, 1.2, 1.8))),
+    **dict.fromkeys(("edm/rf", "edm/cos"), ()),
+}
+NAMES = tuple(PAPER)
+
+
+def read_name(name: str) -> tuple[str, tuple[float, ...]]:
+    """(canonical name, its numbers). Equal formulations have one name, the paper's where it has one: rf/lognorm(0,1) is
+    rf/lognorm(0.00,1.00), and rf/mode(0.375) is rf/mode(0.38). Numbers have two decimals, more where they need them.
+
+    Raises ValueError that says what is wrong with the name.
+    """
+    kind, numbers = _split(name)
+    for number, bounds in zip(numbers, KINDS[kind].numbers, strict=True):
+        if not bounds.low <= number <= bounds.high:
+            raise ValueError(
+                f"formulation {name!r}: its {bounds.meaning}, {number:g}, is not between {bounds.low:g} and {bounds.high:g}"
+            )
+    if not numbers:
+        return kind, ()
+    canonical = f"{kind}({','.join(map(_print_number, numbers))})"
+    if canonical in PAPER:
+        return canonical, PAPER[canonical]
+    same = (paper for paper, own in PAPER.items() if own == numbers and paper.startswith(f"{kind}("))
+    return next(same, canonical), numbers
+
+
+def canonical_name(name: str) -> str:
+    """The one name that a formulation has in fingerprints and checkpoints. Raises ValueError as `read_name` does."""
+    return read_name(name)[0]
+
+
+def formulation_version(name: str) -> int:
+    """Of what a known name stands for."""
+    return KINDS[_kind_of(name)].version
 
 
 def family(name: str) -> str:
@@ -36,7 +106,8 @@ def family(name: str) -> str:
 
     "rf" (velocity), "edm" (F behind EDM's scaling); eps/linear, v/linear, eps/cos and v/cos are each their own.
     """
-    return re.match(r"rf\b|edm\b|.*", name).group()
+    kind = KINDS.get(_kind_of(name))
+    return {"velocity": "rf", "f": "edm"}.get(kind.predicts, name) if kind else name
 
 
 def export_problem(name: str) -> str | None:
@@ -51,6 +122,40 @@ def export_problem(name: str) -> str | None:
 
 def shift_problem(name: str, shift: float) -> str | None:
     """What is wrong with a resolution shift for this formulation; None where it has a meaning."""
-    if shift == 1 or name not in FIXED_LEVELS:
+    if shift == 1 or KINDS[_kind_of(name)].path != "linear":
         return None
     return f"{name} has a fixed table of noise levels, which shift {shift:g} would leave; take shift 1"
+
+
+def _kind_of(name: str) -> str:
+    return name.partition("(")[0].strip()
+
+
+def _split(name: str) -> tuple[str, tuple[float, ...]]:
+    """(kind, numbers) as they are written. Raises ValueError for what is no formulation."""
+    number = r"\s*([+-]?\d+\.?\d*(?:[eE][+-]?\d+)?)\s*"
+    found = re.fullmatch(rf"\s*([^()]*?)\s*(?:\({number}(?:,{number})?\))?\s*", name, re.ASCII)
+    kind = found.group(1) if found else _kind_of(name)
+    if kind not in KINDS:
+        near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"formulation {name!r} is not known; did you mean {_form(near)!r}?")
+    numbers = tuple(float(text) for text in (found.groups()[1:] if found else ()) if text)
+    if not found or len(numbers) != len(KINDS[kind].numbers):
+        raise ValueError(f"formulation {name!r} cannot be read; write {_form(kind)}{_bounds(kind)}")
+    return kind, numbers
+
+
+def _form(kind: str) -> str:
+    letters = ",".join(number.letter for number in KINDS[kind].numbers)
+    return f"{kind}({letters})" if letters else kind
+
+
+def _bounds(kind: str) -> str:
+    said = [f"{n.letter} from {n.low:g} to {n.high:g}" for n in KINDS[kind].numbers]
+    return f" with {' and '.join(said)}" if said else ""
+
+
+def _print_number(number: float) -> str:
+    """-0.0 and 0.0 are one."""
+    short = f"{number + 0.0:.2f}"
+    return short if float(short) == number else repr(number)

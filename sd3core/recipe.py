@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from sd3core.data.buckets import PATCH_PX, Side, bucket_name, bucket_sides, buckets_for_area
-from sd3core.formulation_names import export_problem, family, shift_problem, unknown_formulation
+from sd3core.formulation_names import canonical_name, export_problem, family, shift_problem
 from sd3core.sample_settings import Sampler
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ class Training(Section):
     adam_eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float = Field(1.0, gt=0)
-    formulation: str = "rf/lognorm(0.00,1.00)"  # a name of sd3core.formulations
+    formulation: str = "rf/lognorm(0.00,1.00)"  # as sd3core.formulation_names has them, with any numbers in their bounds
     shift: float = Field(1.0, gt=0)  # alpha of the resolution shift, in training and sampling: log-SNR - 2 ln(alpha)
     qk_norm: Literal["rms"] | None = None
     qk_norm_start: Literal["fitted", "one"] = "fitted"  # scales where a phase inserts it: from its first batch, or one
@@ -277,9 +277,7 @@ class Training(Section):
     @field_validator("formulation")
     @classmethod
     def _known_formulation(cls, name: str) -> str:
-        if problem := unknown_formulation(name):
-            raise ValueError(problem)
-        return name
+        return canonical_name(name)
 
     @property
     def total_steps(self) -> int:

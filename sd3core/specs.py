@@ -11,6 +11,7 @@ import hashlib
 import json
 from typing import Any
 
+from sd3core.formulation_names import formulation_version
 from sd3core.model_identity import model_identity
 from sd3core.recipe import Recipe, Training
 
@@ -108,7 +109,8 @@ def train_fields(recipe: Recipe, phase: Training, *, latents: str, text: str, in
     training["zero_stage"] = 2  # whatever it is: checkpoints fit any, so a run may go on with another number of GPUs
     if phase.precision == "auto":
         training["precision"] = "bf16"  # the run is the same whatever a machine's arithmetic is
-    return {
+    version = formulation_version(phase.formulation)
+    return ({"formulation_version": version} if version > 1 else {}) | {
         "format": FORMATS["train"],
         "model": recipe.model_config_for(phase).to_dict(),
         "training": training,

@@ -94,8 +94,8 @@ def test_the_papers_models(name):
             "recipe tiny-test: towers: towers needs exactly one of towers.released (paths) and towers.small (made by the towers stage)",
         ),
         (
-            "finetune.0.formulation=rf/lognorm(0,1)",
-            "recipe tiny-test: finetune.0.formulation: formulation 'rf/lognorm(0,1)' is not one of the 61 known; did you mean 'rf/lognorm(0.00,1.00)'? (it is 'rf/lognorm(0,1)')",
+            "finetune.0.formulation=rf/lognorm(0,-1)",
+            "recipe tiny-test: finetune.0.formulation: formulation 'rf/lognorm(0,-1)': its standard deviation of logit t, -1, is not between 0.05 and 5 (it is 'rf/lognorm(0,-1)')",
         ),
         (
             "finetune.0.formulation=eps/linear",

@@ -1,4 +1,5 @@
-"""The 61 formulations of the paper's section 5.1.1, by the names its tables print.
+"""The formulations as objects: the paper's 61 (section 5.1.1) by the names its tables print, and any other that
+sd3core.formulation_names knows.
 
 What the paper leaves open, and what is taken here:
 - LDM-linear: LDM's betas and 1000 steps (`trajectories.Linear` has DDPM's as well).
@@ -12,45 +13,44 @@ What the paper leaves open, and what is taken here:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from types import MappingProxyType
 
 from sd3core.errors import UserError
-from sd3core.formulation_names import EDM as EDM_PARAMETERS
-from sd3core.formulation_names import EDM_RF_WEIGHT, LOGNORM, MODE, unknown_formulation
+from sd3core.formulation_names import KINDS, PAPER, Kind, read_name
 from sd3core.formulations.formulation import Formulation
 from sd3core.formulations.predictions import SIGMA_DATA, F, Noise, V, Velocity
 from sd3core.formulations.trajectories import EDM, Cosine, Linear, Rectified
-from sd3core.timestep_sampling import CosMap, LogitNormal, Mode, Steps, TimestepDensity, Uniform
+from sd3core.timestep_sampling import CosMap, LogitNormal, Mode, Steps, Uniform
 
 EPS_COSINE_START = 0.9565  # log-SNR -5.36, LDM's last: x0's error is 15 times the noise's; at t = 1 it is infinite
 
-
-def _paper_formulations() -> dict[str, Formulation]:
-    timesteps: dict[str, TimestepDensity] = {"rf": Uniform(), "rf/cosmap": CosMap()}
-    timesteps |= {name: LogitNormal(mean, std) for name, (mean, std) in LOGNORM.items()}
-    timesteps |= {name: Mode(scale) for name, scale in MODE.items()}
-    levels: dict[str, TimestepDensity] = {name: LogitNormal(mean, std) for name, (mean, std) in EDM_PARAMETERS.items()}
-    levels |= {"edm/rf": Uniform(), "edm/cos": CosMap()}  # sigma = t / (1 - t), tan(pi t / 2)
-
-    linear = Linear()
-    members = [Formulation(name, Rectified(), Velocity(), density) for name, density in timesteps.items()]
-    members += [
-        Formulation("eps/linear", linear, Noise(), Steps(linear.steps)),
-        Formulation("v/linear", linear, V(), Steps(linear.steps)),
-        Formulation("eps/cos", Cosine(start=EPS_COSINE_START), Noise()),
-        Formulation("v/cos", Cosine(), V()),
-    ]
-    members += [Formulation(name, EDM(density), F()) for name, density in levels.items()]
-    return {member.name: member for member in members}
-
-
-FORMULATIONS: Mapping[str, Formulation] = MappingProxyType(_paper_formulations())
-_ALL = FORMULATIONS | {EDM_RF_WEIGHT: Formulation(EDM_RF_WEIGHT, EDM(CosMap(), shift=SIGMA_DATA), F())}
+DENSITIES = {"uniform": Uniform, "steps": Steps, "cosmap": CosMap, "mode": Mode, "lognorm": LogitNormal}
+PREDICTIONS = {"velocity": Velocity, "noise": Noise, "v": V, "f": F}
+PATHS = {
+    "rectified": Rectified(),
+    "linear": Linear(),
+    "cosine": Cosine(),
+    "cosine-early": Cosine(start=EPS_COSINE_START),
+}
+EDM_SHIFTS = {"edm": 1.0, "edm-shifted": SIGMA_DATA}  # paths on which the density is that of sigma
 
 
 def find_formulation(name: str) -> Formulation:
-    """FORMULATIONS[name], or "edm/rf-weight". Raises UserError that names the nearest for a name that is not there."""
-    problem = unknown_formulation(name)
-    if problem is not None:
-        raise UserError(problem)
-    return _ALL[name]
+    """The formulation of a name, which need not be written in the canonical way. Raises UserError that says what is wrong."""
+    try:
+        canonical, numbers = read_name(name)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return _make(canonical, KINDS[canonical.partition("(")[0]], numbers)
+
+
+@cache
+def _make(name: str, kind: Kind, numbers: tuple[float, ...]) -> Formulation:
+    density, prediction = DENSITIES[kind.density](*numbers), PREDICTIONS[kind.predicts]()
+    if kind.path in EDM_SHIFTS:
+        return Formulation(name, EDM(density, EDM_SHIFTS[kind.path]), prediction)
+    return Formulation(name, PATHS[kind.path], prediction, density)
+
+
+FORMULATIONS: Mapping[str, Formulation] = MappingProxyType({name: find_formulation(name) for name in PAPER})

@@ -50,10 +50,6 @@ def test_the_name_says_the_parameters(name):
 
 
 def test_unknown_names_are_met_with_the_nearest():
-    for given, nearest in (("rf/lognorm(0,1)", "rf/lognorm(0.00,1.00)"), ("edm(-1.2, 1.2)", "edm(-1.20,1.20)")):
-        with pytest.raises(UserError) as caught:
-            find_formulation(given)
-        assert str(caught.value) == f"formulation {given!r} is not one of the 61 known; did you mean {nearest!r}?"
     with pytest.raises(UserError, match="did you mean"):
         find_formulation("")
 

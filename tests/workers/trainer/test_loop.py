@@ -22,7 +22,6 @@ from sd3core.mmdit import CrossDiTConfig, DiTConfig, MMDiTConfig, UViTConfig, le
 from workers.trainer.checkpointing import begin_attempt, read_metrics
 from workers.trainer.job import TrainingFailed, TrainingSuperseded
 from workers.trainer.loop import Place, draw_inputs, train_rank
-from workers.trainer.start import start_weights
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
@@ -288,8 +287,6 @@ def test_before_its_first_update_the_ema_is_the_live_weights(root, stories):
     for samples, same in ((16, True), (32, False)):
         live, ema = (assemble(store, f"{job.folder}/{samples:012d}", kind) for kind in ("weights", "ema"))
         assert all(torch.equal(live[name], ema[name]) for name in live) == same
-    start = start_weights(job).weights
-    assert not any(torch.equal(ema[name], start[name]) for name in start)
 
 
 def test_a_phase_that_is_made_longer_goes_on(root, stories):
