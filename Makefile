@@ -5,6 +5,7 @@
 # VARIANT=cpu|cuda     which lock to install (default: what the machine has)
 # PIP_ARGS=...         more arguments for pip, e.g. an index that serves PyTorch's CPU build
 # FROM=stage           makes this stage and those after it again, finished or not
+# REMAKE=1             makes again what this version makes otherwise than the one whose results stand
 # RECIPE=name          another recipe; SET="pretrain.samples=9600 seed=1" changes fields of it (no spaces inside a value)
 
 PYTHON  ?= python3.11
@@ -19,7 +20,7 @@ TWO     := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 .PHONY: demo test test-unit test-kills up down setup clean
 
 demo: $(READY)
-	@$(BIN)/sd3 demo --recipe "$(RECIPE)" $(if $(DATA),--data "$(DATA)") $(if $(FROM),--from-stage $(FROM)) $(foreach s,$(SET),--set "$(s)")
+	@$(BIN)/sd3 demo --recipe "$(RECIPE)" $(if $(DATA),--data "$(DATA)") $(if $(FROM),--from-stage $(FROM)) $(if $(REMAKE),--remake) $(foreach s,$(SET),--set "$(s)")
 
 test: $(READY)
 	@$(BIN)/python -m pytest $(TWO) -m "not slow"

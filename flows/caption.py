@@ -13,9 +13,9 @@ from workers.caption import caption_stage
 
 
 @flow(name="caption", **FLOW_OPTIONS)
-def caption(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
+def caption(recipe: str, overrides: list[str] | None = None, remake: bool = False) -> dict[str, Any]:
     """With captioner 'none' there is nothing to make: training then takes the original captions only."""
-    with stage("caption", recipe, overrides) as run:
+    with stage("caption", recipe, overrides, remake) as run:
         raw = upstream.raw(run.recipe, run.store)
         if run.recipe.caption.captioner == "none":
             return run.finish(

@@ -67,12 +67,15 @@ def demo(
     from_stage: Annotated[
         Optional[str], typer.Option(help="Makes this stage and those after it again, finished or not.")
     ] = None,
+    remake: Annotated[
+        bool, typer.Option("--remake", help="Makes again what this version makes otherwise than the one it stands from.")
+    ] = False,
     set_: SetOption = None,
 ) -> None:
     """The whole chain, from nothing to a scored, exported checkpoint; run again, it goes on where it stopped."""
     from flows.demo import demo as run_demo
 
-    run_demo(recipe, data, set_ or [], console, from_stage)
+    run_demo(recipe, data, set_ or [], console, from_stage, remake)
 
 
 @app.command()
@@ -165,9 +168,13 @@ def deploy(
 @app.command()
 def plan(recipe: RecipeOption = DEFAULT_RECIPE, set_: SetOption = None) -> None:
     """Before money is spent: parameters, rows, bytes in the store, memory per GPU at each ZeRO stage, steps, FLOPs, hours."""
+    from flows.home import run_store
     from flows.plan import print_plan
+    from flows.upgrade import print_upgrade
 
-    print_plan(_load(recipe, set_), console)
+    loaded = _load(recipe, set_)
+    print_plan(loaded, console)
+    print_upgrade(loaded, run_store(loaded), console)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from flows.interrupt import Interrupted, kept_from_children, listen, put_off, un
 from flows.recipes import DEFAULT_RECIPE, find_recipe
 from flows.services import ServiceError, Services, up, worker_lives
 from flows.summary import of_stage, print_summary, summary_path
+from flows.upgrade import check_upgrade
 from sd3core.data.caption_text import cut_at_word, one_line
 from sd3core.data.folder_source import READABLE_SUFFIXES, holds_nothing
 from sd3core.data.store import Store
@@ -64,12 +65,18 @@ def folder_overrides(recipe: Recipe, folder: Path) -> list[str]:
 
 
 def demo(
-    name_or_path: str, folder: Path | None, overrides: list[str], console: Console, from_stage: str | None = None
+    name_or_path: str,
+    folder: Path | None,
+    overrides: list[str],
+    console: Console,
+    from_stage: str | None = None,
+    remake: bool = False,
 ) -> dict[str, Any]:
     """Runs `pipeline/RECIPE` to its end and prints its result. Raises RunFailed with the stage's own words.
 
     A run of the same recipe and settings that is at work already is joined. `from_stage`: this stage and those after it are
-    made again, once: the same command without it goes on with them.
+    made again, once: the same command without it goes on with them. `remake`: so may be what this version makes otherwise
+    than the one that it stands from.
     """
     name, source = find_recipe(name_or_path)
     if folder is not None:
@@ -78,7 +85,7 @@ def demo(
             raise DataError(f"DATA (--data) {folder}: no image file in it ({' '.join(sorted(READABLE_SUFFIXES))})")
     recipe = load_recipe(source, overrides)
     store = run_store(recipe)
-    store.exists(summary_path(recipe))  # a store that cannot be reached is told before anything starts
+    check_upgrade(recipe, store, remake, before=from_stage)  # also: a store that cannot be reached is told before anything starts
     services = up(lambda line: console.print(line, soft_wrap=True, highlight=False))
     listen(f"stopped; the services stay, `{DOWN}` stops them; the same command goes on")
 

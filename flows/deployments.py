@@ -16,14 +16,16 @@ from flows.home import PROJECT
 from flows.prefect_client import prefect_client
 from flows.recipes import known_recipes
 from flows.services import WORK_POOL
-from sd3core.specs import fingerprint
+from sd3core.specs import STAGES, fingerprint
 
-STAGES = ("ingest", "towers", "caption", "encode", "pretrain", "finetune", "evaluate", "export")
 FLOWS = (*STAGES, "pipeline")
+PARAMETERS = ("recipe", "overrides", "remake")  # of every flow; another list has the deployments written again
 
 
 def deployments_fingerprint() -> str:
-    return fingerprint({"project": str(PROJECT), "flows": FLOWS, "recipes": known_recipes()})
+    return fingerprint(
+        {"project": str(PROJECT), "flows": FLOWS, "parameters": PARAMETERS, "recipes": known_recipes()}
+    )
 
 
 def apply_deployments(recipes: dict[str, str] | None = None, work_pool: str = WORK_POOL) -> None:

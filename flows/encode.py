@@ -13,9 +13,9 @@ from workers.encode import encode_stage
 
 
 @flow(name="encode", **FLOW_OPTIONS)
-def encode(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
+def encode(recipe: str, overrides: list[str] | None = None, remake: bool = False) -> dict[str, Any]:
     """Square crops for pretraining, aspect buckets for fine-tuning; text serves both."""
-    with stage("encode", recipe, overrides) as run:
+    with stage("encode", recipe, overrides, remake) as run:
         raw = upstream.raw(run.recipe, run.store)
         captions = upstream.captions(run.recipe, run.store)
         towers = upstream.towers(run.recipe, run.store)

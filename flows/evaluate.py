@@ -15,9 +15,9 @@ from workers.shard_stage import NOTHING_TO_DO
 
 
 @flow(name="evaluate", **FLOW_OPTIONS)
-def evaluate(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
+def evaluate(recipe: str, overrides: list[str] | None = None, remake: bool = False) -> dict[str, Any]:
     """Validation loss, CLIP score, FID on CLIP features, ShapesBench where the world is the small one, and grids."""
-    with stage("evaluate", recipe, overrides) as run:
+    with stage("evaluate", recipe, overrides, remake) as run:
         phases = run.recipe.phases()
         checkpoints = {
             key: [ref.folder for ref in upstream.checkpoints(run.recipe, run.store, key)] for key, _ in phases

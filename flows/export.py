@@ -17,13 +17,13 @@ from workers.shard_stage import NOTHING_TO_DO
 
 
 @flow(name="export", **FLOW_OPTIONS)
-def export(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
+def export(recipe: str, overrides: list[str] | None = None, remake: bool = False) -> dict[str, Any]:
     """Transformer, VAE, text encoders, tokenizers, scheduler, and a README with the call that fits the null convention.
 
     Of a formulation that the pipeline cannot sample, of a rival or of three streams, which diffusers does not know, there is
     no folder: the stage is skipped, and says why. The last checkpoint itself is the result.
     """
-    with stage("export", recipe, overrides) as run:
+    with stage("export", recipe, overrides, remake) as run:
         key, _ = run.recipe.phases()[-1]
         last = upstream.last_checkpoint(run.recipe, run.store, key)
         if problem := run.recipe.export_problem():

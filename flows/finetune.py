@@ -13,9 +13,9 @@ from sd3core.checkpoint import read_done
 
 
 @flow(name="finetune", **FLOW_OPTIONS)
-def finetune(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
+def finetune(recipe: str, overrides: list[str] | None = None, remake: bool = False) -> dict[str, Any]:
     """Every fine-tuning phase in order, each from the EMA weights of the one before."""
-    with stage("finetune", recipe, overrides) as run:
+    with stage("finetune", recipe, overrides, remake) as run:
         results = []
         for index in range(len(run.recipe.finetune)):
             results.append(train_phase(run, f"finetune.{index}"))

@@ -13,9 +13,9 @@ from workers.ingest import ingest_stage
 
 
 @flow(name="ingest", **FLOW_OPTIONS)
-def ingest(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
+def ingest(recipe: str, overrides: list[str] | None = None, remake: bool = False) -> dict[str, Any]:
     """`recipe`: a shipped recipe's name or a path. `overrides`: section.key=value."""
-    with stage("ingest", recipe, overrides) as run:
+    with stage("ingest", recipe, overrides, remake) as run:
         result = ingest_stage(run.recipe, run.store, run.report, run.warn)
         pictures = {} if result.skipped else image_pictures(run.recipe, run.store, result.manifest)
         return run.finish_parts({"raw": result}, table=shard_table(run.store, {"raw": result}), pictures=pictures)

@@ -18,6 +18,7 @@ from flows.session import session
 from flows.stage import FLOW_OPTIONS
 from flows.summary import write_summary
 from flows.towers import towers
+from flows.upgrade import check_upgrade
 from flows.upstream import check_start_from
 from sd3core.moving_average import short_average_warnings
 
@@ -25,9 +26,13 @@ STAGE_FLOWS = (ingest, towers, caption, encode, pretrain, finetune, evaluate, ex
 
 
 @flow(name="pipeline", **FLOW_OPTIONS)
-def pipeline(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
-    """A retry, a new run and a run on another machine all do the same: they go on where the work stopped."""
+def pipeline(recipe: str, overrides: list[str] | None = None, remake: bool = False) -> dict[str, Any]:
+    """A retry, a new run and a run on another machine all do the same: they go on where the work stopped.
+
+    `remake`: what stands may be made again where a format rose with this version.
+    """
     with session(recipe, overrides) as opened:
+        check_upgrade(opened.recipe, opened.store, remake)
         check_start_from(opened.recipe, opened.store)
         for warning in short_average_warnings(opened.recipe):
             get_run_logger().warning(warning)

@@ -11,8 +11,8 @@ from flows.training import train_phase
 
 
 @flow(name="pretrain", **FLOW_OPTIONS)
-def pretrain(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
+def pretrain(recipe: str, overrides: list[str] | None = None, remake: bool = False) -> dict[str, Any]:
     """From fresh weights, or those of model.start_from, to the recipe's samples; goes on from the last checkpoint where there is one."""
-    with stage("pretrain", recipe, overrides) as run:
+    with stage("pretrain", recipe, overrides, remake) as run:
         result = train_phase(run, "pretrain")
         return run.finish(**result.shown())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 
-from flows.deployments import STAGES
 from sd3core import specs
 from sd3core.checkpoint import DONE_FILE
 from sd3core.data.manifest import MANIFEST
@@ -16,6 +15,7 @@ from sd3core.data.shards import DONE
 from sd3core.data.store import Store
 from sd3core.errors import RecipeError
 from sd3core.recipe import Recipe
+from sd3core.specs import STAGES
 from sd3core.towers import read_towers
 
 

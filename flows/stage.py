@@ -15,6 +15,7 @@ from prefect.logging import get_run_logger
 from flows.artifacts import Log, StageReporter, publish
 from flows.recipes import known_recipes
 from flows.session import session
+from flows.upgrade import check_upgrade
 from sd3core.data.store import Store
 from sd3core.recipe import Recipe
 from sd3core.specs import fingerprint
@@ -129,7 +130,9 @@ class StageRun:
 
 
 @contextmanager
-def stage(name: str, recipe: str, overrides: list[str] | None) -> Iterator[StageRun]:
+def stage(name: str, recipe: str, overrides: list[str] | None, remake: bool = False) -> Iterator[StageRun]:
+    """`remake`: what stands may be made again where a format rose with this version."""
     log = get_run_logger()
     with session(recipe, overrides) as opened, StageReporter(name, str(runtime.flow_run.id), log) as reporter:
+        check_upgrade(opened.recipe, opened.store, remake, up_to=name)
         yield StageRun(name, opened.recipe, opened.store, reporter, log)

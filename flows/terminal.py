@@ -23,13 +23,13 @@ from rich.live import Live
 from rich.table import Table
 
 from flows.artifacts import SKIPPED
-from flows.deployments import STAGES
 from flows.prefect_client import prefect_client
 from flows.runs import RUNS_READ, fail_dead_runs, flow_name, read_stage_runs
 from flows.services import ServiceError, worker_lives
 from flows.summary import of_stage
 from flows.terminal_picture import can_show_pictures, half_blocks
 from sd3core.progress import format_seconds
+from sd3core.specs import STAGES
 
 POLL_SECONDS, PICTURE_SECONDS, LINE_SECONDS, SERVER_AWAY_SECONDS = 2.0, 10.0, 20.0, 60.0
 PICTURE_COLUMNS, PICTURE_MIN_ROWS, LINES_BESIDE = 80, 6, 4  # beside table and picture: headings, what is above, the cursor

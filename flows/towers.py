@@ -14,9 +14,9 @@ from workers.towers import towers_stage
 
 
 @flow(name="towers", **FLOW_OPTIONS)
-def towers(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
+def towers(recipe: str, overrides: list[str] | None = None, remake: bool = False) -> dict[str, Any]:
     """Towers are pinned: once made they stay, whatever is added to the data set."""
-    with stage("towers", recipe, overrides) as run:
+    with stage("towers", recipe, overrides, remake) as run:
         raw = upstream.raw(run.recipe, run.store)
         result = towers_stage(run.recipe, run.store, raw, run.report)
         pictures = {} if result.skipped else autoencoder_pictures(run.recipe, run.store, raw)

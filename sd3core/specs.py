@@ -15,6 +15,8 @@ from sd3core.formulation_names import formulation_version
 from sd3core.model_identity import model_identity
 from sd3core.recipe import Recipe, Training
 
+STAGES = ("ingest", "towers", "caption", "encode", "pretrain", "finetune", "evaluate", "export")  # in their order
+
 # Raise a number when the bytes that a stage writes for the same input change.
 FORMATS = {
     "raw": 3,

@@ -14,11 +14,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sd3core.data.store import Store, StoreNotFound, canonical_json
-from sd3core.errors import DataError
+from sd3core.errors import DataError, StoreError
 from sd3core.provenance import Provenance, provenance_path, put_provenance
 
 MANIFEST = "MANIFEST.json"
 UNSET = "unset"
+FIELDS_KEY, FIELDS_BYTES = '"fields": ', 1 << 18  # the first key of a manifest's sorted ones
 
 
 class ShardEntry(BaseModel):
@@ -118,19 +119,34 @@ def read_manifest(store: Store, folder_or_path: str, digest: str | None = None) 
     return manifest
 
 
+def read_fields(store: Store, folder: str) -> dict[str, Any] | None:
+    """The fields of a folder's newest manifest, from its first bytes: a manifest of 100,000 shards has tens of MB.
+
+    None where no manifest stands, or one that cannot be read.
+    """
+    path = f"{folder}/{MANIFEST}"
+    try:
+        start = store.get_range(path, 0, min(FIELDS_BYTES, store.size(path))).decode(errors="replace")
+        fields, _ = json.JSONDecoder().raw_decode(start, start.index(FIELDS_KEY) + len(FIELDS_KEY))
+    except (StoreError, ValueError):
+        return None
+    return fields if isinstance(fields, dict) else None
+
+
 def explain_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The fields in which two specs differ, as `text.t5_tokens: 16 -> 20`."""
-    before, after = _flatten(old), _flatten(new)
+    before, after = flatten(old), flatten(new)
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key, UNSET) != after.get(key, UNSET))
     return [f"{key}: {before.get(key, UNSET)} -> {after.get(key, UNSET)}" for key in keys]
 
 
-def _flatten(fields: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(fields: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted names; lists are values."""
     if not isinstance(fields, dict):
         return {prefix.removesuffix("."): fields}
     flat: dict[str, Any] = {}
     for key, value in fields.items():
-        flat |= _flatten(value, f"{prefix}{key}.")
+        flat |= flatten(value, f"{prefix}{key}.")
     return flat
 
 

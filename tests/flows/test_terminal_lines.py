@@ -14,11 +14,11 @@ from rich.console import Console
 
 from flows import terminal
 from flows.artifacts import markdown_picture
-from flows.deployments import STAGES
 from flows.services import ServiceError
 from flows.terminal import Picture, RunView, StageView, _LinePrinter, _picture, _problem, _screen, _stage_view, _table
 from flows.terminal_picture import half_blocks
 from sd3core.pictures import encode_png
+from sd3core.specs import STAGES
 
 
 @pytest.fixture

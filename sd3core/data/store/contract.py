@@ -71,6 +71,13 @@ class Store(ABC):
         """Every object below the folder `prefix`, sorted by path."""
 
     @abstractmethod
+    def folders(self, prefix: str = "") -> list[str]:
+        """The names of the folders directly below the folder `prefix`, sorted; what lies deeper is not looked at.
+
+        A store that is files may name some that hold nothing any more.
+        """
+
+    @abstractmethod
     def delete(self, path: str) -> None:
         """Removes an object; one that is not there is no error."""
 

@@ -82,6 +82,15 @@ class FileStore(Store):
                         continue
         return sorted(entries)
 
+    def folders(self, prefix: str = "") -> list[str]:
+        start = self.root / checked(prefix.rstrip("/")) if prefix else self.root
+        try:
+            with os.scandir(start) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir())
+        except OSError as error:
+            self._cannot_list(error)
+            return []
+
     def delete(self, path: str) -> None:
         try:
             self.local_path(path).unlink(missing_ok=True)

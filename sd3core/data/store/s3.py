@@ -155,18 +155,33 @@ class S3Store(Store):
         return self._call(path, lambda s3: s3.head_object(Bucket=self.bucket, Key=self._key(path)))["ContentLength"]
 
     def list(self, prefix: str = "") -> list[StoreEntry]:
-        folder = "/".join(part for part in (self.prefix, checked(prefix.rstrip("/")) if prefix else "") if part)
+        folder = self._folder(prefix)
         cut = len(self.prefix) + 1 if self.prefix else 0
 
         def pages(s3: Any) -> list[StoreEntry]:
             found = s3.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=f"{folder}/" if folder else ""
+                Bucket=self.bucket, Prefix=folder
             )
             objects = (item for page in found for item in page.get("Contents", []))
             # A key that ends in "/" is what consoles and file gateways put for a folder.
             return [StoreEntry(item["Key"][cut:], item["Size"]) for item in objects if not item["Key"].endswith("/")]
 
         return sorted(self._call(prefix, pages))
+
+    def folders(self, prefix: str = "") -> list[str]:
+        folder = self._folder(prefix)
+
+        def pages(s3: Any) -> list[str]:
+            found = s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder, Delimiter="/")
+            below = (item["Prefix"] for page in found for item in page.get("CommonPrefixes", []))
+            return [name for prefix in below if (name := prefix[len(folder) : -1])]
+
+        return sorted(self._call(prefix, pages))
+
+    def _folder(self, prefix: str) -> str:
+        """What the keys below a folder of the store begin with."""
+        parts = (self.prefix, checked(prefix.rstrip("/")) if prefix else "")
+        return "".join(f"{part}/" for part in parts if part)
 
     def delete(self, path: str) -> None:
         self._call(path, lambda s3: s3.delete_object(Bucket=self.bucket, Key=self._key(path)))

@@ -11,6 +11,7 @@ from sd3core.data.manifest import (
     commit_manifest,
     explain_difference,
     manifest_ref,
+    read_fields,
     read_manifest,
 )
 from sd3core.errors import DataError
@@ -83,3 +84,20 @@ def test_differences_are_told_by_key():
     assert explain_difference(old, new) == ["gone: 1 -> unset", "more.x: unset -> None", "text.t5_tokens: 16 -> 20"]
     assert explain_difference(old, old) == [] == explain_difference({"a": {}}, {"a": {}})
     assert explain_difference({"a": {}}, {"a": {"b": 1}}) == ["a.b: unset -> 1"]
+
+
+def test_the_fields_of_a_manifest_are_read_without_its_shards(store):
+    commit_manifest(store, FOLDER, _manifest(2_000))
+    asked = []
+    get_range = type(store).get_range
+    store.get_range = lambda path, offset, length: asked.append(length) or get_range(store, path, offset, length)
+    store.get = None
+    assert read_fields(store, FOLDER) == {"side_px": 64}
+    assert asked == [1 << 18] and store.size(f"{FOLDER}/MANIFEST.json") > asked[0]
+
+
+@pytest.mark.parametrize("data", [None, b"", b"{}", b'{"fields": {"a": 1', b'{"fields": 3}'])
+def test_what_is_no_manifest_has_no_fields(store, data):
+    if data is not None:
+        store.put(f"{FOLDER}/MANIFEST.json", data)
+    assert read_fields(store, FOLDER) is None

@@ -79,6 +79,17 @@ def test_list_is_recursive_sorted_and_by_folder(store):
     assert [entry.path for entry in store.list("a")] == ["a/2", "a/deep/er/3"]
 
 
+def test_folders_are_named_one_level_deep_and_objects_are_not(store):
+    assert store.folders() == store.folders("nothing") == []
+    for path in ("b", "a/2", "a/deep/er/3", "a/deep/er/4", "a/flat/1", "ab/4", "a.txt"):
+        store.put(path, b"")
+    assert store.folders() == ["a", "ab"]
+    assert store.folders("a") == store.folders("a/") == ["deep", "flat"]
+    assert store.folders("a/deep/er") == store.folders("a/2") == []
+    with pytest.raises(StoreError):
+        store.folders("../a")
+
+
 def test_what_consoles_put_for_a_folder_is_no_object(s3_bucket):
     store = open_store(f"s3://{s3_bucket}/a/prefix")
     for key in ("a/prefix/", "a/prefix/x/", "a/prefix/x/y/"):

@@ -1,0 +1,194 @@
+"""The upgrade guard on what the version before left of a run of tiny-test: which formats rise, what is asked, what never is.
+
+tests/_written_before/tiny-test-records.json holds that store's manifests, done records, notes and scores as they were written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from flows import upgrade
+from flows.deployments import FLOWS, PARAMETERS
+from flows.upgrade import RemakeNeeded, check_upgrade, look, print_upgrade
+from sd3core import specs
+from sd3core.data.manifest import read_manifest
+from sd3core.data.store import FileStore, canonical_json
+from sd3core.recipe_file import load_recipe
+
+RECORDS = Path(__file__).parents[1] / "_written_before" / "tiny-test-records.json"
+DATA = ["ingest", "towers", "caption", "text", "latents.pretrain", "latents.finetune.0"]
+RESULTS = ["pretrain", "finetune.0", "evaluate", "export"]
+FOLLOW = {  # what is made again where one format rises, by the parts' own word
+    "raw": [*DATA, *RESULTS],
+    "towers": ["towers", "text", "latents.pretrain", "latents.finetune.0", *RESULTS],
+    "captions": ["caption", "text", *RESULTS],
+    "text": ["text", *RESULTS],
+    "latents": ["latents.pretrain", "latents.finetune.0", *RESULTS],
+    "train": RESULTS,
+    "evaluations": ["evaluate"],
+}
+
+
+class NoShardsListed(FileStore):
+    """A store whose shards are too many to be listed for a question."""
+
+    def list(self, prefix: str = ""):
+        assert not prefix.startswith(("datasets", "towers")), prefix
+        return super().list(prefix)
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = NoShardsListed(tmp_path / "store")
+    for path, value in json.loads(RECORDS.read_text()).items():
+        data = canonical_json(value)
+        store.put(path, data)
+        if path.endswith("/MANIFEST.json"):
+            digest = hashlib.sha256(data).hexdigest()
+            store.put(path.replace("MANIFEST", f"MANIFEST.{digest[:12]}"), data)
+    store.put_json("runs/tiny-test/export/0123456789ab/MANIFEST.json", {})
+    return store
+
+
+@pytest.fixture
+def rise(monkeypatch):
+    """Only these formats rise above those of the records: of the others, those of today are of no interest here."""
+    written = {"raw": 3, "towers": 1, "captions": 1, "text": 1, "latents": 1, "train": 1, "evaluations": 2}
+
+    def raised(*kinds: str) -> None:
+        for kind, number in written.items():
+            monkeypatch.setitem(specs.FORMATS, kind, number + 5 * (kind in kinds))
+
+    raised()
+    return raised
+
+
+def recipe(*overrides: str):
+    return load_recipe("tiny-test", list(overrides))
+
+
+def parts_of(recipe, store, status="upgrade"):
+    return [part.name for part in look(recipe, store) if part.status == status]
+
+
+def test_the_data_of_the_version_before_stand_under_todays_formats(store):
+    assert parts_of(recipe(), store, "stands")[: len(DATA)] == DATA
+
+
+@pytest.mark.parametrize("kind", FOLLOW)
+def test_a_format_that_rose_is_named_with_all_that_follows_and_nothing_else(store, rise, kind):
+    rise(kind, "train")  # the fields of a phase of today are not those of then, so of training nothing stands
+    expected = [part for part in [*DATA, *RESULTS] if part in {*FOLLOW[kind], *RESULTS}]
+    assert parts_of(recipe(), store) == expected
+    changes = [change for part in look(recipe(), store) for change in part.changes]
+    assert set(change.split()[0] for change in changes) == {kind, "train"}
+    with pytest.raises(RemakeNeeded) as stopped:
+        check_upgrade(recipe(), store, remake=False)
+    said = str(stopped.value)
+    assert "\n" not in said and "--remake" in said and "remake=true" in said and "train format 1 -> 6" in said
+    stays = [part for part in DATA if part not in expected]
+    assert f"{', '.join(stays) or 'nothing else'} stays" in said
+
+
+def test_scores_alone(store, rise):
+    rise("evaluations", "train")
+    part = next(part for part in look(recipe(), store) if part.name == "evaluate")
+    assert part.changes == ("evaluations format 2 -> 7",)
+
+
+def test_the_small_world_is_a_version_too(store, rise, monkeypatch):
+    monkeypatch.setattr(specs, "WORLD", specs.WORLD + 1)
+    parts = look(recipe(), store)
+    assert parts[0].changes == ("raw world 2 -> 3",)
+    assert [part.name for part in parts if part.status == "upgrade"][: len(DATA)] == DATA
+
+
+def test_the_word_is_kept_for_the_run_and_for_those_formats_only(store, rise):
+    rise("captions", "train")
+    check_upgrade(recipe(), store, remake=True)
+    check_upgrade(recipe(), store, remake=False)  # as after a kill half-way
+    with pytest.raises(RemakeNeeded):
+        check_upgrade(recipe("run=another"), store, remake=False)
+    rise("captions", "text", "train")
+    with pytest.raises(RemakeNeeded, match="text format 1 -> 6"):
+        check_upgrade(recipe(), store, remake=False)
+
+
+@pytest.mark.parametrize(
+    "override", ["data.held_out_fraction=0.3", "data.name=other", "towers.name=other", "seed=1", "data.aspect_ratios=[1.0]"]
+)
+def test_a_users_change_of_the_data_is_never_asked_about(store, rise, override):
+    rise("raw", "towers", "captions", "text", "latents", "train")
+    asked = parts_of(recipe(override), store)
+    assert asked == ([] if override.startswith(("data", "seed")) else ["ingest", "caption"])
+
+
+def test_a_users_change_of_training_is_never_asked_about(store, rise):
+    rise("train")
+    for override in ("pretrain.learning_rate=0.01", "model.depth=2", "text.null=empty"):
+        assert parts_of(recipe(override), store) == []
+        check_upgrade(recipe(override), store, remake=False)
+    assert parts_of(recipe("finetune.0.learning_rate=0.01"), store) == ["pretrain"]
+
+
+def test_first_runs_are_never_asked(tmp_path, rise):
+    store = NoShardsListed(tmp_path / "empty")
+    rise("raw", "train")
+    check_upgrade(recipe(), store, remake=False)
+    assert not store.exists("runs/tiny-test/remake.json")
+
+
+def test_another_run_of_the_same_data_asks_for_the_data_alone(store, rise):
+    rise("raw", "train")
+    assert parts_of(recipe("run=another"), store) == DATA
+    assert parts_of(recipe("run=another", "pretrain.samples=960"), store) == DATA
+
+
+def test_a_phase_that_did_not_come_to_its_end_is_not_begun_again_unasked(store, rise):
+    rise("train")
+    for note in ("pretrain", "finetune.0"):
+        store.delete(f"runs/tiny-test/stages/{note}.json")
+    folder = next(entry.path for entry in store.list("runs/tiny-test/checkpoints/pretrain")).rpartition("/")[0]
+    assert folder.endswith("000000000032")
+    part = next(part for part in look(recipe(), store) if part.name == "pretrain")
+    assert part.changes == ("train format older -> 6",)
+    assert parts_of(recipe("pretrain.learning_rate=0.01"), store) == []
+
+
+def test_stages_that_are_made_again_by_wish_are_not_asked_about_and_those_before_are(store, rise):
+    rise("train")
+    check_upgrade(recipe(), store, remake=False, before="pretrain")
+    check_upgrade(recipe(), store, remake=False, up_to="encode")
+    rise("text", "train")
+    with pytest.raises(RemakeNeeded):
+        check_upgrade(recipe(), store, remake=False, before="pretrain")
+
+
+def test_the_plan_says_what_stays_and_what_it_costs(store, rise):
+    rise("latents", "train")
+    out = io.StringIO()
+    print_upgrade(recipe(), store, Console(file=out, width=200))
+    rows = {line.split()[0]: line for line in out.getvalue().splitlines() if line.strip()}
+    assert "stays" in rows["text"] and "made again: latents format 1 -> 6" in rows["latents.pretrain"]
+    part = next(part for part in look(recipe(), store) if part.name == "latents.pretrain")
+    standing = next(fol for fol in part.folders)
+    assert upgrade.remaking(recipe(), store, part).bytes == sum(read_manifest(store, f).bytes for f in part.folders)
+    assert standing.startswith("datasets/tiny-world/latents/")
+    rise()
+    quiet = io.StringIO()
+    print_upgrade(recipe("run=fresh"), store, Console(file=quiet))
+    assert quiet.getvalue() == ""
+
+
+def test_every_deployment_takes_the_parameter():
+    for name in FLOWS:
+        flow = getattr(importlib.import_module(f"flows.{name}"), name)
+        assert tuple(inspect.signature(flow.fn).parameters) == PARAMETERS
