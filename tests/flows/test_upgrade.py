@@ -192,3 +192,12 @@ def test_every_deployment_takes_the_parameter():
     for name in FLOWS:
         flow = getattr(importlib.import_module(f"flows.{name}"), name)
         assert tuple(inspect.signature(flow.fn).parameters) == PARAMETERS
+
+
+def test_of_the_version_before_only_training_is_made_again(store):
+    """This very upgrade: the EMA's rule rose `train` to 2, and the number of samples left the fields."""
+    parts = {part.name: part for part in look(recipe(), store)}
+    assert [name for name in DATA if parts[name].status != "stands"] == []
+    assert parts["pretrain"].changes == parts["finetune.0"].changes == ("train format 1 -> 2",)
+    assert [part.status for part in parts.values()][len(DATA) :] == ["upgrade"] * len(RESULTS)
+    assert parts_of(recipe("pretrain.learning_rate=0.01"), store) == []
