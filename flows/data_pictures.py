@@ -6,7 +6,7 @@ import numpy as np
 
 from flows import upstream
 from flows.previews import COLUMNS, shown_rows
-from sd3core.data.images import to_model_range
+from sd3core.data.images import PixelRules, to_model_range
 from sd3core.data.manifest import ManifestRef, read_manifest
 from sd3core.data.store import Store
 from sd3core.metrics.held_out import read_images
@@ -43,4 +43,4 @@ def _some_images(recipe: Recipe, store: Store, raw: ManifestRef) -> np.ndarray:
     """(n, side, side, 3) uint8."""
     manifest = read_manifest(store, raw.folder, raw.digest)
     side = min(recipe.phases()[-1][1].side_px, LARGEST_PX)
-    return read_images(store, manifest, shown_rows(recipe, store, manifest), side, recipe.data.max_image_pixels)
+    return read_images(store, manifest, shown_rows(recipe, store, manifest), side, PixelRules.of(recipe.data))

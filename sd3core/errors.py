@@ -5,6 +5,8 @@ import os
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 IN_THE_WAY = {errno.EEXIST, errno.EISDIR, errno.ENOTDIR}
+NO_RESOURCES = {*NO_SPACE, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.EIO}
+NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "insufficient memory")
 OF_THE_MACHINE = {*NO_SPACE, *IN_THE_WAY, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG}
 
 
@@ -26,6 +28,17 @@ class StoreError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint whose keys, shapes or files do not fit."""
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether an error says nothing of what was being read: memory, files or space ran out, or a disk failed.
+
+    Libraries in C say it in words: Pillow's codecs, libavif, torch on a CPU.
+    """
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in NO_RESOURCES):
+        return True
+    words = str(error).lower()
+    return any(phrase in words for phrase in NO_MEMORY) or "can't start new thread" in words
 
 
 def described_os_error(error: OSError) -> str | None:

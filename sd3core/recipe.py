@@ -7,10 +7,12 @@ that a stage makes, so `sd3core.specs` leaves them out of every fingerprint.
 from __future__ import annotations
 
 import math
+import re
 from itertools import combinations
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -26,9 +28,21 @@ from sd3core.sample_settings import Sampler
 if TYPE_CHECKING:
     from sd3core.mmdit import BackboneConfig
 
+NAMED_COLOURS = {"#ffffff": "white", "#000000": "black", "#808080": "grey"}
+
+
+def _colour(text: str) -> str:
+    """A colour under one name only, so that a fingerprint has one for it."""
+    colour = NAMED_COLOURS.get(text.lower(), text.lower())
+    if colour not in NAMED_COLOURS.values() and not re.fullmatch("#[0-9a-f]{6}", colour):
+        raise ValueError(f"{text!r} is no colour here; give white, black, grey, or #rrggbb in hexadecimal digits, in quotes")
+    return colour
+
+
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]  # becomes a folder and a deployment
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]  # of a running mean
+Colour = Annotated[str, AfterValidator(_colour)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what numpy and torch both take
 Precision = Literal["auto", "bf16", "fp32"]  # auto: bf16 where the device has arithmetic for it, else fp32
 AspectRatio = Annotated[float, Field(gt=0)]  # width / height
@@ -53,6 +67,7 @@ class Data(Section):
     max_objects: int = Field(4, ge=1, le=4)  # small world only
     min_side_px: int = Field(32, ge=1)  # smaller images are rejected
     max_image_pixels: int = Field(100_000_000, ge=1)  # larger images are rejected
+    background: Colour = "white"  # what transparent parts of images lie over: white, black, grey or #rrggbb
     max_caption_chars: int = Field(2_000, ge=1)  # longer captions are cut at a word
     rows_per_shard: int = Field(512, ge=1)
     held_out_fraction: Fraction = 0.05  # by a hash of the key; never trained on

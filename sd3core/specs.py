@@ -28,6 +28,7 @@ FORMATS = {
     "evaluations": 2,
     "export": 2,
 }
+PIXELS = 2  # how image files become pixels (1 stood in no fingerprint): with their colour profiles, transparency, all bits
 WORLD = 2  # the small world's scenes, pictures and captions (1 stood in no fingerprint); raise it when any of them changes
 
 
@@ -39,16 +40,21 @@ def fingerprint(fields: Any) -> str:
 
 def raw_fields(recipe: Recipe) -> dict[str, Any]:
     """How images are read and kept. The number of images is content, not spec: a data set that grows keeps its shards."""
-    left_out = {"name", "images", "folder"}
-    if recipe.data.source == "small_world" or recipe.data.caption == "whole":
-        left_out.add("caption")
-    data = recipe.data.model_dump(mode="json", exclude=left_out)
-    fields = {"format": FORMATS["raw"], "data": data}
-    if recipe.data.source == "small_world":
+    left_out, drawn = {"name", "images", "folder"}, recipe.data.source == "small_world"
+    for later, plain in (("caption", "whole"), ("background", "white")):  # of files; from before them fingerprints are good
+        if drawn or getattr(recipe.data, later) == plain:
+            left_out.add(later)
+    fields = {"format": FORMATS["raw"], "data": recipe.data.model_dump(mode="json", exclude=left_out)}
+    if drawn:
         fields |= {"seed": recipe.seed, "world": WORLD}
     else:
-        fields["captions_needed"] = recipe.caption.captioner == "none"
+        fields |= {"captions_needed": recipe.caption.captioner == "none", **_pixels(recipe)}
     return fields
+
+
+def _pixels(recipe: Recipe) -> dict[str, int]:
+    """Stands wherever files are decoded; a drawn world has none."""
+    return {} if recipe.data.source == "small_world" else {"pixels": PIXELS}
 
 
 def towers_fields(recipe: Recipe) -> dict[str, Any]:
@@ -67,7 +73,8 @@ def captions_fields(recipe: Recipe) -> dict[str, Any]:
     caption = recipe.caption.model_dump(mode="json", exclude={"batch"})
     if recipe.caption.captioner == "vision_language_model":
         caption["model"] = model_identity(recipe.caption.model, "caption.model")
-    return {"format": FORMATS["captions"], "caption": caption, "raw": fingerprint(raw_fields(recipe))}
+    fields = {"format": FORMATS["captions"], "caption": caption, "raw": fingerprint(raw_fields(recipe))}
+    return fields | (_pixels(recipe) if recipe.caption.captioner != "none" else {})
 
 
 def text_fields(recipe: Recipe, tower_digests: dict[str, str]) -> dict[str, Any]:
@@ -84,7 +91,7 @@ def text_fields(recipe: Recipe, tower_digests: dict[str, str]) -> dict[str, Any]
 def latents_fields(recipe: Recipe, phase: Training, tower_digests: dict[str, str]) -> dict[str, Any]:
     """`buckets` stands there only where the phase has a rule: fingerprints from before it are good."""
     rule = {"buckets": phase.buckets.model_dump(mode="json")} if phase.buckets is not None else {}
-    return rule | {
+    return rule | _pixels(recipe) | {
         "format": FORMATS["latents"],
         "side_px": phase.side_px,
         "aspect_ratios": list(phase.aspect_ratios),

@@ -424,7 +424,7 @@ CHANGES: list[tuple[set[str], dict[str, Any]]] = [
     (set(), under("finetune.0", samples=192)),
     (set(), {"name": "other", "run": "other", "store": "s3://bucket/x"}),
     (set(), under("data", folder="/other", images=960)),  # more shards of the same kind
-    (set(), under("data", caption="first_line")),  # of a folder's captions
+    (set(), under("data", caption="first_line", background="black")),  # of a folder's files
     (set(), under("caption", "encode", batch=1) | under("pretrain", "finetune.0", **HOW)),
     (set(), under("evaluate", **EVALUATE) | under("compute", **COMPUTE)),
 ]

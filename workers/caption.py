@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 from PIL.Image import Image
 
-from sd3core.data.images import decode_image
+from sd3core.data.images import PixelRules, decode_image
 from sd3core.data.manifest import ManifestRef, read_manifest
 from sd3core.data.shards import DoneRecord, FailedRow, write_table
 from sd3core.data.store import Store, open_store
-from sd3core.errors import DataError, UserError
+from sd3core.errors import DataError
 from sd3core.progress import ProgressCallback
 from sd3core.recipe import Caption, Recipe
 from sd3core.specs import captions_fields, captions_folder
@@ -38,7 +38,7 @@ def caption_stage(recipe: Recipe, store: Store, raw: ManifestRef, report: Progre
     worker = {
         "store_url": store.url,
         "caption": recipe.caption,
-        "max_image_pixels": recipe.data.max_image_pixels,
+        "rules": PixelRules.of(recipe.data),
         "device": actor_device(recipe.compute),
     }
     return run_shard_stage(store, recipe.run, stage, CaptionWorker, worker, recipe.compute, report)
@@ -47,10 +47,10 @@ def caption_stage(recipe: Recipe, store: Store, raw: ManifestRef, report: Progre
 class CaptionWorker:
     """Raw shard -> captions parquet. An image that cannot be captioned becomes a failed row with its reason."""
 
-    def __init__(self, store_url: str, caption: Caption, max_image_pixels: int, device: str) -> None:
+    def __init__(self, store_url: str, caption: Caption, rules: PixelRules, device: str) -> None:
         self.store = open_store(store_url)
         self.caption = caption
-        self.max_image_pixels = max_image_pixels
+        self.rules = rules
         self.captioner = _load_captioner(caption, device)
         self.is_model = caption.captioner == "vision_language_model"
         self.progress = 0  # rows
@@ -62,8 +62,8 @@ class CaptionWorker:
         batch: list[tuple[str, Image]] = []
         for key, data in read_images(self.store, task.source):
             try:
-                batch.append((key, decode_image(data, self.max_image_pixels)))
-            except UserError as error:
+                batch.append((key, decode_image(data, self.rules)))
+            except DataError as error:
                 failed.append(FailedRow(key=key, reason=str(error)))
             if len(batch) == self.caption.batch:
                 self._write_captions(batch, rows, failed)

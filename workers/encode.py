@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 
+from sd3core.data.images import PixelRules
 from sd3core.data.manifest import ManifestRef, read_manifest
 from sd3core.data.shards import DoneRecord, content_digest
 from sd3core.data.store import Store, open_store
@@ -12,7 +13,7 @@ from sd3core.progress import Progress, ProgressCallback, counted
 from sd3core.recipe import Recipe, Text
 from sd3core.specs import latents_fields, latents_folder, text_fields, text_folder
 from sd3core.towers import read_towers
-from workers.encode_latents import LatentsSource, LatentsWorker
+from workers.encode_latents import ENLARGED, LatentsSource, LatentsWorker
 from workers.encode_text import NULL, TOO_LONG, TextSource, TextWorker
 from workers.inputs import InputShard, actor_device, decode_threads, input_shards
 from workers.shard_stage import ShardStage, ShardTask, StageResult, remember_stage, run_shard_stages
@@ -55,7 +56,7 @@ def encode_stage(
         "text": recipe.text,
         "dtypes": {"text": recipe.encode.text_dtype, "latents": recipe.encode.latent_dtype},
         "batch": recipe.encode.batch,
-        "max_image_pixels": recipe.data.max_image_pixels,
+        "rules": PixelRules.of(recipe.data),
         "threads": decode_threads(recipe.compute),
         "device": actor_device(recipe.compute),
     }
@@ -67,7 +68,23 @@ def encode_stage(
             results[name] = dataclasses.replace(results[source], stage=name)
             stage = stages[source]
             remember_stage(store, recipe.run, name, stage.folder, results[name].manifest.digest, stage.fields)
+    for phase_key, phase in recipe.phases():
+        name = f"latents.{phase_key}"
+        results[name] = _with_enlarged_images(store, f"{phase_key} ({phase.side_px} px)", results[name])
     return results
+
+
+def _with_enlarged_images(store: Store, phase: str, result: StageResult) -> StageResult:
+    manifest = read_manifest(store, result.manifest.folder, result.manifest.digest)
+    some, *more = [(over, manifest.buckets.get(name, 0)) for over, name in ENLARGED.items()]
+    if not some[1]:
+        return result
+    parts = "".join(f", {count:,} of them more than {over:g} times" for over, count in more if count)
+    warning = (
+        f"{phase}: {some[1]:,} of {counted(manifest.rows, 'image')} enlarged more than {some[0]:g} times to fill their"
+        f" bucket{parts}; data.min_side_px leaves small images out, of every phase"
+    )
+    return dataclasses.replace(result, warnings=[*result.warnings, warning])
 
 
 def _with_cut_captions(store: Store, text: Text, result: StageResult) -> StageResult:
@@ -107,7 +124,7 @@ class EncodeWorker:
         text: Text,
         dtypes: dict[str, str],
         batch: int,
-        max_image_pixels: int,
+        rules: PixelRules,
         threads: int,
         device: str,
     ) -> None:
@@ -115,7 +132,7 @@ class EncodeWorker:
         self.make = {
             TextSource: lambda: TextWorker(store, towers, text, dtypes["text"], batch, device, self._fetched),
             LatentsSource: lambda: LatentsWorker(
-                store, towers, dtypes["latents"], batch, max_image_pixels, threads, device, self._fetched
+                store, towers, dtypes["latents"], batch, rules, threads, device, self._fetched
             ),
         }
         self.loaded_for: type | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,17 +13,19 @@ import torch
 from safetensors.torch import save as save_tensors
 
 from sd3core.data.buckets import Side, bucket_name, nearest_bucket
-from sd3core.data.images import Crop, crop_to, decode_image, to_model_range
+from sd3core.data.images import Crop, PixelRules, crop_to, decode_image, enlargement, to_model_range
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.shards import DoneRecord, FailedRow, Sample, write_shard
 from sd3core.data.store import Store
-from sd3core.errors import UserError
+from sd3core.errors import DataError
 from sd3core.progress import ProgressCallback, ignore_progress
 from sd3core.towers import fetch_towers
 from workers.caches import towers_cache
 from workers.inputs import InputShard, map_ahead, read_images, read_input_index
 from workers.shard_stage import ShardTask
 
+# Counted beside the buckets. A bucket's sides are whole patches, which alone stretches an image by some percent.
+ENLARGED = {over: f"enlarged over {over:g} times" for over in (1.1, 2.0, 4.0, 8.0)}
 SCHEMA = pa.schema(
     [("bucket", pa.string())]
     + [(f"crop_{side}", pa.int32()) for side in ("top", "left", "height", "width")]
@@ -44,6 +47,7 @@ class Prepared:
     bucket: Side | None = None
     pixels: np.ndarray | None = None  # (H, W, 3) uint8
     crop: Crop | None = None
+    enlarged: float = 0.0  # times, each way
     error: str | None = None
 
 
@@ -56,7 +60,7 @@ class LatentsWorker:
         towers: ManifestRef,
         dtype: str,
         batch: int,
-        max_image_pixels: int,
+        rules: PixelRules,
         threads: int,
         device: str,
         report: ProgressCallback = ignore_progress,  # of fetching the autoencoder
@@ -64,7 +68,7 @@ class LatentsWorker:
         from sd3core.autoencoder import load_autoencoder  # here, so that a text worker does not import diffusers
 
         self.store, self.batch, self.threads = store, batch, threads
-        self.max_image_pixels = max_image_pixels
+        self.rules = rules
         self.dtype = getattr(torch, dtype)
         local = fetch_towers(store, towers.folder, towers_cache(), ("vae",), towers.digest, report)
         self.autoencoder = load_autoencoder(local, torch.float32, device)
@@ -75,10 +79,13 @@ class LatentsWorker:
         index = read_input_index(self.store, task.source.raw)
         splits = dict(zip(index["key"].to_pylist(), index["split"].to_pylist(), strict=True))
         failed: list[FailedRow] = []
-        samples = self._samples(task.source, splits, failed)
-        return write_shard(self.store, task.folder, task.stem, samples, failed, SCHEMA, count_by="bucket")
+        counts: Counter[str] = Counter()
+        samples = self._samples(task.source, splits, failed, counts)
+        return write_shard(self.store, task.folder, task.stem, samples, failed, SCHEMA, count_by="bucket", counts=counts)
 
-    def _samples(self, source: LatentsSource, splits: dict[str, str], failed: list[FailedRow]) -> Iterator[Sample]:
+    def _samples(
+        self, source: LatentsSource, splits: dict[str, str], failed: list[FailedRow], counts: Counter[str]
+    ) -> Iterator[Sample]:
         waiting: dict[Side, list[Prepared]] = {}
         images = read_images(self.store, source.raw)
         for item in map_ahead(
@@ -91,26 +98,29 @@ class LatentsWorker:
             batch = waiting.setdefault(item.bucket, [])
             batch.append(item)
             if len(batch) == self.batch:
-                yield from self._encoded(waiting.pop(item.bucket), splits, failed)
+                yield from self._encoded(waiting.pop(item.bucket), splits, failed, counts)
         for batch in waiting.values():
-            yield from self._encoded(batch, splits, failed)
+            yield from self._encoded(batch, splits, failed, counts)
 
     def _prepare(self, key: str, data: bytes, buckets: tuple[Side, ...]) -> Prepared:
         try:
-            image = decode_image(data, self.max_image_pixels)
-        except UserError as error:
+            image = decode_image(data, self.rules)
+        except DataError as error:
             return Prepared(key, error=str(error))
         bucket = nearest_bucket(image.width, image.height, buckets)
         pixels, crop = crop_to(image, *bucket)
-        return Prepared(key, bucket, pixels, crop)
+        return Prepared(key, bucket, pixels, crop, enlargement(image, *bucket))
 
-    def _encoded(self, batch: list[Prepared], splits: dict[str, str], failed: list[FailedRow]) -> Iterator[Sample]:
+    def _encoded(
+        self, batch: list[Prepared], splits: dict[str, str], failed: list[FailedRow], counts: Counter[str]
+    ) -> Iterator[Sample]:
         images = to_model_range(np.stack([item.pixels for item in batch]))  # (B, 3, H, W)
         latents = self.autoencoder.encode(images).to("cpu", self.dtype)  # (B, 16, H/8, W/8)
         for item, latent in zip(batch, latents, strict=True):
             if not bool(torch.isfinite(latent).all()):
                 failed.append(FailedRow(key=item.key, reason=f"its latent is not finite in {self.dtype}"))
                 continue
+            counts.update(name for over, name in ENLARGED.items() if item.enlarged > over)
             yield Sample(
                 item.key, {"safetensors": save_tensors({"latent": latent.contiguous()})}, self._row(item, splits)
             )

@@ -15,6 +15,7 @@ import torch
 from sd3core.autoencoder import load_autoencoder
 from sd3core.checkpoint import load_model, read_done
 from sd3core.conditioning import assemble
+from sd3core.data.images import PixelRules
 from sd3core.data.loader import Batch, ShardCache, ShardReader, load_split
 from sd3core.data.manifest import Manifest, read_manifest
 from sd3core.data.store import open_store
@@ -136,9 +137,9 @@ class EvaluationWorker:
         images = dict(zip(drawn, self._sample(task, drawn), strict=True))
         features = image_embeddings(self.judge, [images[pair] for pair in scored])
         texts = self.judge.text_features([prompt for prompt, _ in scored]).cpu().numpy() if scored else features
-        max_pixels, name = self.recipe.data.max_image_pixels, self.recipe.data.name
+        rules, name = PixelRules.of(self.recipe.data), self.recipe.data.name
         reference = reference_features(
-            self.store, name, self.raw, self.judge, protocol["reference"], max_pixels, self._show_images
+            self.store, name, self.raw, self.judge, protocol["reference"], rules, self._show_images
         )
         result.add("clip_score", clip_score(features, texts))
         result.add("clip_fid", frechet_score(features, reference))

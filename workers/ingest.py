@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sd3core.data.folder_source import Tell
+from sd3core.data.images import BARE_CMYK, TRANSPARENT, UNKNOWN_COLOURS
 from sd3core.data.ingest import IngestWorker, list_source
 from sd3core.data.manifest import read_manifest
 from sd3core.data.shards import DoneRecord, read_index
@@ -34,7 +35,8 @@ def ingest_stage(
     worker = {"data": recipe.data, "store_url": store.url, "folder": folder}
     result = run_shard_stage(store, recipe.run, stage, IngestShard, worker, recipe.compute, report)
     reason = result.reason if result.skipped else "; ".join([result.reason, *_images_used(store, recipe.data, result)])
-    return replace(result, reason=reason, warnings=[*result.warnings, *notes])
+    told = [*notes, *_notes_of_pictures(store, recipe.data, result)]
+    return replace(result, reason=reason, warnings=[*result.warnings, *told])
 
 
 def _images_used(store: Store, data: Data, result: StageResult) -> list[str]:
@@ -49,6 +51,17 @@ def _images_used(store: Store, data: Data, result: StageResult) -> list[str]:
     ]
     found = manifest.rows + sum(manifest.failed_reasons.values())
     return [f"{manifest.rows:,} of {counted(found, 'image')} used, {splits.count('held_out'):,} held out"]
+
+
+def _notes_of_pictures(store: Store, data: Data, result: StageResult) -> list[str]:
+    """What became of transparency and of colours that are not known, by the counts that the shards hold."""
+    counts = read_manifest(store, result.manifest.folder, result.manifest.digest).buckets
+    words = {
+        TRANSPARENT: f"{data.background} lies under those parts (data.background)",
+        UNKNOWN_COLOURS: "damaged, of another colour space or of HDR; taken as sRGB",
+        BARE_CMYK: "the colours are a guess; save such images as RGB",
+    }
+    return [f"{counted(counts[note], 'image')}: {note}: {said}" for note, said in words.items() if note in counts]
 
 
 class IngestShard:

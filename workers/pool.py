@@ -26,7 +26,7 @@ from ray._private import ray_constants
 from ray.exceptions import RayActorError, RayError
 
 from sd3core.data.store import may_pass
-from sd3core.errors import UserError
+from sd3core.errors import UserError, is_of_the_machine
 from sd3core.provenance import Provenance, device_kind, provenance
 from workers.session_folders import scratch_folder, sessions_folder
 
@@ -191,8 +191,8 @@ def _answer(work: Callable[[], Any]) -> _Answer:
 
 
 def of_the_process(error: Exception) -> bool:
-    """Memory that has run out, and CUDA: after most of its errors a process can use the GPU no more, whatever it is asked."""
-    return isinstance(error, MemoryError) or "CUDA" in str(error)
+    """Memory or files that have run out, and CUDA: after most of its errors a process can use the GPU no more, whatever it is asked."""
+    return is_of_the_machine(error) or "CUDA" in str(error)
 
 
 @dataclass

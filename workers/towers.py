@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sd3core.data.images import decode_image
+from sd3core.data.images import PixelRules, decode_image
 from sd3core.data.manifest import ManifestRef, manifest_ref, read_manifest
 from sd3core.data.store import Store, open_store
-from sd3core.errors import DataError, UserError
+from sd3core.errors import DataError
 from sd3core.progress import Progress, ProgressCallback, ProgressMeter
 from sd3core.recipe import Recipe, ReleasedTowers, SmallTowers
 from sd3core.specs import towers_fields, towers_folder
@@ -94,7 +94,7 @@ def _make(
             raise DataError("towers.small: the towers learn from the raw shards; run the ingest stage first")
         rows = input_shards(read_manifest(store, raw.folder, raw.digest))
         worker_class, steps = SmallTowerWorker, {name: getattr(small, name).steps for name in TOWER_FOLDERS}
-        kwargs = {"small": small, "shards": list(rows.values()), "max_image_pixels": recipe.data.max_image_pixels}
+        kwargs = {"small": small, "shards": list(rows.values()), "rules": PixelRules.of(recipe.data)}
         kwargs["seed"] = recipe.seed
     else:
         worker_class, steps = ReleasedTowerWorker, {name: 1 for name in TOWER_FOLDERS}
@@ -148,13 +148,13 @@ class SmallTowerWorker:
         folder: str,
         small: SmallTowers,
         shards: list[InputShard],
-        max_image_pixels: int,
+        rules: PixelRules,
         seed: int,
         pinned: dict[str, TowerEntry] | None = None,  # by name, of those that are made again
     ) -> None:
         self.store, self.folder, self.pinned = open_store(store_url), folder, pinned or {}
         self.small, self.seed = small, seed
-        rows = list(training_rows(self.store, shards, small.images, max_image_pixels))
+        rows = list(training_rows(self.store, shards, small.images, rules))
         self.images = [image for image, _ in rows]
         self.captions = [caption for _, caption in rows]
         self.progress: Progress | None = None
@@ -181,7 +181,7 @@ class SmallTowerWorker:
 
 
 def training_rows(
-    store: Store, shards: list[InputShard], at_most: int, max_image_pixels: int
+    store: Store, shards: list[InputShard], at_most: int, rules: PixelRules
 ) -> Iterator[tuple[np.ndarray, str]]:
     """(uint8 (H, W, 3), caption) of rows spread evenly over the training part; the held-out part is never read."""
     captions: dict[tuple[int, str], str] = {}
@@ -197,8 +197,8 @@ def training_rows(
             if (position, key) not in chosen:
                 continue
             try:
-                yield np.asarray(decode_image(data, max_image_pixels)), captions[position, key]
-            except UserError:
+                yield np.asarray(decode_image(data, rules)), captions[position, key]
+            except DataError:
                 continue  # ingest has named it already
 
 

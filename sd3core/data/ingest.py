@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,10 @@ import pyarrow as pa
 from PIL import Image
 
 from sd3core.data.folder_source import FolderItem, Tell, list_folder
-from sd3core.data.images import decode_image_and_format
+from sd3core.data.images import PixelRules, Picture, read_picture
 from sd3core.data.shards import DoneRecord, FailedRow, Sample, content_digest, is_held_out, shard_stem, write_shard
 from sd3core.data.store import open_store
-from sd3core.errors import DataError, UserError
+from sd3core.errors import DataError, UserError, with_mend
 from sd3core.progress import NAMED
 from sd3core.recipe import Data
 from sd3core.small_world.scenes import describe, draw_scene, render, scene_rng
@@ -117,8 +118,10 @@ class IngestWorker:
     def __call__(self, shard: SourceShard) -> DoneRecord:
         self.progress = 0
         failed: list[FailedRow] = []
-        samples = self._scenes(shard) if self.data.source == "small_world" else self._files(shard, failed)
-        return write_shard(self.store, self.folder, shard_stem(shard.number, shard.digest), samples, failed, RAW_SCHEMA)
+        notes: Counter[str] = Counter()
+        samples = self._scenes(shard) if self.data.source == "small_world" else self._files(shard, failed, notes)
+        stem = shard_stem(shard.number, shard.digest)
+        return write_shard(self.store, self.folder, stem, samples, failed, RAW_SCHEMA, counts=notes)
 
     def _scenes(self, shard: SourceShard) -> Iterator[Sample]:
         for index in shard.items:
@@ -132,11 +135,12 @@ class IngestWorker:
             )
             self.progress += 1
 
-    def _files(self, shard: SourceShard, failed: list[FailedRow]) -> Iterator[Sample]:
+    def _files(self, shard: SourceShard, failed: list[FailedRow], notes: Counter[str]) -> Iterator[Sample]:
         for item in shard.items:
             try:
-                image, extension, stored = _usable_image(self.data, Path(shard.root), item)
-                yield self._sample(item.key, extension, stored, image.size, item.caption, item.name)
+                picture, extension, stored = _usable_image(self.data, Path(shard.root), item)
+                notes.update(picture.notes)
+                yield self._sample(item.key, extension, stored, picture.image.size, item.caption, item.name)
             except DataError as error:
                 failed.append(FailedRow(key=item.named, reason=str(error)))
             self.progress += 1
@@ -156,24 +160,26 @@ class FolderChanged(UserError):
     """
 
 
-def _usable_image(data: Data, root: Path, item: FolderItem) -> tuple[Image.Image, str, bytes]:
-    """The decoded image, the extension and the bytes it is stored with. DataError with the reason it cannot be used."""
+def _usable_image(data: Data, root: Path, item: FolderItem) -> tuple[Picture, str, bytes]:
+    """The picture, the extension and the bytes it is stored with. DataError with the reason it cannot be used."""
     if item.problem:
         raise DataError(item.problem)
     try:
         content = (root / item.path).read_bytes()
-    except OSError:
+    except FileNotFoundError:
         content = b""
+    except OSError as error:  # of the disk or the machine: no reject, the shard fails and is tried again
+        raise UserError(f"{root / item.path}: {with_mend(error)}") from None
     if hashlib.sha256(content).hexdigest() != item.sha256:
         raise FolderChanged(
             f"{root / item.path} changed since the folder was listed; run ingest again when it is at rest"
         )
-    image, kind = decode_image_and_format(content, data.max_image_pixels)
-    if min(image.size) < data.min_side_px:
+    picture = read_picture(content, PixelRules.of(data))
+    if min(picture.image.size) < data.min_side_px:
         raise DataError(f"a side is shorter than {data.min_side_px} px (data.min_side_px)")
-    if kind in KEPT_FORMATS:
-        return image, KEPT_FORMATS[kind], content
-    return image, "png", _png(image)
+    if picture.format in KEPT_FORMATS:
+        return picture, KEPT_FORMATS[picture.format], content
+    return picture, "png", _png(picture.image)
 
 
 def _png(image: Image.Image) -> bytes:

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from sd3core.data.images import crop_to, decode_image
+from sd3core.data.images import PixelRules, crop_to, decode_image
 from sd3core.data.manifest import Manifest
 from sd3core.data.shards import image_of, read_index, read_samples, sample_id
 from sd3core.data.store import Store
@@ -53,14 +53,14 @@ def read_rows(store: Store, raw: Manifest, split: str, limit: int, *, captioned:
     return sorted(rows, key=lambda row: sample_id(row.key))[:limit]
 
 
-def read_images(store: Store, raw: Manifest, rows: list[Row], side_px: int, max_pixels: int) -> np.ndarray:
+def read_images(store: Store, raw: Manifest, rows: list[Row], side_px: int, rules: PixelRules) -> np.ndarray:
     """(n, side, side, 3) uint8: square centre crops, as training takes them."""
     images = []
     for row in rows:
         data = store.get_range(f"{raw.folder}/{row.stem}.tar", row.offset, row.length)
         (_, files), *_ = read_samples(data)
         image = image_of(files, f"{store.uri(raw.folder)}/{row.stem}.tar: {row.key}")
-        images.append(crop_to(decode_image(image, max_pixels), side_px, side_px)[0])
+        images.append(crop_to(decode_image(image, rules), side_px, side_px)[0])
     return np.stack(images) if images else np.zeros((0, side_px, side_px, 3), dtype=np.uint8)
 
 
@@ -75,7 +75,7 @@ def reference_features(
     raw: Manifest,
     judge: Judge,
     fields: dict[str, object],
-    max_pixels: int,
+    rules: PixelRules,
     on_images: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """The judge's features (n, D) of the held-out images, from references/NAME/SPEC, and written there when they are
@@ -92,7 +92,7 @@ def reference_features(
 
     rows, parts = read_rows(store, raw, "held_out", int(fields["limit"])), []
     for start in range(0, len(rows), DECODE_BATCH):
-        images = read_images(store, raw, rows[start : start + DECODE_BATCH], int(fields["side_px"]), max_pixels)
+        images = read_images(store, raw, rows[start : start + DECODE_BATCH], int(fields["side_px"]), rules)
         parts.append(image_embeddings(judge, images))
         if on_images is not None:
             on_images(start + len(images), len(rows))

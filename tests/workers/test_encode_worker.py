@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load as load_tensors
 
+from sd3core.data.images import PixelRules
 from sd3core.data.shards import Sample, read_index, read_samples, write_shard
 from sd3core.data.store import open_store
 from sd3core.errors import DataError
@@ -37,7 +38,7 @@ class MeanAutoencoder:
 
 def worker(store, batch) -> LatentsWorker:
     made = LatentsWorker.__new__(LatentsWorker)  # without towers: the autoencoder is given
-    made.store, made.batch, made.threads, made.max_image_pixels = store, batch, 2, 10**6
+    made.store, made.batch, made.threads, made.rules = store, batch, 2, PixelRules(10**6)
     made.dtype, made.autoencoder, made.progress = torch.float32, MeanAutoencoder(), 0
     return made
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sd3core.data.images import Crop, crop_to, decode_image, decode_image_and_format, to_model_range
+from sd3core.data.images import Crop, PixelRules, crop_to, decode_image, read_picture, to_model_range
 from sd3core.errors import DataError
 
-LIMIT = 10_000
+RULES = PixelRules(10_000)
 
 
 def _encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -35,9 +35,9 @@ def _gradient(height: int, width: int) -> np.ndarray:
 )
 def test_lossless_formats_give_their_pixels(kind, options):
     pixels = _gradient(20, 30)
-    image, found = decode_image_and_format(_encoded(Image.fromarray(pixels), kind, **options), LIMIT)
-    assert found == kind
-    np.testing.assert_array_equal(np.asarray(image), pixels)
+    picture = read_picture(_encoded(Image.fromarray(pixels), kind, **options), RULES)
+    assert picture.format == kind and picture.notes == ()
+    np.testing.assert_array_equal(np.asarray(picture.image), pixels)
 
 
 @pytest.mark.parametrize(
@@ -48,14 +48,14 @@ def test_exif_orientation_is_applied(orientation, turn):
     pixels = _gradient(20, 30)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image = decode_image(_encoded(Image.fromarray(pixels), exif=exif.tobytes()), LIMIT)
+    image = decode_image(_encoded(Image.fromarray(pixels), exif=exif.tobytes()), RULES)
     np.testing.assert_array_equal(np.asarray(image), turn(pixels))
 
 
 def test_damaged_exif_shows_the_image_as_it_is_stored():
     pixels = _gradient(20, 30)
     image = decode_image(
-        _encoded(Image.fromarray(pixels), exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff" + b"\x00\x01" * 9), LIMIT
+        _encoded(Image.fromarray(pixels), exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff" + b"\x00\x01" * 9), RULES
     )
     np.testing.assert_array_equal(np.asarray(image), pixels)
 
@@ -64,7 +64,7 @@ def test_transparency_lies_over_white():
     rgba = np.zeros((4, 4, 4), np.uint8)
     rgba[..., 0] = 200
     rgba[:2, :, 3] = 255
-    image = np.asarray(decode_image(_encoded(Image.fromarray(rgba)), LIMIT))
+    image = np.asarray(decode_image(_encoded(Image.fromarray(rgba)), RULES))
     assert (image[:2] == (200, 0, 0)).all() and (image[2:] == 255).all()
 
 
@@ -72,21 +72,21 @@ def test_transparent_palette_index_lies_over_white():
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putdata([0, 1])
-    image = np.asarray(decode_image(_encoded(palette, transparency=0), LIMIT))
+    image = np.asarray(decode_image(_encoded(palette, transparency=0), RULES))
     assert image[0, 0].tolist() == [255, 255, 255] and image[0, 1].tolist() == [40, 50, 60]
 
 
 def test_grey_one_bit_lab_and_cmyk_become_rgb():
-    assert np.asarray(decode_image(_encoded(Image.new("L", (3, 3), 77)), LIMIT)).tolist() == [[[77] * 3] * 3] * 3
-    assert np.asarray(decode_image(_encoded(Image.new("1", (3, 3), 1)), LIMIT)).min() == 255
-    assert np.asarray(decode_image(_encoded(Image.new("LAB", (1, 1), (128, 128, 128)), "TIFF"), LIMIT)).tolist() == [[[119] * 3]]
-    red = decode_image(_encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95), LIMIT)
+    assert np.asarray(decode_image(_encoded(Image.new("L", (3, 3), 77)), RULES)).tolist() == [[[77] * 3] * 3] * 3
+    assert np.asarray(decode_image(_encoded(Image.new("1", (3, 3), 1)), RULES)).min() == 255
+    assert np.asarray(decode_image(_encoded(Image.new("LAB", (1, 1), (128, 128, 128)), "TIFF"), RULES)).tolist() == [[[119] * 3]]
+    red = decode_image(_encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95), RULES)
     assert red.mode == "RGB" and np.abs(np.asarray(red).astype(int) - (255, 0, 0)).max() < 12
 
 
 def test_sixteen_bits_keep_their_high_byte():
     values = np.array([[0, 255, 256], [32768, 65279, 65535]], np.uint16)
-    image = np.asarray(decode_image(_encoded(Image.fromarray(values)), LIMIT))
+    image = np.asarray(decode_image(_encoded(Image.fromarray(values)), RULES))
     np.testing.assert_array_equal(image[..., 0], values >> 8)
     np.testing.assert_array_equal(image[..., 0], image[..., 2])
 
@@ -103,13 +103,13 @@ def test_sixteen_bits_a_channel(channels):
     header = struct.pack(">IIBBBBB", 3, 2, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    np.testing.assert_array_equal(np.asarray(decode_image(data, LIMIT)), values[..., :3] >> 8)
+    np.testing.assert_array_equal(np.asarray(decode_image(data, RULES)), values[..., :3] >> 8)
 
 
 def test_phone_jpeg_with_a_second_picture_behind_it_is_a_jpeg():
     first, second = (Image.new("RGB", (16, 16), colour) for colour in ("green", "blue"))
-    image, kind = decode_image_and_format(_encoded(first, "MPO", save_all=True, append_images=[second]), LIMIT)
-    assert kind == "JPEG" and np.abs(np.asarray(image).astype(int) - (0, 128, 0)).max() < 8
+    picture = read_picture(_encoded(first, "MPO", save_all=True, append_images=[second]), RULES)
+    assert picture.format == "JPEG" and np.abs(np.asarray(picture.image).astype(int) - (0, 128, 0)).max() < 8
 
 
 def _bomb() -> bytes:
@@ -151,7 +151,7 @@ REJECTED = {
 def test_rejected_with_a_short_reason(name):
     data, reason = REJECTED[name]
     with pytest.raises(DataError) as error:
-        decode_image(data, LIMIT)
+        decode_image(data, RULES)
     assert str(error.value) == reason
 
 
@@ -164,7 +164,7 @@ def test_any_damage_is_a_data_error_or_an_image():
             for place in rng.integers(0, len(data), 3):
                 data[place] = rng.integers(256)
             try:
-                assert decode_image(bytes(data), LIMIT).mode == "RGB"
+                assert decode_image(bytes(data), RULES).mode == "RGB"
             except DataError:
                 pass
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sd3core.data.caption_text import cut_at_word, one_line
 from sd3core.data.folder_source import NO_CAPTION, holds_nothing, image_key
-from sd3core.data.images import decode_image
+from sd3core.data.images import PixelRules, decode_image
 from sd3core.data.ingest import FolderChanged, IngestWorker, list_source
 from sd3core.data.shards import is_held_out, read_index, read_samples, shard_stem
 from sd3core.errors import DataError
@@ -72,7 +72,7 @@ def test_images_are_kept_as_they_are_with_their_captions(folder, file_store):
     assert len({row["key"] for row in rows.values()}) == 4 and all("." not in row["key"] for row in rows.values())
     for name, extension in (("a.jpg", "jpg"), ("a.png", "png"), ("sub/a.webp", "webp")):
         assert files[rows[name]["key"]][extension] == (folder / name).read_bytes()
-    scanned = decode_image(files[rows["scan.TIF"]["key"]]["png"], 10**6)
+    scanned = decode_image(files[rows["scan.TIF"]["key"]]["png"], PixelRules(10**6))
     np.testing.assert_array_equal(np.asarray(scanned), np.asarray(Image.open(folder / "scan.TIF")))
     for row in rows.values():
         about = json.loads(files[row["key"]]["json"])
@@ -349,7 +349,7 @@ def test_small_world(file_store):
         assert IngestWorker(WORLD, file_store.url, "again")(shard).digest == record.digest
     assert len(rows) == 10 and failed == [] and len({row["width"] for row in rows.values()}) > 1
     for key, row in rows.items():
-        image = decode_image(files[key]["png"], 10**6)
+        image = decode_image(files[key]["png"], PixelRules(10**6))
         assert image.size == (row["width"], row["height"]) and abs(image.width * image.height - 64 * 64) < 400
         assert row["caption"] and row["source"] == "small_world"
 
