@@ -18,6 +18,7 @@ from workers.encode_text import NULL, TOO_LONG, TextSource, TextWorker
 from workers.inputs import InputShard, actor_device, decode_threads, input_shards
 from workers.shard_stage import ShardStage, ShardTask, StageResult, remember_stage, run_shard_stages
 
+TOKENS_AT_MOST = {"t5_tokens": 512, "clip_tokens": 77}  # as the recipe bounds them; T5's are what a longer caption needs
 LOAD_S = 1800  # that loading may take without a sign of life before the pool's watchdog begins to count
 
 
@@ -62,7 +63,7 @@ def encode_stage(
     }
     made = run_shard_stages(store, recipe.run, list(stages.values()), EncodeWorker, worker, recipe.compute, report)
     results = {result.stage: result for result in made}
-    results["text"] = _with_cut_captions(store, recipe.text, results["text"])
+    results["text"] = _with_cut_captions(store, recipe, results["text"])
     for name, source in shared.items():
         if name != source:
             results[name] = dataclasses.replace(results[source], stage=name)
@@ -87,13 +88,25 @@ def _with_enlarged_images(store: Store, phase: str, result: StageResult) -> Stag
     return dataclasses.replace(result, warnings=[*result.warnings, warning])
 
 
-def _with_cut_captions(store: Store, text: Text, result: StageResult) -> StageResult:
+def _with_cut_captions(store: Store, recipe: Recipe, result: StageResult) -> StageResult:
     cut = read_manifest(store, result.manifest.folder, result.manifest.digest).buckets.get(TOO_LONG, 0)
     if not cut:
         return result
-    limits = f"text.clip_tokens {text.clip_tokens} and text.t5_tokens {text.t5_tokens}"
-    warning = f"{counted(cut, 'caption')} longer than {limits}: no encoder reads their ends; raise these for what they say"
+    text = recipe.text
+    warning = (
+        f"{counted(cut, 'image')} with a caption longer than text.clip_tokens {text.clip_tokens} and text.t5_tokens"
+        f" {text.t5_tokens}: no encoder reads its end; {cut_advice(text, recipe.caption.captioner)}"
+    )
     return dataclasses.replace(result, warnings=[*result.warnings, warning])
+
+
+def cut_advice(text: Text, captioner: str) -> str:
+    """What can be done about captions that are longer than the encoders read: no key is raised that is at its maximum."""
+    keys = [f"text.{key} (up to {most})" for key, most in TOKENS_AT_MOST.items() if getattr(text, key) < most]
+    advice = f"raise {' or '.join(keys)}" if keys else "both are the most there is: shorten the captions"
+    if captioner == "vision_language_model":
+        advice += "; the captioner's are shorter with another caption.prompt or fewer caption.max_new_tokens"
+    return f"{advice} to have the ends count"
 
 
 def _text_stage(

@@ -26,7 +26,7 @@ from workers.shard_stage import ShardTask
 
 NULL = "NULL.safetensors"  # the encoded empty string, beside the text shards
 ORIGINAL, SYNTHETIC = "original", "synthetic"
-TOO_LONG = "captions too long"  # distinct ones, of a shard
+TOO_LONG = "captions too long"  # how many images of a shard have one, original or synthetic
 SCHEMA = pa.schema(
     [("kind", pa.string()), ("caption_id", pa.string())] + [(f"{name}_len", pa.int32()) for name in ENCODERS]
 )
@@ -88,6 +88,7 @@ class TextWorker:
         self, uses: dict[str, list[tuple[str, str]]], rows: int, failed: list[FailedRow], counts: Counter[str]
     ) -> Iterator[Sample]:
         offset = encoded = 0
+        cut: set[str] = set()  # images with a caption that no encoder reads to its end
         for captions in batched(uses, self.batch):
             for caption, features in zip(captions, self._encode(list(captions)), strict=True):
                 if not _finite(features):
@@ -101,7 +102,8 @@ class TextWorker:
                 name = caption_id(caption)
                 real = features.lengths[0].tolist()
                 if real == [self.encoders.tokens[name] for name in ENCODERS] and self.encoders.too_long([caption]):
-                    counts[TOO_LONG] += 1
+                    cut.update(key for key, _ in uses[caption])
+                    counts[TOO_LONG] = len(cut)
                 lengths = dict(zip((f"{name}_len" for name in ENCODERS), real, strict=True))
                 for position, (key, kind) in enumerate(uses[caption]):
                     row = {"key": key, "kind": kind, "caption_id": name, "offset": offset, "length": length, **lengths}

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import re
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,13 +12,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load as load_tensors
 
+from sd3core.conditioning import ENCODERS, TextFeatures
 from sd3core.data.images import PixelRules
 from sd3core.data.shards import Sample, read_index, read_samples, write_shard
 from sd3core.data.store import open_store
-from sd3core.errors import DataError
+from sd3core.errors import DataError, RecipeError
 from sd3core.progress import Progress
-from workers.encode import LOAD_S, EncodeWorker
+from sd3core.recipe import Text
+from sd3core.recipe_file import load_recipe
+from workers.encode import LOAD_S, TOKENS_AT_MOST, EncodeWorker, cut_advice
 from workers.encode_latents import LatentsSource, LatentsWorker
+from workers.encode_text import TOO_LONG, TextWorker
 from workers.inputs import InputShard, map_ahead
 from workers.shard_stage import ShardTask
 
@@ -126,3 +132,50 @@ def test_map_ahead_keeps_order_bounds_the_lead_and_passes_errors_on():
     with pytest.raises(DataError, match="nine"):
         assert [next(results) for _ in range(8)] == list(np.arange(-1, -9, -1))
         list(results)
+
+
+class WordEncoders:
+    """An encoder token is a word; captions of more than three are cut."""
+
+    tokens = dict.fromkeys(ENCODERS, 3)
+
+    def encode(self, captions):
+        lengths = torch.tensor([[min(len(caption.split()), 3)] * 3 for caption in captions])
+        sequences = [torch.zeros(len(captions), 3, 4) for _ in ENCODERS]
+        return TextFeatures(*sequences, torch.zeros(len(captions), 4), torch.zeros(len(captions), 4), lengths)
+
+    def too_long(self, prompts):
+        return [prompt for prompt in prompts if len(prompt.split()) > 3]
+
+
+def test_long_captions_are_counted_by_the_images_that_have_one():
+    """Three images share one, another's original and synthetic are both too long: four images, not three captions."""
+    made = TextWorker.__new__(TextWorker)  # without towers: the encoders are given
+    made.text, made.batch, made.dtype, made.encoders = Text(), 2, torch.float32, WordEncoders()
+    uses = {
+        "a b c d": [("k1", "original"), ("k2", "original"), ("k3", "synthetic")],
+        "just three words": [("k3", "original")],
+        "e f g h": [("k4", "original")],
+        "i j k l m": [("k4", "synthetic")],
+    }
+    counts = Counter()
+    assert len(list(made._samples(uses, 4, [], counts))) == 6 and counts == {TOO_LONG: 4}
+
+
+@pytest.mark.parametrize(("clip_tokens", "t5_tokens", "keys"), [
+    (32, 32, ["t5_tokens", "clip_tokens"]),
+    (77, 77, ["t5_tokens"]),
+    (32, 512, ["clip_tokens"]),
+    (77, 512, []),
+])  # fmt: skip
+def test_the_advice_on_long_captions_can_be_followed(clip_tokens, t5_tokens, keys):
+    """Each key it names may be raised to what it names, as a recipe takes it."""
+    advice = cut_advice(Text(clip_tokens=clip_tokens, t5_tokens=t5_tokens), "none")
+    assert re.findall(r"text\.(\w+) \(up to (\d+)\)", advice) == [(key, str(TOKENS_AT_MOST[key])) for key in keys]
+    for key in keys:
+        changed = load_recipe("tiny-test", [f"text.{key}={TOKENS_AT_MOST[key]}"])
+        assert getattr(changed.text, key) == TOKENS_AT_MOST[key]
+        with pytest.raises(RecipeError):
+            load_recipe("tiny-test", [f"text.{key}={TOKENS_AT_MOST[key] + 1}"])
+    assert ("shorten the captions" in advice) == (not keys)
+    assert "caption.max_new_tokens" in cut_advice(Text(), "vision_language_model")
