@@ -261,7 +261,11 @@ def sample(
 @app.command("import")
 def import_(
     source: Annotated[
-        Path, typer.Argument(help="A .safetensors file, or a diffusers folder: a transformer's or a whole pipeline's.")
+        Path,
+        typer.Argument(
+            help="A .safetensors file, the index of a sharded one, or a folder: accelerate's, or diffusers' of a transformer or"
+            " of a whole pipeline."
+        ),
     ],
     out: Annotated[str, typer.Argument(help="The model folder to make: a path, or a store's URL.")],
     dtype: DtypeOption = None,
@@ -275,11 +279,25 @@ def import_(
     side: Annotated[
         Optional[int], typer.Option(min=16, help="px of the square it makes best; default: as it says.")
     ] = None,
+    prefix: Annotated[
+        Optional[str],
+        typer.Option(help="What its tensors' names begin with, where a file holds several sets: as ema. or model."),
+    ] = None,
 ) -> None:
     """Released weights (SD3, SD3.5-medium, SD3.5-large) as a model folder, to sample or to train from."""
     from flows.convert import import_weights
 
-    import_weights(source, out, dtype=dtype, null=null, t5_tokens=t5_tokens, shift=shift, side_px=side, console=console)
+    import_weights(
+        source,
+        out,
+        dtype=dtype,
+        null=null,
+        t5_tokens=t5_tokens,
+        shift=shift,
+        side_px=side,
+        prefix=prefix,
+        console=console,
+    )
 
 
 @app.command()

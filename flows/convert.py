@@ -31,13 +31,14 @@ def import_weights(
     t5_tokens: int | None,
     shift: float | None,
     side_px: int | None,
+    prefix: str | None,
     console: Console,
 ) -> None:
     """Another system's weights as a plain model folder; says what they are, and what is taken for granted."""
     one_of("--dtype", dtype, DTYPES)
     one_of("--null", null, ("zeros", "empty"))
     check_exported(path, checked_here(), "transformer/")
-    with open_foreign_weights(path, any_dtype=dtype is not None) as foreign:
+    with open_foreign_weights(path, any_dtype=dtype is not None, prefix=prefix) as foreign:
         for note in foreign.notes:
             _say(console, f"note: {note}")
         facts = assumed_facts(foreign, null=null, t5_tokens=t5_tokens, shift=shift, side_px=side_px)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sd3core.data.buckets import DOWNSAMPLING
 from sd3core.errors import DataError
+from sd3core.weight_files import DIFFUSERS_STEM, find_weights
 
 
 class Autoencoder:
@@ -50,9 +51,15 @@ def load_autoencoder(
     folder = Path(folder)
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     check_vae_config(folder)
+    weights = find_weights(folder, [DIFFUSERS_STEM])
     try:
         module = AutoencoderKL.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+            folder,
+            torch_dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            variant=weights and weights.variant or None,
         )
     except (OSError, ValueError) as error:
         raise DataError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sd3core.errors import DataError
+from sd3core.weight_files import TRANSFORMERS_STEM, find_weights
 
 
 class VisionLanguageCaptioner:
@@ -32,10 +33,15 @@ class VisionLanguageCaptioner:
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise DataError(f"caption.model {folder}: no config.json; give the local folder of a vision-language model")
+        weights = find_weights(folder, [TRANSFORMERS_STEM])
         try:
             self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
             model = AutoModelForImageTextToText.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=dtype
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=dtype,
+                variant=weights and weights.variant or None,
             )
         except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())[:300]

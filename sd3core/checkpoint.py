@@ -45,6 +45,7 @@ DONE_FILE = "DONE.json"
 METRICS_FILE = "metrics.jsonl"
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+FOREIGN_FILES = ("model_index.json", MODEL_FILE, f"{MODEL_FILE}.index.json")  # of diffusers, accelerate
 
 
 class FileRecord(BaseModel):
@@ -258,7 +259,9 @@ def is_training_checkpoint(store: Store) -> bool:
     if store.exists(DONE_FILE):
         return True
     if not store.exists(CONFIG_FILE):
-        raise CheckpointError(f"{store.url}: no {CONFIG_FILE} (a model) and no {DONE_FILE} (a checkpoint) there")
+        is_foreign = store.url.endswith(".safetensors") or any(store.exists(name) for name in FOREIGN_FILES)
+        mend = "; `sd3 import` makes a model folder of another system's weights" if is_foreign else ""
+        raise CheckpointError(f"{store.url}: no {CONFIG_FILE} (a model) and no {DONE_FILE} (a checkpoint) there{mend}")
     return False
 
 

@@ -7,11 +7,10 @@ of bytes, and a conversion and its inverse give the same bits. Names and shapes 
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,14 +22,20 @@ from sd3core.errors import CheckpointError
 from sd3core.mmdit import BackboneConfig, MMDiT, MMDiTConfig
 from sd3core.mmdit.config import HEAD_WIDTH
 from sd3core.mmdit.positions import coordinates_of_row, grid_coordinates, sine_cosine
+from sd3core.progress import counted, some
 from sd3core.tensor_files import Shape
 
 SINGLE_FILE_PREFIX = "model.diffusion_model."
 PASSED_OVER = {
     "first_stage_model.": "the VAE",
+    "vae.": "the VAE",
     "text_encoders.": "the text encoders",
     "cond_stage_model.": "the text encoders",
+    "text_encoder.": "the text encoders",
+    "text_encoder_2.": "the text encoders",
+    "text_encoder_3.": "the text encoders",
 }
+BLOCK = re.compile(r"((?:[^.]+\.)*?)(joint_blocks\.|transformer_blocks\.)\d")
 
 TOP_NAMES = {
     "x_embedder.proj": "pos_embed.proj",
@@ -81,6 +86,17 @@ class Format:
     blocks: str  # what the names of the joint blocks' tensors begin with, before the block's number
     file_names: Callable[[str], tuple[str, ...]]  # one of the model's names -> the tensors that it is stacked from
     scale_first: bool = False  # (scale, shift) where the original has (shift, scale): final layer, last text stream
+    prefix: str = ""  # of all names
+
+    def under(self, prefix: str) -> Format:
+        """The same format with a prefix before every name, as wrappers of a model write it."""
+        return replace(
+            self,
+            name=f"{self.name} under {prefix!r}",
+            blocks=prefix + self.blocks,
+            file_names=lambda name: tuple(prefix + own for own in self.file_names(name)),
+            prefix=prefix,
+        )
 
     def rows(self, name: str, count: int, depth: int) -> list[Rows]:
         """The rows that the model's tensor `name` of `count` rows is made of, in its order."""
@@ -117,15 +133,27 @@ def _is_shift_and_scale(name: str, depth: int) -> bool:
 
 
 DIFFUSERS = Format("diffusers weights", "transformer_blocks.", _diffusers_names, scale_first=True)
-SINGLE_FILE = Format("single file", f"{SINGLE_FILE_PREFIX}joint_blocks.", lambda name: (SINGLE_FILE_PREFIX + name,))
 BARE = Format("model weights", "joint_blocks.", lambda name: (name,))  # the single file's names without the prefix
-FORMATS = (DIFFUSERS, SINGLE_FILE, BARE)
+SINGLE_FILE = replace(BARE.under(SINGLE_FILE_PREFIX), name="single file")
+FORMATS = (DIFFUSERS, BARE)
 
 
-def recognise(names: Iterable[str]) -> Format | None:
-    """The format whose joint blocks are among the names."""
-    names = list(names)
-    return next((f for f in FORMATS if any(name.startswith(f.blocks) for name in names)), None)
+def recognise_all(names: Iterable[str]) -> list[Format]:
+    """The formats of the MM-DiTs among the names, each with the prefix that it stands under.
+
+    Blocks alone make one where there is no other: what is missing beside them can then be said.
+    """
+    names = set(names)
+    found = {match.group(1, 2) for match in map(BLOCK.match, names) if match}
+    forms = [_placed(form, prefix) for prefix, blocks in sorted(found) for form in FORMATS if form.blocks == blocks]
+    whole = [form for form in forms if form.file_names("x_embedder.proj.weight")[0] in names]
+    return whole or forms[:1]
+
+
+def _placed(form: Format, prefix: str) -> Format:
+    if form is BARE and prefix == SINGLE_FILE_PREFIX:
+        return SINGLE_FILE
+    return form.under(prefix) if prefix else form
 
 
 def check_released_form(config: BackboneConfig, where: str | None = None) -> None:
@@ -178,11 +206,11 @@ def to_single_file_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tu
 def from_single_file(state_dict: Mapping[str, Tensor]) -> MMDiT:
     """The transformer of a released single file, strict under its prefix.
 
-    The keys of a VAE and of text encoders are passed over and named in a warning.
+    The keys of a VAE and of text encoders, and others outside the prefix, are passed over and named in a warning.
 
     Raises CheckpointError that names the tensors that are missing, unknown or of another shape.
     """
-    passed_over = passed_over_in(state_dict)
+    passed_over = passed_over_in(state_dict, SINGLE_FILE)
     if passed_over:
         warnings.warn(f"single file: {passed_over} in it were passed over", stacklevel=2)
     return _model_of(state_dict, SINGLE_FILE)
@@ -193,10 +221,18 @@ def from_single_file_tensors(state_dict: Mapping[str, Tensor]) -> Iterator[tuple
     return _model_tensors(state_dict, SINGLE_FILE)
 
 
-def passed_over_in(names: Iterable[str]) -> str:
-    """What else than the transformer a single file holds: "the VAE and the text encoders", or "" for nothing."""
-    found = {prefix for name in names for prefix in PASSED_OVER if name.startswith(prefix)}
-    return " and ".join(sorted({PASSED_OVER[prefix] for prefix in found}))
+def passed_over_in(names: Iterable[str], form: Format) -> str:
+    """What else than the transformer a file holds: "the VAE and the text encoders", or "" for nothing."""
+    outside = sorted(name for name in names if not _is_under(name, form))
+    known = {prefix for name in outside for prefix in PASSED_OVER if name.startswith(prefix)}
+    others = [name for name in outside if not name.startswith(tuple(PASSED_OVER))]
+    said = sorted({PASSED_OVER[prefix] for prefix in known})
+    said += [f"{counted(len(others), 'tensor')} not under {form.prefix!r} ({some(others, len(others))})"] if others else []
+    return " and ".join(said)
+
+
+def _is_under(name: str, form: Format) -> bool:
+    return name.startswith(form.prefix) if form.prefix else not name.startswith(tuple(PASSED_OVER))
 
 
 def diffusers_config(config: MMDiTConfig) -> dict[str, Any]:
@@ -226,8 +262,7 @@ def config_of_shapes(
     Heads have `head_width` channels unless QK-norm tells. Where positions lie the table's values tell: `with_positions`.
     Raises CheckpointError that names the tensors that are missing, unknown or of another shape.
     """
-    if form is SINGLE_FILE:
-        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(tuple(PASSED_OVER))}
+    shapes = {name: shape for name, shape in shapes.items() if _is_under(name, form)}
 
     def shape_of(name: str, dimensions: int) -> Shape:
         stored = form.file_names(name)[0]
@@ -281,7 +316,7 @@ def with_positions(config: MMDiTConfig, read_row: Callable[[int], Tensor]) -> tu
     spacing = (coordinates[-1] - coordinates[0]) / (maximum - 1) if maximum > 1 else 1.0
     side = max(1, round(maximum + 2 * coordinates[0] / spacing)) if spacing > 0 else maximum
     base = max(1, round(spacing * side))
-    config = dataclasses.replace(config, position_base=base, position_side=side)
+    config = replace(config, position_base=base, position_side=side)
     codes = torch.from_numpy(sine_cosine(grid_coordinates(base, side, maximum), side_of_codes)).float()
 
     def follows(i: int) -> bool:

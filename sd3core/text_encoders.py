@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from sd3core.conditioning import ENCODERS, TextFeatures
 from sd3core.errors import DataError
 from sd3core.recipe import Text
+from sd3core.weight_files import TRANSFORMERS_STEM, find_weights
 
 # Folders of each encoder's model and tokenizer in a towers artifact, as diffusers' StableDiffusion3Pipeline names them.
 FOLDERS = {
@@ -151,13 +152,22 @@ def load_text_encoders(
 
 
 def load_model_folder(model_class: type[PreTrainedModel], folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A transformers model for inference. `dtype` is given at load so that T5 keeps its fp32 layers in half precision."""
+    """A transformers model for inference. `dtype` is given at load so that T5 keeps its fp32 layers in half precision.
+
+    Weights of another precision, as model.fp16.safetensors, are taken where they are the only ones.
+    """
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder}: no config.json; this is what {model_class.__name__}.save_pretrained writes")
+    weights = find_weights(folder, [TRANSFORMERS_STEM])
     try:
         with without_progress_bars():
             model, info = model_class.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                variant=weights and weights.variant or None,
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(

@@ -25,6 +25,7 @@ from sd3core.towers import (
     finished_towers,
     read_towers,
 )
+from sd3core.weight_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, find_weights, is_index
 from workers.caches import checked_here
 from workers.inputs import InputShard, input_shards, read_images, read_input_index
 from workers.pool import Outcome, PoolSettings, made_by, map_over_actors, start_ray
@@ -268,10 +269,16 @@ def lay_out_released(name: str, released: ReleasedTowers, local: Path) -> dict[s
 
 
 def _link(source: Path, target: Path, weights: bool) -> None:
-    """Links to the plain files of a folder: one precision of the weights in safetensors, or none for a tokenizer."""
+    """Links to the plain files of a folder: one set of weights in safetensors, or none for a tokenizer.
+
+    Where that is of another precision, it is called as the plain one, which every program looks for.
+    """
     target.mkdir(parents=True)
+    taken = find_weights(source, (DIFFUSERS_STEM, TRANSFORMERS_STEM)) if weights else None
     for path in sorted(source.iterdir()):
-        other_precision = ".fp16" in path.name or ".bf16" in path.name
-        left_behind = path.suffix in LEFT_BEHIND or other_precision or (path.suffix == ".safetensors" and not weights)
+        left_behind = path.suffix in LEFT_BEHIND or path.suffix == ".safetensors" or is_index(path.name)
         if path.is_file() and not left_behind:
             (target / path.name).symlink_to(path.resolve())
+    for name in (*taken.files, *filter(None, [taken.index])) if taken else ():
+        plain = name if name != taken.name else name.replace(f".{taken.variant}.", ".") if taken.variant else name
+        (target / plain).symlink_to((source / name).resolve())

@@ -1,21 +1,29 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from data_chain import small_recipe
-from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+from diffusers import AutoencoderKL
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    T5EncoderModel,
+)
 
 from sd3core.data.store import open_store
-from sd3core.errors import DataError
+from sd3core.errors import CheckpointError, DataError
 from sd3core.progress import ignore_progress
 from sd3core.recipe import Recipe, ReleasedTowers
 from sd3core.text_encoders import load_model_folder, load_text_encoders
 from sd3core.tower_training.make import make_small_tower
 from sd3core.towers import commit_towers, fetch_towers
 from workers.shard_stage import StageFailed
-from workers.towers import ReleasedTowerWorker, towers_stage
+from workers.towers import ReleasedTowerWorker, lay_out_released, towers_stage
 
 WORDS = ["a red circle", "two blue squares", "a green star above a white ring"]
 
@@ -76,6 +84,30 @@ def test_released_towers_are_checked_and_taken_over_in_one_precision(released, t
     for part, side in (("judge_text", CLIPTextModelWithProjection), ("judge_vision", CLIPVisionModelWithProjection)):
         weights = load_model_folder(side, local / part, torch.float32).state_dict()
         assert all(torch.equal(weights[key], whole[key]) for key in weights)
+
+
+def test_towers_that_are_there_in_half_precision_alone_are_called_as_the_plain_ones(released, tmp_path):
+    """So that the stage's files are what every program looks for, also where they are in shards."""
+    folders = dict(released)
+    for name in ("vae", "clip_g", "t5"):
+        folders[name] = str(shutil.copytree(released[name], tmp_path / name))
+    vae, clip = Path(folders["vae"]), Path(folders["clip_g"])
+    (vae / "diffusion_pytorch_model.safetensors").rename(vae / "diffusion_pytorch_model.fp16.safetensors")
+    (clip / "model.safetensors").rename(clip / "model.fp16.safetensors")
+    (clip / "model.bf16.safetensors").symlink_to("model.fp16.safetensors")
+    t5 = load_model_folder(T5EncoderModel, Path(folders["t5"]), torch.float16)
+    (Path(folders["t5"]) / "model.safetensors").unlink()
+    t5.save_pretrained(folders["t5"], variant="fp16", max_shard_size="100KB")
+    with pytest.raises(CheckpointError, match="model.bf16.safetensors and model.fp16.safetensors are both there"):
+        lay_out_released("clip_g", ReleasedTowers(**folders), tmp_path / "out")
+    (clip / "model.bf16.safetensors").unlink()
+    for name in ("vae", "clip_l", "clip_g", "t5"):
+        lay_out_released(name, ReleasedTowers(**folders), tmp_path / "out")
+    AutoencoderKL.from_pretrained(tmp_path / "out" / "vae", use_safetensors=True)
+    for part, kind in (("text_encoder_2", CLIPTextModelWithProjection), ("text_encoder_3", T5EncoderModel)):
+        _, info = kind.from_pretrained(tmp_path / "out" / part, use_safetensors=True, output_loading_info=True)
+        assert not info["missing_keys"]
+    assert not [path for path in (tmp_path / "out").rglob("*fp16*") if "-of-" not in path.name]
 
 
 def test_a_folder_that_is_missing_or_wrong_names_its_key(released, tmp_path):
