@@ -44,6 +44,8 @@ class RunFailed(UserError):
 
 def folder_overrides(recipe: Recipe, folder: Path) -> list[str]:
     """The same recipe on a user's folder of images: its own data set, towers and run, no drawn world's captioner."""
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(folder)):
+        raise DataError(f"DATA (--data) {folder}: a URL; download it, or mount it, and name the folder on this machine")
     folder = folder.expanduser().resolve()
     if not folder.is_dir():
         raise DataError(f"DATA (--data) {folder}: no such folder")

@@ -11,13 +11,18 @@ from rich.table import Table
 from sd3core.mmdit import count_parameters
 from sd3core.mmdit.flops import forward_flops
 from sd3core.moving_average import short_average_warnings
-from sd3core.precision import CPU, DTYPES, has_bf16_arithmetic, settled
 from sd3core.recipe import Recipe, Training
-from sd3core.timing import matmul_flops_per_second
+from sd3core.stage_costs import (
+    CAPTION_CONTEXT_TOKENS,
+    GPU_BF16_TFLOPS,
+    GPU_FP32_TFLOPS,
+    SMALL_CAPTIONS_PER_S,
+    stage_costs,
+    training_flops,
+)
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 RELEASED_WIDTHS = {"clip_l": 768, "clip_g": 1280, "clip_g_pooled": 1280, "t5": 4096}
-ASSUMED_TFLOPS = 400.0  # a GPU's sustained bf16 rate: 40 % of an H100's 989
 GIB, GB = 2**30, 1e9
 
 
@@ -30,7 +35,7 @@ class PhasePlan:
     steps: int
     samples: int
     tokens: int  # image and text, of one sample
-    step_flops: float  # forward and backward of the whole global batch
+    step_flops: float  # of the whole global batch: forward, backward, and what is computed again
     latent_bytes: int  # of one sample
     checkpoint_bytes: int
     checkpoints: int
@@ -67,7 +72,7 @@ def plan_phase(recipe: Recipe, key: str, phase: Training) -> PhasePlan:
         steps=phase.total_steps,
         samples=phase.samples,
         tokens=image_tokens + text_tokens,
-        step_flops=3 * phase.global_batch * forward_flops(config, image_tokens, text_tokens),
+        step_flops=phase.global_batch * training_flops(recipe, phase),
         latent_bytes=pixels // 64 * config.latent_channels * BYTES[recipe.encode.latent_dtype],
         checkpoint_bytes=parameters * 16,  # fp32 weights, two moments, EMA
         checkpoints=math.ceil(phase.samples / phase.checkpoint_every_samples),
@@ -186,19 +191,35 @@ def _print_storage(recipe: Recipe, phases: list[PhasePlan], captions: int, conso
 
 
 def _print_time(recipe: Recipe, phases: list[PhasePlan], console: Console) -> None:
-    total = sum(plan.flops for plan in phases)
-    if recipe.compute.gpus_per_rank:
-        gpus = recipe.compute.train_ranks * recipe.compute.gpus_per_rank
-        hours = total / (gpus * ASSUMED_TFLOPS * 1e12) / 3600
-        console.print(
-            f"\ntraining: {total:.2e} FLOPs, about {hours:,.0f} h on {gpus:,.0f} GPUs at {ASSUMED_TFLOPS:.0f} TFLOP/s each"
-            f" ({hours * gpus:,.0f} GPU hours)",
-            highlight=False,
-        )
+    costs, compute = stage_costs(recipe), recipe.compute
+    keys = {plan.key for plan in phases}
+    console.print("\ntime (ingest, towers and export are not counted)", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for column in ("what", "work", "FLOPs", "hours"):
+        table.add_column(column, justify="left" if column in ("what", "work") else "right")
+    for cost in costs:
+        hours = "not known" if cost.hours is None else f"{cost.hours:,.2f}"
+        table.add_row(cost.name, cost.work, f"{cost.flops:.2e}" if cost.flops else "-", hours)
+    console.print(table)
+    flops, hours = (sum(getattr(cost, name) for cost in costs if cost.name in keys) for name in ("flops", "hours"))
+    recomputed = ", activations computed again" if any(phase.activation_checkpointing for _, phase in recipe.phases()) else ""
+    if compute.gpus_per_rank:
+        gpus = compute.train_ranks * compute.gpus_per_rank
+        how = f"about {hours:,.0f} h on {gpus:,.0f} GPUs ({hours * gpus:,.0f} GPU hours)"
     else:
-        precision = settled("auto", bf16=has_bf16_arithmetic(CPU))
-        rate = matmul_flops_per_second(DTYPES[precision], CPU)
-        console.print(
-            f"\ntraining: {total:.2e} FLOPs, at least {total / rate / 3600:,.2f} h at this machine's {rate / 1e9:,.0f} GFLOP/s ({precision} matmul, measured now)",
-            highlight=False,
-        )
+        how = f"at least {hours:,.2f} h on this machine"
+    console.print(f"\ntraining: {flops:.2e} FLOPs{recomputed}, {how}", highlight=False)
+    console.print(_assumed(recipe), highlight=False, soft_wrap=True)
+
+
+def _assumed(recipe: Recipe) -> str:
+    compute, said = recipe.compute, []
+    if compute.gpus_per_rank or compute.gpus_per_actor:
+        said.append(f"a GPU does {GPU_BF16_TFLOPS:.0f} TFLOP/s of the model's arithmetic and {GPU_FP32_TFLOPS:.0f} of the towers' fp32")
+    if not (compute.gpus_per_rank and compute.gpus_per_actor):
+        said.append("a CPU does what plain matrix products reach here, measured now: real work takes longer")
+    if recipe.caption.captioner == "small_world":
+        said.append(f"the drawn world's captioner writes {SMALL_CAPTIONS_PER_S:.0f} captions/s an actor")
+    elif recipe.caption.captioner == "vision_language_model":
+        said.append(f"the captioner reads {CAPTION_CONTEXT_TOKENS:,} tokens an image in fp32, and its weights once for each token of a batch")
+    return f"assumed: {'; '.join(said)}; every image is as large as the largest bucket"

@@ -28,6 +28,7 @@ from sd3core.progress import counted
 from sd3core.provenance import provenance_path, read_provenance
 from sd3core.recipe import Recipe, Training
 from sd3core.specs import FORMATS, STAGES, fingerprint
+from sd3core.stage_costs import stage_costs
 from sd3core.towers import TOWER_FOLDERS, read_towers
 from workers.stage_notes import recall_stage
 
@@ -277,7 +278,8 @@ def _told(recipe: Recipe, store: Store, parts: list[Part]) -> str:
     changes = dict.fromkeys(change for part in parts for change in part.changes)
     again = [part for part in parts if part.status == "upgrade"]
     stays = dict.fromkeys(part.name for part in parts if part.status == "stands")
-    costs = [remaking(recipe, store, part) for part in again]
+    estimate = _estimate(recipe)
+    costs = [remaking(recipe, store, part, estimate) for part in again]
     size = sum(cost.bytes for cost in costs)
     hours = [cost.hours for cost in costs]
     unknown = "" if None not in hours else f", and those of {counted(hours.count(None), 'part')} that nobody has measured"
@@ -301,11 +303,12 @@ def print_upgrade(recipe: Recipe, store: Store, console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("what stands", "with this version", "GB", "hours"):
         table.add_column(column, justify="right" if column in ("GB", "hours") else "left")
+    estimate = _estimate(recipe)
     for part in parts:
         if part.status == "stands":
             table.add_row(part.name, "stays", "", "")
         elif part.status == "upgrade":
-            cost = remaking(recipe, store, part)
+            cost = remaking(recipe, store, part, estimate)
             why = ", ".join(part.changes) or "follows"
             hours = "not measured" if cost.hours is None else f"{cost.hours:,.2f}"
             table.add_row(part.name, f"made again: {why}", f"{cost.bytes / GB:,.3f}", hours)
@@ -322,11 +325,16 @@ class Remaking:
     hours: float | None  # None: not recorded
 
 
-def remaking(recipe: Recipe, store: Store, part: Part) -> Remaking:
-    """By what stands: its bytes, and the seconds that its making took, scaled to all of it."""
+def _estimate(recipe: Recipe) -> dict[str, float | None]:
+    return {cost.name: cost.hours for cost in stage_costs(recipe)}
+
+
+def remaking(recipe: Recipe, store: Store, part: Part, estimate: dict[str, float | None]) -> Remaking:
+    """By what stands: its bytes, and the seconds that its making took, scaled to all of it; else by the plan's `estimate`."""
     sizes = [_standing(recipe, store, part, folder) for folder in part.folders]
     hours = [size.hours for size in sizes]
-    return Remaking(sum(size.bytes for size in sizes), None if None in hours else sum(hours))
+    size = sum(size.bytes for size in sizes)
+    return Remaking(size, estimate.get(part.name) if None in hours else sum(hours))
 
 
 def _training_hours(store: Store, last: CheckpointRef) -> float | None:

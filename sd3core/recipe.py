@@ -50,6 +50,9 @@ AspectRatios = Annotated[tuple[AspectRatio, ...], Field(min_length=1)]
 FourLevels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=4, max_length=4)]  # they make f8
 
 
+URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -76,6 +79,7 @@ class Data(Section):
     def _folder_named(self) -> Data:
         if self.source == "folder" and not self.folder:
             raise ValueError("data.folder must name the folder of images when data.source is 'folder'")
+        _refuse_url("folder", self.folder)
         _check_whole_path("folder", self.folder)
         return self
 
@@ -91,6 +95,12 @@ class ReleasedTowers(Section):
     clip_l_tokenizer: str
     clip_g_tokenizer: str
     t5_tokenizer: str
+
+    @model_validator(mode="after")
+    def _folders_here(self) -> ReleasedTowers:
+        for key, folder in self:
+            _refuse_url(key, folder)
+        return self
 
 
 class SmallVae(Section):
@@ -138,8 +148,23 @@ class SmallT5(Section):
         return self
 
 
-def _check_whole_path(key: str, path: str | None) -> None:
-    if path is not None and not (path.startswith("/") or "://" in path):
+STORE_SCHEMES = ("file", "s3")
+
+
+def _refuse_url(key: str, path: str | None) -> None:
+    if path is not None and (url := URL.match(path)):
+        copy = "give the path alone" if url.group(1) == "file" else "download it, or mount it, and give its whole path"
+        raise ValueError(f"{key} {path} is a URL, and {key} is a folder of this machine: {copy}")
+
+
+def _check_whole_path(key: str, path: str | None, schemes: tuple[str, ...] = STORE_SCHEMES) -> None:
+    """`schemes`: of the URLs that may stand there too."""
+    if path is None:
+        return
+    url = URL.match(path)
+    if url and url.group(1) not in schemes:
+        raise ValueError(f"{key} {path} is a URL of another kind: take a whole path, {' or '.join(f'{s}://' for s in schemes)}")
+    if not url and not path.startswith("/"):
         raise ValueError(f"{key} {path} is relative, and workers run in folders of their own: give the whole path")
 
 
@@ -206,6 +231,7 @@ class Caption(Section):
     def _model_named(self) -> Caption:
         if self.captioner == "vision_language_model" and not self.model:
             raise ValueError("caption.model must name a local folder when caption.captioner is 'vision_language_model'")
+        _refuse_url("model", self.model)
         return self
 
 

@@ -616,3 +616,27 @@ def test_a_fingerprint_is_of_the_values_and_not_of_their_order():
     assert (
         fingerprint({"b": [1, 2.5, None], "a": "ü"}) == fingerprint({"a": "ü", "b": [1, 2.5, None]}) == "703dceec79c3"
     )
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("data.folder=https://host/images", "folder https://host/images is a URL, and folder is a folder of this machine: download"),
+        ("data.folder=s3://bucket/images", "data: folder s3://bucket/images is a URL"),
+        ("data.folder=hf://datasets/x", "data: folder hf://datasets/x is a URL"),
+        ("data.folder=file:///images", "give the path alone"),
+        ("towers.released.vae=hf://x/vae", "towers.released: vae hf://x/vae is a URL"),
+        ("caption.model=https://host/model", "caption: model https://host/model is a URL"),
+        ("store=gs://bucket/x", "store gs://bucket/x is a URL of another kind: take a whole path, file:// or s3://"),
+        ("model.start_from=hf://x", "model: start_from hf://x is a URL of another kind"),
+    ],
+)
+def test_a_url_where_a_folder_belongs_is_refused_by_name(override, said):
+    with pytest.raises(RecipeError) as refused:
+        load_recipe("sd3-2b", [override])
+    assert said in str(refused.value)
+
+
+def test_stores_and_starts_may_be_urls():
+    for override in ("store=s3://bucket/x", "store=file:///x", "model.start_from=s3://bucket/x", "data.folder=/a://b"):
+        load_recipe("sd3-2b", [override])

@@ -34,7 +34,7 @@ def test_the_papers_backbones_side_by_side():
     two, three, one = (plans[name] for name in ("mmdit, 2 streams", "mmdit, 3 streams", "dit"))
     assert (two.parameters, one.parameters) == (2_028_328_000, 1_039_245_376)
     own = plan_phase(recipe, "pretrain", recipe.pretrain)
-    assert two.flops * 3 * recipe.pretrain.global_batch == own.step_flops
+    assert two.flops * 4 * recipe.pretrain.global_batch == own.step_flops  # with activations computed again
     assert two.flops < three.flops < 1.01 * two.flops and two.flops < one.flops < 1.02 * two.flops
     assert three.parameters - two.parameters == 23 * (18 * 1536**2 + 15 * 1536) + 5 * 1536**2 + 5 * 1536
     for architecture in ("dit", "cross_dit", "uvit"):
@@ -56,7 +56,7 @@ def test_the_plan_of_every_recipe_says_what_it_costs(name):
     plans = [plan_phase(recipe, key, phase) for key, phase in recipe.phases()]
     rows = [line.split() for line in printed.output.splitlines()]
     for plan in plans:
-        training, memory = [row for row in rows if row[:1] == [plan.key]]
+        training, memory, _ = [row for row in rows if row[:1] == [plan.key]]
         assert training[1] == f"{plan.parameters:,}"
         assert training[5] == f"{plan.steps:,}"
         assert memory[1:5] == [f"{plan.rank_state_bytes[stage] / 2**30:,.2f}" for stage in range(4)]

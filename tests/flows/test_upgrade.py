@@ -180,7 +180,7 @@ def test_the_plan_says_what_stays_and_what_it_costs(store, rise):
     assert "stays" in rows["text"] and "made again: latents format 1 -> 6" in rows["latents.pretrain"]
     part = next(part for part in look(recipe(), store) if part.name == "latents.pretrain")
     standing = next(fol for fol in part.folders)
-    assert upgrade.remaking(recipe(), store, part).bytes == sum(read_manifest(store, f).bytes for f in part.folders)
+    assert upgrade.remaking(recipe(), store, part, {}).bytes == sum(read_manifest(store, f).bytes for f in part.folders)
     assert standing.startswith("datasets/tiny-world/latents/")
     rise()
     quiet = io.StringIO()
