@@ -13,7 +13,7 @@ from sd3core.metrics.held_out import read_images
 from sd3core.pictures import make_grid, page_jpeg, to_uint8
 from sd3core.recipe import Recipe
 from sd3core.towers import fetch_towers
-from workers.caches import towers_cache
+from workers.caches import checked_here, towers_cache
 
 LARGEST_PX = 256
 
@@ -43,4 +43,5 @@ def _some_images(recipe: Recipe, store: Store, raw: ManifestRef) -> np.ndarray:
     """(n, side, side, 3) uint8."""
     manifest = read_manifest(store, raw.folder, raw.digest)
     side = min(recipe.phases()[-1][1].side_px, LARGEST_PX)
-    return read_images(store, manifest, shown_rows(recipe, store, manifest), side, PixelRules.of(recipe.data))
+    rows = shown_rows(recipe, store, manifest)
+    return read_images(store, manifest, rows, side, PixelRules.of(recipe.data), checked_here())

@@ -56,5 +56,6 @@ def caption_table(store: Store, result: Any) -> list[dict[str, object]]:
     manifest = read_manifest(store, result.manifest.folder, result.manifest.digest)
     if not manifest.shards:
         return []
-    made = read_table(store, manifest.folder, manifest.shards[0].stem).slice(0, CAPTIONS_SHOWN).to_pylist()
+    first = manifest.shards[0]
+    made = read_table(store, manifest.folder, first.stem, first.digest).slice(0, CAPTIONS_SHOWN).to_pylist()
     return [{"key": row["key"], "synthetic caption": row["caption"], "by": row["model"]} for row in made]

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sd3core.data.store import Store, open_store
+from sd3core.data.store import Store, StoreNotFound, canonical_json, open_store
 from sd3core.errors import CheckpointError
 from sd3core.mmdit import Backbone, BackboneConfig, config_from_dict, make_model
 from sd3core.mmdit.backbone import config_positions
@@ -55,6 +55,10 @@ class FileRecord(BaseModel):
     bytes: int
 
 
+class DamagedRecord(CheckpointError):
+    """A DONE.json whose content is not what was written."""
+
+
 class CheckpointDone(BaseModel):
     """What DONE.json says: all that is needed to go on from here, at any world size, or to make a model of it."""
 
@@ -72,6 +76,7 @@ class CheckpointDone(BaseModel):
     specs: dict[str, str]  # fingerprints and manifest digests it was trained from
     null: Literal["zeros", "empty"]  # what the model knows as "no prompt"
     recipe: dict[str, Any] | None = None
+    sha256: str | None = None  # of all of this file besides; None where an earlier version wrote it
 
     def model_config_of(self) -> BackboneConfig:
         return config_from_dict(self.config)
@@ -87,7 +92,7 @@ class CheckpointDone(BaseModel):
         Equal jobs give equal checkpoints, so restarts, ranks and settings outside the specs change nothing here. Floats
         may differ in their last bits under one digest; `files` pins the bytes.
         """
-        made_otherwise = {"attempt", "files", "recipe", "training"}
+        made_otherwise = {"attempt", "files", "recipe", "training", "sha256"}
         fields = self.model_dump(mode="json", exclude=made_otherwise)
         canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
@@ -145,18 +150,43 @@ def list_checkpoints(store: Store, parent: str, last_samples: int | None = None)
     return [CheckpointRef(n, checkpoint_folder(parent, n)) for n in samples if last_samples is None or n <= last_samples]
 
 
+def write_done(store: Store, folder: str, done: CheckpointDone) -> None:
+    """Writes DONE.json, which makes the checkpoint exist. It vouches for the files, and for itself."""
+    fields = done.model_dump(mode="json", exclude={"sha256"})
+    store.put_json(_join(folder, DONE_FILE), fields | {"sha256": _record_digest(fields)})
+
+
 def read_done(store: Store, folder: str) -> CheckpointDone:
-    where = store.uri(_join(folder, DONE_FILE))
-    if not store.exists(_join(folder, DONE_FILE)):
-        raise CheckpointError(f"{where} is missing: the checkpoint was not finished; take an earlier one")
+    """Raises CheckpointError where there is none or another version wrote it, DamagedRecord where it is damaged."""
+    path = _join(folder, DONE_FILE)
+    where = store.uri(path)
     try:
-        done = CheckpointDone.model_validate(store.get_json(_join(folder, DONE_FILE)))
+        data = store.get(path)
+    except StoreNotFound:
+        raise CheckpointError(f"{where} is missing: the checkpoint was not finished; take an earlier one") from None
+    mend = "delete it, and run the training stage again: it goes on from an earlier checkpoint"
+    try:
+        fields = json.loads(data)
+        stated = fields.pop("sha256", None)
+    except (ValueError, AttributeError, TypeError):
+        raise DamagedRecord(f"{where}: damaged, not JSON; {mend}") from None
+    if stated is not None and stated != _record_digest(fields):
+        raise DamagedRecord(f"{where}: damaged, its content is not what was written; {mend}")
+    try:
+        done = CheckpointDone.model_validate(fields | {"sha256": stated})
     except ValidationError as error:
         problem = error.errors()[0]
         raise CheckpointError(f"{where}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
     if done.format != FORMAT:
         raise CheckpointError(f"{where}: format {done.format}; this version reads {FORMAT}")
+    named = where.split("/")[-2]  # older records do not vouch for themselves, and the clock is what training goes on from
+    if re.fullmatch(r"\d{12}", named) and int(named) != done.samples:
+        raise DamagedRecord(f"{where}: damaged, it says {done.samples:,} samples and its folder {int(named):,}; {mend}")
     return done
+
+
+def _record_digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(fields)).hexdigest()
 
 
 def read_pieces(

@@ -24,8 +24,8 @@ from sd3core.checkpoint import record_file
 from sd3core.checkpoint_facts import CheckpointFacts, read_facts
 from sd3core.convert import DtypeName, open_source, write_config, write_transformer
 from sd3core.data.checked_files import CheckedFiles
-from sd3core.data.store import Store, StoreNotFound
-from sd3core.errors import CheckpointError, StoreError
+from sd3core.data.store import Store, StoreDamaged, StoreNotFound
+from sd3core.errors import CheckpointError
 from sd3core.export_readme import readme
 from sd3core.mmdit import MMDiTConfig
 from sd3core.provenance import PROVENANCE_FILE, provenance, put_provenance
@@ -139,7 +139,7 @@ def _look(
                 return False, f"{folder}/{name}"
     except StoreNotFound:
         return False, None
-    except (StoreError, KeyError, TypeError, AttributeError):
+    except (StoreDamaged, KeyError, TypeError, AttributeError):
         return False, path
     return True, None
 

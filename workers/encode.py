@@ -14,7 +14,7 @@ from sd3core.recipe import Recipe, Text
 from sd3core.specs import latents_fields, latents_folder, text_fields, text_folder
 from sd3core.towers import read_towers
 from workers.encode_latents import ENLARGED, LatentsSource, LatentsWorker
-from workers.encode_text import NULL, TOO_LONG, TextSource, TextWorker
+from workers.encode_text import NULL, TOO_LONG, TextSource, TextWorker, pin_null
 from workers.inputs import InputShard, actor_device, decode_threads, input_shards
 from workers.shard_stage import ShardStage, ShardTask, StageResult, remember_stage, run_shard_stages
 
@@ -51,6 +51,7 @@ def encode_stage(
                 for number, shard in raw_shards.items()
             ]
             stages[name] = ShardStage(name, "latents", folder, fields, {"raw": raw.digest}, tasks)
+    damaged = pin_null(store, stages["text"].folder)
     worker = {
         "store_url": store.url,
         "towers": towers,
@@ -63,7 +64,11 @@ def encode_stage(
     }
     made = run_shard_stages(store, recipe.run, list(stages.values()), EncodeWorker, worker, recipe.compute, report)
     results = {result.stage: result for result in made}
+    pin_null(store, stages["text"].folder)  # here, where one process does it: several workers may have written it
     results["text"] = _with_cut_captions(store, recipe, results["text"])
+    if damaged:
+        warnings = [*results["text"].warnings, f"{store.uri(damaged)} was damaged: it is made again"]
+        results["text"] = dataclasses.replace(results["text"], warnings=warnings)
     for name, source in shared.items():
         if name != source:
             results[name] = dataclasses.replace(results[source], stage=name)

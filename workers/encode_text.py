@@ -15,8 +15,9 @@ import torch
 
 from sd3core.conditioning import ENCODERS, TextFeatures
 from sd3core.data.manifest import ManifestRef
-from sd3core.data.shards import BLOCK, DoneRecord, FailedRow, Sample, write_shard
-from sd3core.data.store import Store
+from sd3core.data.shards import BLOCK, DONE, DoneRecord, FailedRow, Sample, read_done, write_shard
+from sd3core.data.store import Store, StoreNotFound, canonical_json
+from sd3core.errors import DataError
 from sd3core.progress import ProgressCallback, ignore_progress
 from sd3core.recipe import Text
 from sd3core.towers import fetch_towers
@@ -25,6 +26,7 @@ from workers.inputs import InputShard, read_input_index, read_input_table
 from workers.shard_stage import ShardTask
 
 NULL = "NULL.safetensors"  # the encoded empty string, beside the text shards
+NULL_RECORD = "NULL.json"  # its size and SHA-256; absent where an earlier version wrote it and nobody has read it since
 ORIGINAL, SYNTHETIC = "original", "synthetic"
 TOO_LONG = "captions too long"  # how many images of a shard have one, original or synthetic
 SCHEMA = pa.schema(
@@ -36,6 +38,35 @@ SCHEMA = pa.schema(
 class TextSource:
     raw: InputShard
     captions: InputShard | None
+
+
+def pin_null(store: Store, folder: str) -> str | None:
+    """Writes the record of the encoded empty string where there is none; one that is damaged is taken away, for the
+    stage to make again, and its path returned.
+    """
+    try:
+        read_null_bytes(store, folder)
+    except StoreNotFound:
+        store.delete(f"{folder}/{NULL_RECORD}")  # the next one may be encoded by another machine, with other last bits
+    except DataError:
+        store.delete(f"{folder}/{NULL}")
+        store.delete(f"{folder}/{NULL_RECORD}")
+        return f"{folder}/{NULL}"
+    return None
+
+
+def read_null_bytes(store: Store, folder: str) -> bytes:
+    """The encoded empty string, after it is compared with its record. Raises DataError where it is damaged."""
+    data = store.get(f"{folder}/{NULL}")
+    record = canonical_json({"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)})
+    try:
+        if store.get(f"{folder}/{NULL_RECORD}") != record:
+            raise DataError(
+                f"{store.uri(folder)}/{NULL}: damaged, not what was encoded; run the encode stage: it is made again"
+            )
+    except StoreNotFound:
+        store.put(f"{folder}/{NULL_RECORD}", record)
+    return data
 
 
 class TextWorker:
@@ -66,6 +97,8 @@ class TextWorker:
         null = f"{task.folder}/{NULL}"
         if not self.store.exists(null):
             self.store.put(null, self._encode([""])[0].to_bytes(self.text.padding))
+            if self.store.exists(f"{task.folder}/{task.stem}{DONE}"):  # the shard stands: this alone was missing
+                return read_done(self.store, task.folder, task.stem)
         failed: list[FailedRow] = []
         counts: Counter[str] = Counter()
         samples = self._samples(_distinct(self._captions(task.source)), task.rows, failed, counts)

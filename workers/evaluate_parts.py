@@ -36,7 +36,7 @@ from sd3core.small_world import shapes_bench
 from sd3core.small_world.detector import MIN_SIDE_PX
 from sd3core.text_encoders import load_text_encoders
 from sd3core.towers import fetch_towers
-from workers.caches import shards_cache, towers_cache
+from workers.caches import checked_here, shards_cache, towers_cache
 from workers.evaluate import EvaluationInputs, EvaluationTask
 
 
@@ -139,11 +139,11 @@ class EvaluationWorker:
         texts = self.judge.text_features([prompt for prompt, _ in scored]).cpu().numpy() if scored else features
         rules, name = PixelRules.of(self.recipe.data), self.recipe.data.name
         reference = reference_features(
-            self.store, name, self.raw, self.judge, protocol["reference"], rules, self._show_images
+            self.store, name, self.raw, self.judge, protocol["reference"], rules, self._show_images, checked_here()
         )
         result.add("clip_score", clip_score(features, texts))
-        result.add("clip_fid", frechet_score(features, reference))
-        result.details["reference_images"] = len(reference)
+        result.add("clip_fid", frechet_score(features, reference.features))
+        result.details["reference_images"] = len(reference.features)
         self._write_grid(task, result, grid, [images[pair] for pair in grid])
 
     def _draw_grid(self, task: EvaluationTask, result: _Part) -> None:

@@ -47,7 +47,7 @@ def _images_used(store: Store, data: Data, result: StageResult) -> list[str]:
     splits = [
         split
         for shard in manifest.shards
-        for split in read_index(store, manifest.folder, shard.stem)["split"].to_pylist()
+        for split in read_index(store, manifest.folder, shard.stem, shard.index_digest)["split"].to_pylist()
     ]
     found = manifest.rows + sum(manifest.failed_reasons.values())
     return [f"{manifest.rows:,} of {counted(found, 'image')} used, {splits.count('held_out'):,} held out"]

@@ -116,6 +116,10 @@ def read_manifest(store: Store, folder_or_path: str, digest: str | None = None) 
         ) from None
     if digest is not None and hashlib.sha256(data).hexdigest() != digest:
         raise DataError(f"{store.uri(path)}: not the manifest that was asked for ({digest[:12]}); run the stage again")
+    if path.endswith(f"/{MANIFEST}"):  # its copy, written before it, has its digest in the name
+        copy = manifest_ref(path.rpartition("/")[0], hashlib.sha256(data).hexdigest()).path
+        if not store.exists(copy):
+            raise DataError(f"{store.uri(path)}: not a manifest that was committed, {copy} is not there; run the stage again")
     return manifest
 
 

@@ -159,10 +159,15 @@ def read_table(store: Store, folder: str, stem: str, digest: str | None = None) 
 def check_digest(data: bytes, digest: str, uri: str) -> None:
     """Raises DataError unless these are the bytes that a manifest names."""
     if hashlib.sha256(data).hexdigest() != digest:
-        stem = uri.rpartition("/")[2].removesuffix(".tar").removesuffix(INDEX).removesuffix(".parquet")
-        raise DataError(
-            f"{uri}: its bytes are not those of its manifest; delete {stem}{DONE} beside it and run the stage again"
-        )
+        raise not_of_its_manifest(uri)
+
+
+def not_of_its_manifest(uri: str) -> DataError:
+    """A damaged tar, index or table of a shard, and the mend."""
+    stem = uri.rpartition("/")[2].removesuffix(".tar").removesuffix(INDEX).removesuffix(".parquet")
+    return DataError(
+        f"{uri}: its bytes are not those of its manifest; delete {stem}{DONE} beside it and run the stage again"
+    )
 
 
 def read_samples(data: bytes) -> Iterator[tuple[str, dict[str, bytes]]]:

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
+from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.images import PixelRules, crop_to, decode_image
 from sd3core.data.manifest import Manifest
-from sd3core.data.shards import image_of, read_index, read_samples, sample_id
-from sd3core.data.store import Store
+from sd3core.data.shards import image_of, not_of_its_manifest, read_index, read_samples, sample_id
+from sd3core.data.store import Store, StoreDamaged, StoreNotFound
 from sd3core.specs import fingerprint
 
 if TYPE_CHECKING:
@@ -22,6 +24,15 @@ if TYPE_CHECKING:
 
 REFERENCE_FORMAT = 1  # of the stored features; raise it when preprocessing changes
 DECODE_BATCH = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The judge's features (n, D) of held-out images and the keys of their rows."""
+
+    features: np.ndarray
+    keys: list[str]
+    damaged: str | None = None  # the stored file for which they were made again
 
 
 @dataclass(frozen=True)
@@ -47,14 +58,26 @@ def read_rows(store: Store, raw: Manifest, split: str, limit: int, *, captioned:
         if len(rows) >= limit:
             break
         columns = ["key", "caption", "offset", "length", "split"]
-        for row in read_index(store, raw.folder, shard.stem).select(columns).to_pylist():
+        for row in read_index(store, raw.folder, shard.stem, shard.index_digest).select(columns).to_pylist():
             if row.pop("split") == split and (row["caption"] or not captioned):
                 rows.append(Row(stem=shard.stem, **row))
     return sorted(rows, key=lambda row: sample_id(row.key))[:limit]
 
 
-def read_images(store: Store, raw: Manifest, rows: list[Row], side_px: int, rules: PixelRules) -> np.ndarray:
-    """(n, side, side, 3) uint8: square centre crops, as training takes them."""
+def read_images(
+    store: Store,
+    raw: Manifest,
+    rows: list[Row],
+    side_px: int,
+    rules: PixelRules,
+    checked: CheckedFiles | None = None,
+) -> np.ndarray:
+    """(n, side, side, 3) uint8: square centre crops, as training takes them.
+
+    Rows are read by their ranges; with `checked`, shards on this machine are compared with the manifest first. DataError
+    where one is damaged.
+    """
+    _check_shards(store, raw, {row.stem for row in rows}, checked)
     images = []
     for row in rows:
         data = store.get_range(f"{raw.folder}/{row.stem}.tar", row.offset, row.length)
@@ -62,6 +85,14 @@ def read_images(store: Store, raw: Manifest, rows: list[Row], side_px: int, rule
         image = image_of(files, f"{store.uri(raw.folder)}/{row.stem}.tar: {row.key}")
         images.append(crop_to(decode_image(image, rules), side_px, side_px)[0])
     return np.stack(images) if images else np.zeros((0, side_px, side_px, 3), dtype=np.uint8)
+
+
+def _check_shards(store: Store, raw: Manifest, stems: set[str], checked: CheckedFiles | None) -> None:
+    for entry in raw.shards if checked is not None else ():
+        local = store.local_path(f"{raw.folder}/{entry.stem}.tar")
+        if entry.stem in stems and local is not None:
+            if not checked.is_whole(local, entry.digest, store.size(f"{raw.folder}/{entry.stem}.tar")):
+                raise not_of_its_manifest(f"{store.uri(raw.folder)}/{entry.stem}.tar")
 
 
 def reference_fields(raw: Manifest, judge_digest: str, side_px: int, limit: int) -> dict[str, object]:
@@ -77,22 +108,25 @@ def reference_features(
     fields: dict[str, object],
     rules: PixelRules,
     on_images: Callable[[int, int], None] | None = None,
-) -> np.ndarray:
-    """The judge's features (n, D) of the held-out images, from references/NAME/SPEC, and written there when they are
-    missing.
+    checked: CheckedFiles | None = None,
+) -> Reference:
+    """The judge's features of the held-out images, from references/NAME/SPEC, and written there when they are missing or
+    not what their record says.
 
     Two workers may make them at once: they write the same bytes.
     """
     folder = f"references/{name}/{fingerprint(fields)}"
-    if store.exists(f"{folder}/DONE.json"):
-        return load_arrays(store.get(f"{folder}/features.safetensors"))["features"]
+    standing, damaged = _standing_reference(store, folder)
+    if standing is not None:
+        return standing
     from sd3core.metrics.clip_score import (
         image_embeddings,  # loads transformers, which planning does not need
     )
 
     rows, parts = read_rows(store, raw, "held_out", int(fields["limit"])), []
     for start in range(0, len(rows), DECODE_BATCH):
-        images = read_images(store, raw, rows[start : start + DECODE_BATCH], int(fields["side_px"]), rules)
+        batch = rows[start : start + DECODE_BATCH]
+        images = read_images(store, raw, batch, int(fields["side_px"]), rules, checked)
         parts.append(image_embeddings(judge, images))
         if on_images is not None:
             on_images(start + len(images), len(rows))
@@ -101,4 +135,22 @@ def reference_features(
     store.put(f"{folder}/features.safetensors", data)
     keys = [row.key for row in rows]
     store.put_json(f"{folder}/DONE.json", {"fields": fields, "keys": keys, "sha256": hashlib.sha256(data).hexdigest()})
-    return features
+    return Reference(features, keys, damaged)
+
+
+def _standing_reference(store: Store, folder: str) -> tuple[Reference | None, str | None]:
+    """(what stands, the file that is damaged)."""
+    path = f"{folder}/features.safetensors"
+    try:
+        done = store.get_json(f"{folder}/DONE.json")
+        data, keys = store.get(path), [str(key) for key in done["keys"]]
+        if done["sha256"] != hashlib.sha256(data).hexdigest():
+            return None, path
+        if fingerprint(done["fields"]) != folder.rpartition("/")[2]:
+            return None, f"{folder}/DONE.json"
+        features = load_arrays(data)["features"]
+    except StoreNotFound:
+        return None, None
+    except (StoreDamaged, KeyError, TypeError, SafetensorError):
+        return None, f"{folder}/DONE.json"
+    return (Reference(features, keys), None) if len(keys) == len(features) else (None, f"{folder}/DONE.json")

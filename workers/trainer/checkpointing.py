@@ -28,6 +28,7 @@ from sd3core.checkpoint import (
     METRICS_FILE,
     CheckpointDone,
     CheckpointRef,
+    DamagedRecord,
     FileRecord,
     checkpoint_folder,
     list_checkpoints,
@@ -36,10 +37,12 @@ from sd3core.checkpoint import (
     read_done,
     read_pieces,
     record_file,
+    write_done,
 )
 from sd3core.data.store import Store, may_pass
 from sd3core.errors import CheckpointError, StoreError
 from sd3core.provenance import device_kind, provenance, provenance_bytes, provenance_file
+from workers.caches import checked_here
 from workers.trainer.engine import ShardedTrainer
 from workers.trainer.job import TrainingJob, TrainingSuperseded
 
@@ -78,10 +81,27 @@ def last_whole_checkpoint(
     `last_samples`: where the phase ends that goes on from it.
     """
     for ref in reversed(list_checkpoints(store, folder, last_samples)):
-        damaged = _damaged_files(store, ref.folder, read_done(store, ref.folder))
-        if not damaged:
+        damaged = _damage(store, ref.folder)
+        if damaged is None:
             return ref
-        warn(f"{store.uri(ref.folder)}: {damaged[0]}; going on from an earlier checkpoint")
+        warn(f"{damaged}; going on from an earlier checkpoint")
+    return None
+
+
+def _damage(store: Store, folder: str) -> str | None:
+    """What of a checkpoint is not what was written, in words; None of a whole one."""
+    try:
+        done = read_done(store, folder)
+    except DamagedRecord as error:
+        return str(error).partition(";")[0]
+    damaged = _damaged_files(store, folder, done)
+    if damaged:
+        return f"{store.uri(folder)}: {damaged[0]}"
+    checked = checked_here()
+    for name in done.rank_files:
+        record, local = done.files[name], store.local_path(f"{folder}/{name}")
+        if local is not None and not checked.is_whole(local, record.sha256, record.bytes):
+            return f"{store.uri(folder)}/{name}: damaged, not the file that was written"
     return None
 
 
@@ -186,7 +206,7 @@ def _commit(
         null=job.text.null,
         recipe=job.recipe,
     )
-    store.put_json(f"{folder}/{DONE_FILE}", done.model_dump(mode="json"))
+    write_done(store, folder, done)
 
 
 def _take_back_unless_whole(store: Store, folder: str, attempt: int) -> None:

@@ -23,6 +23,7 @@ from sd3core.data.store import Store, open_store
 from sd3core.formulations import Formulation, find_formulation
 from sd3core.mmdit import config_from_dict, make_model, max_attention_logit
 from sd3core.precision import DTYPES, has_bf16_arithmetic
+from workers.encode_text import read_null_bytes
 from workers.trainer import engine
 from workers.trainer.checkpointing import (
     begin_attempt,
@@ -296,7 +297,7 @@ def read_null(store: Store, job: TrainingJob) -> TextFeatures | None:
     """The features of the empty string where they stand for "no prompt", else None: zeros."""
     if job.text.null == "zeros":
         return None
-    data = store.get(f"{job.text_features.folder}/NULL.safetensors")
+    data = read_null_bytes(store, job.text_features.folder)
     null = TextFeatures.from_bytes(data, clip_tokens=job.text.clip_tokens, t5_tokens=job.text.t5_tokens)
     return null.to(torch.float32)
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import unquote
 
-from sd3core.data.store.contract import PARTIAL, Store, StoreEntry, StoreNotFound, canonical_json, may_pass
+from sd3core.data.store.contract import (
+    PARTIAL,
+    Store,
+    StoreDamaged,
+    StoreEntry,
+    StoreNotFound,
+    canonical_json,
+    may_pass,
+)
 from sd3core.data.store.files import FileStore
 from sd3core.data.store.s3 import S3Store
 from sd3core.errors import StoreError
@@ -15,6 +23,7 @@ __all__ = [
     "FileStore",
     "S3Store",
     "Store",
+    "StoreDamaged",
     "StoreEntry",
     "StoreNotFound",
     "canonical_json",

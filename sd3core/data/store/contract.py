@@ -21,9 +21,13 @@ class StoreNotFound(StoreError):
     """An object that the store does not hold."""
 
 
+class StoreDamaged(StoreError):
+    """An object whose bytes are not of the kind that was written there."""
+
+
 def may_pass(error: Exception) -> bool:
-    """True for a store that cannot be reached just now; what it does not hold will not come by waiting."""
-    return isinstance(error, StoreError) and not isinstance(error, StoreNotFound)
+    """True for a store that cannot be reached just now; what it does not hold, or holds damaged, will not come by waiting."""
+    return isinstance(error, StoreError) and not isinstance(error, StoreNotFound | StoreDamaged)
 
 
 @dataclass(frozen=True, order=True)
@@ -100,7 +104,7 @@ class Store(ABC):
         try:
             return json.loads(data)
         except ValueError:
-            raise StoreError(f"{self.uri(path)}: not JSON; delete it and run the stage that makes it again") from None
+            raise StoreDamaged(f"{self.uri(path)}: not JSON; delete it and run the stage that makes it again") from None
 
     def put_json(self, path: str, value: Any) -> None:
         self.put(path, canonical_json(value))

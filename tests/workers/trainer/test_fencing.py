@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from fake_training import make_job
 
-from sd3core.checkpoint import DONE_FILE, list_checkpoints, read_done
+from sd3core.checkpoint import DONE_FILE, DamagedRecord, list_checkpoints, read_done
 from sd3core.data.store import FileStore
 from sd3core.errors import StoreError
 from workers.trainer import checkpointing
@@ -98,6 +98,44 @@ def test_a_done_of_the_newer_attempt_is_not_taken_back(job):
         write(disturbed, job, old)
     last = last_whole_checkpoint(store, job.folder)
     assert read_done(store, last.folder).attempt == 2
+
+
+@pytest.mark.parametrize("damage", ["samples", "steps", "not JSON", "a bit of its weights"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(job, damage, monkeypatch):
+    monkeypatch.setenv("SD3_HOME", str(Path(job.store).parent))
+    store = FileStore(Path(job.store))
+    attempt = begin_attempt(store, job.folder)
+    first, second = (write(store, job, attempt, step) for step in (4, 8))
+    assert last_whole_checkpoint(store, job.folder).folder == second
+    name = read_done(store, second).rank_files[0] if damage.startswith("a bit") else DONE_FILE
+    data = bytearray(store.get(f"{second}/{name}"))
+    if damage.startswith("a bit"):
+        data[-1] ^= 1
+    elif damage == "not JSON":
+        del data[-20:]
+    else:
+        place = data.index(f'"{damage}": '.encode()) + len(damage) + 4
+        data[place] ^= 1  # a digit becomes another
+    store.put(f"{second}/{name}", bytes(data))
+    warnings: list[str] = []
+    assert last_whole_checkpoint(store, job.folder, warnings.append).folder == first
+    assert warnings[0].startswith(f"{store.uri(second)}/{name}: damaged") and "going on from an earlier" in warnings[0]
+    if name == DONE_FILE:
+        with pytest.raises(DamagedRecord, match="delete it, and run the training stage again"):
+            read_done(store, second)
+
+
+def test_a_record_of_an_earlier_version_still_vouches_for_its_samples(job):
+    store = FileStore(Path(job.store))
+    folder = write(store, job, begin_attempt(store, job.folder))
+    fields = store.get_json(f"{folder}/{DONE_FILE}")
+    del fields["sha256"]
+    store.put_json(f"{folder}/{DONE_FILE}", fields)
+    assert read_done(store, folder).sha256 is None
+    store.put_json(f"{folder}/{DONE_FILE}", fields | {"samples": fields["samples"] + 1})
+    with pytest.raises(DamagedRecord, match="33 samples and its folder 32"):
+        read_done(store, folder)
+    assert last_whole_checkpoint(store, job.folder) is None
 
 
 def test_a_checkpoint_whose_files_are_gone_is_passed_over(job):
