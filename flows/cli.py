@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from http import HTTPStatus
 
 from flows.interrupt import Interrupted, end_on_the_next, listen
 
@@ -13,7 +14,9 @@ def main() -> None:
         listen()  # before the imports, which take long enough to be interrupted
         from flows.commands import run
         from flows.home import home
+        from sd3core.loopback import keep_loopback_direct
 
+        keep_loopback_direct()
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "cache" / "compiled"))  # else in /tmp, where others write
         sys.exit(run(_print))
     except Interrupted as stopped:
@@ -38,6 +41,8 @@ def _line(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, httpx.HTTPStatusError):
+        if error.response.status_code == HTTPStatus.UNAUTHORIZED:
+            return f"the Prefect server asks for another password than this home's; `{pasted('sd3 up')}` starts it again"
         said = f"{error.response.status_code} {error.response.reason_phrase}"
         return full_disk() or f"the Prefect server answers {said}; {home()}/logs/server.log says why"
     if isinstance(error, httpx.HTTPError):

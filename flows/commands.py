@@ -84,7 +84,7 @@ def up() -> None:
     from flows.services import up as start
 
     services = start(_say)
-    _say(f"UI: {services.ui_url}")
+    _say(f"UI: {services.ui_url} (`{pasted('sd3 ui')}` shows its password)")
     _say(f'in this shell, for the prefect command: eval "$({pasted("sd3 env")})"')
 
 
@@ -98,13 +98,28 @@ def down() -> None:
 
 @app.command()
 def env() -> None:
-    """Prints the exports that point the `prefect` command at the local services."""
+    """Prints what points this shell's `prefect` command at the local services and at nothing else; the password is in it."""
     import shlex
 
+    from flows.prefect_environment import shells_own
     from flows.services import environment, require
 
-    for name, value in environment(require()).items():
+    settings = environment(require())
+    for name in shells_own(os.environ):
+        if name not in settings:
+            print(f"unset {name}")
+    for name, value in settings.items():
         print(f"export {name}={shlex.quote(value)}")
+
+
+@app.command()
+def ui() -> None:
+    """Prints the address of Prefect's UI and the password that it asks for once in a browser."""
+    from flows.prefect_environment import password
+    from flows.services import require
+
+    _say(f"UI: {require().ui_url}")
+    _say(f"password: {password()}")
 
 
 @app.command()
@@ -153,7 +168,11 @@ def deploy(
 
         start(_say)
     else:
+        from flows.prefect_environment import password
+
         os.environ["PREFECT_API_URL"] = api  # before prefect is imported
+        if os.environ.get("PREFECT_API_AUTH_STRING") == password():  # by `sd3 env`: another server is not told it
+            del os.environ["PREFECT_API_AUTH_STRING"]
         import httpx
 
         from flows.deployments import apply_deployments

@@ -14,9 +14,11 @@ from uuid import UUID
 
 from rich.console import Console
 
-from flows.home import PROJECT, pasted, run_store
+from flows.home import pasted, run_store
 from flows.interrupt import Interrupted, kept_from_children, listen, put_off, unheard
+from flows.prefect_environment import prefect_folder
 from flows.recipes import DEFAULT_RECIPE, find_recipe
+from flows.redo import check_stage, forget_from
 from flows.services import ServiceError, Services, up, worker_lives
 from flows.summary import of_stage, print_summary, summary_path
 from flows.upgrade import check_upgrade
@@ -87,15 +89,17 @@ def demo(
             raise DataError(f"DATA (--data) {folder}: no image file in it ({' '.join(sorted(READABLE_SUFFIXES))})")
     recipe = load_recipe(source, overrides)
     store = run_store(recipe)
-    check_upgrade(recipe, store, remake, before=from_stage)  # also: a store that cannot be reached is told before anything starts
+    if from_stage:
+        check_stage(from_stage)
+    store.check()  # what cannot be is told before anything starts
+    check_upgrade(recipe, store, remake, before=from_stage)
     services = up(lambda line: console.print(line, soft_wrap=True, highlight=False))
     listen(f"stopped; the services stay, `{DOWN}` stops them; the same command goes on")
 
-    run_id = _run_at_work(name, recipe, overrides)
+    run_id = _run_at_work(recipe)
     if run_id and from_stage:
         raise UserError(f"run {recipe.run} is at work; `{DOWN}` ends it, then --from-stage {from_stage} can begin")
     if from_stage:
-        from flows.redo import forget_from
         from flows.session import run_lock
 
         with run_lock(store.url, recipe.run, seconds=0):  # a stage of another deployment may work on it
@@ -140,18 +144,20 @@ def _run_to_the_end(
         ) from None
 
 
-def _run_at_work(name: str, recipe: Recipe, overrides: list[str]) -> UUID | None:
-    """The unfinished pipeline run with these very settings. RunFailed where one with other settings works on the same run."""
-    from flows.runs import unfinished_runs
+def _run_at_work(recipe: Recipe) -> UUID | None:
+    """The unfinished pipeline run that reads this very recipe. RunFailed where one with another recipe works on the same run."""
+    from flows.runs import Reads, flow_name, unfinished_runs, what_it_reads
 
-    for run in unfinished_runs(f"pipeline/{name}"):
-        others = run.parameters.get("overrides") or []
-        if others == overrides:
+    wanted = Reads.of(recipe)
+    for run in unfinished_runs():
+        reads = what_it_reads(run) if flow_name(run.flow_id) == "pipeline" else None
+        if reads == wanted:
             return run.id
-        if load_recipe(run.parameters["recipe"], others).run == recipe.run:
-            shown = " ".join(others) or "no overrides"
+        if reads and (reads.store, reads.run) == (wanted.store, wanted.run):
+            overrides = " ".join(run.parameters.get("overrides") or []) or "no overrides"
             raise RunFailed(
-                f"run {recipe.run}: flow run {run.name} works on it with other settings ({shown}); wait for it, or `{DOWN}` ends it"
+                f"run {recipe.run}: flow run {run.name} works on it with other settings (recipe {run.parameters['recipe']} as it"
+                f" was when that run began, {overrides}); wait for it, or `{DOWN}` ends it"
             )
     return None
 
@@ -196,7 +202,7 @@ def start_run(deployment: str, overrides: list[str], console: Console) -> UUID:
         with kept_from_children():
             done = subprocess.run(
                 [sys.executable, "-m", *command],
-                cwd=PROJECT,
+                cwd=prefect_folder(),
                 capture_output=True,
                 text=True,
                 stdin=subprocess.DEVNULL,

@@ -26,11 +26,19 @@ def ensure(folder: Path) -> Path:
     return folder
 
 
-def write_whole(path: Path, text: str) -> None:
+def private_folder(folder: Path) -> Path:
+    """A folder that no other user can look into."""
+    ensure(folder).chmod(0o700)
+    return folder
+
+
+def write_whole(path: Path, text: str, mode: int = 0o666) -> None:
     """A reader sees the old file or the new one, never a part."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(text)
+        partial.unlink(missing_ok=True)
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+            file.write(text)
         partial.replace(path)
     except OSError as error:  # a failed write does not say where
         partial.unlink(missing_ok=True)
@@ -38,8 +46,15 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def pasted(command: str) -> str:
-    """A command of this installation as a message shows it: it can be pasted in the project's folder."""
-    return f".venv/bin/{command}"
+    """A command of this installation as a message shows it: it can be pasted where the message came."""
+    return f"{'' if _in_project() else f'{PROJECT}/'}.venv/bin/{command}"
+
+
+def _in_project() -> bool:
+    try:
+        return Path.cwd() == PROJECT
+    except FileNotFoundError:  # the folder is gone
+        return False
 
 
 def full_disk() -> str | None:
@@ -51,8 +66,11 @@ def full_disk() -> str | None:
 
 
 def run_store(recipe: Recipe) -> Store:
-    """The recipe's store; one it does not name is this machine's own."""
-    return open_store(recipe.store or f"file://{home()}/store")
+    """The recipe's store; one it does not name is this machine's own. A relative path is one of the project's folder: a run's
+    process and the commands that look for what it made may have been started anywhere.
+    """
+    url = recipe.store or f"file://{home()}/store"
+    return open_store(url if ":" in url.partition("/")[0] else str(PROJECT / Path(url).expanduser()))
 
 
 @contextmanager

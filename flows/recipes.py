@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from flows.home import ensure, home, write_whole
+from flows.home import ensure, home, pasted, write_whole
 from sd3core.errors import RecipeError
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import RECIPE_ENDINGS, load_recipe, shipped_recipes
@@ -37,5 +37,14 @@ def find_recipe(name_or_path: str) -> tuple[str, str]:
 
 
 def _added() -> dict[str, str]:
+    """Those whose file is named in recipes.json. RecipeError where that is damaged: it cannot be made again from anything."""
     path = home() / "recipes.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        added = json.loads(path.read_text(errors="replace"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        added = None
+    if not (isinstance(added, dict) and all(isinstance(value, str) for value in added.values())):
+        raise RecipeError(f"{path}: damaged; delete it and add your recipes again with `{pasted('sd3 deploy')} FILE`")
+    return added

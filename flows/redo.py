@@ -19,15 +19,20 @@ from sd3core.specs import STAGES
 from sd3core.towers import read_towers
 
 
+def check_stage(name: str) -> None:
+    """RecipeError for an unknown stage."""
+    if name not in STAGES:
+        near = difflib.get_close_matches(name, STAGES, n=1)
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        raise RecipeError(f"--from-stage {name!r}: {meant}the stages are {', '.join(STAGES)}")
+
+
 def forget_from(recipe: Recipe, store: Store, first: str) -> list[str]:
     """Undoes `first` and every stage after it, the last stage first. Returns the stages. RecipeError for an unknown stage.
 
     Call it under the run's lock: a training that goes on would not find its checkpoints when it next looks for them.
     """
-    if first not in STAGES:
-        near = difflib.get_close_matches(first, STAGES, n=1)
-        meant = f"did you mean {near[0]!r}? " if near else ""
-        raise RecipeError(f"--from-stage {first!r}: {meant}the stages are {', '.join(STAGES)}")
+    check_stage(first)
     stages = list(STAGES[STAGES.index(first) :])
     folders = {
         stage: _folders(recipe, store, stage) for stage in stages

@@ -1,5 +1,8 @@
 """Flow runs of this machine: which are at work, which are dead, which wait.
 
+The server may know runs of others: only those of this project's deployments in this home's pool, and those whose process was
+written down in this home, are looked at and changed.
+
 A flow run writes down its process as it starts. The record stays until the process is gone, so that a run whose process was killed,
 or could not tell the server that it ended, never stays Running for ever.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,24 +30,53 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Cancelling, Crashed
 
-from flows.home import ensure, home, write_whole
-from flows.prefect_client import prefect_client
-from flows.services import Process
+from flows.deployments import tagged_deployments
+from flows.home import PROJECT, ensure, home, run_store, write_whole
+from flows.prefect_client import AT_ONCE, prefect_client, read_whole
+from flows.prefect_environment import prefect_folder
+from flows.processes import Process
+from flows.services import WORK_POOL
+from sd3core.errors import UserError
+from sd3core.recipe import Recipe
+from sd3core.recipe_file import load_recipe
+from sd3core.specs import fingerprint
 
-RUNS_READ = 200
 END_SECONDS = 10
 STARTED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 UNFINISHED = [*STARTED, StateType.SCHEDULED, StateType.PAUSED]
 GONE = "Its process is gone. Run the same deployment again: it goes on."
 
 
-def remember_process(flow_run_id: str, process: Process) -> None:
+@dataclass(frozen=True)
+class Reads:
+    """What a run works on and by which recipe, as it was when the run read it: its file may have been edited since."""
+
+    recipe: str  # its fingerprint
+    run: str
+    store: str  # URL
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Reads:
+        return cls(fingerprint(recipe.model_dump(mode="json")), recipe.run, run_store(recipe).url)
+
+
+def remember_process(flow_run_id: str, process: Process, reads: Reads) -> None:
     """Called by a flow run as it starts."""
-    record = {"pid": process.pid, "born": process.born}
+    record = {**asdict(process), "reads": asdict(reads), "api": PREFECT_API_URL.value()}
     write_whole(ensure(home() / "live") / f"{flow_run_id}.json", json.dumps(record))
+
+
+def what_it_reads(run: FlowRun) -> Reads | None:
+    """As its process wrote it down; of a run that has none yet, as its parameters say. None where these name no recipe."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        return Reads(**json.loads((home() / "live" / f"{run.id}.json").read_text())["reads"])
+    try:
+        return Reads.of(load_recipe(run.parameters["recipe"], run.parameters.get("overrides")))
+    except (KeyError, UserError):
+        return None  # it will fail of that itself
 
 
 def take_cancellation(flow_run_id: str) -> bool:
@@ -67,30 +100,43 @@ def fail_dead_runs(no_worker: bool = False) -> list[str]:
 
     `no_worker`: none lives, so that what an earlier one had taken, and what has no record of a process, is dead too.
     """
-    records = {path.stem: path for path in (home() / "live").glob("*.json")}
-    dead = [name for name, path in records.items() if not _alive(path)]
-    runs = [run for name in dead for run in (*read_stage_runs(UUID(name)), *_read(FlowRunFilterId(any_=[UUID(name)])))]
+    records = _records()
+    dead = [flow_run for flow_run, path in records.items() if not _alive(flow_run, path)]
+    runs = [run for flow_run in dead for run in (*read_stage_runs(flow_run), *_read(FlowRunFilterId(any_=[flow_run])))]
     if no_worker:  # a stage of a pipeline has no process of its own
-        runs += [run for run in _unfinished(STARTED) if run.parent_task_run_id is None and str(run.id) not in records]
+        runs += [run for run in _own_unfinished(STARTED) if run.id not in records]
     failed = []
     for run in runs:
         if run.state_type in UNFINISHED:
             _set_state(run, Crashed(message=GONE))
             failed.append(run.name)
-    for name in dead:
-        records[name].unlink(missing_ok=True)
+    for flow_run in dead:
+        records[flow_run].unlink(missing_ok=True)
     return failed
 
 
-def unfinished_runs(deployment: str | None = None) -> list[FlowRun]:
-    """Runs that wait or are at work, of one deployment (FLOW/NAME) or of all, without the stages of a pipeline."""
-    with prefect_client() as client:
-        try:
-            found = client.read_deployment_by_name(deployment) if deployment else None
-        except ObjectNotFound:
-            return []
-    runs = _unfinished(UNFINISHED, FlowRunFilterDeploymentId(any_=[found.id]) if found else None)
-    return [run for run in runs if run.parent_task_run_id is None]
+def _records() -> dict[UUID, Path]:
+    """Of the server that is asked: a run of another one can only be found there."""
+    found = {}
+    for path in (home() / "live").glob("*.json"):
+        with suppress(ValueError):  # another name is no run's
+            if _json(path).get("api", PREFECT_API_URL.value()) == PREFECT_API_URL.value():
+                found[UUID(path.stem)] = path
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Nothing of a file that is gone or damaged."""
+    try:
+        record = json.loads(path.read_text(errors="replace"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def unfinished_runs() -> list[FlowRun]:
+    """Runs that wait or are at work, without the stages of a pipeline."""
+    return _own_unfinished(UNFINISHED)
 
 
 def described(run: FlowRun) -> str:
@@ -106,7 +152,7 @@ def flow_name(flow_id: UUID) -> str:
 
 def cancel_waiting_runs() -> list[str]:
     """Runs that no worker has taken yet would begin by themselves at the next start: they are cancelled. Their names."""
-    waiting = _unfinished([StateType.SCHEDULED])
+    waiting = _own_unfinished([StateType.SCHEDULED])
     for run in waiting:
         _set_state(run, Cancelled(message="The services were stopped before it began."))
     for path in (home() / "live").glob("*.cancelled"):
@@ -158,18 +204,36 @@ def _processes(flow_run_id: UUID) -> set[psutil.Process]:
         with suppress(psutil.Error):
             if process.environ().get("PREFECT__FLOW_RUN_ID") == str(flow_run_id):
                 found |= {process, *process.children(recursive=True)}
-    return {process for process in found if Process(process.pid, process.create_time()).alive()}
+    return {process for process in found if _lives(process)}
 
 
-def _alive(record: Path) -> bool:
+def _lives(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return Process.of(process.pid).alive()
+    return False
+
+
+def _alive(flow_run_id: UUID, record: Path) -> bool:
+    """A record that is damaged names no process: those of the run bear its id."""
     try:
-        return Process(**json.loads(record.read_text())).alive()
-    except (OSError, ValueError, TypeError):
-        return False  # not a record: no run is found by it
+        return Process.from_record(_json(record)).alive()
+    except ValueError:
+        return bool(_processes(flow_run_id))
 
 
-def _unfinished(states: list[StateType], deployment: FlowRunFilterDeploymentId | None = None) -> list[FlowRun]:
-    return _read(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states)), deployment=deployment)
+def _own_unfinished(states: list[StateType]) -> list[FlowRun]:
+    """Of this project's deployments, and those that began without one in this home, as `sd3 env` lets a person do."""
+    state = FlowRunFilterState(type=FlowRunFilterStateType(any_=states))
+    deployments, recorded = _own_deployments(), list(_records())
+    runs = _read(state=state, deployment=FlowRunFilterDeploymentId(any_=deployments)) if deployments else []
+    runs += _read(FlowRunFilterId(any_=recorded), state=state) if recorded else []
+    return [run for run in {run.id: run for run in runs}.values() if run.parent_task_run_id is None]
+
+
+def _own_deployments() -> list[UUID]:
+    """Those that this project made for this home's worker. Others may have the same names and tags."""
+    made_here = (str(prefect_folder()), str(PROJECT))  # the latter by versions before
+    return [each.id for each in tagged_deployments() if each.path in made_here and each.work_pool_name == WORK_POOL]
 
 
 def _read(
@@ -180,8 +244,9 @@ def _read(
     deployment: FlowRunFilterDeploymentId | None = None,
 ) -> list[FlowRun]:
     wanted = FlowRunFilter(id=ids, parent_flow_run_id=parent, state=state, deployment_id=deployment)
+    order = FlowRunSort.EXPECTED_START_TIME_ASC
     with prefect_client() as client:
-        return client.read_flow_runs(flow_run_filter=wanted, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=RUNS_READ)
+        return read_whole(lambda offset: client.read_flow_runs(flow_run_filter=wanted, sort=order, limit=AT_ONCE, offset=offset))
 
 
 def _set_state(run: FlowRun, state: Any) -> None:

@@ -1,58 +1,54 @@
 """The local services: a Prefect server (SQLite), one process worker, the deployments. Up, down, status.
 
-Everything lies under `home()`, so a user's own Prefect profile stays untouched. The server binds to loopback. A second `up`
-changes nothing that is well, and replaces what has died; every wait is bounded and says what it waits for.
+Everything lies under `home()`, so a user's own Prefect stays untouched (flows.prefect_environment). The server binds to loopback,
+on a port that is taken before it starts. A second `up` changes nothing that is well, and replaces what has died; every wait is
+bounded and says what it waits for.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
+import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from http import HTTPStatus
 from pathlib import Path
 
-import psutil
-
-from flows.home import PROJECT, ensure, full_disk, home, one_at_a_time, pasted, write_whole
+from flows.home import ensure, full_disk, home, one_at_a_time, pasted, write_whole
 from flows.interrupt import put_off, unheard
+from flows.prefect_environment import (
+    basic_authorization,
+    client_settings,
+    prefect_folder,
+    server_settings,
+    use_settings,
+    with_settings,
+)
+from flows.processes import STOP_SECONDS, Process, find_process, stop_tree
 from sd3core.errors import UserError
 from sd3core.progress import counted
 from workers.session_folders import remove_dead_sessions
 
-WORK_POOL = "local"
+WORK_POOL, TAG = "local", "sd3"
 FIRST_PORT, PORTS_TRIED = 4200, 20
-SERVER_SECONDS, SLOW_SERVER_SECONDS, WORKER_SECONDS, STOP_SECONDS = 120, 30, 60, 15
+SERVER_SECONDS, SLOW_SERVER_SECONDS, WORKER_SECONDS = 120, 30, 60
+FORMAT = 2  # of services.json; before, a server asked for no password
+SERVER = ("-m", "flows.prefect_server")
+WORKER = ("-m", "prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process", "--name", "local")
+START_MARK = "--- start"  # in the logs
+CAUSES = (re.compile(r"(?:\w+\.)*\w*(?:Error|Exception)\b.*"), re.compile(r".*\b(?:ERROR|CRITICAL)\b.*"))  # the first tells more
 
 Say = Callable[[str], None]
 
 
 class ServiceError(UserError):
     """A local service that cannot be started or reached."""
-
-
-@dataclass(frozen=True)
-class Process:
-    """A process by number and birth, so that a number used again is not taken for it."""
-
-    pid: int
-    born: float
-
-    @classmethod
-    def of(cls, pid: int) -> Process:
-        return cls(pid, psutil.Process(pid).create_time())
-
-    def alive(self) -> bool:
-        try:
-            process = psutil.Process(self.pid)
-            return abs(process.create_time() - self.born) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
 
 
 @dataclass
@@ -63,10 +59,11 @@ class Services:
     server: Process | None = None
     worker: Process | None = None
     deployed: str = ""  # fingerprint of the deployments that the server has
+    format: int = FORMAT
 
     @property
     def api_url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/api"
+        return f"{self.ui_url}/api"
 
     @property
     def ui_url(self) -> str:
@@ -77,48 +74,52 @@ class Services:
 
     @classmethod
     def load(cls) -> Services | None:
-        path = home() / "services.json"
-        if not path.is_file():
+        """None where none were started here. A record that is damaged is made again from the processes themselves."""
+        try:
+            return cls._from_record(json.loads((home() / "services.json").read_text(errors="replace")))
+        except FileNotFoundError:
             return None
-        fields = json.loads(path.read_text())
-        for name in ("server", "worker"):
-            fields[name] = Process(**fields[name]) if fields[name] else None
-        return cls(**fields)
+        except (ValueError, KeyError, TypeError):
+            return cls._from_processes()
+
+    @classmethod
+    def _from_record(cls, record: dict) -> Services:
+        processes = {name: Process.from_record(record[name]) if record[name] else None for name in ("server", "worker")}
+        return cls(int(record["port"]), **processes, deployed=str(record["deployed"]), format=record.get("format", 1))
+
+    @classmethod
+    def _from_processes(cls) -> Services:
+        server = find_process(SERVER, SD3_HOME=str(home()))
+        port = server.environment().get("PREFECT_SERVER_API_PORT") if server else None
+        return cls(int(port or FIRST_PORT), server, find_process(WORKER, SD3_HOME=str(home())))
 
 
 def environment(services: Services) -> dict[str, str]:
-    """What a Prefect command needs to talk to these services and to nothing else."""
-    return {
-        "PREFECT_HOME": str(ensure(home() / "prefect")),
-        "PREFECT_API_URL": services.api_url,
-        "PREFECT_SERVER_API_HOST": "127.0.0.1",
-        "PREFECT_SERVER_API_PORT": str(services.port),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
-        "PREFECT_RUNNER_SERVER_ENABLE": "false",
-        "PREFECT_WORKER_QUERY_SECONDS": "1",  # a person waits for the first stage
-        "PREFECT_CLIENT_CSRF_SUPPORT_ENABLED": "false",  # the server wants none; a client would ask before it writes
-        "PREFECT_CLI_PROMPT": "false",
-        "DO_NOT_TRACK": "1",
-        "SD3_HOME": str(home()),
-    }
+    """What a Prefect command needs to talk to these services and to nothing else. It holds the password."""
+    return client_settings(services.port)
 
 
 def use(services: Services) -> None:
     """Points this process's Prefect client at the services. Call before prefect is imported."""
-    os.environ.update(environment(services))
+    use_settings(environment(services))
 
 
 def server_answers(services: Services) -> bool:
     """Only the server that was started here: whoever else has its port after it ended is left alone."""
+    return _answer(services) == HTTPStatus.OK
+
+
+def _answer(services: Services) -> int | None:
+    """The status of an answer to this home's password; None without one. Never through a proxy."""
     import httpx
 
     if not (services.server and services.server.alive()):
-        return False
+        return None
     try:
-        return httpx.get(f"{services.api_url}/health", timeout=2.0).status_code == 200
+        asked = {"headers": {"Authorization": basic_authorization()}, "timeout": 2.0, "trust_env": False}
+        return httpx.get(f"{services.api_url}/version", **asked).status_code
     except httpx.HTTPError:
-        return False
+        return None
 
 
 def up(say: Say = print) -> Services:
@@ -128,9 +129,10 @@ def up(say: Say = print) -> Services:
 
 
 def _up(say: Say) -> Services:
-    services = Services.load() or Services(port=_free_port(FIRST_PORT))
+    services = _known_services()
     found = (services.server, services.worker)
     try:
+        _end_an_older_server(services, say)
         _start_what_is_missing(services, say)
     except BaseException:  # Ctrl-C too: what this call has started goes with it, so that nothing is left half up
         with unheard():
@@ -139,9 +141,20 @@ def _up(say: Say) -> Services:
     return services
 
 
+def _known_services() -> Services:
+    """What services.json holds, and what a start that was killed has not written down there."""
+    recorded, found = Services.load() or Services(FIRST_PORT), Services._from_processes()
+    if found.server and not (recorded.server and recorded.server.alive()):
+        recorded.server, recorded.port, recorded.format = found.server, found.port, found.format
+    if found.worker and not (recorded.worker and recorded.worker.alive()):
+        recorded.worker = found.worker
+    return recorded
+
+
 def _start_what_is_missing(services: Services, say: Say) -> None:
     if not _server_is_well(services):
         _start_server(services, say)
+    _end_a_worker_of_another_server(services, say)
     use(services)
     from flows.deployments import apply_deployments, deployments_fingerprint
     from flows.runs import fail_dead_runs
@@ -159,11 +172,36 @@ def _start_what_is_missing(services: Services, say: Say) -> None:
         _start_worker(services, say)
 
 
+def _end_an_older_server(services: Services, say: Say) -> None:
+    """It asks for no password, and its runs know none: it is replaced, but not under runs at work."""
+    if services.format >= FORMAT or not server_answers(services):
+        return
+    use(services)
+    from flows.runs import unfinished_runs
+
+    if at_work := unfinished_runs():
+        raise ServiceError(
+            f"the services are of an older version and have {counted(len(at_work), 'run')} at work"
+            f" ({', '.join(run.name for run in at_work)}); wait for it, or `{pasted('sd3 down')}` ends it: it goes on when asked for"
+        )
+    say("the services of an older version are replaced")
+    stop_tree(services.server)
+
+
+def _end_a_worker_of_another_server(services: Services, say: Say) -> None:
+    """At another port than this, or with another password: its runs would tell nobody how they fare."""
+    has = services.worker.environment() if services.worker else {}
+    asks = {name: has.get(name) for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")}
+    if has and asks.items() - environment(services).items():
+        say("worker: stopped, since it asks another server; it is started again, and what it had at work goes on when asked for")
+        stop_tree(services.worker)
+
+
 def _end_a_worker_with_other_keys(services: Services, say: Say) -> None:
     """Runs get the worker's environment: with an S3 endpoint or keys that were set after it began they would not reach the store."""
     if not (services.worker and services.worker.alive()):
         return
-    has = psutil.Process(services.worker.pid).environ()
+    has = services.worker.environment()
     changed = sorted(name for name, value in os.environ.items() if name.startswith("AWS_") and has.get(name) != value)
     if not changed:
         return
@@ -173,22 +211,22 @@ def _end_a_worker_with_other_keys(services: Services, say: Say) -> None:
         say(f"the worker keeps its own {', '.join(changed)} while it has runs at work")
     else:
         say(f"the worker is started again with this shell's {', '.join(changed)}")
-        _stop_tree(services.worker)
+        stop_tree(services.worker)
 
 
 def _stop_those_started(services: Services, found: tuple[Process | None, Process | None]) -> None:
     for name in ("worker", "server"):
         process = getattr(services, name)
         if process and process not in found:
-            _stop_tree(process)
+            stop_tree(process)
             setattr(services, name, None)
     services.save()
 
 
 def down(say: Say = print) -> None:
     """Stops the worker, then the server, and whatever flow runs the worker had started."""
-    services = Services.load()
-    if services is None:
+    services = _known_services()
+    if not (services.server or services.worker or (home() / "services.json").exists()):
         say("services: none were started here")
         return
     if server_answers(services):
@@ -206,7 +244,7 @@ def down(say: Say = print) -> None:
         for name in ("worker", "server"):
             process = getattr(services, name)
             if process and process.alive():
-                _stop_tree(process)
+                stop_tree(process)
                 say(f"{name}: stopped")
             else:
                 say(f"{name}: was not running")
@@ -232,8 +270,9 @@ def _server_is_well(services: Services) -> bool:
     """A server that lives has a while to answer: while training fills the cores it is slow, not dead."""
     deadline = time.monotonic() + SLOW_SERVER_SECONDS
     while services.server and services.server.alive():
-        if server_answers(services):
-            return True
+        answer = _answer(services)
+        if answer in (HTTPStatus.OK, HTTPStatus.UNAUTHORIZED):
+            return answer == HTTPStatus.OK  # else its password is lost
         if time.monotonic() > deadline:
             return False
         time.sleep(0.5)
@@ -241,18 +280,16 @@ def _server_is_well(services: Services) -> bool:
 
 
 def _start_server(services: Services, say: Say) -> None:
-    if services.server and services.server.alive():
-        _stop_tree(services.server)
-    if not _port_is_free(services.port):
-        taken, services.port = services.port, _free_port(FIRST_PORT)
-        services.deployed = ""
-        say(f"port {taken} is taken by another program; the server takes {services.port}")
-        if services.worker and services.worker.alive():
-            say("worker: stopped, since it asks at the port before; it is started again, and what it had at work goes on when asked for")
-            _stop_tree(services.worker)
-    with put_off():
-        services.server = _spawn(["server", "start"], services, "server")
-        services.save()
+    if services.server:
+        stop_tree(services.server)
+    with _take_port(services.port) as listening:
+        taken, services.port = services.port, listening.getsockname()[1]
+        if services.port != taken:
+            say(f"port {taken} is taken by another program; the server takes {services.port}")
+        services.format = FORMAT
+        with put_off():
+            services.server = _spawn(SERVER, server_settings(services.port), "server", listening)
+            services.save()
     _wait(
         f"the Prefect server on port {services.port}",
         SERVER_SECONDS,
@@ -264,30 +301,34 @@ def _start_server(services: Services, say: Say) -> None:
 
 
 def _start_worker(services: Services, say: Say) -> None:
-    from flows.deployments import worker_is_online
+    from flows.deployments import worker_heartbeats
 
+    before = worker_heartbeats()
     with put_off():
-        services.worker = _spawn(
-            ["worker", "start", "--pool", WORK_POOL, "--type", "process", "--name", "local"], services, "worker"
-        )
+        services.worker = _spawn(WORKER, environment(services), "worker")
         services.save()
     _wait(
         "the Prefect worker",
         WORKER_SECONDS,
-        lambda: worker_is_online(services.worker.born),
+        lambda: bool(worker_heartbeats() - before),
         services.worker,
         "worker",
         say,
     )
 
 
-def _spawn(arguments: list[str], services: Services, name: str) -> Process:
+def _spawn(arguments: Sequence[str], settings: dict[str, str], name: str, listening: socket.socket | None = None) -> Process:
+    """`listening`: a socket that the child inherits; its number is the last argument."""
     log = ensure(home() / "logs") / f"{name}.log"
+    sockets = [listening.fileno()] if listening else []
     with log.open("ab") as sink:
+        sink.write(f"{START_MARK}\n".encode())
+        sink.flush()
         child = subprocess.Popen(
-            [sys.executable, "-m", "prefect", *arguments],
-            cwd=PROJECT,
-            env={**os.environ, **environment(services)},
+            [sys.executable, *arguments, *map(str, sockets)],
+            cwd=prefect_folder(),
+            env=with_settings(settings),
+            pass_fds=sockets,
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
@@ -302,51 +343,29 @@ def _wait(what: str, seconds: float, ready: Callable[[], bool], process: Process
     log = home() / "logs" / f"{name}.log"
     while not ready():
         if not process.alive():
-            raise ServiceError(f"{what} ended while starting: {full_disk() or _last_line(log)} (all of it: {log})")
+            raise ServiceError(f"{what} ended while starting: {full_disk() or _cause(log)} (all of it: {log})")
         if time.monotonic() > deadline:
             raise ServiceError(f"{what} did not answer within {seconds:.0f} s; see {log}")
         time.sleep(0.3)
 
 
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it printed nothing"
+def _cause(log: Path) -> str:
+    """Why a service ended: the last error that it told since it was started, else its last line."""
+    told = log.read_text(errors="replace").rpartition(START_MARK)[2]
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    errors = [[line for line in lines if cause.match(line)] for cause in CAUSES]
+    return next(filter(None, [*errors, lines, ["it printed nothing"]]))[-1]
 
 
-def _stop_tree(process: Process) -> None:
-    """SIGTERM to the process and its descendants, SIGKILL to what is left: nothing stays running."""
-    try:
-        root = psutil.Process(process.pid)
-    except psutil.NoSuchProcess:
-        return
-    tree = [root, *root.children(recursive=True)]
-    for member in tree:
-        _signal(member, signal.SIGTERM)
-    _, left = psutil.wait_procs(tree, timeout=STOP_SECONDS)
-    for member in left:
-        _signal(member, signal.SIGKILL)
-    psutil.wait_procs(left, timeout=STOP_SECONDS)
-
-
-def _signal(process: psutil.Process, number: int) -> None:
-    try:
-        process.send_signal(number)
-    except psutil.NoSuchProcess:
-        return
-
-
-def _port_is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def _free_port(first: int) -> int:
-    for port in range(first, first + PORTS_TRIED):
-        if _port_is_free(port):
-            return port
-    raise ServiceError(f"ports {first} to {first + PORTS_TRIED - 1} are all taken; free one of them")
+def _take_port(first: int) -> socket.socket:
+    """A listening socket on this port, else on the first free one. Whoever holds it has the port: nobody else can get it."""
+    ports = range(FIRST_PORT, FIRST_PORT + PORTS_TRIED)
+    for port in (first, *ports):
+        listening = socket.socket()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with suppress(OSError):
+            listening.bind(("127.0.0.1", port))
+            listening.listen()
+            return listening
+        listening.close()
+    raise ServiceError(f"ports {ports[0]} to {ports[-1]} are all taken; free one of them")

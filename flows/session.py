@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 from prefect import runtime
 
-from flows.home import ensure, home, run_store
-from flows.runs import remember_process, take_cancellation
-from flows.services import Process
+from flows.home import PROJECT, ensure, home, run_store
+from flows.processes import Process
+from flows.runs import Reads, remember_process, take_cancellation
 from sd3core.data.store import Store
 from sd3core.errors import UserError
+from sd3core.loopback import keep_loopback_direct
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
 from workers.pool import start_ray
@@ -48,9 +49,12 @@ def session(recipe: str, overrides: list[str] | None) -> Iterator[Session]:
     if joined is not None:
         yield joined
         return
+    os.environ["SD3_HOME"] = str(home())  # whole, before the folder changes
+    os.chdir(PROJECT)  # of which relative paths in a recipe are; the process began where Prefect finds no settings of others
+    keep_loopback_direct()
     loaded = load_recipe(recipe, overrides)
     store = run_store(loaded)
-    remember_process(runtime.flow_run.id, Process.of(os.getpid()))
+    remember_process(runtime.flow_run.id, Process.of(os.getpid()), Reads.of(loaded))
     if take_cancellation(runtime.flow_run.id):
         raise RunCancelledError("this run was cancelled before it began")
     with run_lock(store.url, loaded.run), start_ray(loaded.compute):

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from flows.home import pasted
 from flows.scores import bench_rows, score_rows
 from flows.services import Services
 from sd3core.data.store import Store
@@ -93,7 +94,7 @@ def print_summary(
     say("summary", _shown(store, summary_path(recipe)))
     for line in maker_lines(summary["stages"]):
         say("made by", line)
-    say("UI", services.ui_url)
+    say("UI", f"{services.ui_url}  (password: {pasted('sd3 ui')})")
     say("sample", " ".join(command))
 
 

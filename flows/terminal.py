@@ -23,8 +23,8 @@ from rich.live import Live
 from rich.table import Table
 
 from flows.artifacts import SKIPPED
-from flows.prefect_client import prefect_client
-from flows.runs import RUNS_READ, fail_dead_runs, flow_name, read_stage_runs
+from flows.prefect_client import AT_ONCE, prefect_client
+from flows.runs import fail_dead_runs, flow_name, read_stage_runs
 from flows.services import ServiceError, worker_lives
 from flows.summary import of_stage
 from flows.terminal_picture import can_show_pictures, half_blocks
@@ -81,7 +81,7 @@ def look(flow_run_id: UUID) -> RunView:
     with prefect_client() as client:
         run = client.read_flow_run(flow_run_id)
         runs = read_stage_runs(flow_run_id) or [run]
-        artifacts = _artifacts(client, flow_run_id, RUNS_READ, type={"any_": ["progress"]})
+        artifacts = _artifacts(client, flow_run_id, AT_ONCE, type={"any_": ["progress"]})
     lines = {UUID(artifact["flow_run_id"]): artifact["description"] or "" for artifact in reversed(artifacts)}
     stages = [_stage_view(child, flow_name(child.flow_id), lines.get(child.id, "")) for child in runs]
     return RunView(run.state_type or StateType.PENDING, _problem(run), stages, flow_name(run.flow_id) == "pipeline")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import httpx
 import psutil
@@ -154,9 +156,23 @@ class Installation:
         return RUN_ID.search(printed).group(0)
 
     def api(self, path: str, **body: Any) -> Any:
-        answer = httpx.post(f"http://127.0.0.1:{self.services['port']}/api/{path}", json=body, timeout=30)
+        answer = httpx.post(f"{self.ui}/api/{path}", json=body, headers=self.authorization() | self.csrf_token(), timeout=30)
         answer.raise_for_status()
-        return answer.json()
+        return answer.json() if answer.content else None
+
+    @property
+    def password(self) -> str:
+        return (self.home / "prefect" / "password").read_text()
+
+    def authorization(self) -> dict[str, str]:
+        return {"Authorization": f"Basic {base64.b64encode(self.password.encode()).decode()}"}
+
+    def csrf_token(self) -> dict[str, str]:
+        """The headers that let a client write."""
+        client = str(uuid4())
+        answer = httpx.get(f"{self.ui}/api/csrf-token", params={"client": client}, headers=self.authorization(), timeout=30)
+        answer.raise_for_status()
+        return {"Prefect-Csrf-Client": client, "Prefect-Csrf-Token": answer.json()["token"]}
 
     def stages_of(self, flow_run_id: str) -> dict[str, str]:
         """Stage -> state type of the stage runs that a pipeline run started."""

@@ -28,7 +28,8 @@ FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Iterator[Page]:
+def page(tmp_path_factory, installation) -> Iterator[Page]:
+    """Of a browser whose user has typed the password in, as `sd3 ui` shows it."""
     chromium = shutil.which("chromium")
     if chromium is None:
         missing = "chromium is not installed (Debian: apt-get install chromium)"
@@ -43,7 +44,13 @@ def page(tmp_path_factory) -> Iterator[Page]:
             reduced_motion="reduce",
         )
         browser.set_default_timeout(PAGE_MS)
-        yield browser.new_page()
+        opened = browser.new_page()
+        opened.goto(installation.ui)
+        asked = opened.locator("input[type=password]")
+        asked.fill(re.search(r"^password: (\S+)$", installation.command("sd3", "ui", seconds=60), re.MULTILINE).group(1))
+        asked.press("Enter")
+        expect(asked).to_have_count(0)
+        yield opened
         browser.close()
 
 

@@ -1,19 +1,24 @@
 from __future__ import annotations
 
+import os
 import shlex
+from importlib import resources
 from types import SimpleNamespace
+from uuid import uuid4
 
 import pytest
+import yaml
 from prefect.client.schemas.objects import StateType
 from rich.console import Console
 
-from flows import demo, previews
-from flows.demo import folder_overrides, sample_command
+from flows import demo, previews, runs
+from flows.demo import RunFailed, folder_overrides, sample_command
+from flows.processes import Process
 from flows.runs import GONE
 from flows.services import ServiceError, Services
 from flows.session import RunBusyError, run_lock
 from flows.terminal import RunView, StageView
-from sd3core.errors import DataError
+from sd3core.errors import DataError, RecipeError, StoreError
 from sd3core.recipe_file import load_recipe
 
 
@@ -116,6 +121,67 @@ def test_a_stage_is_not_made_again_while_something_works_on_the_run(monkeypatch,
     with run_lock(store.url, recipe.run), pytest.raises(RunBusyError, match="^run tiny-test: process "):
         demo.demo("tiny-test", None, [], Console(quiet=True), "pretrain")
     assert store.exists(done)
+
+
+@pytest.fixture
+def at_work(monkeypatch, tmp_path):
+    """Makes one run of another recipe file and settings be at work, as its process wrote it down."""
+    monkeypatch.setenv("SD3_HOME", str(tmp_path / "home"))
+
+    def begin(path, overrides=(), began=True):
+        run = SimpleNamespace(
+            id=uuid4(), name="pipeline mine", flow_id=uuid4(), parameters={"recipe": str(path), "overrides": list(overrides)}
+        )
+        if began:
+            runs.remember_process(str(run.id), Process.of(os.getpid()), runs.Reads.of(load_recipe(str(path), list(overrides))))
+        monkeypatch.setattr(runs, "unfinished_runs", lambda: [run])
+        monkeypatch.setattr(runs, "flow_name", lambda flow_id: "pipeline")
+        return run.id
+
+    return begin
+
+
+def recipe_file(path, **changes):
+    fields = yaml.safe_load((resources.files("infra") / "recipes" / "tiny-test.yaml").read_text()) | {"name": "mine", "run": "mine"}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(fields | changes))
+    return path
+
+
+@pytest.mark.parametrize("began", [True, False])
+def test_a_run_is_joined_by_what_it_reads(at_work, tmp_path, began):
+    one = recipe_file(tmp_path / "one" / "mine.yaml")
+    run_id = at_work(one, ["pretrain.samples=8"], began)
+    assert demo._run_at_work(load_recipe(str(one), ["pretrain.samples=8"])) == run_id
+    written_otherwise = load_recipe(str(recipe_file(tmp_path / "two" / "mine.yaml")), ["seed=0", "pretrain.samples=8"])
+    assert demo._run_at_work(written_otherwise) == run_id
+    with pytest.raises(RunFailed, match="^run mine: flow run pipeline mine works on it with other settings .* ends it$"):
+        demo._run_at_work(load_recipe(str(one)))
+    assert demo._run_at_work(load_recipe(str(one), ["run=another"])) is None
+    assert demo._run_at_work(load_recipe(str(one), [f"store={tmp_path}/another"])) is None
+
+
+def test_two_files_with_one_name_and_an_edited_file_are_told_apart(at_work, tmp_path):
+    one = recipe_file(tmp_path / "one" / "mine.yaml")
+    run_id = at_work(one)
+    other = recipe_file(tmp_path / "two" / "mine.yaml", seed=1)
+    with pytest.raises(RunFailed, match="works on it with other settings"):
+        demo._run_at_work(load_recipe(str(other)))
+    assert demo._run_at_work(load_recipe(str(one))) == run_id
+    recipe_file(one, seed=2)
+    with pytest.raises(RunFailed, match=f"recipe {one} as it was when that run began"):
+        demo._run_at_work(load_recipe(str(one)))
+
+
+def test_what_can_be_told_before_services_start_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("SD3_HOME", str(tmp_path))
+    monkeypatch.setattr(demo, "up", lambda say: pytest.fail("services were started"))
+    with pytest.raises(RecipeError, match="^--from-stage 'pretrian': did you mean 'pretrain'"):
+        demo.demo("tiny-test", None, [], Console(quiet=True), "pretrian")
+    (tmp_path / "file").touch()
+    for store in ("/proc/none", f"{tmp_path}/file/store", f"file://{tmp_path}/file"):
+        with pytest.raises(StoreError, match="cannot be written: "):
+            demo.demo("tiny-test", None, [f"store={store}"], Console(quiet=True))
 
 
 def test_the_sample_command_can_be_pasted():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
@@ -82,6 +83,7 @@ def test_services_that_were_being_started_are_stopped(monkeypatch, tmp_path, int
     monkeypatch.setattr(services, "_spawn", spawn)
     monkeypatch.setattr(services, "_wait", lambda what, *_: press() if what.startswith(interrupted) else None)
     monkeypatch.setattr(services, "_start_what_is_missing", start)
+    monkeypatch.setitem(sys.modules, "flows.deployments", SimpleNamespace(worker_heartbeats=set))
 
     with pytest.raises(Interrupted):
         services.up(lambda line: None)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -9,10 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from uuid import uuid4
 
+import psutil
 import pytest
 
 from flows import home, services
-from flows.services import Process, ServiceError, Services
+from flows.processes import Process
+from flows.services import ServiceError, Services
 
 
 @pytest.fixture(autouse=True)
@@ -29,46 +32,80 @@ def child():
     started.wait()
 
 
-def test_a_process_lives_until_it_ends(child):
-    process = Process.of(child.pid)
-    assert process.alive()
-    child.kill()
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and not yet waited for: a zombie is not alive
-    assert not process.alive()
-    child.wait()
-    assert not process.alive()
-
-
-def test_a_number_used_again_is_another_process():
-    mine = Process.of(os.getpid())
-    assert mine.alive()
-    assert not Process(mine.pid, mine.born - 100).alive()
-
-
 def test_services_are_read_as_they_were_written(own_home):
     assert Services.load() is None
-    written = Services(port=4321, server=Process(1, 2.5), worker=None, deployed="abc")
+    written = Services(port=4321, server=Process(1, 25, "a boot"), worker=None, deployed="abc")
     written.save()
     assert Services.load() == written
     assert [path.name for path in own_home.iterdir()] == ["services.json"]
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"port": 4321}', '{"port": "x", "server": 3, "worker": null, "deployed": ""}'])
+def test_a_damaged_record_is_made_again_from_the_processes(own_home, monkeypatch, damage):
+    (own_home / "services.json").write_text(damage)
+    assert Services.load() == Services(port=services.FIRST_PORT)
+    script = "import time; time.sleep(60)"  # a server and a worker as they are started, seen from outside
+    monkeypatch.setattr(services, "SERVER", ("-c", script, "server"))
+    monkeypatch.setattr(services, "WORKER", ("-c", script, "worker"))
+    monkeypatch.setenv("PREFECT_SERVER_API_PORT", "4999")
+    started = [subprocess.Popen([sys.executable, "-c", script, name]) for name in ("server", "worker")]
+    another = subprocess.Popen([sys.executable, "-c", script, "server"], env=dict(os.environ, SD3_HOME="/another/home"))
+    try:
+        assert Services.load() == Services(4999, *(Process.of(each.pid) for each in started))
+    finally:
+        for each in (*started, another):
+            each.kill()
+            each.wait()
+
+
+def test_services_of_a_version_before_are_read_as_such(own_home, child):
+    """Its records hold the time of day at which a process began."""
+    server = {"pid": child.pid, "born": psutil.Process(child.pid).create_time()}
+    (own_home / "services.json").write_text(json.dumps({"port": 4321, "server": server, "worker": None, "deployed": "abc"}))
+    assert Services.load() == Services(4321, Process.of(child.pid), None, "abc", format=1)
+
+
+def test_a_server_of_a_version_before_is_replaced_but_not_under_runs_at_work(monkeypatch, child):
+    monkeypatch.setattr(services, "server_answers", lambda found: True)
+    monkeypatch.setattr(services, "use", lambda found: None)
+    runs = SimpleNamespace(unfinished_runs=lambda: [SimpleNamespace(name="pipeline mini")])
+    monkeypatch.setitem(sys.modules, "flows.runs", runs)
+    found, said = Services(4321, Process.of(child.pid), format=1), []
+    with pytest.raises(ServiceError, match=r"older version and have 1 run at work \(pipeline mini\); wait for it, or `.venv/bin/sd3 down`"):
+        services._end_an_older_server(found, said.append)
+    assert found.server.alive() and found.format == 1
+    runs.unfinished_runs = list
+    services._end_an_older_server(found, said.append)
+    assert said == ["the services of an older version are replaced"] and not found.server.alive()
+
+
+def test_commands_talk_to_the_services_and_to_nothing_else(own_home, monkeypatch):
+    written = Services(port=4321)
     assert services.environment(written)["PREFECT_API_URL"] == "http://127.0.0.1:4321/api"
     assert services.environment(written)["PREFECT_HOME"] == str(own_home / "prefect")
 
 
-def test_a_taken_port_is_passed_over():
+def test_a_port_is_held_from_the_moment_it_is_chosen():
+    with services._take_port(services.FIRST_PORT) as first, services._take_port(services.FIRST_PORT) as second:
+        ports = [listening.getsockname()[1] for listening in (first, second)]
+        assert ports[0] < ports[1]
+        with socket.socket() as bound:  # a program that looks for a free port the same way, and is as fast
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with pytest.raises(OSError, match="Address already in use"):
+                bound.bind(("127.0.0.1", ports[0]))
+    with services._take_port(ports[0]) as again:
+        assert again.getsockname()[1] == ports[0]
+
+
+def test_no_free_port_is_an_error_that_says_so(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert not services._port_is_free(port)
-        assert services._free_port(port) > port
-    assert services._port_is_free(port)
-
-
-def test_no_free_port_is_an_error_that_says_so(monkeypatch):
-    monkeypatch.setattr(services, "_port_is_free", lambda port: False)
-    with pytest.raises(ServiceError, match="^ports 4200 to 4219 are all taken; free one of them$"):
-        services._free_port(4200)
+        monkeypatch.setattr(services, "FIRST_PORT", port)
+        monkeypatch.setattr(services, "PORTS_TRIED", 1)
+        with pytest.raises(ServiceError, match=f"^ports {port} to {port} are all taken; free one of them$"):
+            services._take_port(port)
 
 
 def test_services_that_do_not_answer_are_named_with_the_mend():
@@ -102,7 +139,7 @@ def test_a_server_of_somebody_else_on_the_remembered_port_is_not_taken_for_ours(
     child.kill()
     child.wait()
     monkeypatch.setitem(sys.modules, "flows.runs", None)  # whoever asks that server for runs fails
-    Services(strangers_server, server=Process(child.pid, 1.0)).save()
+    Services(strangers_server, server=Process(child.pid, 1, "")).save()
     with pytest.raises(ServiceError, match="not running"):
         services.require()
     said = []
@@ -110,14 +147,27 @@ def test_a_server_of_somebody_else_on_the_remembered_port_is_not_taken_for_ours(
     assert said == ["worker: was not running", "server: was not running"]
 
 
-def test_a_worker_that_asks_at_a_port_that_was_lost_is_stopped(monkeypatch, child, strangers_server):
-    monkeypatch.setattr(services, "_spawn", lambda arguments, found, name: Process(1, 1.0))
+def test_a_server_whose_port_was_lost_takes_another_and_says_so(monkeypatch, strangers_server):
+    spawned = []
+    monkeypatch.setattr(services, "_spawn", lambda *arguments: spawned.append(arguments) or Process(1, 1, ""))
     monkeypatch.setattr(services, "_wait", lambda *_: None)
-    found, said = Services(strangers_server, worker=Process.of(child.pid), deployed="abc"), []
+    found, said = Services(strangers_server, format=1), []
     services._start_server(found, said.append)
-    assert found.port != strangers_server and not found.deployed and not found.worker.alive()
-    assert said[0] == f"port {strangers_server} is taken by another program; the server takes {found.port}"
-    assert said[1].startswith("worker: stopped, since it asks at the port before")
+    assert found.port != strangers_server and found.format == services.FORMAT
+    assert said == [f"port {strangers_server} is taken by another program; the server takes {found.port}"]
+    assert spawned[0][1]["PREFECT_SERVER_API_PORT"] == str(found.port)
+
+
+@pytest.mark.parametrize("asks", [{}, {"PREFECT_API_URL": "http://127.0.0.1:1/api"}, {"PREFECT_API_AUTH_STRING": "of before"}])
+def test_a_worker_that_asks_another_server_is_stopped(asks):
+    found = Services(4321)
+    script = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen(script, env=os.environ | services.environment(found) | asks) as worker:
+        found.worker, said = Process.of(worker.pid), []
+        services._end_a_worker_of_another_server(found, said.append)
+        assert found.worker.alive() != bool(asks)
+        assert [line[:50] for line in said] == ["worker: stopped, since it asks another server; it "] * bool(asks)
+        worker.kill()
 
 
 def test_a_second_command_says_what_it_waits_for(own_home):
@@ -129,17 +179,6 @@ def test_a_second_command_says_what_it_waits_for(own_home):
         assert said == [f"waiting for another command, which holds {own_home}/up.lock"] and other.is_alive()
     other.join(10)
     assert not other.is_alive()
-
-
-def test_stopping_ends_the_descendants_too():
-    script = (
-        "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); time.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
-        grandchild = Process.of(int(parent.stdout.readline()))
-        assert grandchild.alive()
-        services._stop_tree(Process.of(parent.pid))
-    assert not grandchild.alive()
 
 
 def test_down_where_nothing_was_started():
@@ -170,7 +209,8 @@ def test_down_says_which_runs_it_ends_before_it_does(monkeypatch):
 
 def test_waiting_is_bounded_and_says_what_for(own_home, child):
     (own_home / "logs").mkdir()
-    (own_home / "logs" / "server.log").write_text("first\nPort 4200 is in use\n\n")
+    log = own_home / "logs" / "server.log"
+    log.write_text("ValueError: of a start before\n--- start\nfirst\nPort 4200 is in use\n\n")
     said, alive = [], Process.of(child.pid)
     with pytest.raises(ServiceError, match="^the server did not answer within 0 s; see .*server.log$"):
         services._wait("the server", 0, lambda: False, alive, "server", said.append)
@@ -181,6 +221,34 @@ def test_waiting_is_bounded_and_says_what_for(own_home, child):
         ServiceError, match=r"^the server ended while starting: Port 4200 is in use \(all of it: .*server.log\)$"
     ):
         services._wait("the server", 5, lambda: False, alive, "server", said.append)
+
+
+PREFECTS_WORDS = """--- start
+Traceback (most recent call last):
+  File "sqlalchemy/engine/base.py", line 1967, in _exec_single_context
+    self.dialect.do_execute(
+sqlite3.DatabaseError: file is not a database
+
+The above exception was the direct cause of the following exception:
+
+sqlalchemy.exc.DatabaseError: (sqlite3.DatabaseError) file is not a database
+(Background on this error at: https://sqlalche.me/e/20/4xp6)
+ERROR:    Application startup failed. Exiting.
+Check out the dashboard at http://127.0.0.1:4200
+"""
+
+
+@pytest.mark.parametrize(
+    ("told", "cause"),
+    [
+        (PREFECTS_WORDS, "sqlalchemy.exc.DatabaseError: (sqlite3.DatabaseError) file is not a database"),
+        ("--- start\nERROR:    [Errno 98] in use\nINFO: bye\n", "ERROR:    [Errno 98] in use"),
+        ("ValueError: before\n--- start\n", "it printed nothing"),
+    ],
+)
+def test_the_cause_of_an_end_is_named_and_not_the_last_words(tmp_path, told, cause):
+    (tmp_path / "server.log").write_text(told)
+    assert services._cause(tmp_path / "server.log") == cause
 
 
 @pytest.mark.parametrize("busy", [False, True])

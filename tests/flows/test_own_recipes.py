@@ -34,3 +34,12 @@ def test_a_shipped_name_is_not_taken(own):
 
 def test_a_shipped_recipe_is_itself(own):
     assert find_recipe("mini") == ("mini", "mini")
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"mine": 3}'])
+def test_a_damaged_list_is_named_with_the_mend(own, tmp_path, damage):
+    add_recipe(own)
+    (tmp_path / "home" / "recipes.json").write_text(damage)
+    for use in (known_recipes, lambda: add_recipe(own), lambda: find_recipe("mini")):
+        with pytest.raises(RecipeError, match="/recipes.json: damaged; delete it and add your recipes again with `.venv/bin/sd3 deploy FILE`$"):
+            use()

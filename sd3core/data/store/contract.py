@@ -92,6 +92,10 @@ class Store(ABC):
         """Where the object lies on this machine, for stores that are files; None otherwise."""
         return None
 
+    def check(self) -> None:
+        """StoreError where it cannot be reached, or could not be written to: asked before work begins."""
+        self.exists("runs")
+
     def exists(self, path: str) -> bool:
         try:
             self.size(path)

@@ -69,6 +69,14 @@ class FileStore(Store):
             raise StoreNotFound(f"{self.uri(path)}: no such object")
         return status.st_size
 
+    def check(self) -> None:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            raise StoreError(f"{self.url}: cannot be written: {with_mend(error)}") from None
+
     def list(self, prefix: str = "") -> list[StoreEntry]:
         start = self.root / checked(prefix.rstrip("/")) if prefix else self.root
         entries = []

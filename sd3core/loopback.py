@@ -1,0 +1,21 @@
+"""Keeps talks between processes of one machine off a user's HTTP proxy, which cannot know them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+NAMES = ("NO_PROXY", "no_proxy")  # some programs read the one, some the other
+
+
+def direct_loopback(environ: Mapping[str, str]) -> dict[str, str]:
+    """NO_PROXY with the loopback addresses beside what the user has in it; the proxy stays for all other addresses."""
+    user = [entry.strip() for name in NAMES for entry in environ.get(name, "").split(",") if entry.strip()]
+    entries = ["*"] if "*" in user else list(dict.fromkeys([*user, *LOOPBACK]))
+    return {name: ",".join(entries) for name in NAMES}
+
+
+def keep_loopback_direct() -> None:
+    """For this process and those it starts. Call before clients are made: they read the environment once."""
+    os.environ.update(direct_loopback(os.environ))
