@@ -19,8 +19,9 @@ from flows.stage import FLOW_OPTIONS
 from flows.summary import write_summary
 from flows.towers import towers
 from flows.upgrade import check_upgrade
-from flows.upstream import check_start_from
+from flows.upstream import check_room, check_start_from
 from sd3core.moving_average import short_average_warnings
+from workers.ray_session import living_nodes
 
 STAGE_FLOWS = (ingest, towers, caption, encode, pretrain, finetune, evaluate, export)
 
@@ -33,6 +34,7 @@ def pipeline(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
     """
     with session(recipe, overrides) as opened:
         check_upgrade(opened.recipe, opened.store, remake)
+        check_room(opened.recipe, opened.store, living_nodes())
         check_start_from(opened.recipe, opened.store)
         for warning in short_average_warnings(opened.recipe):
             get_run_logger().warning(warning)

@@ -20,7 +20,7 @@ from sd3core.errors import UserError
 from sd3core.loopback import keep_loopback_direct
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
-from workers.pool import start_ray
+from workers.ray_session import start_ray
 
 LOCK_SECONDS = 60
 

@@ -5,6 +5,7 @@ A stage that is missing, or stands behind the one before it, is a DataError that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flows.home import pasted
@@ -12,15 +13,20 @@ from sd3core import specs
 from sd3core.checkpoint import CONFIG_FILE, DONE_FILE, CheckpointRef, content_digest, list_checkpoints, read_done
 from sd3core.data.manifest import MANIFEST, Manifest, ManifestRef, manifest_ref, read_manifest
 from sd3core.data.store import Store, open_store
-from sd3core.errors import DataError
+from sd3core.errors import DataError, UserError
 from sd3core.recipe import Recipe, Training
 from sd3core.towers import TowersManifest, read_towers
+from workers.ray_room import Node, actors_problem, ranks_problem
 from workers.stage_notes import recall_stage
 from workers.trainer.start import check_start
 
 
 class NotFinishedError(DataError):
     """A stage that this recipe needs has not been made to its end."""
+
+
+class NoRoomError(UserError):
+    """Ray has no node that a process of this recipe fits on."""
 
 
 def raw(recipe: Recipe, store: Store) -> ManifestRef:
@@ -91,6 +97,19 @@ def check_start_from(recipe: Recipe, store: Store) -> None:
     start = start_of(recipe, store, key)
     if start and _noted_start(recipe, store, key, start) is None:
         check_start(key, start, recipe.model_config_for(phase), phase.formulation)
+
+
+def check_room(recipe: Recipe, store: Store, nodes: Sequence[Node]) -> None:
+    """Before the first stage, what a later one would say of compute's CPUs and GPUs. Where this run has once been through the stages
+    that want them, they may have nothing to do: then that is left to them.
+    """
+    trained = all(recall_stage(store, recipe.run, key) for key, _ in recipe.phases())
+    complete = store.exists(f"runs/{recipe.run}/summary.json")
+    problem = None if complete else actors_problem(recipe.compute, nodes)
+    if not trained:
+        problem = problem or ranks_problem(recipe.compute, nodes)
+    if problem:
+        raise NoRoomError(problem)
 
 
 def start_digest(recipe: Recipe, store: Store, phase_key: str, start: str) -> str:

@@ -393,6 +393,7 @@ class Compute(Section):
     """How many processes on what; never changes the bytes that are made."""
 
     ray_address: str | None = None  # None starts Ray on this machine
+    autoscaling: bool = False  # the cluster adds nodes when asked: what its nodes of now lack is waited for, not refused
     actors: int = Field(2, ge=1)  # for ingest, caption, encode, evaluate
     cpus_per_actor: float = Field(1.0, gt=0)
     gpus_per_actor: float = Field(0.0, ge=0)
@@ -404,6 +405,13 @@ class Compute(Section):
     object_store_mb: int = Field(200, ge=80)  # local Ray only
     cache_gb: float = Field(2.0, gt=0)  # local shard cache of a training rank
     decoded_gb: float = Field(8.0, gt=0)  # decoded shards in a training rank's memory: the nine that a step draws from should fit
+
+    @field_validator("gpus_per_actor", "gpus_per_rank")
+    @classmethod
+    def _whole_gpus(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError(f"{gpus:g} GPUs: Ray shares one GPU, or gives whole ones")
+        return gpus
 
 
 class Recipe(Section):

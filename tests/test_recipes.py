@@ -393,7 +393,7 @@ EVALUATE = dict.fromkeys(Evaluate.model_fields, 3) | {
     "checkpoints": "last",
     "weights": "ema",
 }
-COMPUTE = dict.fromkeys(Compute.model_fields, 3) | {"ray_address": "ray.internal:6379", "train_ranks": 1}
+COMPUTE = dict.fromkeys(Compute.model_fields, 3) | {"ray_address": "ray.internal:6379", "autoscaling": True, "train_ranks": 1}
 CHANGES: list[tuple[set[str], dict[str, Any]]] = [
     (EVERYTHING, {"seed": 1, **under("data", **READ)}),
     ({"towers", *LATENTS, *TRAINED}, under("towers.small.vae", **VAE)),

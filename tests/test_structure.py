@@ -12,7 +12,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = ("sd3core", "workers", "flows")
 MAY_IMPORT = {"sd3core": {"sd3core"}, "workers": {"workers", "sd3core"}, "flows": {"flows", "workers", "sd3core"}}
 ONLY_IN = {  # a framework, and the files or folders that may import it
-    "ray": ("workers/pool.py", "workers/trainer/launch.py"),
+    "ray": ("workers/pool.py", "workers/ray_session.py", "workers/trainer/launch.py"),
     "deepspeed": ("workers/trainer/engine.py",),
     "prefect": ("flows/",),
     "boto3": ("sd3core/data/store/s3.py",),

@@ -26,7 +26,8 @@ from sd3core.small_world.world import TASKS
 from sd3core.specs import FORMATS, fingerprint
 from sd3core.towers import read_towers
 from workers.inputs import actor_device
-from workers.pool import Outcome, PoolSettings, map_over_actors, start_ray
+from workers.pool import Outcome, PoolSettings, map_over_actors
+from workers.ray_session import start_ray
 
 SCORED_WEIGHTS: dict[str, tuple[Weights, ...]] = {"both": ("ema", "live"), "ema": ("ema",)}
 
@@ -131,12 +132,15 @@ def _run_tasks(
     def working(task: EvaluationTask, progress: Progress) -> None:
         meter.update(meter.done, f"{task.title}: {progress.done}/{progress.total} {progress.unit}")
 
+    def tell(warning: str) -> None:
+        meter.update(meter.done, warning, warning)
+
     from workers.evaluate_parts import (
         EvaluationWorker,
     )  # here, so that a stage with nothing to do loads no models' libraries
 
     worker = {"store_url": store.url, "recipe": recipe, "inputs": inputs, "device": actor_device(recipe.compute)}
-    outcomes = map_over_actors(EvaluationWorker, worker, tasks, PoolSettings.of(recipe.compute), ended, working)
+    outcomes = map_over_actors(EvaluationWorker, worker, tasks, PoolSettings.of(recipe.compute), ended, working, tell)
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     if failed:
         named = "; ".join(f"{outcome.task.title}: {outcome.error}" for outcome in failed[:5])

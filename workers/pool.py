@@ -8,34 +8,29 @@ never tensors.
 
 from __future__ import annotations
 
-import logging
-import math
-import os
-import shutil
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import ray
-from ray._private import ray_constants
 from ray.exceptions import RayActorError, RayError
 
 from sd3core.data.store import may_pass
 from sd3core.errors import UserError, is_of_the_machine
 from sd3core.provenance import Provenance, device_kind, provenance
-from workers.session_folders import scratch_folder, sessions_folder
+from workers.ray_room import actors_problem
+from workers.ray_session import RayLost, check_ray, living_nodes, restart_ray
 
 if TYPE_CHECKING:  # the recipe brings torch, which not every worker needs
     from sd3core.recipe import Compute
 
 Task = TypeVar("Task")
-RAY_WAS_LATE = "timed out during startup"
 POLL_S = 1.0  # how often workers are asked for their progress
+LOST_RAYS = 3  # in a row, without a task that ended between them
 
 
 class PoolFailed(UserError):
@@ -50,16 +45,12 @@ class PoolSettings:
     max_attempts: int = 3  # of one task, and of loading one worker
     stall_timeout_s: float = 600.0  # without a result or a change of the worker's `progress`
     load_timeout_s: float = 1800.0  # for a worker's process to be placed and its __init__ to end
+    autoscaling: bool = False  # the cluster adds nodes: what those of now have room for says nothing
 
     @classmethod
     def of(cls, compute: Compute, **changes: Any) -> PoolSettings:
-        chosen = {
-            "actors": compute.actors,
-            "cpus_per_actor": compute.cpus_per_actor,
-            "gpus_per_actor": compute.gpus_per_actor,
-            "stall_timeout_s": compute.stall_timeout_s,
-        }
-        return cls(**chosen | changes)
+        names = ("actors", "cpus_per_actor", "gpus_per_actor", "stall_timeout_s", "autoscaling")
+        return cls(**{name: getattr(compute, name) for name in names} | changes)
 
 
 @dataclass(frozen=True)
@@ -74,55 +65,6 @@ class Outcome(Generic[Task]):
     seconds: float = 0.0  # of the last attempt
 
 
-@contextmanager
-def start_ray(compute: Compute) -> Iterator[None]:
-    """Ray for the duration of the block: this machine on loopback, or the cluster at compute.ray_address.
-
-    A Ray that the process has already is used and left as it is. CPUs are Ray's scheduling units: as many as the recipe
-    asks for, whatever the machine has. What Ray's processes on this machine leave in their folder for temporary files
-    goes when the block ends, whoever was killed in it.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    clusters_allowed, scratch = ray_constants.ENABLE_RAY_CLUSTER, None
-    try:
-        if compute.ray_address:
-            ray.init(address=compute.ray_address, **quiet)
-        else:
-            ray_constants.ENABLE_RAY_CLUSTER = False  # else ray.init turns 127.0.0.1 into the address that others reach
-            cpus = max(compute.actors * compute.cpus_per_actor, compute.train_ranks * compute.cpus_per_rank)
-            sessions = sessions_folder()
-            with scratch_folder() as scratch:
-                ray.init(
-                    address="local",  # also where RAY_ADDRESS names a cluster, or an older session left its traces
-                    _node_ip_address="127.0.0.1",
-                    _temp_dir=str(sessions),
-                    num_cpus=max(1, math.ceil(cpus)),
-                    object_store_memory=compute.object_store_mb * 1024**2,
-                    include_dashboard=False,
-                    **quiet,
-                )
-    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-        where = f"at compute.ray_address {compute.ray_address!r}" if compute.ray_address else "on this machine"
-        raise PoolFailed(f"Ray {where} cannot be reached or started: {_one_line(error)}") from None
-    except Exception as error:
-        if RAY_WAS_LATE not in str(error):  # Ray has no class of its own for it
-            raise
-        raise PoolFailed("Ray did not start within its half minute: other work keeps this machine busy") from None
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = clusters_allowed
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
 def map_over_actors(
     worker_class: type,
     worker_kwargs: dict[str, Any],
@@ -130,17 +72,20 @@ def map_over_actors(
     settings: PoolSettings,
     report: Callable[[Outcome[Task], int, int], None] | None = None,
     watch: Callable[[Task, Any], None] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> list[Outcome[Task]]:
     """worker_class(**worker_kwargs)(task) for every task; outcomes in the order of the tasks.
 
     Each actor loads once and has one task at a time. A task that raises, whose process dies or that stalls is tried
     again, up to settings.max_attempts, then given up with its reason (a UserError keeps its message). `report(outcome,
     done, total)` is called as each task ends; `watch(task, progress)` about once a second with what a busy worker
-    shows. Raises PoolFailed when no worker can be loaded, and at once when loading raises a UserError that stays.
+    shows; `tell` hears that Ray itself has died and was started again, after which what had not ended begins anew.
+    Raises PoolFailed when no worker can be loaded, and at once when loading raises a UserError that stays or no node
+    of Ray has room for one; RayLost when Ray dies again and again.
     """
     if not tasks:
         return []
-    return _Pool(worker_class, worker_kwargs, tasks, settings, report, watch).run()
+    return _Pool(worker_class, worker_kwargs, tasks, settings, report, watch, tell).run()
 
 
 def made_by(outcomes: Sequence[Outcome[Any]], actors: int) -> Provenance:
@@ -211,40 +156,76 @@ class _Seat:
 
 
 class _Pool(Generic[Task]):
-    def __init__(self, worker_class, worker_kwargs, tasks, settings, report, watch) -> None:
+    def __init__(self, worker_class, worker_kwargs, tasks, settings, report, watch, tell) -> None:
         self.load_arguments = (worker_class, worker_kwargs)
         self.name = worker_class.__name__
         self.tasks: Sequence[Task] = tasks
         self.settings: PoolSettings = settings
-        self.report, self.watch = report, watch
+        self.report, self.watch, self.tell = report, watch, tell
         self.waiting = deque(range(len(tasks)))
         self.attempts = [0] * len(tasks)
         self.outcomes: dict[int, Outcome[Task]] = {}
         self.seats: list[_Seat] = []
         self.last_load_error = ""
-        threads = str(max(1, int(settings.cpus_per_actor)))
-        self.actor_class = ray.remote(
-            num_cpus=settings.cpus_per_actor,
-            num_gpus=settings.gpus_per_actor,
-            max_restarts=0,  # replaced here, where the attempt is counted
-            concurrency_groups={"watch": 1},
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
-        )(_ActorHost)
 
     def run(self) -> list[Outcome[Task]]:
+        if problem := actors_problem(self.settings, living_nodes()):
+            raise PoolFailed(problem)
+        lost_rays = 0
+        while True:
+            ended = len(self.outcomes)
+            try:
+                return self._run()
+            except RayLost as lost:
+                lost_rays = lost_rays + 1 if len(self.outcomes) == ended else 1
+                if lost_rays > LOST_RAYS:
+                    raise
+                self._take_back(str(lost))
+                restart_ray(lost)
+                if self.tell:
+                    self.tell(f"{lost}; Ray was started again, and what was at work begins anew")
+
+    def _run(self) -> list[Outcome[Task]]:
+        """On one Ray. Its actors are ended with it where it dies, so they are asked nothing more."""
+        self.actor_class = self._actor_class()  # exported to this Ray's own tables
         try:
-            self.seats = [self._seated() for _ in range(min(self.settings.actors, len(self.tasks)))]
+            self.seats = [self._seated() for _ in range(min(self.settings.actors, len(self.waiting)))]
             while len(self.outcomes) < len(self.tasks):
+                check_ray()
                 busy = {seat.pending: seat for seat in self.seats if seat.pending is not None}
                 ready, _ = ray.wait(list(busy), num_returns=1, timeout=POLL_S)
                 for reference in ready:
                     self._take(busy[reference])
                 self._look_at_progress()
                 self._give_out()
-        finally:
-            for seat in self.seats:
-                ray.kill(seat.actor)
+        except RayLost:
+            raise
+        except BaseException:
+            self._dismiss()
+            raise
+        self._dismiss()
         return [self.outcomes[i] for i in range(len(self.tasks))]
+
+    def _actor_class(self) -> Any:
+        threads = str(max(1, int(self.settings.cpus_per_actor)))
+        return ray.remote(
+            num_cpus=self.settings.cpus_per_actor,
+            num_gpus=self.settings.gpus_per_actor,
+            max_restarts=0,  # replaced here, where the attempt is counted
+            concurrency_groups={"watch": 1},
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
+        )(_ActorHost)
+
+    def _dismiss(self) -> None:
+        for seat in self.seats:
+            ray.kill(seat.actor)
+
+    def _take_back(self, reason: str) -> None:
+        """What was at work when Ray died: an attempt each, for it may be what killed Ray."""
+        at_work = [seat.task for seat in self.seats if seat.task is not None]
+        self.seats = []
+        for position in at_work:
+            self._failed(position, reason)
 
     def _seated(self, failed_loads: int = 0) -> _Seat:
         actor = self.actor_class.remote()
@@ -255,6 +236,7 @@ class _Pool(Generic[Task]):
         try:
             answer = ray.get(seat.pending)
         except RayActorError as error:
+            check_ray()
             memory = " (out of memory)" if "memory" in str(error).lower() else ""
             self._lost(seat, f"the worker process died{memory}")
             return

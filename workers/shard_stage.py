@@ -28,7 +28,8 @@ from sd3core.errors import DataError, StoreError, UserError
 from sd3core.progress import NAMED, Progress, ProgressCallback, ProgressMeter, counted, some
 from sd3core.recipe import Compute
 from sd3core.specs import fingerprint
-from workers.pool import Outcome, PoolSettings, made_by, map_over_actors, start_ray
+from workers.pool import Outcome, PoolSettings, made_by, map_over_actors
+from workers.ray_session import start_ray
 from workers.stage_notes import NOTHING_TO_DO, StageNote, reason_to_work, recall_stage, remember_stage
 
 NAMED_FAILURES = 5  # shards that an error names
@@ -126,7 +127,7 @@ def run_shard_stages(
         tally = _Tally(meter)
         with start_ray(compute):
             outcomes = map_over_actors(
-                worker_class, worker_kwargs, todo, PoolSettings.of(compute), tally.finished, tally.working
+                worker_class, worker_kwargs, todo, PoolSettings.of(compute), tally.finished, tally.working, tally.tell
             )
     failures = [
         f"{o.task.folder}/{o.task.stem} ({o.error}, {o.attempts} attempts)" for o in outcomes if o.error is not None
@@ -162,6 +163,9 @@ class _Tally:
         self.finished_rows += task.rows
         warning = _what_went_wrong(outcome)
         self._show(warning if outcome.error else f"shard {done}/{total}", warning)
+
+    def tell(self, warning: str) -> None:
+        self._show(warning, warning)
 
     def _show(self, note: str, warning: str = "") -> None:
         self.meter.update(self.finished_rows + sum(self.busy.values()), note, warning)

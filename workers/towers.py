@@ -28,7 +28,8 @@ from sd3core.towers import (
 from sd3core.weight_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, find_weights, is_index
 from workers.caches import checked_here
 from workers.inputs import InputShard, input_shards, read_images, read_input_index
-from workers.pool import Outcome, PoolSettings, made_by, map_over_actors, start_ray
+from workers.pool import Outcome, PoolSettings, made_by, map_over_actors
+from workers.ray_session import start_ray
 from workers.shard_stage import StageFailed, StageResult
 from workers.stage_notes import NOTHING_TO_DO, reason_to_work, recall_stage, remember_stage
 
@@ -110,6 +111,7 @@ def _make(
             PoolSettings.of(recipe.compute),
             tally.finished,
             tally.working,
+            tally.tell,
         )
     failures = [f"{o.task} ({o.error}, {o.attempts} attempts)" for o in outcomes if o.error is not None]
     if failures:
@@ -134,10 +136,13 @@ class _Tally:
         self.finished_steps += self.steps[outcome.task]
         self._show()
 
-    def _show(self) -> None:
+    def tell(self, warning: str) -> None:
+        self._show(warning)
+
+    def _show(self, warning: str = "") -> None:
         done = sum(self.steps[name] * p.done / max(p.total, 1) for name, p in self.busy.items())
         notes = [f"{name} {p.done}/{p.total}{' ' + p.note if p.note else ''}" for name, p in sorted(self.busy.items())]
-        self.meter.update(self.finished_steps + int(done), "; ".join(notes))
+        self.meter.update(self.finished_steps + int(done), "; ".join(notes), warning)
 
 
 class SmallTowerWorker:

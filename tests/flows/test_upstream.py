@@ -16,6 +16,7 @@ from sd3core.errors import CheckpointError, DataError
 from sd3core.mmdit import make_model
 from sd3core.recipe_file import load_recipe
 from sd3core.specs import captions_folder, fingerprint, raw_fields, raw_folder
+from workers.ray_room import Node
 from workers.stage_notes import remember_stage
 
 
@@ -129,3 +130,23 @@ def test_without_a_fine_tuning_phase_the_stage_names_the_pretrained_checkpoint(m
     monkeypatch.setattr(finetune, "read_done", lambda store, folder: SimpleNamespace(digest=f"of {folder}"))
     finetune.finetune.fn("tiny-test")
     assert finished["skipped"] and finished["digest"] == "of runs/r/checkpoints/pretrain/s/8"
+
+
+def test_what_no_node_holds_is_said_before_the_first_stage_but_not_of_work_that_is_done(store):
+    """A finished run, or one whose training ran elsewhere, goes on a machine without a GPU."""
+    laptop = [Node("127.0.0.1", 8, 0)]
+    recipe = load_recipe("tiny-test", ["run=a"])
+    trains = load_recipe("tiny-test", ["run=a", "compute.gpus_per_rank=1"])
+    encodes = load_recipe("tiny-test", ["run=a", "compute.gpus_per_actor=1"])
+    upstream.check_room(recipe, store, laptop)
+    with pytest.raises(upstream.NoRoomError, match=r"^compute.train_ranks 2 x compute.gpus_per_rank 1 is more than the 0 GPUs"):
+        upstream.check_room(trains, store, laptop)
+    with pytest.raises(upstream.NoRoomError, match="^compute.gpus_per_actor 1 is more than the 0 GPUs"):
+        upstream.check_room(encodes, store, laptop)
+    for key, _ in recipe.phases():
+        remember_stage(store, "a", key, "x", "0" * 64, {})
+    upstream.check_room(trains, store, laptop)
+    with pytest.raises(upstream.NoRoomError, match="^compute.gpus_per_actor"):  # evaluation is still to come
+        upstream.check_room(encodes, store, laptop)
+    store.put_json("runs/a/summary.json", {})
+    upstream.check_room(encodes, store, laptop)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from sd3core.recipe import Compute
-from workers.pool import start_ray
+from workers.ray_session import start_ray
 
 
 @pytest.fixture(scope="module")

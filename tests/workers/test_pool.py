@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -14,7 +15,8 @@ import ray
 
 from sd3core.errors import DataError, StoreError
 from sd3core.recipe import Compute
-from workers.pool import PoolFailed, PoolSettings, map_over_actors, start_ray
+from workers.pool import PoolFailed, PoolSettings, map_over_actors
+from workers.ray_session import RayFailed, start_ray
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import a test module
 pytestmark = pytest.mark.slow
@@ -180,7 +182,8 @@ def test_a_ray_that_does_not_come_in_time_is_told_in_plain_words(monkeypatch):
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", late)
-    with pytest.raises(PoolFailed, match="^Ray did not start within its half minute: other work keeps this machine busy$"):
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(RayFailed, match="^Ray did not start within its half minute, tried 3 times: other work keeps this machine busy$"):
         with start_ray(Compute()):
             pass
 
@@ -194,8 +197,42 @@ def test_local_ray_listens_on_loopback_only():
     assert {s.laddr.ip.removeprefix("::ffff:") for s in sockets} == {"127.0.0.1"}
 
 
-def test_actors_that_no_machine_has_room_for_end_in_an_error_that_says_so(tmp_path):
+def test_actors_that_no_machine_has_room_for_are_refused_at_once(tmp_path):
+    with pytest.raises(PoolFailed, match=r"^compute.cpus_per_actor 64 is more than the 2 CPUs that the largest node of Ray has \(127.0.0.1\)"):
+        run(tmp_path, [("a", "")], PoolSettings(actors=1, cpus_per_actor=64))
+
+
+def test_actors_that_the_cluster_does_not_come_to_hold_end_in_an_error_that_says_so(tmp_path):
+    """Nodes that it adds by itself are waited for."""
+    settings = PoolSettings(actors=1, cpus_per_actor=64, max_attempts=1, load_timeout_s=2, autoscaling=True)
     with pytest.raises(
         PoolFailed, match="not loaded after 2 s .free in Ray: 2 CPUs, 0 GPUs; compute.actors may ask for more"
     ):
-        run(tmp_path, [("a", "")], PoolSettings(actors=1, cpus_per_actor=64, max_attempts=1, load_timeout_s=2))
+        run(tmp_path, [("a", "")], settings)
+
+
+@pytest.mark.parametrize(
+    "victim",
+    ["raylet/raylet", *(pytest.param(name, marks=pytest.mark.kills) for name in ("gcs_server", "ray::RuntimeEnvAgent", "ray::DashboardAgent"))],
+)
+def test_when_ray_itself_dies_it_is_started_again_and_what_was_at_work_too(tmp_path, victim):
+    """Ray waits for ever for a dead raylet; and a raylet whose agent has died ends itself."""
+    told = []
+
+    def kill_once(task, progress):
+        if not told and not (tmp_path / "killed").exists():
+            (tmp_path / "killed").touch()
+            named(victim).kill()
+
+    tasks = [("a", ""), ("b", "slow"), ("c", "")]
+    settings = PoolSettings(actors=1, stall_timeout_s=60)
+    outcomes = map_over_actors(Worker, {"log": str(tmp_path / "log")}, tasks, settings, None, kill_once, told.append)
+    assert [o.result for o in outcomes] == ["A1", "B1", "C1"]
+    assert attempts(tmp_path, "a") == 1 and outcomes[1].attempts == 2
+    [line] = told
+    assert re.fullmatch(r"Ray's (raylet|GCS server) on this machine has died; Ray was started again, and what was at work begins anew", line)
+
+
+def named(what: str) -> psutil.Process:
+    """The first of Ray's processes below this one whose command line has these words."""
+    return next(p for p in psutil.Process().children(recursive=True) if what in " ".join(p.cmdline())[:200])

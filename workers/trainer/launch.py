@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from sd3core import allocator
 from sd3core.checkpoint import METRICS_FILE, list_checkpoints
@@ -21,7 +21,8 @@ from sd3core.data.store import may_pass, open_store
 from sd3core.errors import UserError
 from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
 from sd3core.recipe import Compute
-from workers.pool import start_ray
+from workers.ray_room import ranks_problem
+from workers.ray_session import RayLost, check_ray, living_nodes, loss_of_ray, on_this_node, restart_ray, start_ray
 from workers.trainer.checkpointing import last_whole_checkpoint, newest_attempt, read_metrics
 from workers.trainer.job import TrainingFailed, TrainingJob, TrainingResult, TrainingSuperseded
 from workers.trainer.news import LossPoints, NewsCallback, TrainingNews, ignore_news, last_word
@@ -30,6 +31,7 @@ POLL_S = 1.0  # news is shown every two seconds; the end is noticed at once
 ABORT_S = 5.0
 AWAY_S = 30.0  # how long a rank waits whose store is away
 HELD_S = 20.0  # how long a rank that no restart would mend waits to be ended
+READ_S = 10.0  # the desk's answer is waited for; then Ray itself is looked at
 TELL_S = 0.25  # a rank tells its progress at most so often
 
 # Ray Train's controller: notice a dead rank soon, write nothing, and leave the ranks in the caller's folder.
@@ -67,7 +69,8 @@ def train(
     warnings: list[str] = []
     if stands < job.last_samples:
         with start_ray(compute):
-            _check_resources(compute)
+            if problem := ranks_problem(compute, living_nodes()):
+                raise TrainingFailed(problem)
             warnings = _supervise(job, compute, report, tell, stands, open_loader)
         if _samples_that_stand(job) < job.last_samples:
             raise TrainingFailed(f"{job.phase}: the ranks ended before the last checkpoint was written")
@@ -88,34 +91,54 @@ def train(
 def _supervise(
     job: TrainingJob, compute: Compute, report: ProgressCallback, tell: NewsCallback, stands: int, open_loader: Any
 ) -> list[str]:
-    """Ray Train counts failures from the phase's beginning. Here those since the last checkpoint count: a phase of weeks loses
-    more ranks than a bad start may.
+    """Ray Train counts the ranks' failures from the phase's beginning. Here those since the last checkpoint count: a phase of weeks
+    loses more ranks than a bad start may. The same bound holds for what Ray Train cannot restart: its own processes, and Ray.
     """
+    lost, told = 0, _Told(tell)
     while True:
         try:
-            return _Supervisor(job, compute, report, tell, stands).run(open_loader)
-        except RanksFailed:
+            _Supervisor(job, compute, report, told, stands).run(open_loader)
+            return list(told.all.warnings)
+        except (RanksFailed, ControllerLost, RayLost) as error:
             before, stands = stands, _samples_that_stand(job)
-            if stands <= before:
-                raise
+            lost = lost + 1 if stands <= before else 1
+            if isinstance(error, RanksFailed):  # Ray Train has tried again already
+                if stands <= before:
+                    raise
+                told.go_back(stands)
+                continue
+            if lost > compute.max_restarts:
+                raise TrainingFailed(
+                    f"{job.phase}: {error}, {lost} times without a checkpoint between them (compute.max_restarts {compute.max_restarts})"
+                ) from None
+            told.go_back(stands, f"{job.phase}: {error}; went on from {stands:,} samples")
+            if cause := loss_of_ray(patient=True):
+                restart_ray(RayLost(cause))
+
+
+class _Told:
+    """What is told of a phase in this call: of one supervisor after the other as of one."""
+
+    def __init__(self, tell: NewsCallback):
+        self.tell, self.before, self.all = tell, TrainingNews(), TrainingNews()
+
+    def __call__(self, news: TrainingNews) -> None:
+        before = self.before
+        self.all = TrainingNews(
+            before.losses + news.losses, before.warnings + news.warnings, before.previews + news.previews
+        )
+        self.tell(self.all)
+
+    def go_back(self, samples: int, *warnings: str) -> None:
+        """The next supervisor goes on from a checkpoint: what came after it did not stand."""
+        losses = tuple(point for point in self.all.losses if point[0] <= samples)
+        self.before = TrainingNews(losses, self.all.warnings + warnings, self.all.previews)
+        self(TrainingNews())
 
 
 def _samples_that_stand(job: TrainingJob) -> int:
     last = last_whole_checkpoint(open_store(job.store), job.folder, last_samples=job.last_samples)
     return last.samples if last else 0
-
-
-def _check_resources(compute: Compute) -> None:
-    """Ray would wait for ever for what the cluster does not have."""
-    have = ray.cluster_resources()
-    for unit in ("CPU", "GPU"):
-        key = f"{unit.lower()}s_per_rank"
-        needed = getattr(compute, key)
-        if compute.train_ranks * needed > have.get(unit, 0):
-            raise TrainingFailed(
-                f"compute.train_ranks {compute.train_ranks} x compute.{key} {needed:g} is more than"
-                f" the {have.get(unit, 0):g} {unit}s that Ray has; lower one of them"
-            )
 
 
 @dataclass(frozen=True)
@@ -285,6 +308,10 @@ class RanksFailed(TrainingFailed):
     """Ray Train gave up after compute.max_restarts."""
 
 
+class ControllerLost(TrainingFailed):
+    """A process of Ray Train's own has died, with which it loses its ranks: a new one takes their place."""
+
+
 class _Supervisor:
     """The driver's side: shows what the desk hears, and ends everything on a fatal word, a stall or an interrupt."""
 
@@ -292,10 +319,10 @@ class _Supervisor:
         self.job, self.compute, self.tell = job, compute, tell
         self.meter = ProgressMeter(job.last_samples, "samples", report, already_done=stands)
 
-    def run(self, open_loader: Any) -> list[str]:
-        """Returns the warnings of this call."""
+    def run(self, open_loader: Any) -> None:
         actor = ray.remote(
             num_cpus=0,
+            scheduling_strategy=on_this_node(),  # Ray Train puts its own such actors beside it
             concurrency_groups={"fit": 1, "abort": 1},  # all else takes turns in one thread, in the order it was sent
             runtime_env={"env_vars": CONTROLLER_ENV},
         )(_Desk)
@@ -311,19 +338,22 @@ class _Supervisor:
                     f" (compute.max_restarts {self.compute.max_restarts}); last: {reason}"
                 )
             self.meter.update(self.meter.total, news.note)
-            return self._warnings(news)
         except RayActorError:
-            raise TrainingFailed(f"{self.job.phase}: Ray Train's own process died") from None
+            check_ray()
+            raise ControllerLost("Ray Train's own process died") from None
         except RayTaskError as error:  # of the process that Ray Train runs in, as a disk without room for its own files
             raise TrainingFailed(f"{self.job.phase}: {str(error).strip().splitlines()[-1]}") from None
         finally:
-            _end(desk, finished, label)
+            if loss_of_ray() is None:
+                _end(desk, finished, label)
 
     def _watch(self, desk: Any, finished: Any) -> _News:
         news, heard_at = _News(), time.monotonic()
         while True:
             ended, _ = ray.wait([finished], timeout=POLL_S)
-            latest = ray.get(desk.read.remote())
+            check_ray()
+            answer = _read(desk)
+            latest = answer or news
             if latest.version > news.version:
                 heard_at = time.monotonic()
                 self.tell(TrainingNews(latest.losses, tuple(self._warnings(latest)), latest.previews))
@@ -338,7 +368,7 @@ class _Supervisor:
                 raise (TrainingSuperseded if superseded else TrainingFailed)(message)
             silent_s = time.monotonic() - heard_at
             self.meter.update(news.samples or self.meter.done, last_word(news.note, silent_s, self.compute.stall_timeout_s))
-            if ended:
+            if ended and answer:
                 return news
 
     def _warnings(self, news: _News) -> list[str]:
@@ -346,6 +376,14 @@ class _Supervisor:
             f"{self.job.phase}: a rank was lost; went on from {samples:,} samples" for _, samples in news.began[1:]
         ]
         return [*news.warnings, *restarts]
+
+
+def _read(desk: Any) -> _News | None:
+    """What the desk knows; None where it is too busy to say."""
+    try:
+        return ray.get(desk.read.remote(), timeout=READ_S)
+    except GetTimeoutError:
+        return None
 
 
 def _end(desk: Any, finished: Any, label: str) -> None:

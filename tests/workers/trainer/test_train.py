@@ -18,10 +18,11 @@ from sd3core.data.store import StoreNotFound, may_pass, open_store
 from sd3core.errors import DataError, StoreError
 from sd3core.provenance import device_kind, provenance_of
 from sd3core.recipe import Compute
-from workers.pool import start_ray
+from workers.ray_session import start_ray
 from workers.trainer import TrainingFailed, launch, train
 from workers.trainer.checkpointing import read_metrics
 from workers.trainer.launch import RanksFailed
+from workers.trainer.news import ignore_news
 
 for module in (fake_training, sys.modules[__name__]):  # ranks do not have the tests on their path
     cloudpickle.register_pickle_by_value(module)
@@ -149,7 +150,7 @@ def test_restarts_are_counted_from_the_last_checkpoint(monkeypatch, tmp_path, st
     monkeypatch.setattr(launch, "_Supervisor", GivesUp)
     monkeypatch.setattr(launch, "_samples_that_stand", lambda job: next(standing))
     with pytest.raises(TrainingFailed, match="^pretrain: the ranks failed 4 times$"):
-        launch._supervise(None, COMPUTE, None, None, 0, None)
+        launch._supervise(None, COMPUTE, None, ignore_news, 0, None)
     assert began == [0, *stand[:-1]]
 
 

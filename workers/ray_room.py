@@ -1,0 +1,83 @@
+"""What the nodes of Ray have room for, against what the recipe asks: Ray itself would wait for ever, in silence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sd3core.recipe import Compute
+
+SLACK = 1e-6  # of Ray's fixed-point numbers
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine of Ray: all that it has, whoever uses it now."""
+
+    name: str  # its address
+    cpus: float
+    gpus: float
+
+    def holds(self, cpus: float, gpus: float) -> float:
+        """How many processes that want so much it has room for."""
+        counts = [
+            (have + SLACK) // want for have, want in ((self.cpus, cpus), (self.gpus, gpus)) if want > 0
+        ]
+        return min(counts, default=math.inf)
+
+
+def actors_problem(compute: Compute, nodes: Sequence[Node]) -> str | None:
+    """Why no actor of this recipe would ever start on these nodes, in one line; None where one would."""
+    return _one_process(compute, "actor", nodes)
+
+
+def ranks_problem(compute: Compute, nodes: Sequence[Node]) -> str | None:
+    """Why the ranks of this recipe would never all start on these nodes, in one line; None where they would."""
+    if compute.autoscaling:
+        return None
+    for unit, key, want in _wants(compute, "rank"):
+        have = sum(getattr(node, f"{unit.lower()}s") for node in nodes)
+        if compute.train_ranks * want > have + SLACK:
+            return (
+                f"compute.train_ranks {compute.train_ranks} x compute.{key} {want:g} is more than the {have:g} {unit}s"
+                f" that Ray has; lower one of them, or {GROWS}"
+            )
+    if problem := _one_process(compute, "rank", nodes):
+        return problem
+    room = sum(node.holds(compute.cpus_per_rank, compute.gpus_per_rank) for node in nodes)
+    if compute.train_ranks > room:
+        asked = " and ".join(f"compute.{key} {want:g}" for _, key, want in _wants(compute, "rank"))
+        return (
+            f"compute.train_ranks {compute.train_ranks}: the nodes of Ray hold {room:g} such ranks ({asked}), each whole on one"
+            f" node; lower one of them, or {GROWS}"
+        )
+    return None
+
+
+GROWS = "set compute.autoscaling where the cluster adds nodes by itself"
+
+
+def _wants(compute: Compute, process: str) -> list[tuple[str, str, float]]:
+    """(unit, key, amount) of what one actor or rank asks for."""
+    keys = [(unit, f"{unit.lower()}s_per_{process}") for unit in ("CPU", "GPU")]
+    return [(unit, key, getattr(compute, key)) for unit, key in keys if getattr(compute, key) > 0]
+
+
+def _one_process(compute: Compute, process: str, nodes: Sequence[Node]) -> str | None:
+    """Why no node holds one such process."""
+    wants = _wants(compute, process)
+    if compute.autoscaling or any(node.holds(*_amounts(compute, process)) >= 1 for node in nodes):
+        return None
+    for unit, key, want in wants:
+        most = max(nodes, key=lambda node: getattr(node, f"{unit.lower()}s"), default=Node("none", 0, 0))
+        have = getattr(most, f"{unit.lower()}s")
+        if want > have + SLACK:
+            where = f" ({most.name})" if have else ""
+            return f"compute.{key} {want:g} is more than the {have:g} {unit}s that the largest node of Ray has{where}; lower it, or {GROWS}"
+    asked = " and ".join(f"compute.{key} {want:g}" for _, key, want in wants)
+    return f"{asked}: no single node of Ray has both; lower one of them, or {GROWS}"
+
+
+def _amounts(compute: Compute, process: str) -> tuple[float, float]:
+    return getattr(compute, f"cpus_per_{process}"), getattr(compute, f"gpus_per_{process}")
