@@ -8,13 +8,14 @@ FOLDER/MANIFEST.<digest>.json, MANIFEST.json        all towers are there
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +209,8 @@ def fetch_towers(
 ) -> Path:
     """The towers (or those in `only`) as a local folder that the loaders open, every file as the manifest names it.
 
-    Several processes may fetch into one cache at a time. Files of a store on this machine are linked, not copied. Bytes
-    are read and compared once a machine, and again where a file was changed; `reread` compares all of them now. A
+    Of several processes with one cache one fetches a tower, and the others wait for it. Files of a store on this machine are
+    linked, not copied. Bytes are read and compared once a machine, and again where a file was changed; `reread` compares all of them now. A
     damaged copy is fetched again; DataError where the stored file itself is not what the manifest says.
     """
     manifest = read_towers(store, folder, digest)
@@ -217,12 +218,30 @@ def fetch_towers(
     wanted = {name: entry for name, entry in manifest.towers.items() if only is None or name in only}
     meter = ProgressMeter(sum(len(entry.files) for entry in wanted.values()), "files", report)
     for name, entry in wanted.items():
-        for path, file in entry.files.items():
-            if not checked.is_whole(local / path, file.sha256, file.bytes, reread=reread):
-                _fetch_file(store, f"{folder}/{path}", local / path, file, f"{name}.done.json")
-                checked.is_whole(local / path, file.sha256, file.bytes)
+        with _one_at_a_time(local / f".{name}.lock"):
+            for path, file in entry.files.items():
+                if not checked.is_whole(local / path, file.sha256, file.bytes, reread=reread):
+                    _fetch_file(store, f"{folder}/{path}", local / path, file, f"{name}.done.json")
+                    checked.is_whole(local / path, file.sha256, file.bytes)
         meter.advance(len(entry.files), name)
     return local
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Among the processes of this machine. The system frees the lock when its process ends, however it ends; where the cache's disk
+    knows no locks, or may not be written, each goes on by itself: a file arrives whole in any case.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a")
+    except OSError:
+        yield
+        return
+    with lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def checked_files(local_cache: Path | str) -> CheckedFiles:

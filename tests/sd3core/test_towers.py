@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import multiprocessing
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +99,57 @@ def test_what_killed_fetches_left_is_removed(store, committed, tmp_path: Path):
     fetch_towers(store, "towers/t/0", tmp_path / "cache", only=("vae",))
     assert sorted(path.name for path in vae.glob(".fetch-*")) == [".fetch-at-work"]
     assert (vae / "config.json").is_file()
+
+
+@pytest.fixture
+def elsewhere(store, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The store as one on another machine, which copies; the paths that were fetched from it."""
+    fetched: list[str] = []
+
+    def get_file(self, path: str, local: Path) -> None:
+        fetched.append(path)
+        time.sleep(0.02)
+        shutil.copyfile(self.root / path, local)
+
+    monkeypatch.setattr(type(store), "get_file", get_file)
+    monkeypatch.setattr(type(store), "local_path", lambda self, path: None)
+    monkeypatch.setattr(type(store), "get", lambda self, path: (self.root / path).read_bytes())
+    monkeypatch.setattr(type(store), "exists", lambda self, path: (self.root / path).exists())
+    return fetched
+
+
+def test_of_eight_that_want_the_towers_at_once_one_fetches_each_file(store, committed, elsewhere, tmp_path: Path):
+    with ThreadPoolExecutor(8) as actors:  # locks are of open files, so threads keep each other out as processes do
+        folders = list(actors.map(lambda _: fetch_towers(store, "towers/t/0", tmp_path / "cache"), range(8)))
+    assert len(set(folders)) == 1
+    assert sorted(elsewhere) == sorted(f"towers/t/0/{path}" for entry in committed.towers.values() for path in entry.files)
+
+
+def test_one_that_is_killed_while_it_fetches_holds_nobody_up_and_leaves_nothing_half(store, committed, elsewhere, tmp_path: Path):
+    began = tmp_path / "began"
+
+    def fetch_and_hang() -> None:
+        def get_file(self, path: str, local: Path) -> None:
+            Path(local).write_bytes(b"half")
+            began.touch()
+            time.sleep(60)
+
+        type(store).get_file = get_file  # of the child alone
+        fetch_towers(store, "towers/t/0", tmp_path / "cache", only=("vae",))
+
+    child = multiprocessing.get_context("fork").Process(target=fetch_and_hang)
+    child.start()
+    deadline = time.monotonic() + 30
+    while not began.exists():
+        assert child.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    lock = next((tmp_path / "cache").glob("towers-*/.vae.lock"))
+    with lock.open() as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    child.kill()
+    child.join()
+    folder = fetch_towers(store, "towers/t/0", tmp_path / "cache", only=("vae",))
+    assert {str(path.relative_to(folder)) for path in (folder / "vae").iterdir() if path.is_file()} == {*committed.towers["vae"].files}
 
 
 def test_a_damaged_file_is_found(store, committed, tmp_path: Path):

@@ -56,7 +56,7 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def in_this_process(worker_class, worker_kwargs, tasks, settings, report=None, watch=None):
+def in_this_process(worker_class, worker_kwargs, tasks, settings, report=None, watch=None, tell=None):
     worker, outcomes = worker_class(**worker_kwargs), []
     for done, task in enumerate(tasks, start=1):
         try:

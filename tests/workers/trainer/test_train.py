@@ -112,6 +112,38 @@ def test_a_killed_rank_changes_nothing(undisturbed, tmp_path):
         assert all(torch.equal(ours[name], calm[name]) for name in calm)
 
 
+@pytest.mark.parametrize(
+    "victim, warning",
+    [
+        ("ray::_Desk", "Ray Train's own process died"),
+        pytest.param("ray::TrainController", "Ray Train's own process died", marks=pytest.mark.kills),
+        pytest.param("raylet/raylet", "Ray's raylet on this machine has died", marks=pytest.mark.kills),
+        pytest.param("gcs_server", "Ray's GCS server on this machine has died", marks=pytest.mark.kills),
+        pytest.param("ray::RuntimeEnvAgent", "Ray's raylet on this machine has died", marks=pytest.mark.kills),
+        pytest.param("ray::DashboardAgent", "Ray's raylet on this machine has died", marks=pytest.mark.kills),
+    ],
+)
+@pytest.mark.usefixtures("own_ray")
+def test_a_process_of_rays_own_that_dies_costs_a_restart(undisturbed, tmp_path, victim, warning):
+    """What Ray Train cannot restart: its desk and controller, and Ray below it. The same call goes on from the last checkpoint."""
+    calm_job, _, _ = undisturbed
+    job = make_job(tmp_path / "store")
+    killed, told = [], []
+
+    def report(_) -> None:
+        if not killed and list_checkpoints(open_store(job.store), job.folder):
+            process = next(p for p in psutil.Process().children(recursive=True) if victim in " ".join(p.cmdline())[:200])
+            killed.append(process.pid)
+            process.kill()
+
+    result = train(job, COMPUTE, report, open_fake_stuck_once, told.append)
+    assert killed and result.attempts == 2
+    assert result.warnings == [f"pretrain: {warning}; went on from 32 samples"]
+    assert rows_of(job) == rows_of(calm_job)
+    assert list(told[-1].warnings) == result.warnings
+    assert [samples for samples, _ in told[-1].losses] == sorted({samples for samples, _ in told[-1].losses})
+
+
 @pytest.mark.usefixtures("own_ray")
 def test_a_stall_is_an_error_that_says_so(tmp_path):
     def open_stuck(job, store, place, warn):
