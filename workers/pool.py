@@ -8,6 +8,7 @@ never tensors.
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
 from collections import deque
@@ -23,13 +24,15 @@ from sd3core.data.store import may_pass
 from sd3core.errors import UserError, is_of_the_machine
 from sd3core.provenance import Provenance, device_kind, provenance
 from workers.ray_room import actors_problem
-from workers.ray_session import RayLost, check_ray, living_nodes, restart_ray
+from workers.ray_session import RayLost, check_ray, drivers_mark, elsewhere, living_nodes, restart_ray
 
 if TYPE_CHECKING:  # the recipe brings torch, which not every worker needs
     from sd3core.recipe import Compute
 
 Task = TypeVar("Task")
 POLL_S = 1.0  # how often workers are asked for their progress
+MISSING_MODULE = re.compile(r"(?:ModuleNotFoundError|ImportError): [^\n]*[^\s]")
+NODE_IP = re.compile(r"\bip[:=] ?([0-9a-fA-F.:]+[0-9a-fA-F])")
 LOST_RAYS = 3  # in a row, without a task that ended between them
 
 
@@ -128,11 +131,11 @@ def _answer(work: Callable[[], Any]) -> _Answer:
     try:
         return _Answer(work())
     except UserError as error:
-        return _Answer(error=str(error), stays=not may_pass(error))
+        return _Answer(error=f"{error}{elsewhere()}", stays=not may_pass(error))
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         words = f"{type(error).__name__}: {_one_line(error)} ({Path(place.filename).name}:{place.lineno})"
-        return _Answer(error=words, of_the_process=of_the_process(error))
+        return _Answer(error=f"{words}{elsewhere()}", of_the_process=of_the_process(error))
 
 
 def of_the_process(error: Exception) -> bool:
@@ -213,7 +216,7 @@ class _Pool(Generic[Task]):
             num_gpus=self.settings.gpus_per_actor,
             max_restarts=0,  # replaced here, where the attempt is counted
             concurrency_groups={"watch": 1},
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} | drivers_mark()},
         )(_ActorHost)
 
     def _dismiss(self) -> None:
@@ -237,11 +240,10 @@ class _Pool(Generic[Task]):
             answer = ray.get(seat.pending)
         except RayActorError as error:
             check_ray()
-            memory = " (out of memory)" if "memory" in str(error).lower() else ""
-            self._lost(seat, f"the worker process died{memory}")
+            self._lost(seat, why_it_died(error))
             return
         except RayError as error:  # a task or result that cannot be pickled, a lost object
-            answer = _Answer(error=_one_line(error))
+            answer = _Answer(error=_missing_module(error) or _one_line(error))
         loading, position = seat.task is None, seat.task
         if loading and answer.error is not None:
             if answer.stays:
@@ -327,6 +329,20 @@ class _Pool(Generic[Task]):
             seat.progress, seat.alive_at = progress, now
             if self.watch:
                 self.watch(self.tasks[seat.task], progress)
+
+
+def why_it_died(error: RayActorError) -> str:
+    """In one line. A process that cannot import what it is to run dies before it runs it."""
+    memory = " (out of memory)" if "memory" in str(error).lower() else ""
+    return _missing_module(error) or f"the worker process died{memory}"
+
+
+def _missing_module(error: RayError) -> str | None:
+    if not (found := MISSING_MODULE.findall(str(error))):
+        return None
+    node = NODE_IP.search(str(error))
+    where = f" on node {node[1]}" if node else ""
+    return f"{found[-1]}: Python{where} lacks it; install this project and its lock there, at the same versions"
 
 
 def _resources_left() -> str:

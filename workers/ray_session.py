@@ -36,6 +36,7 @@ ASK_EVERY_S = 5.0  # a cluster's head is asked whether this machine is one of it
 ASK_S = 2.0  # for that answer
 NOTICED_S = 25.0  # at most until the head has noticed that a node is dead
 SILENT_S = 30.0  # a head that has not answered for so long is gone; after a minute Ray would end this process
+DRIVERS_NODE = "SD3_DRIVERS_NODE"
 NEEDED = {"gcs_server": "GCS server", "raylet": "raylet"}  # without these nothing goes on; the others only log
 
 
@@ -146,6 +147,19 @@ def on_this_node() -> NodeAffinitySchedulingStrategy | None:
     if ray_worker._global_node is None:  # a Ray Client's machine is no node
         return None
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def drivers_mark() -> dict[str, str]:
+    """For the environment of this process's actors and ranks: by it they know whether they run elsewhere."""
+    return {DRIVERS_NODE: ray.get_runtime_context().get_node_id()}
+
+
+def elsewhere() -> str:
+    """Which machine an actor or rank runs on, for the end of an error that is read on another; "" on that one."""
+    drivers = os.environ.get(DRIVERS_NODE)
+    if drivers is None or ray.get_runtime_context().get_node_id() == drivers:
+        return ""
+    return f" (on {socket.gethostname()}, {ray.util.get_node_ip_address()})"
 
 
 def living_nodes() -> list[Node]:

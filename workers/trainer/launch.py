@@ -22,7 +22,17 @@ from sd3core.errors import UserError
 from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
 from sd3core.recipe import Compute
 from workers.ray_room import ranks_problem
-from workers.ray_session import RayLost, check_ray, living_nodes, loss_of_ray, on_this_node, restart_ray, start_ray
+from workers.ray_session import (
+    RayLost,
+    check_ray,
+    drivers_mark,
+    elsewhere,
+    living_nodes,
+    loss_of_ray,
+    on_this_node,
+    restart_ray,
+    start_ray,
+)
 from workers.trainer.checkpointing import last_whole_checkpoint, newest_attempt, read_metrics
 from workers.trainer.job import TrainingFailed, TrainingJob, TrainingResult, TrainingSuperseded
 from workers.trainer.news import LossPoints, NewsCallback, TrainingNews, ignore_news, last_word
@@ -220,6 +230,7 @@ class _Desk:
                 worker_group.placement_group = lambda *a, **k: make(*a, **k, name=f"{label}-{next(number)}")
 
         environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        environment |= drivers_mark()  # the desk is on the driver's node
         if not gpu:
             environment |= {"DS_ACCELERATOR": "cpu"} | allocator.ENVIRONMENT
         with tempfile.TemporaryDirectory(prefix="sd3-train-") as ray_only:
@@ -269,10 +280,10 @@ def _run_rank(job: TrainingJob, compute: Compute, desk: Any, open_loader: Any) -
         train_rank(job, place, _DeskWatcher(desk), open_loader)
     except UserError as error:
         if may_pass(error):  # restarts at once would all be used up before the store is back
-            desk.warn.remote(f"{job.phase}: {error}; the ranks start again in {AWAY_S:g} s")
+            desk.warn.remote(f"{job.phase}: {error}{elsewhere()}; the ranks start again in {AWAY_S:g} s")
             time.sleep(AWAY_S)
         else:  # the desk is told before Ray Train hears of it
-            ray.get(desk.fail.remote(isinstance(error, TrainingSuperseded), str(error)))
+            ray.get(desk.fail.remote(isinstance(error, TrainingSuperseded), f"{error}{elsewhere()}"))
             time.sleep(HELD_S)  # the driver ends this rank meanwhile; failing at once, Ray Train would try again first
         raise
 
