@@ -29,7 +29,7 @@ test: $(READY)
 test-unit: $(READY)
 	@$(BIN)/python -m pytest $(TWO) -m "not slow"
 
-test-kills: $(READY)  # kills, Ctrl-C and full disks in every stage, stores that go away; takes about an hour
+test-kills: $(READY)  # kills, Ctrl-C and full disks in every stage, stores that go away; takes about two hours
 	@$(BIN)/python -m pytest -m kills
 
 setup: $(READY)

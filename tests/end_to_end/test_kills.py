@@ -1,6 +1,8 @@
-"""Kill -9 of the flow's process, of a Ray worker or training rank, and of the Prefect server, in every stage with work in it.
+"""Kill -9 of the flow's process, of a Ray worker or training rank, of the Prefect server, of every process of Ray's own and of Ray
+Train's, in every stage with work in it.
 
-The same command goes on, the pipeline completes, and what was finished at the kill is as it was. The store is made complete once; a
+The same command goes on, the pipeline completes, and what was finished at the kill is as it was. Where the flow's process lives on,
+its run completes by itself. The store is made complete once; a
 case removes one stage's results, so only that stage, and what its new bytes change, has to be made again.
 """
 
@@ -45,6 +47,9 @@ KEPT = ("datasets/", "towers/", f"runs/{RUN}/checkpoints/")
 AT_WORK = "ray::_ActorHost.call"  # Ray names a process by what it executes
 RANK = "ray::RayTrainWorker"
 VICTIMS = ("flow", "ray worker", "server")
+RAYS_OWN = ("raylet/raylet", "gcs_server", "ray::RuntimeEnvAgent", "ray::DashboardAgent", "log_monitor.py", "dashboard/dashboard.py")
+RAY_TRAINS_OWN = ("ray::_Desk", "ray::TrainController")
+TRAINING_STAGES = ("pretrain", "finetune")
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +62,53 @@ def complete(installation: Installation) -> Installation:
 @pytest.mark.parametrize("stage", RESULTS)
 def test_the_same_command_goes_on_after_a_kill(complete: Installation, stage: str, victim: str):
     installation = complete
-    installation.wait("the run before to be over", lambda: installation.flow_process() is None, seconds=60)
-    for folder in RESULTS[stage]:
-        shutil.rmtree(installation.store / folder)
-    flow_run_id = installation.start("pipeline/tiny-test", OVERRIDES)
-    runs = lambda: installation.stages_of(flow_run_id).get(stage) == "RUNNING" or ended(installation, flow_run_id)  # noqa: E731
-    installation.wait(f"{stage} to run", runs, seconds=300)
-    worker = installation.wait(f"a worker of {stage}", lambda: worker_of(installation, stage), seconds=120, poll=0.01)
+    _, worker = at_work(installation, stage)
     victims = {"flow": installation.flow_process, "ray worker": lambda: worker, "server": installation.server_process}
     victims[victim]().kill()
     finished = finished_files(installation.store, *KEPT)
 
     installation.demo(OVERRIDES)
 
+    assert_whole(installation, stage, finished)
+
+
+@pytest.mark.parametrize("victim", RAYS_OWN)
+@pytest.mark.parametrize("stage", RESULTS)
+def test_a_run_goes_on_by_itself_after_a_kill_of_rays_own_processes(complete: Installation, stage: str, victim: str):
+    """Without its raylet Ray answers nothing any more, and a raylet ends itself with its agents."""
+    assert_goes_on(complete, stage, victim)
+
+
+@pytest.mark.parametrize("victim", RAY_TRAINS_OWN)
+@pytest.mark.parametrize("stage", TRAINING_STAGES)
+def test_a_run_goes_on_by_itself_after_a_kill_of_ray_trains_own_processes(complete: Installation, stage: str, victim: str):
+    assert_goes_on(complete, stage, victim)
+
+
+def assert_goes_on(installation: Installation, stage: str, victim: str) -> None:
+    flow_run_id, _ = at_work(installation, stage)
+    flow = installation.flow_process()
+    next(child for child in flow.children(recursive=True) if victim in described(child)).kill()
+    finished = finished_files(installation.store, *KEPT)
+    installation.wait("the run to end", lambda: ended(installation, flow_run_id), seconds=420, poll=0.5)
+    run = installation.api("flow_runs/filter", flow_runs={"id": {"any_": [flow_run_id]}})[0]
+    assert run["state_type"] == "COMPLETED", installation.story(f"{victim} was killed in {stage}")
+    assert_whole(installation, stage, finished)
+
+
+def at_work(installation: Installation, stage: str) -> tuple[str, psutil.Process]:
+    """A run with nothing of this stage made, at the moment that a worker is at work on it: its id and that worker."""
+    installation.wait("the run before to be over", lambda: installation.flow_process() is None, seconds=60)
+    for folder in RESULTS[stage]:
+        shutil.rmtree(installation.store / folder)
+    flow_run_id = installation.start("pipeline/tiny-test", OVERRIDES)
+    runs = lambda: installation.stages_of(flow_run_id).get(stage) == "RUNNING" or ended(installation, flow_run_id)  # noqa: E731
+    installation.wait(f"{stage} to run", runs, seconds=300)
+    return flow_run_id, installation.wait(f"a worker of {stage}", lambda: worker_of(installation, stage), seconds=120, poll=0.01)
+
+
+def assert_whole(installation: Installation, stage: str, finished: dict) -> None:
+    """The stage was done, nothing that was finished at the kill was written again, and training took every step once."""
     summary = installation.summary(RUN)
     assert [entry["state"] for entry in summary["stages"] if entry["name"] == stage] == ["done"]
     assert {name: state for name, state in installation.files("").items() if name in finished} == finished
