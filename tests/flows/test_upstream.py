@@ -122,7 +122,7 @@ def test_without_a_fine_tuning_phase_the_stage_names_the_pretrained_checkpoint(m
     recipe, finished = load_recipe("tiny-test", ["finetune=[]"]), {}
 
     @contextmanager
-    def stage(name, path, overrides):
+    def stage(name, path, overrides, remake=False):
         yield SimpleNamespace(recipe=recipe, store=store, finish=lambda **result: finished.update(result) or result)
 
     monkeypatch.setattr(finetune, "stage", stage)
