@@ -640,3 +640,29 @@ def test_a_url_where_a_folder_belongs_is_refused_by_name(override, said):
 def test_stores_and_starts_may_be_urls():
     for override in ("store=s3://bucket/x", "store=file:///x", "model.start_from=s3://bucket/x", "data.folder=/a://b"):
         load_recipe("sd3-2b", [override])
+
+
+OF_A_FOLDER = ["data.source=folder", "data.folder=/pictures", "caption.captioner=none"]
+
+
+def test_how_files_become_pixels_stands_in_what_is_made_from_files_alone(monkeypatch):
+    monkeypatch.setattr(specs, "model_identity", lambda model, key: "0")
+    captioned = [*OF_A_FOLDER, "caption.captioner=vision_language_model", "caption.model=/model"]
+    for recipe, expected in ((load_recipe("tiny-test"), None), (load_recipe("tiny-test", captioned), 2)):
+        assert specs.raw_fields(recipe).get("pixels") == expected
+        assert specs.latents_fields(recipe, recipe.pretrain, {"vae": "0"}).get("pixels") == expected
+        assert specs.captions_fields(recipe).get("pixels") == expected
+    assert "pixels" not in specs.captions_fields(load_recipe("tiny-test", OF_A_FOLDER))  # no image is looked at
+
+
+def test_the_background_counts_where_it_is_another_and_a_colour_has_one_name():
+    def spec(background: str) -> str:
+        return fingerprint(specs.raw_fields(load_recipe("tiny-test", [*OF_A_FOLDER, f"data.background='{background}'"])))
+
+    usual = fingerprint(specs.raw_fields(load_recipe("tiny-test", OF_A_FOLDER)))
+    assert spec("white") == spec("#FFFFFF") == spec("White") == usual
+    assert len({usual, spec("black"), spec("grey"), spec("#0a0B0c")}) == 4
+    assert spec("#000000") == spec("black") and spec("#0A0B0C") == spec("#0a0b0c")
+    for wrong in ("pink", "#fff", "#ggg000", "rgb(0,0,0)", ""):
+        with pytest.raises(RecipeError, match=r"data\.background.*give white, black, grey, or #rrggbb"):
+            spec(wrong)

@@ -24,7 +24,7 @@ from sd3core.data.folder_captions import (
     is_metadata,
     may_hold_captions,
 )
-from sd3core.errors import DataError, with_mend
+from sd3core.errors import DataError, is_of_the_machine, with_mend
 from sd3core.progress import counted, some
 from sd3core.recipe import Data
 
@@ -160,6 +160,8 @@ def _image_item(root: Path, path: str, captions: FolderCaptions, data: Data, cap
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         words = captions.words_of(path)
     except OSError as error:
+        if is_of_the_machine(error):  # says nothing of the file, and would leave it out
+            raise DataError(f"data.folder: {root / path}: {with_mend(error)}") from None
         return _problem(path, f"cannot be read: {with_mend(error)}")
     except DataError as error:
         return _problem(path, str(error))

@@ -14,17 +14,19 @@ from safetensors.torch import load as load_tensors
 
 from sd3core.conditioning import ENCODERS, TextFeatures
 from sd3core.data.images import PixelRules
+from sd3core.data.manifest import Manifest, commit_manifest
 from sd3core.data.shards import Sample, read_index, read_samples, write_shard
 from sd3core.data.store import open_store
 from sd3core.errors import DataError, RecipeError
 from sd3core.progress import Progress
 from sd3core.recipe import Text
 from sd3core.recipe_file import load_recipe
-from workers.encode import LOAD_S, TOKENS_AT_MOST, EncodeWorker, cut_advice
+from workers import encode_latents
+from workers.encode import LOAD_S, TOKENS_AT_MOST, EncodeWorker, _with_enlarged_images, cut_advice
 from workers.encode_latents import LatentsSource, LatentsWorker
 from workers.encode_text import TOO_LONG, TextWorker
 from workers.inputs import InputShard, map_ahead
-from workers.shard_stage import ShardTask
+from workers.shard_stage import ShardTask, StageResult, _entry
 
 BUCKETS = ((32, 32), (32, 48))
 
@@ -95,6 +97,50 @@ def test_unreadable_pictures_and_non_finite_latents_are_failed_rows(shard):
     reasons = {row.key: row.reason for row in record.failed}
     assert reasons.keys() == {"white", "broken"}
     assert reasons["white"] == "its latent is not finite in torch.float32"
+
+
+def test_an_image_for_which_there_was_no_memory_is_no_failed_row(shard, monkeypatch):
+    store, raw = shard
+    decode, calls = encode_latents.decode_image, []
+
+    def third_fails(data, rules):
+        calls.append(data)
+        if len(calls) == 3:
+            raise MemoryError
+        return decode(data, rules)
+
+    monkeypatch.setattr(encode_latents, "decode_image", third_fails)
+    with pytest.raises(MemoryError):
+        encode(store, raw, "a", batch=2)
+    assert not list(store.list("a"))
+    record, _, _ = encode(store, raw, "a", batch=2)
+    assert {row.key for row in record.failed} == {"white", "broken"} and record.rows == 5
+
+
+def test_images_that_are_enlarged_are_counted_and_told_by_phase(tmp_path):
+    store = open_store(str(tmp_path))
+    sides = {"fits": (64, 96), "by_a_patch": (44, 33), "half": (20, 40), "third": (11, 40), "tenth": (3, 3)}
+    samples = [Sample(key, {"png": picture(size, 9)}, {"split": "train"}) for key, size in sides.items()]
+    made = write_shard(store, "raw", "00003.0123456789ab", samples, [], pa.schema([("split", pa.string())]))
+    raw = InputShard("raw", made.stem, made.digest, made.rows, made.files[".index.parquet"])
+    record, _, _ = encode(store, raw, "a", batch=4)
+    names = [f"enlarged over {over} times" for over in ("1.1", "2", "4", "8")]
+    assert [record.extra[name] for name in names] == [3, 2, 1, 1]  # 1.6, 2.9 and 10.7 times
+    manifest = Manifest(stage="latents", spec="0", fields={}, inputs={}, folder="a", shards=[_entry(record)])
+    result = StageResult("latents.pretrain", commit_manifest(store, "a", manifest), True, "", 0.0)
+    (told,) = _with_enlarged_images(store, "pretrain (32 px)", result).warnings
+    assert told == (
+        "pretrain (32 px): 3 of 5 images enlarged more than 1.1 times to fill their bucket, 2 of them more than 2 times,"
+        " 1 of them more than 4 times, 1 of them more than 8 times; data.min_side_px leaves small images out, of every phase"
+    )
+
+
+def test_a_phase_that_enlarges_nothing_says_nothing(shard):
+    store, raw = shard
+    record, _, _ = encode(store, raw, "a", batch=4)
+    manifest = Manifest(stage="latents", spec="0", fields={}, inputs={}, folder="a", shards=[_entry(record)])
+    result = StageResult("latents.pretrain", commit_manifest(store, "a", manifest), True, "", 0.0)
+    assert _with_enlarged_images(store, "pretrain (32 px)", result) is result
 
 
 def test_a_raw_shard_that_is_not_its_manifests_is_refused(shard):

@@ -9,11 +9,12 @@ import unicodedata
 
 import numpy as np
 import pytest
+from colour_samples import DISPLAY_P3, profile
 from PIL import Image
 
 from sd3core.data.caption_text import cut_at_word, one_line
 from sd3core.data.folder_source import NO_CAPTION, holds_nothing, image_key
-from sd3core.data.images import PixelRules, decode_image
+from sd3core.data.images import CONVERTED, TRANSPARENT, UNKNOWN_COLOURS, PixelRules, decode_image
 from sd3core.data.ingest import FolderChanged, IngestWorker, list_source
 from sd3core.data.shards import is_held_out, read_index, read_samples, shard_stem
 from sd3core.errors import DataError
@@ -79,6 +80,32 @@ def test_images_are_kept_as_they_are_with_their_captions(folder, file_store):
         assert about == {name: row[name] for name in ("caption", "width", "height", "source")}
         assert (row["width"], row["height"]) == (48, 40)
         assert row["split"] == ("held_out" if is_held_out(row["key"], 0.5) else "train")
+
+
+def test_colours_are_made_srgb_once_whatever_a_file_is_stored_as(folder, file_store):
+    """What is stored as it is keeps its profile; what becomes a PNG is sRGB then, and has none."""
+    across, down = np.meshgrid(np.arange(40, 200, 4), np.arange(200, 40, -4))
+    gradient = Image.fromarray(np.stack([across, down, np.full_like(across, 90)], -1).astype(np.uint8))
+    p3 = profile(DISPLAY_P3)
+    see_through = gradient.convert("RGBA")
+    see_through.putalpha(128)
+    _save(folder / "a.png", gradient, icc_profile=p3)
+    _save(folder / "b.tif", gradient, icc_profile=p3)
+    _save(folder / "c.avif", gradient, icc_profile=p3, quality=100, subsampling="4:4:4")
+    _save(folder / "d.tif", see_through, icc_profile=p3)
+    _save(folder / "e.png", gradient, icc_profile=b"no profile")
+    data = _data(folder, rows_per_shard=9, background="#102030")
+    (shard,) = list_source(data, 0)
+    record = IngestWorker(data, file_store.url, "raw")(shard)
+    assert record.extra == {CONVERTED: 4, TRANSPARENT: 1, UNKNOWN_COLOURS: 1}
+    rows = {row["source"]: row for row in read_index(file_store, "raw", record.stem).to_pylist()}
+    files = dict(read_samples(file_store.get(f"raw/{record.stem}.tar")))
+    rules = PixelRules.of(data)
+    for name in rows:
+        stored = files[rows[name]["key"]]["png"]
+        wanted = decode_image((folder / name).read_bytes(), rules)
+        np.testing.assert_array_equal(np.asarray(decode_image(stored, rules)), np.asarray(wanted))
+        assert ("icc_profile" in Image.open(io.BytesIO(stored)).info) == name.endswith(".png")
 
 
 def test_size_is_that_of_the_upright_image(folder, file_store):
