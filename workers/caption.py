@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from PIL.Image import Image
 
-from sd3core.data.images import PixelRules, decode_image
+from sd3core.data.images import PixelRules, decode_image, naming
 from sd3core.data.manifest import ManifestRef, read_manifest
 from sd3core.data.shards import DoneRecord, FailedRow, write_table
 from sd3core.data.store import Store, open_store
@@ -62,7 +62,8 @@ class CaptionWorker:
         batch: list[tuple[str, Image]] = []
         for key, data in read_images(self.store, task.source):
             try:
-                batch.append((key, decode_image(data, self.rules)))
+                with naming(key):
+                    batch.append((key, decode_image(data, self.rules)))
             except DataError as error:
                 failed.append(FailedRow(key=key, reason=str(error)))
             if len(batch) == self.caption.batch:

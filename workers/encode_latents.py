@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save as save_tensors
 
 from sd3core.data.buckets import Side, bucket_name, nearest_bucket
-from sd3core.data.images import Crop, PixelRules, crop_to, decode_image, enlargement, to_model_range
+from sd3core.data.images import Crop, PixelRules, crop_to, decode_image, enlargement, naming, to_model_range
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.shards import DoneRecord, FailedRow, Sample, write_shard
 from sd3core.data.store import Store
@@ -104,7 +104,8 @@ class LatentsWorker:
 
     def _prepare(self, key: str, data: bytes, buckets: tuple[Side, ...]) -> Prepared:
         try:
-            image = decode_image(data, self.rules)
+            with naming(key):
+                image = decode_image(data, self.rules)
         except DataError as error:
             return Prepared(key, error=str(error))
         bucket = nearest_bucket(image.width, image.height, buckets)

@@ -30,6 +30,7 @@ SRGB_CURVE = 0.0  # in the place of an exponent
 EXPONENTS = {**dict.fromkeys((1, 2, 6, 13, 14, 15), SRGB_CURVE), 4: 2.2, 5: 2.8, 8: 1.0}
 SAME_EXPONENT = 0.05  # of 2.2, relative: what the PNG specification and libpng leave alone
 SAME_LEVELS = 1  # of 255, between a profile's effect and none: sRGB's own profiles round so
+STEEP_LEVELS = 3  # of the result from one of 8 bits to the next: above, 8 bits are too few to go through
 STRIP_PIXELS = 2**20
 D50 = np.array([0.9642, 1.0, 0.8249])
 BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
@@ -58,8 +59,8 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 def deep_to_srgb(pixels: np.ndarray, profile: bytes) -> Image.Image:
     """uint16 (H, W, 1 or 3) in the colours of `profile` -> sRGB, "RGB", 8 bits. Raises UnusableProfile.
 
-    LittleCMS is reached with 8 bits only, too few for dark linear colours: its answers at the neighbouring levels are
-    interpolated.
+    LittleCMS is reached with 8 bits only, too few for dark linear colours: there its answers at the neighbouring levels
+    are interpolated.
     """
     channels = pixels.shape[2]
     transform = _transform(profile, "L" if channels == 1 else "RGB")
@@ -69,6 +70,8 @@ def deep_to_srgb(pixels: np.ndarray, profile: bytes) -> Image.Image:
         levels = np.arange(65536) / 257
         curves = [np.interp(levels, np.arange(256), curve) for curve in transform.T]
         return Image.fromarray(np.rint(np.stack(curves, -1)).astype(np.uint8)[pixels[..., 0]])
+    if not _is_steep(profile):
+        return transform.apply(Image.fromarray(((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)))
     rows = max(1, STRIP_PIXELS // pixels.shape[1])
     strips = [_interpolated(transform, pixels[top : top + rows]) for top in range(0, len(pixels), rows)]
     return Image.fromarray(np.concatenate(strips))
@@ -138,6 +141,13 @@ def _built(profile: bytes, mode: str, image: Image.Image | None = None):
     except (OSError, ValueError):
         raise UnusableProfile from None
     return transform if image is None else transform.apply(image.convert(mode))
+
+
+@lru_cache(maxsize=32)
+def _is_steep(profile: bytes) -> bool:
+    ramp = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, 2)
+    levels = np.asarray(_built(profile, "RGB", Image.fromarray(ramp))).astype(int)
+    return bool(np.abs(np.diff(levels, axis=1)).max() > STEEP_LEVELS)
 
 
 @lru_cache(maxsize=1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from sd3core.data.channels import Channels, mend_planes, split_channels
 from sd3core.data.colour import UnusableProfile, deep_to_srgb, is_srgb, to_srgb
 from sd3core.data.colour_tags import PNG_MAGIC, UNUSABLE, Png, avif_profile, read_png
-from sd3core.errors import DataError, is_of_the_machine
+from sd3core.errors import DataError, UserError, is_of_the_machine
 
 if TYPE_CHECKING:
     from sd3core.recipe import Data
@@ -93,6 +93,21 @@ def read_picture(data: bytes, rules: PixelRules) -> Picture:
     rgb.info = {}  # else PIL would write the old profile beside the new pixels
     name = "JPEG" if file.format == "MPO" else file.format  # an MPO file is a JPEG with more pictures behind it
     return Picture(rgb, str(name), tuple(notes))
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Says which image was being read when memory or files ran out: nobody could find it otherwise."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_of_the_machine(error):
+            raise
+        words = " ".join(str(error).split()) or "out of memory"
+        mend = "fewer compute.actors leave more to each; if it is always this image, take it out"
+        raise MemoryError(f"while reading {name}: {words}; {mend}") from error
 
 
 def decode_image(data: bytes, rules: PixelRules) -> Image.Image:

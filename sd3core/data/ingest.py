@@ -18,7 +18,7 @@ import pyarrow as pa
 from PIL import Image
 
 from sd3core.data.folder_source import FolderItem, Tell, list_folder
-from sd3core.data.images import PixelRules, Picture, read_picture
+from sd3core.data.images import PixelRules, Picture, naming, read_picture
 from sd3core.data.shards import DoneRecord, FailedRow, Sample, content_digest, is_held_out, shard_stem, write_shard
 from sd3core.data.store import open_store
 from sd3core.errors import DataError, UserError, with_mend
@@ -174,7 +174,8 @@ def _usable_image(data: Data, root: Path, item: FolderItem) -> tuple[Picture, st
         raise FolderChanged(
             f"{root / item.path} changed since the folder was listed; run ingest again when it is at rest"
         )
-    picture = read_picture(content, PixelRules.of(data))
+    with naming(item.name):
+        picture = read_picture(content, PixelRules.of(data))
     if min(picture.image.size) < data.min_side_px:
         raise DataError(f"a side is shorter than {data.min_side_px} px (data.min_side_px)")
     if picture.format in KEPT_FORMATS:

@@ -110,7 +110,7 @@ def test_an_image_for_which_there_was_no_memory_is_no_failed_row(shard, monkeypa
         return decode(data, rules)
 
     monkeypatch.setattr(encode_latents, "decode_image", third_fails)
-    with pytest.raises(MemoryError):
+    with pytest.raises(MemoryError, match="^while reading k[0-9]: out of memory"):
         encode(store, raw, "a", batch=2)
     assert not list(store.list("a"))
     record, _, _ = encode(store, raw, "a", batch=2)

@@ -120,6 +120,16 @@ def test_all_bits_of_16_are_used_where_8_are_too_few(colour_type, channels):
     assert np.abs((srgb_levels(high) if grey else in_srgb(high, SRGB, lambda v: v)) - expected).max() > 8
 
 
+def test_a_curve_that_is_nowhere_steep_needs_no_more_than_8_bits(monkeypatch):
+    """ProPhoto's, as photographs of 16 bits have it: not interpolated, which would take eight times as long."""
+    monkeypatch.setattr(colour, "_interpolated", lambda *args: pytest.fail("interpolated"))
+    samples = RNG.integers(0, 60_000, (40, 30, 1)) * RNG.uniform(0.9, 1.09, (40, 30, 3))
+    samples = samples.astype(np.uint16)
+    data = png(samples, 16, 2, chunk(b"iCCP", b"x\0\0" + zlib.compress(profile(PROPHOTO, 1.8))))
+    away = np.abs(shown(data) - in_srgb(samples / 65535, PROPHOTO, lambda v: v**1.8))
+    assert away.max() < 2.6 and away.mean() < 1
+
+
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize("compression, planes", [(None, "contig"), ("zlib", "contig"), (None, "separate")])
 def test_tiffs_of_16_bits_and_a_profile(order, compression, planes):

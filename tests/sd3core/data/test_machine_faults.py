@@ -97,7 +97,7 @@ def test_ingest_commits_nothing_and_makes_the_whole_shard_again(folder, file_sto
         return read_picture(data, rules)
 
     monkeypatch.setattr("sd3core.data.ingest.read_picture", second_fails)
-    with pytest.raises(MemoryError):
+    with pytest.raises(MemoryError, match=r"^while reading b\.jpg: out of memory; fewer compute\.actors"):
         worker(shard)
     assert not list(file_store.list("raw"))
     record = worker(shard)
