@@ -197,6 +197,24 @@ def plan(recipe: RecipeOption = DEFAULT_RECIPE, set_: SetOption = None) -> None:
 
 
 @app.command()
+def clean(
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    remove: Annotated[
+        Optional[list[str]], typer.Option(help="What to remove, by its name in the list; all for everything. Repeatable.")
+    ] = None,
+    days: Annotated[
+        float, typer.Option(min=1.0, help="What was written to in so many days is left alone: a run may be at work on it.")
+    ] = 7.0,
+    set_: SetOption = None,
+) -> None:
+    """Lists what no run uses any more in the recipe's store and this machine's cache, with sizes; removes it only when told."""
+    from flows.clean import clean as run_clean
+    from flows.home import run_store
+
+    run_clean(run_store(_load(recipe, set_)), remove or [], days, console)
+
+
+@app.command()
 def sample(
     prompt: Annotated[Optional[list[str]], typer.Argument(help="One or more prompts.")] = None,
     file: Annotated[

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ def may_pass(error: Exception) -> bool:
 class StoreEntry:
     path: str
     size: int
+    modified: float = field(default=0.0, compare=False)  # when it was written, Unix seconds by the store's clock
 
 
 class Store(ABC):

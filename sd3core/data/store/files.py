@@ -85,7 +85,9 @@ class FileStore(Store):
                 if PARTIAL not in name:
                     full = Path(folder, name)
                     try:
-                        entries.append(StoreEntry(full.relative_to(self.root).as_posix(), full.stat().st_size))
+                        status = full.stat()
+                        path = full.relative_to(self.root).as_posix()
+                        entries.append(StoreEntry(path, status.st_size, status.st_mtime))
                     except FileNotFoundError:  # deleted while we listed
                         continue
         return sorted(entries)

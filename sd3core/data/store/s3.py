@@ -164,7 +164,11 @@ class S3Store(Store):
             )
             objects = (item for page in found for item in page.get("Contents", []))
             # A key that ends in "/" is what consoles and file gateways put for a folder.
-            return [StoreEntry(item["Key"][cut:], item["Size"]) for item in objects if not item["Key"].endswith("/")]
+            return [
+                StoreEntry(item["Key"][cut:], item["Size"], item["LastModified"].timestamp())
+                for item in objects
+                if not item["Key"].endswith("/")
+            ]
 
         return sorted(self._call(prefix, pages))
 
