@@ -16,6 +16,7 @@ PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 UNUSABLE = b""  # in the place of a profile that cannot be read
 MAX_PROFILE_BYTES = 2**24  # a printer's has some megabytes
 MAX_TEXT_BYTES = 2**20
+BMP_V5, EMBEDDED = 124, b"DEBM"  # the header's length, and its colour space PROFILE_EMBEDDED
 ANIMATION = (b"acTL", b"fcTL", b"fdAT")
 TURNED_BY = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"exif")  # texts that may hold an orientation
 GREY, RGB, GREY_WITH_ALPHA = 0, 2, 4  # colour types of PNG; tRNS gives the first two one transparent colour
@@ -82,6 +83,16 @@ def avif_profile(data: bytes) -> bytes | None:
         if kind == b"colr" and body[:4] == b"nclx" and len(body) >= 8:
             return coded_profile(*struct.unpack(">HH", body[4:8]))
     return None
+
+
+def bmp_profile(data: bytes) -> bytes | None:
+    """The ICC profile that a BMP of version 5 carries, UNUSABLE where it is cut short, None where there is none."""
+    size, space, start, length = (data[14 + place : 18 + place] for place in (0, 56, 112, 116))
+    if int.from_bytes(size, "little") != BMP_V5 or space != EMBEDDED:
+        return None
+    start, length = (int.from_bytes(number, "little") for number in (start, length))
+    profile = data[14 + start : 14 + start + length]
+    return profile if len(profile) == length else UNUSABLE
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sd3core.data.channels import Channels, mend_planes, split_channels
 from sd3core.data.colour import UnusableProfile, deep_to_srgb, is_srgb, to_srgb
-from sd3core.data.colour_tags import PNG_MAGIC, UNUSABLE, Png, avif_profile, read_png
+from sd3core.data.colour_tags import PNG_MAGIC, UNUSABLE, Png, avif_profile, bmp_profile, read_png
 from sd3core.errors import DataError, UserError, is_of_the_machine
 
 if TYPE_CHECKING:
@@ -199,7 +199,8 @@ def _profile(file: Image.Image, png: Png | None, data: bytes) -> bytes | None:
         return png.profile()
     if "icc_profile" in file.info:
         return file.info["icc_profile"] or UNUSABLE
-    return avif_profile(data) if file.format == "AVIF" else None
+    of_format = {"AVIF": avif_profile, "BMP": bmp_profile}.get(file.format)
+    return of_format(data) if of_format else None
 
 
 def _orientation(file: Image.Image) -> int:

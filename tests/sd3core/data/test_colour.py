@@ -259,6 +259,24 @@ def test_colours_that_cannot_be_told_are_taken_as_srgb_and_counted(chunks):
     np.testing.assert_array_equal(np.asarray(picture.image), PIXELS)
 
 
+def bmp(made: bytes) -> bytes:
+    """PIXELS with a header of version 5 that carries a profile behind them. Rows of 96 bytes, the lowest first."""
+    height, width, _ = PIXELS.shape
+    pixels = PIXELS[::-1, :, ::-1].tobytes()
+    info = struct.pack("<IiiHHIIiiII", 124, width, height, 1, 24, 0, len(pixels), 0, 0, 0, 0).ljust(56, b"\0") + b"DEBM"
+    info = info.ljust(112, b"\0") + struct.pack("<III", 124 + len(pixels), len(made), 0)
+    return b"BM" + struct.pack("<IHHI", 138 + len(pixels) + len(made), 0, 0, 138) + info + pixels + made
+
+
+def test_a_bmp_of_version_5_has_the_colours_of_its_profile():
+    found = shown(bmp(profile(DISPLAY_P3)))
+    assert np.abs(found - in_srgb(PIXELS / 255, DISPLAY_P3, srgb_light)).max() < 1.1
+    for cut in (bmp(profile(DISPLAY_P3))[:-9], bmp(b"")):
+        picture = read_picture(cut, RULES)
+        assert picture.notes == (UNKNOWN_COLOURS,)
+        np.testing.assert_array_equal(np.asarray(picture.image), PIXELS)
+
+
 def test_an_avif_s_numbers_for_its_colours():
     """Pillow writes 1 and 13 (sRGB); the same file with 12 (P3) in the place of 1."""
     data = encoded(Image.fromarray(SMOOTH), "AVIF", **KINDS["AVIF"])
