@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from flows.scores import bench_rows, score_rows
 from flows.services import Services
 from sd3core.data.store import Store
 from sd3core.provenance import Provenance, provenance, provenance_of
+from sd3core.errors import StoreError
 from sd3core.recipe import Recipe
 
 PICTURES_NAMED = 6
@@ -37,8 +39,13 @@ def exported_folder(recipe: Recipe, export: dict[str, Any]) -> str | None:
 
 def finished_runs(store: Store) -> dict[str, str]:
     """Run -> recipe, of the pipeline runs that this store has to their end."""
-    paths = [entry.path for entry in store.list("runs") if re.fullmatch("runs/[^/]+/summary.json", entry.path)]
-    return {summary["run"]: summary["recipe"] for summary in map(store.get_json, paths)}
+    runs = {}
+    for entry in store.list("runs"):
+        if re.fullmatch("runs/[^/]+/summary.json", entry.path):
+            with suppress(StoreError, KeyError, TypeError):  # a damaged one tells of no run, and stops no other
+                summary = store.get_json(entry.path)
+                runs[summary["run"]] = summary["recipe"]
+    return runs
 
 
 def write_summary(store: Store, recipe: Recipe, stages: list[dict[str, Any]], scores: dict[str, Any]) -> dict[str, Any]:

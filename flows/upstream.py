@@ -6,6 +6,7 @@ A stage that is missing, or stands behind the one before it, is a DataError that
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from flows.home import pasted
@@ -160,8 +161,9 @@ def _manifest(recipe: Recipe, store: Store, folder: str, stage: str, note: str) 
     if not store.exists(f"{folder}/{MANIFEST}"):
         raise _missing(recipe, stage)
     used = recall_stage(store, recipe.run, note)
-    if used is not None and used.folder == folder and store.exists(manifest_ref(folder, used.digest).path):
-        return read_manifest(store, folder, used.digest)
+    if used is not None and used.folder == folder:
+        with suppress(DataError):  # its copy is gone, and the newest is another one
+            return read_manifest(store, folder, used.digest)
     return read_manifest(store, folder)
 
 

@@ -4,6 +4,7 @@ a line that begins with "$ " is a command. The tree is the ```text block with a 
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 from dataclasses import dataclass
@@ -211,6 +212,16 @@ def test_recipes_and_overrides_of_sd3_commands_are_valid(arguments):
     recipe = next((value for option, value in given if option in ("--recipe", "-r")), "mini")
     if not recipe.endswith((".yaml", ".yml")):
         load_recipe(recipe, [value for option, value in given if option in ("--set", "-s")])
+
+
+@pytest.mark.parametrize("arguments", calls_of("tensorboard"))
+def test_tensorboard_is_installed_and_takes_these_options(arguments):
+    from tensorboard.plugins.core.core_plugin import CorePluginLoader
+
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    CorePluginLoader().define_flags(parser)
+    chosen, unknown = parser.parse_known_args(arguments)
+    assert not unknown and chosen.logdir.startswith("local/logs/")
 
 
 @pytest.mark.parametrize("arguments", calls_of("prefect"))

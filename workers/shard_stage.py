@@ -18,7 +18,9 @@ from sd3core.data.manifest import (
     Manifest,
     ManifestRef,
     ShardEntry,
+    MANIFEST,
     commit_manifest,
+    is_whole,
     manifest_ref,
     read_manifest,
 )
@@ -190,6 +192,7 @@ class _State:
     missing: list[ShardTask]
     matches: bool
     is_newest: bool  # `standing` is what MANIFEST.json says
+    damaged: str | None  # MANIFEST.json where it, or its copy under its digest, is not what was committed
 
 
 def _look(store: Store, run: str, stage: ShardStage) -> _State:
@@ -198,7 +201,9 @@ def _look(store: Store, run: str, stage: ShardStage) -> _State:
     missing = [task for task in stage.tasks if task.stem not in finished]
     if not missing and stage.tasks and not all(store.exists(f"{stage.folder}/{name}") for name in stage.needs):
         missing = list(stage.tasks[:1])  # its worker writes them
-    newest = _manifest_or_none(store, stage.folder, None)
+    newest, damaged = _manifest_or_none(store, stage.folder, None), None
+    if store.exists(f"{stage.folder}/{MANIFEST}") and not (newest and is_whole(store, newest)):
+        newest, damaged = None, store.uri(f"{stage.folder}/{MANIFEST}")  # the done records have all that stood there
     candidates = [newest]
     if note is not None and note.folder == stage.folder and newest is not None:
         # Without a newest one the folder was taken back (--from-stage): shards made since are not those of an older one.
@@ -206,7 +211,7 @@ def _look(store: Store, run: str, stage: ShardStage) -> _State:
     standing = [manifest for manifest in candidates if manifest is not None]
     matching = [manifest for manifest in standing if _matches(manifest, stage)]
     chosen = (matching or standing or [None])[0]
-    return _State(stage, note, chosen, missing, bool(matching), chosen is newest)
+    return _State(stage, note, chosen, missing, bool(matching), chosen is newest, damaged)
 
 
 def _matches(manifest: Manifest, stage: ShardStage) -> bool:
@@ -236,6 +241,8 @@ def _conclude(
             commit_manifest(store, stage.folder, manifest)
     else:
         reason = reason_to_work(state.note, stage.folder, stage.fields, len(made_here), len(stage.tasks), "shard")
+        if state.damaged:
+            reason = f"{state.damaged} or its copy was damaged, and is written again" + (f"; {reason}" if made_here else "")
         manifest = _build_manifest(store, state, {outcome.task.stem: outcome.result for outcome in made_here})
         reference = commit_manifest(store, stage.folder, manifest, made_by(made_here, actors))
         store.remove_abandoned(stage.folder)

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
 from flows.services import Services
-from flows.summary import exported_folder, print_summary
+from flows.summary import exported_folder, finished_runs, print_summary
 from sd3core.data.store import open_store
 from sd3core.recipe_file import load_recipe
 
@@ -43,3 +44,11 @@ def test_the_newest_pictures_of_each_phase_and_size_are_named_and_warnings_with_
         f"{tmp_path}/finetune.0-8-96x96.png  finetune.0 96 px",
         f"{tmp_path}/finetune.0-8-112x80.png  finetune.0 112x80 px",
     ]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"{}"])
+def test_a_damaged_summary_hides_no_other_run(tmp_path, damage):
+    store = open_store(str(tmp_path))
+    store.put("runs/broken/summary.json", damage)
+    store.put_json("runs/whole/summary.json", {"run": "whole", "recipe": "mini"})
+    assert finished_runs(store) == {"whole": "mini"}

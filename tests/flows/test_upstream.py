@@ -55,6 +55,20 @@ def test_each_run_reads_what_it_has_ingested_itself(store):
         upstream.captions(theirs, store)
 
 
+@pytest.mark.parametrize("damage", [None, b"", b"{}"])
+def test_a_lost_copy_of_the_manifest_is_found_in_the_newest(store, damage):
+    ours = recipe_of("a", 100)
+    used = ingest(store, ours, 100)
+    whole = store.get(used.path)
+    store.delete(used.path)
+    if damage is not None:
+        store.put(used.path, damage)
+    assert upstream.raw(ours, store) == used and store.get(used.path) == whole
+    store.delete(used.path)
+    newest = ingest(store, recipe_of("b", 200), 200)  # then the stages after it say that they stand behind
+    assert upstream.raw(ours, store) == newest
+
+
 def test_without_a_note_of_this_folder_the_newest_counts(store):
     ours = recipe_of("a", 100)
     first, newest = ingest(store, ours, 100), ingest(store, recipe_of("b", 200), 200)

@@ -132,6 +132,24 @@ def test_a_data_set_that_grows_and_one_that_shrinks_share_a_folder(store):
     assert set(attempts(store).values()) == {1}
 
 
+@pytest.mark.parametrize("harm", ["copy gone", "copy altered", "newest altered", "newest cut short"])
+def test_a_damaged_manifest_is_written_again_from_the_done_records(store, harm):
+    first = run(store, a_stage())
+    newest, copy = f"{first.manifest.folder}/MANIFEST.json", first.manifest.path
+    whole = store.get(newest)
+    if harm == "copy gone":
+        store.delete(copy)
+    else:
+        altered = whole[:-10] if harm.endswith("short") else whole.replace(b'"rows": 3', b'"rows": 4')
+        assert altered != whole
+        store.put(copy if harm.startswith("copy") else newest, altered)
+    again = run(store, a_stage())
+    assert (again.made, again.skipped, again.manifest) == (0, False, first.manifest)
+    assert again.reason == f"{store.uri(newest)} or its copy was damaged, and is written again"
+    assert store.get(newest) == store.get(copy) == whole
+    assert run(store, a_stage()).skipped and set(attempts(store).values()) == {1}
+
+
 def test_poison_shards_are_named_after_all_others_are_done(store):
     with pytest.raises(
         StageFailed, match=r"text: 1 of 4 shards could not be made: .*00001.*row 1 is poison, 3 attempts"

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from sd3core.checkpoint import (
     record_file,
     write_done,
 )
-from sd3core.data.store import Store, may_pass
+from sd3core.data.store import Store, StoreNotFound, may_pass
 from sd3core.errors import CheckpointError, StoreError
 from sd3core.provenance import device_kind, provenance, provenance_bytes, provenance_file
 from workers.caches import checked_here
@@ -106,9 +107,9 @@ def _damage(store: Store, folder: str) -> str | None:
 
 
 def _damaged_files(store: Store, folder: str, done: CheckpointDone) -> list[str]:
-    """By name and size, which a listing has."""
+    """The files that training goes on from, by name and size, which a listing has. The loss rows are for the curve alone."""
     standing = {entry.path: entry.size for entry in store.list(f"{folder}/")}
-    sizes = {name: (standing.get(f"{folder}/{name}"), record.bytes) for name, record in sorted(done.files.items())}
+    sizes = {name: (standing.get(f"{folder}/{name}"), done.files[name].bytes) for name in done.rank_files}
     return [
         f"{name} is missing" if size is None else f"{name} has {size:,} bytes instead of {expected:,}"
         for name, (size, expected) in sizes.items()
@@ -262,15 +263,39 @@ def load_start_weights(weights: dict[str, Tensor], trainer: ShardedTrainer) -> N
     trainer.loaded(0)
 
 
-def read_metrics(store: Store, folder: str, last_samples: int | None = None) -> list[dict[str, Any]]:
+def read_metrics(
+    store: Store,
+    folder: str,
+    last_samples: int | None = None,
+    warn: Callable[[str], None] = lambda message: None,
+) -> list[dict[str, Any]]:
     """The loss rows of a phase, from its first step to its last checkpoint, each step once.
 
-    A checkpoint that a shorter run left between two others has rows that the later one has as well.
+    A checkpoint that a shorter run left between two others has rows that the later one has as well. Rows only draw a curve:
+    what is left of a damaged file is read, and `warn` hears of the rest.
     """
     rows: list[dict[str, Any]] = []
     for ref in list_checkpoints(store, folder, last_samples):
-        found = [json.loads(line) for line in store.get(f"{ref.folder}/{METRICS_FILE}").decode().splitlines()]
+        path = f"{ref.folder}/{METRICS_FILE}"
+        found = _whole_rows(store, path)
+        if not found or found[-1]["samples"] != ref.samples:
+            warn(
+                f"{store.uri(path)} is {'damaged' if store.exists(path) else 'missing'}: the loss curve has a gap up to"
+                f" {ref.samples:,} samples, and nothing else needs it; TensorBoard's files in runs/RUN/logs have the losses"
+            )
         rows += [row for row in found if not rows or row["samples"] > rows[-1]["samples"]]
+    return rows
+
+
+def _whole_rows(store: Store, path: str) -> list[dict[str, Any]]:
+    """The rows before the first that cannot be read; none where there is no file."""
+    rows: list[dict[str, Any]] = []
+    with suppress(StoreNotFound, ValueError):  # no file; not UTF-8, not JSON
+        for line in store.get(path).decode().splitlines():
+            row = json.loads(line)
+            if not isinstance(row, dict) or not {"samples", "loss"} <= row.keys():
+                break
+            rows.append(row)
     return rows
 
 

@@ -86,7 +86,7 @@ def train(
             raise TrainingFailed(f"{job.phase}: the ranks ended before the last checkpoint was written")
     store = open_store(job.store)
     folders = [ref.folder for ref in list_checkpoints(store, job.folder, job.last_samples)]
-    rows = read_metrics(store, job.folder, job.last_samples)
+    rows = read_metrics(store, job.folder, job.last_samples, lambda message: warnings.append(f"{job.phase}: {message}"))
     stored = [f"{job.phase}: {row['warning']}" for row in rows if "warning" in row]
     return TrainingResult(
         checkpoints=folders,

@@ -13,10 +13,13 @@ from fake_training import make_job
 from sd3core.checkpoint import DONE_FILE, DamagedRecord, list_checkpoints, read_done
 from sd3core.data.store import FileStore
 from sd3core.errors import StoreError
-from workers.trainer import checkpointing
-from workers.trainer.checkpointing import PATIENCE_S, begin_attempt, last_whole_checkpoint, save_checkpoint
+from sd3core.recipe import Compute
+from workers.trainer import checkpointing, train
+from workers.trainer.checkpointing import PATIENCE_S, begin_attempt, last_whole_checkpoint, read_metrics, save_checkpoint
 from workers.trainer.engine import Slice
 from workers.trainer.job import TrainingSuperseded
+
+COMPUTE = Compute(train_ranks=2)
 
 
 class Disturbed(FileStore):
@@ -55,12 +58,12 @@ def job(tmp_path):
     return make_job(tmp_path / "store")
 
 
-def write(store, job, attempt, step=4, warn=print):
+def write(store, job, attempt, step=4, warn=print, rows=()):
     trainer = SimpleNamespace(
         rank=0, world=1, device=torch.device("cpu"), optimizer_step=step, shapes={"w": [3]}
     )
     trainer.slices = lambda own: [Slice("weights", "w", 0, torch.ones(3))]
-    return save_checkpoint(store, job, trainer, attempt=attempt, step=step, rows=[{"step": step}], warn=warn)
+    return save_checkpoint(store, job, trainer, attempt=attempt, step=step, rows=list(rows), warn=warn)
 
 
 def test_a_newer_attempt_before_done_removes_the_files_and_the_older_one_takes_done_back(job):
@@ -156,6 +159,41 @@ def test_a_checkpoint_whose_files_are_gone_is_passed_over(job):
     store.delete(f"{second}/{name}")
     store.delete(f"{first}/{DONE_FILE}")
     assert last_whole_checkpoint(store, job.folder) is None
+
+
+def rows_of(*steps):
+    return [{"step": step, "samples": 8 * step, "loss": 1.0 / step} for step in steps]
+
+
+@pytest.mark.parametrize(
+    ("damage", "left", "word"),
+    [
+        (None, [], "missing"),
+        (lambda data: b"", [], "damaged"),
+        (lambda data: data[:-5], [5, 6, 7], "damaged"),
+        (lambda data: data[: data.index(b"\n") + 1], [5], "damaged"),  # whole lines, and too few
+        (lambda data: b"\xff" + data, [], "damaged"),
+        (lambda data: b"[]\n" + data, [], "damaged"),
+    ],
+)
+def test_loss_rows_that_are_damaged_cost_a_piece_of_the_curve_and_nothing_else(job, damage, left, word):
+    store, told = FileStore(Path(job.store)), []
+    attempt = begin_attempt(store, job.folder)
+    for steps in ((1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12)):
+        write(store, job, attempt, steps[-1], rows=rows_of(*steps))
+    assert read_metrics(store, job.folder, warn=told.append) == rows_of(*range(1, 13)) and told == []
+    path = f"{job.folder}/{64:012d}/metrics.jsonl"
+    if damage is None:
+        store.delete(path)
+    else:
+        store.put(path, damage(store.get(path)))
+    assert read_metrics(store, job.folder, warn=told.append) == rows_of(1, 2, 3, 4, *left, 9, 10, 11, 12)
+    [warning] = told
+    assert warning.startswith(f"{store.uri(path)} is {word}: the loss curve has a gap up to 64 samples, and nothing else needs it")
+    assert last_whole_checkpoint(store, job.folder).samples == 96
+    result = train(job, COMPUTE)  # a finished phase stays finished
+    assert (result.samples, result.resumed_from, result.attempts) == (96, 96, 1)
+    assert result.warnings == [f"pretrain: {warning}"]
 
 
 class Away(FileStore):
