@@ -53,9 +53,11 @@ def _line(error: Exception) -> str | None:
 
 
 def _print(line: str) -> None:
-    from rich.console import Console
+    from flows.console import PlainConsole
+    from sd3core.errors import LINE_CHARS
+    from sd3core.shown_text import shortened
 
-    Console(stderr=True).print(f"sd3: {line}", soft_wrap=True, highlight=False, markup=False)
+    PlainConsole(stderr=True).print(f"sd3: {shortened(line, LINE_CHARS)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from rich.console import Console
 
+from flows.console import PlainConsole
 from flows.home import pasted
+from flows.options import path
 from flows.recipes import DEFAULT_RECIPE, known_recipes
 from sd3core.errors import UserError
 from sd3core.recipe import Recipe
@@ -24,9 +25,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="What things cost on this machine.")
 app.add_typer(bench, name="bench")
-console = Console(  # tables in logs and pipes keep their columns; a path with [brackets] is a path
-    width=None if sys.stdout.isatty() else LOG_WIDTH, markup=False
-)
+console = PlainConsole(width=None if sys.stdout.isatty() else LOG_WIDTH)  # tables in logs and pipes keep their columns
 
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="A shipped recipe's name, or a path that ends in .yaml.")
@@ -62,7 +61,7 @@ def _load(name_or_path: str, set_: list[str] | None, run: str | None = None) -> 
 def demo(
     recipe: RecipeOption = DEFAULT_RECIPE,
     data: Annotated[
-        Optional[Path], typer.Option("--data", help="A folder of images: name.jpg with name.txt, or a metadata.jsonl.")
+        Optional[Path], typer.Option("--data", parser=path, help="A folder of images: name.jpg with name.txt, or a metadata.jsonl.")
     ] = None,
     from_stage: Annotated[
         Optional[str], typer.Option(help="Makes this stage and those after it again, finished or not.")
@@ -151,7 +150,7 @@ def status() -> None:
 
 @app.command()
 def deploy(
-    recipe: Annotated[Path, typer.Argument(help="A recipe file; its deployments get the recipe's name.")],
+    recipe: Annotated[Path, typer.Argument(parser=path, help="A recipe file; its deployments get the recipe's name.")],
     api: Annotated[Optional[str], typer.Option(help="Another Prefect server's API, as in PREFECT_API_URL.")] = None,
     pool: Annotated[str, typer.Option(help="The work pool there; its workers run in a checkout at this path.")] = "sd3",
 ) -> None:
@@ -218,7 +217,7 @@ def clean(
 def sample(
     prompt: Annotated[Optional[list[str]], typer.Argument(help="One or more prompts.")] = None,
     file: Annotated[
-        Optional[Path], typer.Option("--file", "-f", help="A text file with a prompt on each line.")
+        Optional[Path], typer.Option("--file", "-f", parser=path, help="A text file with a prompt on each line.")
     ] = None,
     recipe: RecipeOption = DEFAULT_RECIPE,
     run: Annotated[Optional[str], typer.Option(help="The run to sample from; default: the recipe's.")] = None,
@@ -227,9 +226,9 @@ def sample(
         typer.Option(help="A model folder or training checkpoint, by path or URL, instead of a run's last."),
     ] = None,
     towers: Annotated[
-        Optional[Path], typer.Option(help="A folder with VAE and text encoders, as diffusers' pipelines have them.")
+        Optional[Path], typer.Option(parser=path, help="A folder with VAE and text encoders, as diffusers' pipelines have them.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    out: Annotated[Path, typer.Option(parser=path, help="Folder for the pictures.")] = Path("samples"),
     height: Annotated[Optional[int], typer.Option(help="px; default: the last phase's side.")] = None,
     width: Annotated[Optional[int], typer.Option(help="px; default: the last phase's side.")] = None,
     seed: Annotated[
@@ -243,21 +242,21 @@ def sample(
     negative: Annotated[
         Optional[str], typer.Option(help="Guidance leads away from this prompt; default: from none, as in training.")
     ] = None,
-    guidance: Annotated[Optional[float], typer.Option(min=0.0, help="1 = no guidance; default: the recipe's.")] = None,
+    guidance: Annotated[Optional[float], typer.Option(min=0.0, max=1000.0, help="1 = no guidance; default: the recipe's.")] = None,
     without: Annotated[
         Optional[list[str]], typer.Option(help="Leaves an encoder out: clip_l, clip_g or t5. Repeatable.")
     ] = None,
     sampler: Annotated[Optional[str], typer.Option(help="euler, heun, dpm++2m or dpm++2m-sde; default: the recipe's.")] = None,
     steps: Annotated[
         Optional[int],
-        typer.Option(min=1, help="Of the sampler; heun calls the model twice in each. Default: the recipe's."),
+        typer.Option(min=1, max=10_000, help="Of the sampler; heun calls the model twice in each. Default: the recipe's."),
     ] = None,
     schedule: Annotated[
         Optional[str],
         typer.Option(help="reference (the released code's sigmas) or textbook (an even grid, shifted); default: the sampler's."),
     ] = None,
     shift: Annotated[
-        Optional[float], typer.Option(min=0.01, help="Alpha of the resolution shift; default: the last phase's.")
+        Optional[float], typer.Option(min=0.01, max=1000.0, help="Alpha of the resolution shift; default: the last phase's.")
     ] = None,
     weights: WeightsOption = None,
     precision: Annotated[str, typer.Option(help="Of the model: fp32 or bf16; its towers run in fp32.")] = "fp32",
@@ -300,6 +299,7 @@ def import_(
     source: Annotated[
         Path,
         typer.Argument(
+            parser=path,
             help="A .safetensors file, the index of a sharded one, or a folder: accelerate's, or diffusers' of a transformer or"
             " of a whole pipeline."
         ),
@@ -311,7 +311,7 @@ def import_(
     ] = None,
     t5_tokens: Annotated[Optional[int], typer.Option(min=4, max=512, help="T5 tokens; default: 77.")] = None,
     shift: Annotated[
-        Optional[float], typer.Option(min=0.01, help="Of the schedule; default: the pipeline's, or 3.")
+        Optional[float], typer.Option(min=0.01, max=1000.0, help="Of the schedule; default: the pipeline's, or 3.")
     ] = None,
     side: Annotated[
         Optional[int], typer.Option(min=16, help="px of the square it makes best; default: as it says.")
@@ -368,7 +368,7 @@ def export(
 
 
 @app.command()
-def photographs(folder: Annotated[Path, typer.Argument(help="Where to write them.")]) -> None:
+def photographs(folder: Annotated[Path, typer.Argument(parser=path, help="Where to write them.")]) -> None:
     """Writes the real photographs that come inside scikit-learn, scikit-image and matplotlib, with captions: data to try `--data` on."""
     from sd3core.photographs import write_photographs
 
@@ -378,20 +378,20 @@ def photographs(folder: Annotated[Path, typer.Argument(help="Where to write them
 
 @bench.command("model")
 def bench_model(
-    depth: Annotated[int, typer.Option(min=1, help="Blocks; the width is 64 times as much.")] = 6,
-    image_tokens: Annotated[int, typer.Option(help="A square number: 256 is a picture of 256 px.")] = 256,
-    text_tokens: Annotated[int, typer.Option(min=1)] = 154,
-    batch: Annotated[int, typer.Option(help="Even: sampling takes half of it, with guidance.")] = 4,
+    depth: Annotated[int, typer.Option(min=1, max=256, help="Blocks; the width is 64 times as much.")] = 6,
+    image_tokens: Annotated[int, typer.Option(min=1, max=2**20, help="A square number: 256 is a picture of 256 px.")] = 256,
+    text_tokens: Annotated[int, typer.Option(min=1, max=2**20)] = 154,
+    batch: Annotated[int, typer.Option(min=2, max=2**20, help="Even: sampling takes half of it, with guidance.")] = 4,
     qk_norm: Annotated[bool, typer.Option("--qk-norm", help="With RMS norms of queries and keys.")] = False,
     mode: Annotated[
         Optional[list[str]], typer.Option(help="fp32, bf16 (fp32 master) or autocast. Repeatable; default: those the device has arithmetic for.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Euler steps of a sampling.")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, help="Each measures both models once, in turn.")] = 7,
-    threads: Annotated[Optional[int], typer.Option(min=1, help="Of the CPU; default: PyTorch's.")] = None,
+    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Euler steps of a sampling.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Each measures both models once, in turn.")] = 7,
+    threads: Annotated[Optional[int], typer.Option(min=1, max=1024, help="Of the CPU; default: PyTorch's.")] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile on both sides.")] = False,
     device: Annotated[Optional[str], typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
-    json_out: Annotated[Optional[Path], typer.Option("--json", help="Also writes the figures to this file.")] = None,
+    json_out: Annotated[Optional[Path], typer.Option("--json", parser=path, help="Also writes the figures to this file.")] = None,
 ) -> None:
     """Training step, sampling and activation memory of the MM-DiT against diffusers' SD3 transformer, same weights."""
     import json

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-import torch
+import typer
 
 from sd3core.errors import UserError
+from sd3core.local_paths import expanded
+
+
+def path(text: str) -> Path:
+    """Of an option: with `~` written out. An empty one (of a shell's variable that is not set) would be the folder that one is in."""
+    try:
+        return expanded(text)
+    except UserError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def one_of(option: str, value: str | None, known: Collection[str]) -> None:
@@ -24,6 +33,8 @@ def file_to_write(option: str, path: Path | None) -> None:
 
 def device(asked: str | None) -> str:
     """A GPU where there is one and none is asked for. UserError for a device that PyTorch does not have here."""
+    import torch  # slow to import, and most commands need none
+
     if asked is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -158,7 +158,8 @@ def _print_phases(recipe: Recipe, phases: list[PhasePlan], console: Console) -> 
 
 
 def _print_backbones(recipe: Recipe, console: Console) -> None:
-    console.print("\nthe paper's backbones at this depth and width (model.architecture, model.streams)", highlight=False)
+    console.print()
+    console.print("the paper's backbones at this depth and width (model.architecture, model.streams)", highlight=False)
     table = Table(box=None, pad_edge=False)
     for column in ("backbone", "parameters", "FLOPs/forward", "of the first"):
         table.add_column(column, justify="left" if column == "backbone" else "right")
@@ -170,7 +171,8 @@ def _print_backbones(recipe: Recipe, console: Console) -> None:
 
 
 def _print_storage(recipe: Recipe, phases: list[PhasePlan], captions: int, console: Console) -> None:
-    console.print("\nstorage", highlight=False)
+    console.print()
+    console.print("storage", highlight=False)
     table = Table(box=None, pad_edge=False)
     for column in ("what", "a row, kB", "rows", "GB"):
         table.add_column(column, justify="left" if column == "what" else "right")

@@ -33,12 +33,18 @@ from sd3core.towers import fetch_towers
 from workers.caches import checked_here, towers_cache
 
 LARGEST_SEED = 2**63 - 1
+MOST_PICTURES = 100_000
+LARGEST_PROMPT_FILE = 10_000_000  # bytes; a device or a pipe may have no end
 
 
 def read_prompts(path: Path) -> list[str]:
     """The lines of a UTF-8 text file, but for empty ones. UserError where there are none or the file cannot be read."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        with path.open("rb") as file:
+            content = file.read(LARGEST_PROMPT_FILE + 1)
+        if len(content) > LARGEST_PROMPT_FILE:
+            raise UserError(f"--file {path}: more than {LARGEST_PROMPT_FILE:,} bytes; cut it into several")
+        lines = content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"--file {path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
@@ -58,15 +64,32 @@ def draws_of(
     """
     if not prompts:
         raise UserError("no prompt: give one or more, or --file with a prompt on each line")
+    for prompt in prompts:
+        check_unicode("a prompt", prompt)
+    count, first = len(prompts) * (images or 1), seed or 0
     if seeds is None:
+        if count > MOST_PICTURES:
+            raise UserError(f"--images {images}: {count:,} pictures; one command draws at most {MOST_PICTURES:,}")
+        if first + count - 1 > LARGEST_SEED:
+            raise UserError(f"--seed {first}: with {count:,} pictures the last seed is above {LARGEST_SEED}; take a lower one")
         repeated = [prompt for prompt in prompts for _ in range(images or 1)]
-        return [(prompt, own) for own, prompt in enumerate(repeated, start=seed or 0)]
+        return [(prompt, own) for own, prompt in enumerate(repeated, start=first)]
     if seed is not None or images is not None:
         raise UserError("--seeds: leave out --seed and --images; every prompt is drawn with each of the seeds")
     numbers = [part.strip() for part in seeds.split(",")]
-    if not all(part.isdecimal() and int(part) <= LARGEST_SEED for part in numbers):
+    if not all(part.isdecimal() and len(part) < 20 and int(part) <= LARGEST_SEED for part in numbers):
         raise UserError(f"--seeds {seeds}: give whole numbers from 0 to {LARGEST_SEED} with commas between, as 3,17,4")
+    if len(prompts) * len(numbers) > MOST_PICTURES:
+        raise UserError(f"--seeds: {len(prompts) * len(numbers):,} pictures; one command draws at most {MOST_PICTURES:,}")
     return [(prompt, int(part)) for prompt in prompts for part in numbers]
+
+
+def check_unicode(what: str, text: str) -> None:
+    """UserError where an argument's bytes were no UTF-8, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{what} {text!r}: not UTF-8 text; write it as UTF-8") from None
 
 
 def sample_run(
@@ -94,6 +117,7 @@ def sample_run(
     one_of("--schedule", settings["convention"], get_args(Convention))
     for name in settings["drop"]:
         one_of("--without", name, ENCODERS)
+    check_unicode("--negative", settings["negative_prompt"] or "")
     device = chosen_device(device)
     chosen = checkpoint or last_checkpoint(recipe)
     towers = _towers(recipe, checkpoint, towers)

@@ -3,15 +3,25 @@
 import errno
 import os
 
+from sd3core.shown_text import printable, shortened
+
+LINE_CHARS = 4_000  # of a message; the longest path has as many
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 IN_THE_WAY = {errno.EEXIST, errno.EISDIR, errno.ENOTDIR}
 NO_RESOURCES = {*NO_SPACE, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.EIO}
 NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "insufficient memory")
+NOT_A_PLACE = {errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 OF_THE_MACHINE = {*NO_SPACE, *IN_THE_WAY, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG}
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is one line; the command line prints it without a traceback."""
+    """Something the user can put right. The message is one line; the command line prints it without a traceback.
+
+    It may hold names from outside: as a string (in a terminal, a log, the state of a flow run) it is `printable` and not endless.
+    """
+
+    def __str__(self) -> str:
+        return shortened(printable(super().__str__()), LINE_CHARS)
 
 
 class RecipeError(UserError):
@@ -42,11 +52,11 @@ def is_of_the_machine(error: BaseException) -> bool:
 
 
 def described_os_error(error: OSError) -> str | None:
-    """A full disk, a folder that may not be written, a file in its place: what it is and the mend. None for any other."""
-    if error.errno not in OF_THE_MACHINE:
+    """What the machine says of a path, or of its disk: what it is and the mend. None for an error that names neither."""
+    if error.errno not in OF_THE_MACHINE and not isinstance(error.filename, str | bytes):
         return None
-    where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-    return f"{where}{with_mend(error)}"
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    return printable(f"{where}{with_mend(error)}")
 
 
 def with_mend(error: OSError) -> str:
@@ -56,6 +66,8 @@ def with_mend(error: OSError) -> str:
         return f"{words}; make room there, and the same command goes on"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{words}; give this user the right to it"
+    if error.errno in NOT_A_PLACE:
+        return f"{words}; name another"
     if error.errno in IN_THE_WAY:
         return f"{words}; name another, or move what is there"
     return words

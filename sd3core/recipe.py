@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from itertools import combinations
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -47,6 +47,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what numpy and torch both take
 Precision = Literal["auto", "bf16", "fp32"]  # auto: bf16 where the device has arithmetic for it, else fp32
 AspectRatio = Annotated[float, Field(gt=0)]  # width / height
 AspectRatios = Annotated[tuple[AspectRatio, ...], Field(min_length=1)]
+LARGEST_SIDE_PX = 65_536
+MOST_STEPS = 256  # of the buckets' multiple in a phase's side: the sizes grow with the square
 FourLevels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=4, max_length=4)]  # they make f8
 
 
@@ -55,6 +57,13 @@ URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _of_64_bits(cls, value: Any) -> Any:
+        if isinstance(value, int) and value >= 2**63:  # also where it stands in quotes
+            raise ValueError("larger than a number of 64 bits")
+        return value
 
 
 class Data(Section):
@@ -65,7 +74,7 @@ class Data(Section):
     folder: str | None = None  # a local folder: name.jpg with name.txt, or a metadata.jsonl with file_name and text
     caption: Literal["whole", "first_line"] = "whole"  # folder only: what a caption file holds, or its first line
     images: int = Field(4096, ge=1, le=100_000_000)  # small world only: how many scenes
-    image_side_px: int = Field(128, ge=16)  # small world only: side of the square whose area each scene has
+    image_side_px: int = Field(128, ge=16, le=LARGEST_SIDE_PX)  # small world only: side of the square whose area each scene has
     aspect_ratios: AspectRatios = (1.0,)  # small world only: drawn evenly
     max_objects: int = Field(4, ge=1, le=4)  # small world only
     min_side_px: int = Field(32, ge=1)  # smaller images are rejected
@@ -254,8 +263,8 @@ class Encode(Section):
 
 class Model(Section):
     depth: int = Field(24, ge=1, le=256)  # blocks; width 64 * depth, heads = depth
-    base_side_px: int = Field(256, ge=16)  # the side whose positions are 0, 1, 2, ... (256 in the paper)
-    max_side_px: int = Field(2048, ge=16)  # longest side of any bucket: the size of the position table
+    base_side_px: int = Field(256, ge=16, le=LARGEST_SIDE_PX)  # the side whose positions are 0, 1, 2, ... (256 in the paper)
+    max_side_px: int = Field(2048, ge=16, le=LARGEST_SIDE_PX)  # longest side of any bucket: the size of the position table
     architecture: Literal["mmdit", "dit", "cross_dit", "uvit"] = "mmdit"  # or a rival of the paper's figure 4
     streams: Literal[2, 3] = 2  # mmdit: sets of weights, for text and image or for CLIP, T5 and image
     dual_attention_blocks: int = Field(0, ge=0)  # mmdit: the first n blocks have SD3.5-medium's second attention
@@ -278,14 +287,14 @@ class Buckets(Section):
     """Every size near the target area, instead of chosen ratios. As they stand these are SDXL's at 1024 px, and as many at 256 and 512."""
 
     multiple_px: int | None = Field(None, ge=PATCH_PX, multiple_of=PATCH_PX)  # of both sides; None: side_px / 16
-    max_ratio: float = Field(4.0, ge=1)  # longer side / shorter side
+    max_ratio: float = Field(4.0, ge=1, le=64)  # longer side / shorter side
     min_area: float = Field(0.9, ge=0.5, le=1)  # smallest area, as a part of side_px squared; the largest is 1
 
 
 class Training(Section):
     """One training phase. Its clock is samples seen."""
 
-    side_px: int = Field(256, ge=16)
+    side_px: int = Field(256, ge=16, le=LARGEST_SIDE_PX)
     aspect_ratios: AspectRatios = (1.0,)  # more than one makes aspect buckets
     buckets: Buckets | None = None  # in place of aspect_ratios: all sizes by a rule
     samples: int = Field(ge=1)
@@ -342,6 +351,11 @@ class Training(Section):
             return self
         if self.aspect_ratios != (1.0,):
             raise ValueError("buckets makes its own aspect ratios; leave out aspect_ratios or buckets")
+        if self.side_px > MOST_STEPS * (self.buckets.multiple_px or self.side_px):
+            raise ValueError(
+                f"buckets.multiple_px {self.buckets.multiple_px} makes a size at every {MOST_STEPS}th part of side_px {self.side_px}"
+                f" and finer; take {-(-self.side_px // MOST_STEPS // PATCH_PX) * PATCH_PX} or more"
+            )
         if not self.bucket_sides():
             raise ValueError(
                 f"buckets: no two multiples of {self.buckets.multiple_px} px have an area between buckets.min_area"

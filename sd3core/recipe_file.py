@@ -12,9 +12,13 @@ from pydantic import BaseModel, ValidationError
 
 from sd3core.errors import RecipeError
 from sd3core.recipe import Recipe
+from sd3core.recipe_yaml import parse_yaml
+from sd3core.shown_text import shortened
 
 NO_SPACES = "; in `make SET=...` a value has no spaces inside"
 RECIPE_ENDINGS = (".yaml", ".yml")  # of a path; anything else is a name
+LARGEST_BYTES = 1_000_000
+KEY_CHARS, VALUE_CHARS = 200, 100  # of what a message repeats
 
 
 def shipped_recipes() -> list[str]:
@@ -38,35 +42,49 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
 
 
 def _read_yaml(name_or_path: str) -> dict[str, Any]:
-    if name_or_path.endswith(RECIPE_ENDINGS):
-        path = Path(name_or_path)
-        try:
-            if not path.is_file():
-                raise RecipeError(f"recipe {name_or_path}: no such file; shipped: {', '.join(shipped_recipes())}")
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"recipe {name_or_path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-        except OSError as error:
-            raise RecipeError(f"recipe {name_or_path}: cannot be read ({error.strerror or error})") from None
-    else:
-        if name_or_path not in shipped_recipes():
-            beside = [f"{name_or_path}{ending}" for ending in RECIPE_ENDINGS if Path(f"{name_or_path}{ending}").is_file()]
-            meant = f"; for the file write {beside[0]}" if beside else _meant(name_or_path, shipped_recipes())
-            raise RecipeError(
-                f"recipe {name_or_path!r}: no recipe of that name{meant};"
-                f" shipped: {', '.join(shipped_recipes())}; or give a path that ends in .yaml"
-            )
-        text = (resources.files("infra") / "recipes" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    text = _read_file(name_or_path) if name_or_path.endswith(RECIPE_ENDINGS) else _read_shipped(name_or_path)
     try:
-        fields = yaml.safe_load(text)
+        fields = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {name_or_path}: not YAML: {_yaml_problem(error)}") from None
+        raise RecipeError(f"recipe {name_or_path}: not YAML as a recipe has it: {_yaml_problem(error)}") from None
     if not isinstance(fields, dict):
         raise RecipeError(f"recipe {name_or_path}: a recipe is a mapping of sections, this file is not")
     text_section = fields.get("text")
     if isinstance(text_section, dict) and None in text_section:
         text_section["null"] = text_section.pop(None)  # YAML reads the bare key `null:` as nothing
     return fields
+
+
+def _read_file(path: str) -> str:
+    try:
+        if "\0" in path or not Path(path).is_file():
+            raise RecipeError(f"recipe {path}: no such file; shipped: {', '.join(shipped_recipes())}")
+        if Path(path).stat().st_size > LARGEST_BYTES:
+            raise RecipeError(f"recipe {path}: larger than {LARGEST_BYTES:,} bytes, so it is no recipe; name another file")
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"recipe {path}: cannot be read ({error.strerror or error})") from None
+
+
+def _read_shipped(name: str) -> str:
+    if name not in shipped_recipes():
+        beside = [f"{name}{ending}" for ending in RECIPE_ENDINGS if _is_file(f"{name}{ending}")]
+        meant = f"; for the file write {beside[0]}" if beside else _meant(name, shipped_recipes())
+        raise RecipeError(
+            f"recipe {shortened(name, KEY_CHARS)!r}: no recipe of that name{meant};"
+            f" shipped: {', '.join(shipped_recipes())}; or give a path that ends in .yaml"
+        )
+    return (resources.files("infra") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _is_file(path: str) -> bool:
+    """False also for what can be no path, as one with a NUL or a name of 5,000 letters."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
@@ -78,31 +96,31 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 def _apply_override(fields: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"override {override!r}: write it as section.key=value{NO_SPACES}")
+    shown = repr(shortened(override, KEY_CHARS))
     *sections, last = key.split(".")
-    target: Any = fields
+    if not equals or not all((*sections, last)):
+        raise RecipeError(f"override {shown}: write it as section.key=value{NO_SPACES}")
+    target: dict | list = fields
     for section in sections:
-        if isinstance(target, list):
-            target = target[_list_position(target, section, override)]
-            continue
-        if not isinstance(target.get(section), dict | list):
-            target[section] = {}
-        target = target[section]
+        at = _place(target, section, shown)
+        inside = target[at] if isinstance(target, list) else target.get(at)
+        if not isinstance(inside, dict | list):  # absent, or a value, whose place validation then names
+            target[at] = inside = {}
+        target = inside
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: the value is not YAML; put it in quotes{NO_SPACES}") from None
-    if isinstance(target, list):
-        target[_list_position(target, last, override)] = parsed
-    else:
-        target[last] = parsed
+        target[_place(target, last, shown)] = parse_yaml(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {shown}: the value is not YAML: {_yaml_problem(error)}{NO_SPACES}") from None
 
 
-def _list_position(items: list, text: str, override: str) -> int:
-    if not text.isdigit() or int(text) >= len(items):
-        raise RecipeError(f"override {override!r}: {text!r} is not one of the positions 0 to {len(items) - 1}")
-    return int(text)
+def _place(target: dict | list, part: str, shown: str) -> str | int:
+    """The key, or the position in a list, that a part of an override's key names."""
+    if isinstance(target, dict):
+        return part
+    if part.isdecimal() and part.isascii() and len(part) < 9 and int(part) < len(target):
+        return int(part)
+    there = f"not one of the positions 0 to {len(target) - 1}" if target else "no position of a list that has none"
+    raise RecipeError(f"override {shown}: {shortened(part, KEY_CHARS)!r} is {there}")
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -115,7 +133,7 @@ def _first_problem(error: ValidationError) -> str:
     if unknown:
         problems = unknown + [problem for problem in problems if problem["type"] not in ("extra_forbidden", "missing")]
     problem = problems[0]
-    key = ".".join(str(part) for part in problem["loc"])
+    key = shortened(".".join(str(part) for part in problem["loc"]), KEY_CHARS)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if problem["type"] == "extra_forbidden":
         siblings = _valid_keys(problem["loc"][:-1])
@@ -123,7 +141,8 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"{key} is missing{more}"
     message = problem["msg"].removeprefix("Value error, ")
-    shown = f" (it is {problem['input']!r})" if isinstance(problem["input"], str | int | float | bool) else ""
+    plain = isinstance(problem["input"], str | int | float | bool)
+    shown = f" (it is {shortened(repr(problem['input']), VALUE_CHARS)})" if plain else ""
     return f"{key + ': ' if key else ''}{message}{shown}{more}"
 
 

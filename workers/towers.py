@@ -13,6 +13,7 @@ from sd3core.data.images import PixelRules, decode_image
 from sd3core.data.manifest import ManifestRef, manifest_ref, read_manifest
 from sd3core.data.store import Store, open_store
 from sd3core.errors import DataError
+from sd3core.local_paths import expanded
 from sd3core.progress import Progress, ProgressCallback, ProgressMeter
 from sd3core.recipe import Recipe, ReleasedTowers, SmallTowers
 from sd3core.specs import towers_fields, towers_folder
@@ -239,7 +240,7 @@ def lay_out_released(name: str, released: ReleasedTowers, local: Path) -> dict[s
     from sd3core.autoencoder import load_autoencoder
     from sd3core.text_encoders import load_model_folder, load_tokenizer
 
-    model_folder = Path(getattr(released, name)).expanduser()
+    model_folder = expanded(getattr(released, name))
     if not model_folder.is_dir():
         raise DataError(f"towers.released.{name} {str(model_folder)!r}: no such folder")
     sources = {}
@@ -264,7 +265,7 @@ def lay_out_released(name: str, released: ReleasedTowers, local: Path) -> dict[s
         return sources
     else:
         model_part, tokenizer_part = TOWER_FOLDERS[name]
-        tokenizer_folder = Path(getattr(released, f"{name}_tokenizer")).expanduser()
+        tokenizer_folder = expanded(getattr(released, f"{name}_tokenizer"))
         load_model_folder(T5EncoderModel if name == "t5" else CLIPTextModelWithProjection, model_folder, torch.bfloat16)
         load_tokenizer(tokenizer_folder)
         sources |= {model_part: model_folder, tokenizer_part: tokenizer_folder}

@@ -59,7 +59,7 @@ class ModelBench:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if math.isqrt(self.image_tokens) ** 2 != self.image_tokens:
+        if self.image_tokens < 1 or math.isqrt(self.image_tokens) ** 2 != self.image_tokens:
             raise UserError(f"--image-tokens {self.image_tokens}: a square latent has a square number of them, as 256")
         if min(self.depth, self.text_tokens, self.sampling_steps, self.rounds) < 1:
             raise UserError("--depth, --text-tokens, --steps and --rounds must be at least 1")

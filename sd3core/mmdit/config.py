@@ -11,6 +11,7 @@ from sd3core.errors import CheckpointError
 
 HEAD_WIDTH = 64
 GROUP_CHANNELS = 16  # of one group of a group norm
+MOST, MOST_BLOCKS = 2**20, 256  # of any size, and of blocks: a stored config may say anything
 # Fields that came after the first checkpoints. At these values they are left out of a stored config, so that the
 # fingerprints of older recipes and checkpoints stay.
 ADDED_LATER = {"architecture": "mmdit", "dual_attention_blocks": 0}
@@ -42,8 +43,9 @@ class BackboneConfig:
         for field in dataclasses.fields(self):  # sizes; the annotations are strings, and 0 is allowed where it is the default
             value, least = getattr(self, field.name), 0 if field.default == 0 else 1
             unset = field.type == "int | None" and value is None
-            if field.type.startswith("int") and not unset and (type(value) is not int or value < least):
-                raise CheckpointError(f"model config: {field.name} is {value!r}; it is a whole number from {least} on")
+            most = MOST_BLOCKS if field.name in ("depth", "conv_blocks") else MOST
+            if field.type.startswith("int") and not unset and (type(value) is not int or not least <= value <= most):
+                raise CheckpointError(f"model config: {field.name} is {value!r}; it is a whole number from {least} to {most}")
         if self.qk_norm not in (None, "rms"):
             raise CheckpointError(f"model config: qk_norm is {self.qk_norm!r}; it is null or 'rms'")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:

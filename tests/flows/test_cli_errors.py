@@ -142,7 +142,12 @@ def test_where_other_runs_are_finished_they_are_named(sd3, tmp_path):
         (["sample", "x", "--images", "0"], "'--images': Input should be greater than or equal to 1"),
         (["sample", "x", "--seed", "-1"], "'--seed': Input should be greater than or equal to 0"),
         (["sample", "x", "--shift", "-1"], "'--shift': Input should be greater than or equal to 0.01"),
-        (["sample", "x", "--guidance", "nan"], "'--guidance': Input should be greater than or equal to 0"),
+        (["sample", "x", "--guidance", "nan"], "'--guidance': Input should be less than or equal to 1000"),
+        (["sample", "x", "--guidance", "inf"], "'--guidance': Input should be less than or equal to 1000"),
+        (["sample", "x", "--steps", "10001"], "'--steps': Input should be less than or equal to 10000"),
+        (["demo", "--data", ""], "'--data': a path that is empty: name a file or a folder"),
+        (["demo", "--data", "~nobody-of-that-name/x"], "this machine knows no home of that user"),
+        (["bench", "model", "--image-tokens", "-4"], "'--image-tokens': Input should be greater than or equal to 1"),
         (["bench", "model", "--rounds", "many"], "`.venv/bin/sd3 bench model --help` has what there is"),
     ],
 )

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from urllib.parse import unquote
-
 from sd3core.data.store.contract import (
     PARTIAL,
     Store,
@@ -17,6 +14,7 @@ from sd3core.data.store.contract import (
 from sd3core.data.store.files import FileStore
 from sd3core.data.store.s3 import S3Store
 from sd3core.errors import StoreError
+from sd3core.local_paths import path_of_url
 
 __all__ = [
     "PARTIAL",
@@ -38,9 +36,9 @@ def open_store(url: str) -> Store:
     if not colon or "/" in scheme:
         if not url:
             raise StoreError("store '': name a path, file:///path or s3://bucket/prefix")
-        return FileStore(Path(url))
+        return FileStore(url)
     if url.startswith("file:///"):
-        return FileStore(Path(unquote(url.removeprefix("file://"))))
+        return FileStore(path_of_url(url))
     if url.startswith("s3://"):
         return S3Store(url)
     raise StoreError(f"store {url!r}: a store is a path, file:///path or s3://bucket/prefix")

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from sd3core.data.store.contract import PARTIAL, Store, StoreEntry, StoreNotFound, checked, too_short
 from sd3core.errors import StoreError, with_mend
+from sd3core.local_paths import expanded
 
 ABANDONED_S = 3600  # a file being written that has not grown for so long has lost its writer
 COPY_BYTES = 1 << 20
@@ -22,8 +23,8 @@ COPY_BYTES = 1 << 20
 class FileStore(Store):
     """A folder. Objects are written beside their place and renamed into it."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().resolve()
+    def __init__(self, root: Path | str) -> None:
+        self.root = expanded(root).resolve()
         super().__init__(self.root.as_uri())
 
     def __reduce__(self) -> tuple[Any, ...]:
