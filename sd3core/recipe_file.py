@@ -46,7 +46,7 @@ def _read_yaml(name_or_path: str) -> dict[str, Any]:
     try:
         fields = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {name_or_path}: not YAML as a recipe has it: {_yaml_problem(error)}") from None
+        raise RecipeError(f"recipe {name_or_path}: not YAML: {_yaml_problem(error)}") from None
     if not isinstance(fields, dict):
         raise RecipeError(f"recipe {name_or_path}: a recipe is a mapping of sections, this file is not")
     text_section = fields.get("text")
@@ -110,7 +110,7 @@ def _apply_override(fields: dict[str, Any], override: str) -> None:
     try:
         target[_place(target, last, shown)] = parse_yaml(value)
     except yaml.YAMLError as error:
-        raise RecipeError(f"override {shown}: the value is not YAML: {_yaml_problem(error)}{NO_SPACES}") from None
+        raise RecipeError(f"override {shown}: the value is not YAML ({_yaml_problem(error)}); put it in quotes{NO_SPACES}") from None
 
 
 def _place(target: dict | list, part: str, shown: str) -> str | int:

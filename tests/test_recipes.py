@@ -215,7 +215,7 @@ def test_the_papers_models(name):
         ("pretrain", "override 'pretrain': write it as section.key=value; in `make SET=...` a value has no spaces inside"),
         ("finetune.1.samples=8", "override 'finetune.1.samples=8': '1' is not one of the positions 0 to 0"),
         ("finetune.first.samples=8", "override 'finetune.first.samples=8': 'first' is not one of the positions 0 to 0"),
-        ("run=[a", "override 'run=[a': the value is not YAML; put it in quotes; in `make SET=...` a value has no spaces inside"),
+        ("run=[a", "override 'run=[a': the value is not YAML (line 1, column 3: expected ',' or ']', but got '<stream end>'); put it in quotes; in `make SET=...` a value has no spaces inside"),
     ],
 )
 def test_errors_name_the_key_and_the_mend(override, message):

@@ -127,7 +127,7 @@ def test_what_is_said(tmp_path, content, said):
         ("finetune.²=1", "'²' is not one of the positions 0 to 0"),
         ("a..b=1", "override 'a..b=1': write it as section.key=value"),
         (".=1", "override '.=1': write it as section.key=value"),
-        ("seed=2020-13-45", "the value is not YAML: line 1, column 1: '2020-13-45' is no timestamp"),
+        ("seed=2020-13-45", "the value is not YAML (line 1, column 1: '2020-13-45' is no timestamp"),
         ("pretrain.betas.0.x=1", "pretrain.betas: "),
         ("pretrain.samples=9223372036854775808", "is larger than a number of 64 bits"),
         ("pretrain.samples='9223372036854775808'", "pretrain.samples: "),
