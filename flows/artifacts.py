@@ -19,6 +19,7 @@ from prefect.logging import get_run_logger
 
 from flows.prefect_client import prefect_client
 from sd3core.progress import Progress
+from sd3core.shown_text import markdown_text, printable
 
 POST_SECONDS = 2.0  # as often as the terminal asks
 WARNINGS_SHOWN = 20  # below the progress, the newest: a folder of images may be told of in a dozen at once
@@ -88,15 +89,15 @@ class StageReporter:
     def __call__(self, progress: Progress) -> None:
         self._latest = progress
         if progress.warning:
-            self._log.warning(progress.warning)
+            self._log.warning(printable(progress.warning))
 
     def warn(self, message: str) -> None:
         """Of what a person who follows the run should know at once."""
-        self._warnings = [*self._warnings, message]
-        self._log.warning(message)
+        self._warnings = [*self._warnings, printable(message)]
+        self._log.warning(printable(message))
 
     def skipped(self, reason: str) -> None:
-        self._skipped = f"{SKIPPED}{reason}"
+        self._skipped = f"{SKIPPED}{printable(reason)}"
 
     def show(self, key: str, look: Look, seconds: float) -> None:
         """Keeps a markdown artifact up to date; `look` is called on the posting thread."""
@@ -120,7 +121,7 @@ class StageReporter:
             return 100.0, self._skipped
         if self._latest is None:
             return None
-        lines = [self._latest.line(), *self._warnings[-WARNINGS_SHOWN:]]
+        lines = [printable(self._latest.line()), *self._warnings[-WARNINGS_SHOWN:]]
         return 100.0 * self._latest.done / max(self._latest.total, 1), "\n".join(lines)
 
     def _post_until_stopped(self) -> None:
@@ -134,7 +135,9 @@ class StageReporter:
                 artifact.post(now=now)
             except Exception as error:  # what cannot be drawn costs its own artifact, never the others or the work
                 self._artifacts = [other for other in self._artifacts if other is not artifact]
-                self._log.warning("%s is no longer shown in the UI (%s: %s)", artifact.key, type(error).__name__, error)
+                self._log.warning(
+                    "%s is no longer shown in the UI (%s: %s)", artifact.key, type(error).__name__, printable(str(error))
+                )
 
 
 def publish(
@@ -145,10 +148,12 @@ def publish(
     pictures: dict[str, bytes] | None = None,
 ) -> None:
     """The stage's result as one markdown artifact. `pictures`: caption -> PNG or JPEG bytes, kept small by the caller."""
-    parts = [f"## {title}", *map(markdown_table, tables), "\n".join(f"- warning: {warning}" for warning in warnings)]
-    parts += [f"**{caption}**\n\n{markdown_picture(caption, image)}" for caption, image in (pictures or {}).items()]
+    said = "\n".join(f"- warning: {markdown_text(warning)}" for warning in warnings)
+    parts = [f"## {markdown_text(title)}", *map(markdown_table, tables), said]
+    for caption, image in (pictures or {}).items():
+        parts.append(f"**{markdown_text(caption)}**\n\n{markdown_picture(caption, image)}")
     try:
-        create_markdown_artifact(key=f"{stage}-result", markdown="\n\n".join(parts), description=title)
+        create_markdown_artifact(key=f"{stage}-result", markdown="\n\n".join(parts), description=printable(title))
     except (httpx.HTTPError, PrefectException) as error:
         get_run_logger().warning("the result could not be shown in the UI (%s); it stands in the store", error)
 
@@ -161,15 +166,16 @@ def artifact_key(name: str) -> str:
 def markdown_picture(caption: str, image: bytes) -> str:
     """A data URL: the UI has no other way to a file of the store."""
     kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
-    return f"![{caption}](data:image/{kind};base64,{base64.b64encode(image).decode()})"
+    return f"![{markdown_text(caption)}](data:image/{kind};base64,{base64.b64encode(image).decode()})"
 
 
 def markdown_table(rows: list[dict[str, object]]) -> str:
     if not rows:
         return ""
-    columns = list(rows[0])
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += [
-        "| " + " | ".join(str(row.get(column, "")).replace("|", "\\|") for column in columns) + " |" for row in rows
-    ]
-    return "\n".join(lines)
+    columns: list[object] = list(rows[0])
+    lines = [_table_row(columns), "|" + " --- |" * len(columns)]
+    return "\n".join(lines + [_table_row([row.get(str(column), "") for column in columns]) for row in rows])
+
+
+def _table_row(cells: list[object]) -> str:
+    return f"| {' | '.join(markdown_text(str(cell)) for cell in cells)} |"

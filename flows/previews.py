@@ -16,6 +16,7 @@ from sd3core.data.store import Store
 from sd3core.metrics.held_out import Row, read_rows
 from sd3core.pictures import encode_png, make_grid, page_jpeg, to_uint8
 from sd3core.recipe import Recipe, Training
+from sd3core.shown_text import markdown_text
 from sd3core.towers import fetch_towers
 from workers.caches import towers_cache
 from workers.trainer.job import PreviewCaption, PreviewSettings
@@ -89,9 +90,9 @@ class PreviewDecoder:
 
 
 def _markdown(grid: np.ndarray, captions: list[str], settings: dict[str, object]) -> str:
-    title = f"## {settings['phase']}: pictures after {settings['samples']:,} samples"
+    title = f"## {markdown_text(str(settings['phase']))}: pictures after {settings['samples']:,} samples"
     drawn = f"{settings['weights']} weights, {settings['num_steps']} steps, guidance {settings['guidance_scale']:g}"
-    lines = "\n".join(f"{number}. {caption}" for number, caption in enumerate(captions, 1))
+    lines = "\n".join(f"{number}. {markdown_text(caption)}" for number, caption in enumerate(captions, 1))
     return "\n\n".join([title, markdown_picture("row by row", page_jpeg(grid)), lines, drawn])
 
 

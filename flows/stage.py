@@ -18,6 +18,7 @@ from flows.session import session
 from flows.upgrade import check_upgrade
 from sd3core.data.store import Store
 from sd3core.recipe import Recipe
+from sd3core.shown_text import printable
 from sd3core.specs import fingerprint
 
 
@@ -27,7 +28,7 @@ def run_name() -> str:
     names = {source: name for name, source in known_recipes().items()}
     words = [runtime.flow_run.flow_name, names.get(parameters["recipe"], Path(parameters["recipe"]).stem)]
     runs = [value for key, _, value in (o.partition("=") for o in parameters.get("overrides") or []) if key == "run"]
-    return " ".join([*words, *(value.strip("\"'") for value in runs[-1:])])
+    return printable(" ".join([*words, *(value.strip("\"'") for value in runs[-1:])]))
 
 
 # The store alone decides what is done (design, sections 5 and 6): Prefect neither caches nor keeps results.
@@ -92,7 +93,7 @@ class StageRun:
         warnings = warnings or []
         for warning in dict.fromkeys(warnings):
             if warning not in self.logged:
-                self.log.warning(warning)
+                self.log.warning(printable(warning))
         if skipped:
             self.report.skipped(reason)
         self.outcome = StageOutcome(
@@ -104,7 +105,7 @@ class StageRun:
             reason=reason,
             warnings=warnings,
         )
-        self.log.info("%s %s in %.1f s: %s", self.name, self.outcome.state, self.outcome.seconds, reason)
+        self.log.info("%s %s in %.1f s: %s", self.name, self.outcome.state, self.outcome.seconds, printable(reason))
         title = f"{self.name}: {self.outcome.state} ({reason})"
         publish(self.name, title, [table, second_table or []], warnings, pictures)
         return self.outcome.to_dict()

@@ -11,6 +11,7 @@ from flows.artifacts import Shown, markdown_picture
 from flows.previews import PreviewDecoder
 from flows.stage import StageRun
 from sd3core.plots import loss_curve
+from sd3core.shown_text import markdown_text
 from workers.trainer.checkpointing import read_metrics
 from workers.trainer.job import TrainingJob
 from workers.trainer.news import LossPoints, TrainingNews
@@ -57,7 +58,7 @@ class TrainingView:
             return None
         title = f"{self.job.phase}: loss {points[-1][1]:.3f} after {points[-1][0]:,} samples"
         rows = [{"samples": samples, "loss": loss} for samples, loss in points]
-        return f"## {title}\n\n{markdown_picture('loss', loss_curve(rows, self.job.phase))}", title
+        return f"## {markdown_text(title)}\n\n{markdown_picture('loss', loss_curve(rows, self.job.phase))}", title
 
     def _draw(self, path: str) -> None:
         try:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from sd3core.checkpoint_facts import CheckpointFacts
+from sd3core.shown_text import markdown_code
 
 HEAD = """\
 # A Stable-Diffusion-3-class pipeline
 
-Exported from `{checkpoint}`{samples}. Opens with diffusers' `StableDiffusion3Pipeline`.
+Exported from {checkpoint}{samples}. Opens with diffusers' `StableDiffusion3Pipeline`.
 
 - Trained around {side} x {side} px, resolution shift {shift:g} (set in the scheduler).
 - {clip} CLIP tokens (set in the tokenizers) and {t5} T5 tokens: always pass `max_sequence_length={t5}`, the pipeline's
@@ -87,7 +88,7 @@ def readme(facts: CheckpointFacts, checkpoint: str, context_dim: int, pooled_dim
     example = "a photo of a red apple on a wooden table"
     parts = [
         HEAD.format(
-            checkpoint=checkpoint, samples=samples, shift=facts.shift, null=NULL[facts.null], prompt=example, **values
+            checkpoint=markdown_code(checkpoint), samples=samples, shift=facts.shift, null=NULL[facts.null], prompt=example, **values
         )
     ]
     negative = facts.null

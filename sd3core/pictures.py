@@ -10,6 +10,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from sd3core.shown_text import printable
+
 BACKGROUND = 255  # between the pictures of a grid
 
 
@@ -34,10 +36,10 @@ def make_grid(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.nd
 
 
 def encode_png(image: np.ndarray, settings: Mapping[str, object] | None = None) -> bytes:
-    """PNG bytes of (H, W, 3) uint8 with one text chunk a setting, in UTF-8."""
+    """PNG bytes of (H, W, 3) uint8 with one text chunk a setting, in UTF-8: readers print them to terminals."""
     chunks = PngInfo()
     for key, value in (settings or {}).items():
-        chunks.add_itxt(key, str(value))
+        chunks.add_itxt(key, printable(str(value)))
     return _encode(Image.fromarray(image), format="PNG", pnginfo=chunks)
 
 

@@ -1,7 +1,7 @@
 """Text from outside (file names, captions, recipe keys) as people are shown it: in terminals and logs, in Markdown, in commands.
 
 A control character could move the cursor or recolour the screen, a mark of direction could reorder a line, a line break could fake a
-second one. They are shown as Python writes them in a string: `\\x1b`, `\\u202e`, `\\n`.
+second one. They are shown as a programming language writes them: `\\x1b`, `\\u202e`, `\\n`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ def printable(text: str) -> str:
 def _escaped(character: str) -> str:
     if "\udc80" <= character <= "\udcff":
         return f"\\x{ord(character) - 0xDC00:02x}"
-    return character.encode("unicode_escape", "backslashreplace").decode()
+    if character < "\x7f":
+        return repr(character)[1:-1]
+    units = character.encode("utf-16-be", "surrogatepass").hex()  # as in JSON, so that JSON that is shown stays JSON
+    return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4))
 
 
 def shortened(text: str, most: int) -> str:

@@ -198,8 +198,10 @@ def _read_header(file: BinaryIO, path: Path) -> dict[str, tuple[TensorInfo, int]
 
 def _read_entry(entry: dict[str, Any]) -> tuple[TensorInfo, tuple[int, int]]:
     shape, (low, high) = entry["shape"], entry["data_offsets"]
-    if not isinstance(shape, list) or len(shape) > MOST_DIMENSIONS:
-        raise ValueError(f"a shape of more than {MOST_DIMENSIONS} dimensions, or none")
+    if not isinstance(shape, list):
+        raise ValueError("a shape is a list")
+    if len(shape) > MOST_DIMENSIONS:
+        raise ValueError(f"{len(shape)} dimensions")
     if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, low, high)):
         raise ValueError(f"shape {shape}, offsets {low} to {high}")
     if math.prod(max(number, 1) for number in shape) >= 2**48:  # beside a 0 it has no bytes, and no tensor can be made of it

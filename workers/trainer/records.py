@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3core.data.store import Store
+from sd3core.shown_text import markdown_text
 from workers.trainer.job import TrainingJob
 
 SCALARS = ("loss", "grad_norm", "lr", "samples_per_s", "mfu", "attention_logit_max")
@@ -45,7 +46,7 @@ class Records:
             if loss is not None:
                 self._writer.add_scalar(f"train/loss_by_t/{number}", loss, step)
         if "warning" in row:
-            self._writer.add_text("train/warning", row["warning"], step)
+            self._writer.add_text("train/warning", markdown_text(row["warning"]), step)  # TensorBoard shows Markdown
 
     def checkpoint_stands(self) -> None:
         """The rows so far are in a finished checkpoint; the TensorBoard file goes beside it."""
