@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -17,6 +17,9 @@ from flows.recipes import DEFAULT_RECIPE, known_recipes
 from sd3core.errors import UserError
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
+
+if TYPE_CHECKING:
+    from flows.trained_runs import TrainedRun
 
 LOG_WIDTH = 160
 
@@ -52,9 +55,16 @@ def _say(line: str) -> None:
     console.print(line, soft_wrap=True, highlight=False)
 
 
-def _load(name_or_path: str, set_: list[str] | None, run: str | None = None) -> Recipe:
-    overrides = [*(set_ or []), *([f"run={run}"] if run else [])]
-    return load_recipe(known_recipes().get(name_or_path, name_or_path), overrides)
+def _load(name_or_path: str, set_: list[str] | None) -> Recipe:
+    return load_recipe(known_recipes().get(name_or_path, name_or_path), set_ or [])
+
+
+def _trained(name_or_path: str, run: str, set_: list[str] | None) -> TrainedRun:
+    """A run of the store that the recipe and its settings name, which is this machine's own where they name none."""
+    from flows.home import run_store
+    from flows.trained_runs import trained_run
+
+    return trained_run(run_store(_load(name_or_path, set_)), run, set_)
 
 
 @app.command()
@@ -220,7 +230,7 @@ def sample(
         Optional[Path], typer.Option("--file", "-f", parser=path, help="A text file with a prompt on each line.")
     ] = None,
     recipe: RecipeOption = DEFAULT_RECIPE,
-    run: Annotated[Optional[str], typer.Option(help="The run to sample from; default: the recipe's.")] = None,
+    run: Annotated[Optional[str], typer.Option(help="A run by its name, with the settings that its checkpoint keeps; default: the recipe's.")] = None,
     checkpoint: Annotated[
         Optional[str],
         typer.Option(help="A model folder or training checkpoint, by path or URL, instead of a run's last."),
@@ -267,13 +277,18 @@ def sample(
     """Pictures from prompts, from a run's last checkpoint or from --checkpoint."""
     from flows.sample import draws_of, read_prompts, sample_run
 
-    loaded = _load(recipe, set_, run)
+    chosen = _trained(recipe, run, set_) if run else None
+    if chosen and checkpoint:
+        raise UserError(f"--run {run} and --checkpoint {checkpoint}: name the one or the other")
+    if chosen and chosen.unfinished:
+        _say(f"note: {chosen.unfinished}")
+    loaded = chosen.recipe if chosen else _load(recipe, set_)
     prompts = [*(prompt or []), *(read_prompts(file) if file else [])]
     sample_run(
         loaded,
         draws_of(prompts, seed, images, seeds),
         out,
-        checkpoint=checkpoint,
+        checkpoint=chosen.checkpoint if chosen else checkpoint,
         towers=towers,
         weights=weights,
         precision=precision,
@@ -363,7 +378,13 @@ def export(
         raise UserError(f"{', '.join(given)}: name one checkpoint and the output")
     if given and (run or set_ or recipe != DEFAULT_RECIPE):
         raise UserError(f"{given[0]}, and --run or --recipe: name the one checkpoint or the other")
-    chosen = given[0] if given else last_checkpoint(_load(recipe, set_, run))
+    if run:
+        trained = _trained(recipe, run, set_)
+        if trained.unfinished:
+            _say(f"note: {trained.unfinished}")
+        chosen = trained.checkpoint
+    else:
+        chosen = given[0] if given else last_checkpoint(_load(recipe, set_))
     export_weights(chosen, out, format_, weights=weights, dtype=dtype, console=console)
 
 

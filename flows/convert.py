@@ -17,6 +17,7 @@ from sd3core.errors import UserError
 from sd3core.export import check_exported
 from sd3core.foreign_weights import ForeignWeights, open_foreign_weights
 from sd3core.mmdit import count_parameters
+from sd3core.shown_text import shell_word
 from workers.caches import checked_here
 
 TARGETS = ("diffusers", "single-file")
@@ -46,8 +47,8 @@ def import_weights(
             extra = facts.to_extra() | {"imported": {"from": path.name, "as": foreign.form.name}}
             import_model(foreign, out, extra, dtype=dtype, on_bytes=show)
         _say(console, _described(foreign, facts))
-    towers = foreign.pipeline or "FOLDER"
-    _say(console, f"{out}: try `{pasted(f'sd3 sample --checkpoint {out} --towers {towers}')} 'a prompt'`")
+    words = ["--checkpoint", out, "--towers", str(foreign.pipeline or "FOLDER")]
+    _say(console, f"{out}: try `{pasted('sd3 sample')} {' '.join(map(shell_word, words))} 'a prompt'`")
 
 
 def export_weights(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +25,11 @@ from sd3core.data.caption_text import cut_at_word, one_line
 from sd3core.data.folder_source import READABLE_SUFFIXES, holds_nothing
 from sd3core.data.store import Store
 from sd3core.errors import DataError, UserError
+from sd3core.local_paths import expanded
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
+from sd3core.recipe_yaml import yaml_text
+from sd3core.shown_text import shell_word
 
 if TYPE_CHECKING:
     from flows.terminal import RunView
@@ -48,14 +50,18 @@ def folder_overrides(recipe: Recipe, folder: Path) -> list[str]:
     """The same recipe on a user's folder of images: its own data set, towers and run, no drawn world's captioner."""
     if re.match(r"[a-z][a-z0-9+.-]+:/", str(folder)):
         raise DataError(f"DATA (--data) {folder}: a URL; download it, or mount it, and name the folder on this machine")
-    folder = folder.expanduser().resolve()
+    folder = expanded(folder).resolve()
     if not folder.is_dir():
         raise DataError(f"DATA (--data) {folder}: no such folder")
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"DATA (--data) {folder}: its name is not UTF-8, and recipes are; rename it") from None
     slug = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-")[:40] or "folder"
     name = f"{slug}-{hashlib.sha256(str(folder).encode()).hexdigest()[:6]}"
     overrides = [
         "data.source=folder",
-        f"data.folder={json.dumps(str(folder))}",
+        f"data.folder={yaml_text(str(folder))}",
         f"data.name={json.dumps(name)}",
         f"towers.name={json.dumps(name)}",
         f"run={json.dumps(name)}",
@@ -111,7 +117,7 @@ def demo(
             f"{_first_failure(view)} (the same command{' without --from-stage' if from_stage else ''} goes on from there)"
         )
     summary = store.get_json(summary_path(recipe))
-    command = sample_command(name_or_path, overrides, _example_prompt(recipe, store))
+    command = sample_command(recipe, _example_prompt(recipe, store))
     print_summary(summary, store, recipe, services, console, command)
     return summary
 
@@ -182,13 +188,13 @@ def _example_prompt(recipe: Recipe, store: Store) -> str:
     return next(filter(None, captions), EXAMPLE_PROMPT)
 
 
-def sample_command(name_or_path: str, overrides: list[str], prompt: str = EXAMPLE_PROMPT) -> list[str]:
-    """The command that draws from what this run made, ready to paste."""
-    command = [pasted("sd3"), "sample", shlex.quote(prompt)]
-    if name_or_path != DEFAULT_RECIPE:
-        command += ["--recipe", shlex.quote(name_or_path)]
-    for override in overrides:
-        command += ["--set", shlex.quote(override)]
+def sample_command(recipe: Recipe, prompt: str = EXAMPLE_PROMPT) -> list[str]:
+    """The command that draws from what this run made, ready to paste: its checkpoint keeps the settings."""
+    command = [pasted("sd3"), "sample", shell_word(prompt)]
+    if recipe.run != DEFAULT_RECIPE:
+        command += ["--run", recipe.run]
+    if recipe.store is not None:
+        command += ["--set", shell_word(f"store={yaml_text(recipe.store)}")]
     return command
 
 
@@ -197,7 +203,7 @@ def start_run(deployment: str, overrides: list[str], console: Console) -> UUID:
     command = ["prefect", "--no-prompt", "deployment", "run", deployment]
     if overrides:
         command += ["--param", f"overrides={json.dumps(overrides)}"]
-    console.print(f"$ {shlex.join(command)}", soft_wrap=True, highlight=False)
+    console.print(f"$ {' '.join(map(shell_word, command))}", soft_wrap=True, highlight=False)
     try:
         with kept_from_children():
             done = subprocess.run(

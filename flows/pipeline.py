@@ -40,4 +40,4 @@ def pipeline(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
             get_run_logger().warning(warning)
         outcomes = [stage_flow(recipe, overrides) for stage_flow in STAGE_FLOWS]
         scores = opened.store.get_json(f"runs/{opened.recipe.run}/evaluations/scores.json")
-        return write_summary(opened.store, opened.recipe, outcomes, scores)
+        return write_summary(opened.store, opened.recipe, outcomes, scores, overrides)

@@ -13,6 +13,7 @@ from flows.artifacts import Shown, markdown_picture
 from sd3core.data.manifest import Manifest, read_manifest
 from sd3core.data.shards import read_table
 from sd3core.data.store import Store
+from sd3core.local_paths import shown_place
 from sd3core.metrics.held_out import Row, read_rows
 from sd3core.pictures import encode_png, make_grid, page_jpeg, to_uint8
 from sd3core.recipe import Recipe, Training
@@ -86,7 +87,7 @@ class PreviewDecoder:
         grid = make_grid(images, COLUMNS)
         png = path.removesuffix(".safetensors") + ".png"
         self.store.put(png, encode_png(grid, {"prompts": metadata["captions"], "settings": metadata["settings"]}))
-        return _markdown(grid, captions, settings), self.store.uri(png).removeprefix("file://")
+        return _markdown(grid, captions, settings), shown_place(self.store.uri(png))
 
 
 def _markdown(grid: np.ndarray, captions: list[str], settings: dict[str, object]) -> str:

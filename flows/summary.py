@@ -13,6 +13,7 @@ from flows.home import pasted
 from flows.scores import bench_rows, score_rows
 from flows.services import Services
 from sd3core.data.store import Store
+from sd3core.local_paths import shown_place
 from sd3core.provenance import Provenance, provenance, provenance_of
 from sd3core.errors import StoreError
 from sd3core.recipe import Recipe
@@ -48,11 +49,14 @@ def finished_runs(store: Store) -> dict[str, str]:
     return runs
 
 
-def write_summary(store: Store, recipe: Recipe, stages: list[dict[str, Any]], scores: dict[str, Any]) -> dict[str, Any]:
+def write_summary(
+    store: Store, recipe: Recipe, stages: list[dict[str, Any]], scores: dict[str, Any], overrides: list[str] | None = None
+) -> dict[str, Any]:
     """`stages`: name, manifest, digest, seconds, state (done or skipped), reason. `scores`: as in evaluations/scores.json."""
     summary = {
         "recipe": recipe.name,
         "run": recipe.run,
+        "overrides": overrides or [],
         "made_by": provenance().model_dump(mode="json", exclude_none=True),
         "stages": [stage | {"made_by": _makers(store, stage["manifest"])} for stage in stages],
         "scores": scores["scores"],
@@ -97,7 +101,7 @@ def print_summary(
         say("pictures", f"{_shown(store, picture['path'])}  {phase} {height if height == width else size} px")
     say("all", _shown(store, f"runs/{recipe.run}/evaluations"))
     if summary["export"]:
-        say("export", summary["export"].removeprefix("file://"))
+        say("export", shown_place(summary["export"]))
     say("summary", _shown(store, summary_path(recipe)))
     for line in maker_lines(summary["stages"]):
         say("made by", line)
@@ -107,7 +111,7 @@ def print_summary(
 
 def _shown(store: Store, path: str) -> str:
     """A path a person can open: of this machine where the store is a folder."""
-    return store.uri(path).removeprefix("file://")
+    return shown_place(store.uri(path))
 
 
 def _print_stages(stages: list[dict[str, Any]], console: Console) -> None:

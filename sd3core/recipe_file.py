@@ -31,14 +31,17 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
 
     Raises RecipeError: one line with the key and the mend.
     """
-    fields = _read_yaml(name_or_path)
+    return recipe_of(_read_yaml(name_or_path), overrides, f"recipe {name_or_path}")
+
+
+def recipe_of(fields: dict[str, Any], overrides: list[str] | None, where: str) -> Recipe:
+    """Of the fields of a file, or of a checkpoint that keeps its run's. RecipeError, which begins with `where`."""
     for override in overrides or []:
         _apply_override(fields, override)
     try:
-        recipe = Recipe.model_validate(fields)
+        return Recipe.model_validate(fields)
     except ValidationError as error:
-        raise RecipeError(f"recipe {name_or_path}: {_first_problem(error)}") from None
-    return recipe
+        raise RecipeError(f"{where}: {_first_problem(error)}") from None
 
 
 def _read_yaml(name_or_path: str) -> dict[str, Any]:

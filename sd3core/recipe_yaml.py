@@ -31,6 +31,11 @@ def parse_yaml(text: str) -> Any:
         loader.dispose()
 
 
+def yaml_text(text: str) -> str:
+    """The text as a quoted YAML string: any characters of any plane, which JSON's escapes do not have alone."""
+    return yaml.safe_dump(text, default_style='"', width=2**31).strip()
+
+
 class _Loader(yaml.SafeLoader):
     def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
         self._check_depth(self.flow_level)

@@ -185,8 +185,19 @@ def test_what_can_be_told_before_services_start_is(monkeypatch, tmp_path):
 
 
 def test_the_sample_command_can_be_pasted():
-    overrides = ["run=x", 'data.folder="/a b/$c"']
-    words = shlex.split(" ".join(sample_command("tiny-test", overrides)))
-    assert words[:2] == [".venv/bin/sd3", "sample"]
-    assert words[3:] == ["--recipe", "tiny-test", "--set", "run=x", "--set", 'data.folder="/a b/$c"']
-    assert "--recipe" not in sample_command("mini", [])  # it is the default
+    recipe = load_recipe("tiny-test", ["run=x", "store='/a b/$c'"])
+    words = shlex.split(" ".join(sample_command(recipe, "it's a $cat")))
+    assert words == [".venv/bin/sd3", "sample", "it's a $cat", "--run", "x", "--set", 'store="/a b/$c"']
+
+
+@pytest.mark.parametrize("name", ["😀 photos", "𠮷野家", "a%20b#?", "tab\tand\nnewline", "\x1b[2J\x9b", "a: b, [c] {d} 'e' \"f\" \\", "\u2028\ufeff"])
+def test_a_folder_of_any_name_is_the_recipes_folder(tmp_path, name):
+    (tmp_path / name).mkdir()
+    assert on_folder("tiny-test", tmp_path / name).data.folder == str(tmp_path / name)
+
+
+def test_a_folder_whose_name_is_no_text_is_named(tmp_path):
+    folder = tmp_path / "\udcff"
+    folder.mkdir()
+    with pytest.raises(DataError, match=r"/\\xff: its name is not UTF-8, and recipes are; rename it$"):
+        folder_overrides(load_recipe("tiny-test"), folder)

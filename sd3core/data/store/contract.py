@@ -108,7 +108,7 @@ class Store(ABC):
         data = self.get(path)
         try:
             return json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise StoreDamaged(f"{self.uri(path)}: not JSON; delete it and run the stage that makes it again") from None
 
     def put_json(self, path: str, value: Any) -> None:
