@@ -31,7 +31,7 @@ def finish_checkpoint():
 
     def finish(store, folder: str, recipe) -> None:
         done = CheckpointDone(
-            samples=8,
+            samples=int(last) if (last := folder.rpartition("/")[2]).isdecimal() else 8,
             steps=1,
             attempt=1,
             optimizer_step=1,
