@@ -7,7 +7,7 @@ from typing import Any
 from prefect import flow
 
 from flows import upstream
-from flows.scores import bench_rows, left_out_lines, score_rows, thumbnails
+from flows.scores import bench_rows, left_out_lines, score_notes, score_rows, shown_of, thumbnails
 from flows.stage import FLOW_OPTIONS, stage
 from sd3core.progress import counted
 from workers.evaluate import EvaluationInputs, evaluate_stage
@@ -36,8 +36,12 @@ def evaluate(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
             reason=NOTHING_TO_DO
             if result.skipped
             else f"{result.made} of {counted(result.made + result.done_before, 'part')} not scored yet",
-            table=score_rows(result.scores),
-            second_table=bench_rows(result.bench),
-            warnings=left_out_lines(result.scores, result.left_out),
-            pictures=thumbnails(run.store, result.pictures),
+            table=score_rows(shown_of(result.scores, result.shown)),
+            second_table=bench_rows(shown_of(result.bench, result.shown)),
+            warnings=[
+                *result.warnings,
+                *left_out_lines(shown_of(result.scores, result.shown), shown_of(result.left_out, result.shown)),
+                *score_notes(result.scores, result.protocols, result.shown),
+            ],
+            pictures=thumbnails(run.store, shown_of(result.pictures, result.shown)),
         )

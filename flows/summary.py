@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.home import pasted
-from flows.scores import bench_rows, score_rows
+from flows.scores import bench_rows, score_rows, shown_of
 from flows.services import Services
 from sd3core.data.store import Store
 from sd3core.local_paths import shown_place
@@ -63,6 +63,8 @@ def write_summary(
         "bench": scores["bench"],
         "left_out": scores["left_out"],
         "pictures": scores["pictures"],
+        "protocols": scores.get("protocols", {}),
+        "shown": scores.get("shown"),
         "export": exported_folder(recipe, stages[-1]),
     }
     store.put_json(summary_path(recipe), summary)
@@ -91,11 +93,12 @@ def print_summary(
     for stage in summary["stages"]:
         for warning in stage["warnings"]:
             console.print(of_stage(stage["name"], warning), soft_wrap=True, highlight=False)
-    _print_scores(score_rows(summary["scores"]), console)
-    _print_scores(bench_rows(summary["bench"]), console)
+    shown = summary.get("shown")
+    _print_scores(score_rows(shown_of(summary["scores"], shown)), console)
+    _print_scores(bench_rows(shown_of(summary["bench"], shown)), console)
     console.print()
     say = lambda label, text: console.print(f"{label:<10}{text}", soft_wrap=True, highlight=False)  # noqa: E731
-    newest = {(picture["phase"], picture["name"]): picture for picture in summary["pictures"] if picture["weights"] == "ema"}
+    newest = {(picture["phase"], picture["name"]): picture for picture in shown_of(summary["pictures"], shown) if picture["weights"] == "ema"}
     for (phase, size), picture in [*newest.items()][-PICTURES_NAMED:]:
         height, _, width = size.partition("x")
         say("pictures", f"{_shown(store, picture['path'])}  {phase} {height if height == width else size} px")

@@ -3,32 +3,46 @@
 A part is the unit of work and of resume: PART.<fingerprint>.json under runs/RUN/evaluations/PHASE/SAMPLES-WEIGHTS,
 written after its pictures. The fingerprint covers the protocol and the checkpoint's digest (its job and its samples):
 a changed setting or job makes a new part and nothing else. runs/RUN/evaluations/scores.json is a function of them.
+
+With `precision: auto` each actor settles what it computes in, and the part stands under the protocol with that: scores in
+bf16 and in fp32 are of two protocols. A part vouches for itself and for its pictures; a damaged one is made again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sd3core.checkpoint import read_done
 from sd3core.data.manifest import ManifestRef
-from sd3core.data.store import Store, canonical_json
+from sd3core.data.checked_files import CheckedFiles
+from sd3core.data.store import Store, StoreDamaged, StoreNotFound, canonical_json
 from sd3core.errors import UserError
+from sd3core.metrics.frechet import ranks_nothing
 from sd3core.metrics.held_out import reference_fields
 from sd3core.metrics.validation_loss import LEVELS
-from sd3core.progress import Progress, ProgressCallback, ProgressMeter
+from sd3core.progress import Progress, ProgressCallback, ProgressMeter, counted
 from sd3core.recipe import Recipe, Training
 from sd3core.sample_settings import SampleSettings, Weights
 from sd3core.small_world.detector import MIN_SIDE_PX
 from sd3core.small_world.world import TASKS
 from sd3core.specs import FORMATS, fingerprint
 from sd3core.towers import read_towers
+from workers.caches import checked_here
 from workers.inputs import actor_device
 from workers.pool import Outcome, PoolSettings, map_over_actors
 from workers.ray_session import start_ray
 
+PRECISIONS = ("bf16", "fp32")
+READ_THREADS = 16
+Part = dict[str, Any]
 SCORED_WEIGHTS: dict[str, tuple[Weights, ...]] = {"both": ("ema", "live"), "ema": ("ema",)}
 
 
@@ -54,7 +68,18 @@ class EvaluationTask:
     samples: int
     weights: Weights
     protocol: dict[str, Any]
-    place: str  # path in the store, without an ending
+    folder: str  # in the store
+    digest: str  # of the checkpoint
+
+    @property
+    def place(self) -> str:
+        """Path in the store, without an ending."""
+        spec = fingerprint({"protocol": self.protocol, "checkpoint": self.digest})
+        return f"{self.folder}/{self.part}.{spec}"
+
+    def settled(self, precision: str) -> EvaluationTask:
+        """With the precision that an actor computes in: what a score's protocol says, and where its part stands."""
+        return replace(self, protocol=self.protocol | {"precision": precision})
 
     @property
     def path(self) -> str:
@@ -67,8 +92,8 @@ class EvaluationTask:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """`scores` rows: checkpoint, phase, samples, weights, protocol, metric, value, count. `protocols`: readable, by
-    fingerprint.
+    """`scores` rows: checkpoint, phase, samples, weights, protocol, precision, metric, value, count, and what a metric has
+    beside it. `protocols`: readable, by fingerprint; all that stand are there, `shown` are those the recipe asks for.
 
     `pictures`: phase, samples, weights, name, uri, thumbnail (paths in the store). `left_out`: which score, and why
     there is none. `bench`: a row for each task of ShapesBench with its tallies (all, seen, unseen,
@@ -82,9 +107,11 @@ class EvaluationResult:
     left_out: list[dict[str, Any]]
     pictures: list[dict[str, Any]]
     protocols: dict[str, dict[str, Any]]
+    shown: list[str]
     made: int  # parts
     done_before: int
     seconds: float
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def skipped(self) -> bool:
@@ -104,27 +131,178 @@ def evaluate_stage(
     """
     started = time.monotonic()
     tasks = plan_tasks(recipe, store, checkpoints, inputs)
-    standing = {entry.path for entry in store.list(_folder(recipe))}
-    missing = [task for task in tasks if task.path not in standing]
+    standing, warnings = _standing_parts(store, tasks, checked_here())
+    missing = [task for task in tasks if not standing[task.place]]
     meter = ProgressMeter(len(tasks), "parts", report, already_done=len(tasks) - len(missing))
+    made = len(missing)
     if missing:
         with start_ray(recipe.compute):
-            _run_tasks(recipe, store, inputs, missing, meter)
-    parts = [store.get_json(task.path) for task in tasks]
+            warnings += _run_tasks(recipe, store, inputs, missing, meter)
+            standing, _ = _standing_parts(store, tasks, checked_here())
+            if other := _to_be_of_one_precision(tasks, standing):
+                warnings.append(f"actors settled bf16 and fp32: {counted(len(other), 'part')} scored in fp32 as well, so that"
+                                " a checkpoint's scores are of one precision")
+                made += len(other)
+                warnings += _run_tasks(recipe, store, inputs, other, meter)
+                standing, _ = _standing_parts(store, tasks, checked_here())
+    parts = _chosen(tasks, standing)
+    parts += _other_parts(recipe, store, checkpoints, parts)
+    _fill_dimensions(store, inputs, [part for _, part in parts])
     path = f"{_folder(recipe)}/scores.json"
-    summary = summarise(tasks, parts)
-    data = canonical_json(summary | {"made_by": _makers(parts)})
+    summary = summarise(parts) | {"shown": sorted({fingerprint(task.protocol) for task, _ in parts[: len(tasks)]})}
+    data = canonical_json(summary | {"made_by": _makers([part for _, part in parts])})
     if not store.exists(path) or store.get(path) != data:
         store.put(path, data)
-    seconds = time.monotonic() - started
     return EvaluationResult(
-        path, fingerprint(summary), **summary, made=len(missing), done_before=meter.already_done, seconds=seconds
+        path,
+        fingerprint(summary),
+        **summary,
+        made=made,
+        done_before=meter.already_done,
+        seconds=time.monotonic() - started,
+        warnings=warnings,
     )
+
+
+def sealed(part: Part) -> Part:
+    """A part that vouches for itself."""
+    return part | {"sha256": _part_digest(part)}
+
+
+def _part_digest(part: Part) -> str:
+    return hashlib.sha256(canonical_json({key: part[key] for key in part if key != "sha256"})).hexdigest()
+
+
+def file_record(data: bytes) -> dict[str, Any]:
+    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+
+def _read_part(store: Store, path: str, checked: CheckedFiles) -> tuple[Part | None, str | None]:
+    """(the part, None), or (None, the file of it that is damaged). One of an earlier version is sealed as it is found."""
+    try:
+        part = store.get_json(path)
+        if "sha256" not in part:
+            for picture in part["pictures"]:
+                files = (picture["path"], picture["thumbnail"])
+                picture["files"] = {file: file_record(store.get(file)) for file in files}
+            part = sealed(part)
+            store.put_json(path, part)
+        if part["sha256"] != _part_digest(part):
+            return None, path
+        for file, record in (item for picture in part["pictures"] for item in picture["files"].items()):
+            if not checked.holds(store, file, record["sha256"], record["bytes"]):
+                return None, file
+    except (StoreNotFound, StoreDamaged, KeyError, TypeError, AttributeError):
+        return None, path
+    return part, None
+
+
+def _standing_parts(
+    store: Store, tasks: Sequence[EvaluationTask], checked: CheckedFiles
+) -> tuple[dict[str, dict[str, Part]], list[str]]:
+    """By a task's place the parts that stand for it, by precision; and a line for each that is damaged.
+
+    An earlier version left `auto` in the protocol and what was settled beside it: such a part counts as what it is.
+    """
+    there = {entry.path for folder in {task.folder for task in tasks} for entry in store.list(folder)}
+    wanted = [
+        (task, variant.path)
+        for task in tasks
+        for variant in (task, *(task.settled(precision) for precision in PRECISIONS))
+        if task.protocol["precision"] == "auto" or variant is task
+        if variant.path in there
+    ]
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        read = list(threads.map(lambda item: _read_part(store, item[1], checked), wanted))
+    standing: dict[str, dict[str, Part]] = {task.place: {} for task in tasks}
+    damaged = []
+    for (task, _), (part, problem) in zip(wanted, read, strict=True):
+        if part is not None:
+            standing[task.place][part["precision"]] = part
+        else:
+            damaged.append(f"{store.uri(problem)} was damaged: {task.title} is scored again")
+    return standing, damaged
+
+
+def _rows(tasks: Iterable[EvaluationTask]) -> dict[tuple[str, str], list[EvaluationTask]]:
+    """The tasks of a table's row: a checkpoint and a kind of weights."""
+    rows: dict[tuple[str, str], list[EvaluationTask]] = {}
+    for task in tasks:
+        rows.setdefault((task.checkpoint, task.weights), []).append(task)
+    return rows
+
+
+def _whole_in(row: list[EvaluationTask], standing: dict[str, dict[str, Part]]) -> list[str]:
+    return [precision for precision in PRECISIONS if all(precision in standing[task.place] for task in row)]
+
+
+def _to_be_of_one_precision(
+    tasks: Sequence[EvaluationTask], standing: dict[str, dict[str, Part]]
+) -> list[EvaluationTask]:
+    """Parts to be made in fp32, which any device has, where a row's parts stand in bf16 and in fp32."""
+    mixed = [row for row in _rows(tasks).values() if not _whole_in(row, standing)]
+    return [task.settled("fp32") for row in mixed for task in row if "fp32" not in standing[task.place]]
+
+
+def _chosen(
+    tasks: Sequence[EvaluationTask], standing: dict[str, dict[str, Part]]
+) -> list[tuple[EvaluationTask, Part]]:
+    """The part of every task, a row's all in one precision: in that which most rows have."""
+    whole = {key: _whole_in(row, standing) for key, row in _rows(tasks).items()}
+    counts = Counter(precision for found in whole.values() for precision in found)
+    chosen = []
+    for task in tasks:
+        precision = max(whole[task.checkpoint, task.weights], key=lambda name: (counts[name], name == "bf16"))
+        chosen.append((task.settled(precision), standing[task.place][precision]))
+    return chosen
+
+
+def _other_parts(
+    recipe: Recipe,
+    store: Store,
+    checkpoints: dict[str, list[str]],
+    shown: Sequence[tuple[EvaluationTask, Part]],
+) -> list[tuple[EvaluationTask, Part]]:
+    """What stands of these checkpoints by other protocols."""
+    known = {folder for folders in checkpoints.values() for folder in folders}
+    seen = {_identity(task) for task, _ in shown}
+    pattern = re.compile(re.escape(_folder(recipe)) + r"/[^/]+/(\d{12})-(?:ema|live)/[^/]+\.[0-9a-f]{12}\.json")
+    places = [match for match in (pattern.fullmatch(entry.path) for entry in store.list(_folder(recipe))) if match]
+    checked, others = checked_here(), []
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        read = threads.map(lambda match: _read_part(store, match[0], checked)[0], places)
+        for match, part in zip(places, read, strict=True):
+            if part is None or part["checkpoint"] not in known:
+                continue
+            folder = match[0].rpartition("/")[0]
+            names = (part["part"], part["phase"], part["checkpoint"], int(match[1]), part["weights"])
+            task = EvaluationTask(*names, part["protocol"], folder, "").settled(part["precision"])
+            if _identity(task) not in seen:
+                seen.add(_identity(task))
+                others.append((task, part))
+    return others
+
+
+def _identity(task: EvaluationTask) -> tuple[str, ...]:
+    return task.checkpoint, task.weights, task.part, fingerprint(task.protocol)
+
+
+def _fill_dimensions(store: Store, inputs: EvaluationInputs, parts: Sequence[Part]) -> None:
+    """Of Fréchet distances that an earlier version left without."""
+    scores = [score for part in parts for score in part["scores"] if score["metric"] == "clip_fid"]
+    bare = [score for score in scores if "dimensions" not in score]
+    if bare:
+        config = json.loads(store.get(f"{inputs.towers}/judge_vision/config.json"))
+        for score in bare:
+            score["dimensions"] = config["projection_dim"]
+            score["ranks_nothing"] = ranks_nothing(score["count"], config["projection_dim"])
 
 
 def _run_tasks(
     recipe: Recipe, store: Store, inputs: EvaluationInputs, tasks: list[EvaluationTask], meter: ProgressMeter
-) -> None:
+) -> list[str]:
+    """Makes the parts; returns what the workers warn of."""
+
     def ended(outcome: Outcome[EvaluationTask], done: int, total: int) -> None:
         state = "" if outcome.error is None else f" failed: {outcome.error}"
         meter.advance(note=f"{outcome.task.title}{state}")
@@ -147,6 +325,7 @@ def _run_tasks(
         raise EvaluationFailed(
             f"{len(failed)} of {len(tasks)} parts could not be scored: {named}; run the stage again for these only"
         )
+    return list(dict.fromkeys(warning for outcome in outcomes for warning in outcome.result))
 
 
 def plan_tasks(
@@ -166,9 +345,9 @@ def plan_tasks(
                 for part, protocol in _protocols(
                     recipe, phase, phases[phase], inputs, digests, last=folder == folders[-1]
                 ):
-                    spec = fingerprint({"protocol": protocol, "checkpoint": done.digest})
-                    place = f"{_folder(recipe)}/{phase}/{done.samples:012d}-{weights}/{part}.{spec}"
-                    tasks.append(EvaluationTask(part, phase, folder, done.samples, weights, protocol, place))
+                    place = f"{_folder(recipe)}/{phase}/{done.samples:012d}-{weights}"
+                    names = (part, phase, folder, done.samples, weights)
+                    tasks.append(EvaluationTask(*names, protocol, place, done.digest))
     return tasks
 
 
@@ -240,24 +419,26 @@ def _protocols(
             )
 
 
-def summarise(tasks: Sequence[EvaluationTask], parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The tables over all parts, and ShapesBench's overall: all six tasks of a checkpoint have a score or none has."""
+def summarise(parts: Sequence[tuple[EvaluationTask, Part]]) -> dict[str, Any]:
+    """The tables over all parts, and ShapesBench's overall: all six tasks of a checkpoint by one protocol have a score, or
+    there is none.
+    """
     scores, left_out, pictures, bench_tasks, protocols = [], [], [], [], {}
-    bench: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for task, part in zip(tasks, parts, strict=True):
-        own = {"checkpoint": task.checkpoint, "phase": task.phase, "samples": task.samples, "weights": task.weights}
+    bench: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for task, part in parts:
         protocol = fingerprint(task.protocol)
+        own = {"checkpoint": task.checkpoint, "phase": task.phase, "samples": task.samples, "weights": task.weights}
+        own |= {"protocol": protocol, "precision": part["precision"]}
         protocols[protocol] = task.protocol
-        scores += [own | {"protocol": protocol} | score for score in part["scores"]]
-        left_out += [own | {"protocol": protocol} | missing for missing in part["left_out"]]
+        scores += [own | score for score in part["scores"]]
+        left_out += [own | missing for missing in part["left_out"]]
         pictures += [own | picture for picture in part["pictures"]]
-        if task.part.startswith("bench-"):
-            bench.setdefault((task.checkpoint, task.weights), []).extend(scores[len(scores) - len(part["scores"]) :])
-            if part["scores"]:
-                name = task.part.removeprefix("bench-")
-                bench_tasks.append(own | {"task": name} | part["details"])
+        if task.part.startswith("bench-") and part["scores"]:
+            key = (task.checkpoint, task.weights, protocol)
+            bench.setdefault(key, []).extend(scores[len(scores) - len(part["scores"]) :])
+            bench_tasks.append(own | {"task": task.part.removeprefix("bench-")} | part["details"])
     for rows in bench.values():
-        if rows:  # GenEval: the plain mean of the six
+        if len(rows) == len(TASKS):  # GenEval: the plain mean of the six
             overall = {
                 "value": sum(row["value"] for row in rows) / len(rows),
                 "count": sum(row["count"] for row in rows),

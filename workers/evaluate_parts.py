@@ -24,7 +24,7 @@ from sd3core.judge import Judge, load_judge
 from sd3core.metrics import LeftOut, Score
 from sd3core.metrics.clip_score import clip_score, image_embeddings
 from sd3core.metrics.frechet import frechet_score
-from sd3core.metrics.held_out import read_rows, reference_features
+from sd3core.metrics.held_out import Row, read_rows, reference_features
 from sd3core.metrics.validation_loss import LEVELS, level_losses, validation_loss
 from sd3core.pictures import encode_png, make_grid, thumbnail_jpeg
 from sd3core.precision import DTYPES, has_bf16_arithmetic, settled
@@ -37,33 +37,34 @@ from sd3core.small_world.detector import MIN_SIDE_PX
 from sd3core.text_encoders import load_text_encoders
 from sd3core.towers import fetch_towers
 from workers.caches import checked_here, shards_cache, towers_cache
-from workers.evaluate import EvaluationInputs, EvaluationTask
+from workers.evaluate import EvaluationInputs, EvaluationTask, file_record, sealed
 
 
 class EvaluationWorker:
-    """EvaluationTask -> path of the part's JSON, which is written after its pictures."""
+    """EvaluationTask -> warnings. The part's JSON is written after its pictures, in the place of what was settled."""
 
     def __init__(self, store_url: str, recipe: Recipe, inputs: EvaluationInputs, device: str = "cpu") -> None:
         self.store, self.recipe, self.inputs, self.device = open_store(store_url), recipe, inputs, device
-        device_has_bf16 = has_bf16_arithmetic(torch.device(device))
-        self.precision = settled(recipe.evaluate.precision, bf16=device_has_bf16)
+        self.device_has_bf16 = has_bf16_arithmetic(torch.device(device))
         self.progress: Progress | None = None  # of the part at hand
         self.towers = fetch_towers(self.store, inputs.towers, towers_cache())
         self.encoders = load_text_encoders(self.towers, recipe.text, device=device)
         self.autoencoder = load_autoencoder(self.towers, device=device)
-        self._loaded: tuple[tuple[str, str], Generator] | None = None
+        self._loaded: tuple[tuple[str, str, str], Generator] | None = None
         self._batches: dict[str, list[Batch]] = {}
 
-    def __call__(self, task: EvaluationTask) -> str:
+    def __call__(self, task: EvaluationTask) -> list[str]:
+        task = task.settled(settled(task.protocol["precision"], bf16=self.device_has_bf16))
         self.progress = None  # else a new part would first show the end of the one before
         parts = {"validation_loss": self._validate, "clip_and_fid": self._score_pictures, "grid": self._draw_grid}
         result = _Part()
         parts.get(task.protocol["kind"], self._bench)(task, result)
         fields = {"part": task.part, "phase": task.phase, "checkpoint": task.checkpoint, "weights": task.weights}
         made_by = provenance(device_kind(torch.device(self.device).type)).model_dump(mode="json", exclude_none=True)
-        fields |= {"protocol": task.protocol, "precision": self.precision, "made_by": made_by}
-        self.store.put_json(task.path, fields | result.to_dict())
-        return task.path
+        fields |= {"protocol": task.protocol, "precision": task.protocol["precision"], "made_by": made_by}
+        fields |= {"device": torch.device(self.device).type}
+        self.store.put_json(task.path, sealed(fields | result.to_dict()))
+        return result.warnings
 
     @cached_property
     def judge(self) -> Judge:
@@ -74,11 +75,12 @@ class EvaluationWorker:
         return read_manifest(self.store, self.inputs.raw.folder, self.inputs.raw.digest)
 
     def _generator(self, task: EvaluationTask) -> Generator:
-        key = (task.checkpoint, task.weights)
+        precision = task.protocol["precision"]
+        key = (task.checkpoint, task.weights, precision)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # before the next one is loaded, so that only one is in memory
             model = load_model(self.store.uri(task.checkpoint), task.weights)
-            model = model.to(self.device, DTYPES[self.precision])
+            model = model.to(self.device, DTYPES[precision])
             done = read_done(self.store, task.checkpoint)
             formulation = done.training["formulation"]
             self._loaded = (key, Generator(model, self.encoders, self.autoencoder, done.null, formulation))
@@ -131,7 +133,8 @@ class EvaluationWorker:
     def _score_pictures(self, task: EvaluationTask, result: _Part) -> None:
         """CLIP score and FID over pictures of held-out prompts, and the grid."""
         protocol = task.protocol
-        scored = self._numbered(self._captions("held_out", protocol["images"]), protocol["seed"])
+        rows = self._rows("held_out", protocol["images"])
+        scored = self._numbered([row.caption for row in rows], protocol["seed"])
         grid = self._grid_prompts(task)
         drawn = list(dict.fromkeys([*scored, *grid]))
         images = dict(zip(drawn, self._sample(task, drawn), strict=True))
@@ -141,7 +144,9 @@ class EvaluationWorker:
         reference = reference_features(
             self.store, name, self.raw, self.judge, protocol["reference"], rules, self._show_images, checked_here()
         )
-        result.add("clip_score", clip_score(features, texts))
+        if reference.damaged:
+            result.warnings.append(f"{self.store.uri(reference.damaged)} was damaged: the reference features are made again")
+        result.add("clip_score", clip_score(features, texts, reference.of([row.key for row in rows])))
         result.add("clip_fid", frechet_score(features, reference.features))
         result.details["reference_images"] = len(reference.features)
         self._write_grid(task, result, grid, [images[pair] for pair in grid])
@@ -190,8 +195,10 @@ class EvaluationWorker:
         return self._numbered(captions + self._captions("train", count - len(captions)), seed)
 
     def _captions(self, split: Literal["held_out", "train"], limit: int) -> list[str]:
-        rows = read_rows(self.store, self.raw, split, limit, captioned=True) if limit > 0 else []
-        return [row.caption for row in rows]
+        return [row.caption for row in self._rows(split, limit)]
+
+    def _rows(self, split: Literal["held_out", "train"], limit: int) -> list[Row]:
+        return read_rows(self.store, self.raw, split, limit, captioned=True) if limit > 0 else []
 
     def _numbered(self, prompts: Sequence[str], seed: int) -> list[Draw]:
         return [(prompt, seed + position) for position, prompt in enumerate(prompts)]
@@ -210,12 +217,15 @@ class EvaluationWorker:
             "settings": json.dumps(task.protocol["settings"], sort_keys=True),
             "checkpoint": self.store.uri(task.checkpoint),
             "weights": task.weights,
-            "precision": self.precision,
+            "precision": task.protocol["precision"],
         }
-        self.store.put(f"{task.place}.png", encode_png(grid, settings))
-        self.store.put(f"{task.place}.jpg", thumbnail_jpeg(grid))
+        files = {f"{task.place}.png": encode_png(grid, settings), f"{task.place}.jpg": thumbnail_jpeg(grid)}
+        for path, data in files.items():
+            self.store.put(path, data)
         name = f"{images[0].shape[0]}x{images[0].shape[1]}"
-        result.pictures.append({"name": name, "path": f"{task.place}.png", "thumbnail": f"{task.place}.jpg"})
+        path, thumbnail = files
+        records = {path: file_record(data) for path, data in files.items()}
+        result.pictures.append({"name": name, "path": path, "thumbnail": thumbnail, "files": records})
 
 
 class _Part:
@@ -224,14 +234,15 @@ class _Part:
     def __init__(self) -> None:
         self.scores: list[dict[str, Any]] = []
         self.left_out: list[dict[str, str]] = []
-        self.pictures: list[dict[str, str]] = []
+        self.pictures: list[dict[str, Any]] = []
+        self.warnings: list[str] = []  # of making it: no part of the record
         self.details: dict[str, Any] = {}
 
     def add(self, metric: str, score: Score | LeftOut) -> None:
         if isinstance(score, LeftOut):
             self.left_out.append({"metric": metric, "reason": score.reason})
         else:
-            self.scores.append({"metric": metric, "value": score.value, "count": score.count})
+            self.scores.append({"metric": metric, "value": score.value, "count": score.count} | score.beside)
 
     def to_dict(self) -> dict[str, Any]:
         return {"scores": self.scores, "left_out": self.left_out, "pictures": self.pictures, "details": self.details}

@@ -36,8 +36,17 @@ def cosines(image_features: np.ndarray, text_features: np.ndarray) -> np.ndarray
     return (images * texts).sum(axis=1) / (np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1))
 
 
-def clip_score(image_features: np.ndarray, text_features: np.ndarray) -> Score | LeftOut:
-    """Mean cosine of each picture and its own prompt."""
+def clip_score(
+    image_features: np.ndarray, text_features: np.ndarray, real: tuple[np.ndarray, np.ndarray] | None = None
+) -> Score | LeftOut:
+    """Mean cosine of each picture and its own prompt.
+
+    `real`: (which of the prompts have one, features of the real pictures of these), whose own score stands beside it.
+    """
     if len(image_features) < MIN_IMAGES:
         return too_few("CLIP score", len(image_features), MIN_IMAGES, "pictures of held-out prompts")
-    return Score(float(cosines(image_features, text_features).mean()), len(image_features))
+    beside = {}
+    if real is not None and len(real[0]) >= MIN_IMAGES:
+        of_real = cosines(real[1], text_features[real[0]])
+        beside["real"] = {"value": float(of_real.mean()), "count": len(of_real)}
+    return Score(float(cosines(image_features, text_features).mean()), len(image_features), beside)

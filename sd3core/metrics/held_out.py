@@ -34,6 +34,12 @@ class Reference:
     keys: list[str]
     damaged: str | None = None  # the stored file for which they were made again
 
+    def of(self, keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(positions of those keys that are here, their features)."""
+        place = {key: position for position, key in enumerate(self.keys)}
+        found = [position for position, key in enumerate(keys) if key in place]
+        return np.array(found, dtype=np.int64), self.features[[place[keys[position]] for position in found]]
+
 
 @dataclass(frozen=True)
 class Row:

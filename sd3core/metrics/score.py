@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Score:
     value: float
     count: int  # images (or prompts) it was taken over
+    beside: dict[str, Any] = field(default_factory=dict)  # JSON values without which it cannot be read
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,14 @@
 from __future__ import annotations
 
-from flows.scores import PICTURES_SHOWN, bench_rows, left_out_lines, score_rows, thumbnails
+from flows.scores import (
+    PICTURES_SHOWN,
+    bench_rows,
+    left_out_lines,
+    score_notes,
+    score_rows,
+    shown_of,
+    thumbnails,
+)
 from sd3core.data.store import open_store
 
 
@@ -117,3 +125,28 @@ def test_without_any_score_one_line_says_why():
     assert left_out_lines([], left_out) == ["every score is left out: validation loss needs at least 8 held-out images; there is 1"]
     scored = [score("pretrain", 8, "ema", "clip_score", 0.5)]
     assert left_out_lines(scored, left_out[:1]) == ["clip_fid is left out: FID needs at least 65 generated images; there is 1"]
+
+
+def test_a_distance_stands_with_its_interval_and_what_it_is_worth():
+    beside = {"interval": [9.12, 14.3], "dimensions": 64, "ranks_nothing": True, "count": 72}
+    fid = score("pretrain", 8, "ema", "clip_fid", 11.7) | beside
+    fid["real"] = {"value": 6.04, "spread": 0.51, "sets": 5, "count": 72}
+    assert score_rows([fid])[0]["clip_fid"] == "11.700 (9.1 to 14.3), ranks nothing"
+    protocol = {"precision": "bf16", "settings": {"sampler": "euler", "num_steps": 28, "guidance_scale": 4.0}}
+    notes = score_notes([fid], {"p": protocol, "q": protocol | {"precision": "fp32"}}, ["p"])
+    assert notes == [
+        "scores: euler, 28 steps, guidance 4; bf16; scores.json has those of 1 other protocol too",
+        "pretrain clip_fid: ranks nothing: 72 pictures for 64 dimensions; as many real pictures against the others score"
+        " 6.0 +- 0.5 (5 sets)",
+    ]
+
+
+def test_scores_in_two_precisions_are_rows_of_their_own():
+    rows = [score("pretrain", 8, "ema", "clip_score", value) | {"precision": p} for p, value in (("bf16", 0.5), ("fp32", 0.6))]
+    assert [(row["precision"], row["clip_score"]) for row in score_rows(rows)] == [("bf16", "0.500"), ("fp32", "0.600")]
+    assert "precision" not in score_rows(rows[:1])[0]
+
+
+def test_only_the_shown_protocols_are_in_the_table_and_older_files_show_all():
+    rows = [score("pretrain", 8, "ema", "clip_score", 0.5), score("pretrain", 8, "ema", "clip_score", 0.9) | {"protocol": "q"}]
+    assert shown_of(rows, ["q"]) == rows[1:] and shown_of(rows, None) == rows

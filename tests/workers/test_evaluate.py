@@ -32,6 +32,7 @@ from sd3core.data.store import Store, open_store
 from sd3core.metrics.held_out import read_rows
 from sd3core.mmdit import MMDiT
 from sd3core.pictures import read_settings
+from sd3core.precision import CPU, has_bf16_arithmetic, settled
 from sd3core.progress import Progress
 from sd3core.provenance import device_kind, provenance_of
 from sd3core.recipe import Recipe
@@ -41,6 +42,8 @@ from workers.encode import encode_stage
 from workers.evaluate import (
     EvaluationFailed,
     EvaluationInputs,
+    _chosen,
+    _to_be_of_one_precision,
     evaluate_stage,
     plan_tasks,
 )
@@ -147,6 +150,13 @@ def evaluate(world: World, recipe: Recipe | None = None, report=ignore):
     return evaluate_stage(recipe or world.recipe, world.store, world.checkpoints, world.inputs, report)
 
 
+def planned(world: World, recipe: Recipe | None = None):
+    """The tasks, in what this machine computes in."""
+    precision = settled("auto", bf16=has_bf16_arithmetic(CPU))
+    tasks = plan_tasks(recipe or world.recipe, world.store, world.checkpoints, world.inputs)
+    return [task.settled(precision) for task in tasks]
+
+
 def test_every_checkpoint_has_every_score_for_both_weights(world, result):
     for phase, folders in world.checkpoints.items():
         for folder in folders:
@@ -168,7 +178,7 @@ def test_every_checkpoint_has_every_score_for_both_weights(world, result):
 
 
 def test_every_record_names_what_it_was_made_with_and_no_digest_covers_it(world, result):
-    parts = [world.store.get_json(task.path) for task in plan_tasks(world.recipe, world.store, world.checkpoints, world.inputs)]
+    parts = [world.store.get_json(task.path) for task in planned(world)]
     assert {part["made_by"]["device"] for part in parts} == {device_kind()}
     makers = provenance_of(world.store, result.path)
     assert [maker.device for maker in makers] == [device_kind()]
@@ -178,7 +188,7 @@ def test_every_record_names_what_it_was_made_with_and_no_digest_covers_it(world,
 
 
 def test_earlier_checkpoints_get_fewer_bench_prompts(world):
-    tasks = plan_tasks(world.recipe, world.store, world.checkpoints, world.inputs)
+    tasks = planned(world)
     counts = {
         (task.samples, task.protocol["prompts_per_task"])
         for task in tasks
@@ -188,7 +198,7 @@ def test_earlier_checkpoints_get_fewer_bench_prompts(world):
 
 
 def test_bench_pictures_take_the_phases_sizes_in_turn(world, result):
-    tasks = plan_tasks(world.recipe, world.store, world.checkpoints, world.inputs)
+    tasks = planned(world)
     sizes = next(task for task in tasks if task.part == "bench-colors" and task.phase == "finetune.0").protocol["sizes"]
     phase = dict(world.recipe.phases())["finetune.0"]
     assert [tuple(size) for size in sizes] == [
@@ -251,7 +261,7 @@ def test_a_second_call_changes_nothing(world, result):
 
 
 def test_only_missing_parts_are_made_again_and_give_the_same(world, result):
-    tasks = plan_tasks(world.recipe, world.store, world.checkpoints, world.inputs)
+    tasks = planned(world)
     lost = [task for task in tasks if task.part in ("validation", "bench-colors") and task.weights == "ema"]
     for task in lost:
         world.store.delete(task.path)
@@ -266,8 +276,8 @@ def test_only_missing_parts_are_made_again_and_give_the_same(world, result):
 def test_a_changed_setting_redoes_what_depends_on_it(world, result, change):
     """Another way to draw: pictures and bench, not the validation loss."""
     changed = world.recipe.model_copy(update={"evaluate": world.recipe.evaluate.model_copy(update=change)})
-    before = plan_tasks(world.recipe, world.store, world.checkpoints, world.inputs)
-    after = plan_tasks(changed, world.store, world.checkpoints, world.inputs)
+    before = planned(world)
+    after = planned(world, changed)
     redone = {task.part.partition("-")[0] for old, task in zip(before, after, strict=True) if old.path != task.path}
     assert redone == {"pictures", "bench", "grid"}
     for task in after:
@@ -307,7 +317,7 @@ def test_held_out_rows_are_held_out_and_fixed(world):
 
 
 def test_a_part_that_fails_is_named_and_the_others_stay(world, result):
-    tasks = plan_tasks(world.recipe, world.store, world.checkpoints, world.inputs)
+    tasks = planned(world)
     damaged = world.store.local_path(f"{world.checkpoints['pretrain'][0]}/{rank_file(0, 1)}")
     lost = [task for task in tasks if task.part == "validation" and task.phase == "pretrain" and task.weights == "ema"]
     for task in lost:
@@ -319,3 +329,82 @@ def test_a_part_that_fails_is_named_and_the_others_stay(world, result):
     damaged.write_bytes(content)
     again = evaluate(world)
     assert again.made == 1 and again.digest == result.digest
+
+
+@pytest.mark.parametrize("damage", ["part", "truncated", "picture", "thumbnail"])
+def test_a_damaged_part_or_picture_is_named_and_made_again(world, result, damage):
+    task = next(task for task in planned(world) if task.part == "grid-80x48" and task.weights == "ema")
+    part = world.store.get_json(task.path)
+    path = {"picture": part["pictures"][0]["path"], "thumbnail": part["pictures"][0]["thumbnail"]}.get(damage, task.path)
+    before = world.store.get(path)
+    data = bytearray(before)
+    if damage == "truncated":
+        del data[len(data) // 2 :]
+    elif damage == "part":
+        place = data.index(b'"seed": ') + 8
+        data[place] ^= 1
+    else:
+        data[-1] ^= 1
+    world.store.put(path, bytes(data))
+    again = evaluate(world)
+    assert again.made == 1 and [line for line in again.warnings if path in line and "scored again" in line]
+    assert world.store.get(path) == before or damage in ("part", "truncated")
+    assert again.scores == result.scores and evaluate(world).skipped
+
+
+def test_a_damaged_reference_is_named_and_made_again(world, result):
+    [features] = [e.path for e in world.store.list("references") if e.path.endswith("features.safetensors")][:1]
+    record = features.replace("features.safetensors", "DONE.json")
+    for path in (features, record):
+        before = bytearray(world.store.get(path))
+        damaged = before[:-1] + bytes([before[-1] ^ 1]) if path == features else before[:-30]
+        world.store.put(path, bytes(damaged))
+        lost = [task for task in planned(world) if task.part == "pictures" and task.weights == "ema"]
+        for task in lost:
+            world.store.delete(task.path)
+        again = evaluate(world)
+        assert [line for line in again.warnings if path in line and "made again" in line]
+        assert world.store.get(path) == bytes(before) and again.digest == result.digest
+
+
+def test_a_part_of_an_earlier_version_counts_as_what_it_was_computed_in(world, result):
+    """`auto` stood in its place and its protocol, what was settled beside it, and no digest."""
+    [task] = [t for t in planned(world) if t.part == "validation" and t.phase == "finetune.0" and t.weights == "ema"]
+    part = world.store.get_json(task.path)
+    old = {key: value for key, value in part.items() if key != "sha256"} | {"protocol": task.protocol | {"precision": "auto"}}
+    world.store.put_json(task.settled("auto").path, old)
+    world.store.delete(task.path)
+    again = evaluate(world)
+    assert again.skipped and again.scores == result.scores
+    world.store.put_json(task.path, part)
+    world.store.delete(task.settled("auto").path)
+
+
+def test_scores_in_another_precision_are_of_another_protocol_and_stay(world, result):
+    other = "fp32" if result.scores[0]["precision"] == "bf16" else "bf16"
+    settings = {"precision": other, "bench_prompts_per_task": 0, "checkpoints": "last", "weights": "ema"}
+    recipe = world.recipe.model_copy(update={"evaluate": world.recipe.evaluate.model_copy(update=settings)})
+    there = evaluate(world, recipe)
+    shown = [row for row in there.scores if row["protocol"] in there.shown]
+    assert shown and {row["precision"] for row in shown} == {other}
+    assert {row["precision"] for row in there.scores} == {"bf16", "fp32"}
+    assert set(result.protocols) <= set(there.protocols) and not set(result.shown) & set(there.shown)
+    back = evaluate(world)
+    assert back.skipped and back.shown == result.shown and set(there.protocols) == set(back.protocols)
+    for path in {entry.path for entry in world.store.list("runs/tiny-test/evaluations")}:  # as the other tests found it
+        if path.endswith(".json") and not path.endswith("scores.json"):
+            if world.store.get_json(path)["protocol"]["precision"] == other:
+                world.store.delete(path)
+    assert evaluate(world).digest == result.digest
+
+
+def test_a_rows_parts_in_two_precisions_are_completed_in_fp32(world, result, monkeypatch):
+    """As where some of the actors have arithmetic for bf16: no mean is taken over both."""
+    tasks = [task for task in plan_tasks(world.recipe, world.store, world.checkpoints, world.inputs) if task.weights == "ema"]
+    row = [task for task in tasks if task.checkpoint == tasks[-1].checkpoint]
+    mixed = {task.place: {"fp32" if place == 0 else "bf16": {}} for place, task in enumerate(row)}
+    assert _to_be_of_one_precision(row, mixed) == [task.settled("fp32") for task in row[1:]]
+    for task in row[1:]:
+        mixed[task.place]["fp32"] = {}
+    assert not _to_be_of_one_precision(row, mixed)
+    assert {task.protocol["precision"] for task, _ in _chosen(row, mixed)} == {"fp32"}
