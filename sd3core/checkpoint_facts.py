@@ -29,6 +29,10 @@ class CheckpointFacts:
     samples: int | None = None  # seen in training
     formulation: str = "rf"  # a name of sd3core.formulations: what the network predicts, and its path
 
+    def __post_init__(self) -> None:
+        """`null` is the one word on it: a recipe's text settings have the key too, and here it says the same."""
+        object.__setattr__(self, "text", self.text.model_copy(update={"null": self.null}))
+
     def settings(self, **changes: Any) -> SampleSettings:
         """A square of the trained size."""
         return replace(SampleSettings(self.side_px, self.side_px, shift=self.shift), **changes)
@@ -37,7 +41,7 @@ class CheckpointFacts:
         """For save_model's `extra`, from which a plain model folder is read again."""
         return {
             "null": self.null,
-            "text": self.text.model_dump(mode="json"),
+            "text": self.text.model_dump(mode="json", exclude={"null"}),
             "side_px": self.side_px,
             "shift": self.shift,
             "samples": self.samples,
@@ -70,10 +74,10 @@ def read_facts(checkpoint: str) -> CheckpointFacts:
         fields = {"null": done.null, "text": done.recipe["text"], "side_px": done.training["side_px"]}
         shift = done.recipe.get("evaluate", {}).get("shift") or done.training["shift"]  # as Evaluate.shift_for
         fields |= {"shift": shift, "formulation": done.training["formulation"], "samples": done.samples}
-        digest = done.digest
+        split, digest = done.config.get("clip_tokens"), done.digest
     else:
-        _, record, fields = read_model_fields(store)
-        digest = record.sha256
+        config, record, fields = read_model_fields(store)
+        split, digest = getattr(config, "clip_tokens", None), record.sha256
     try:
         extra = _Extra.model_validate(fields)
     except ValidationError as error:
@@ -82,6 +86,11 @@ def read_facts(checkpoint: str) -> CheckpointFacts:
             f"{store.url}: extra.{'.'.join(map(str, problem['loc']))}: {problem['msg']};"
             " save it with CheckpointFacts.to_extra()"
         ) from None
+    if split not in (None, extra.text.clip_tokens):  # where a model of three streams divides the context
+        raise CheckpointError(
+            f"{store.url}: extra.text.clip_tokens {extra.text.clip_tokens}, but the model's three streams divide at"
+            f" {split} (model.clip_tokens); save it with that in CheckpointFacts.text"
+        )
     return CheckpointFacts(**dict(extra), digest=digest)
 
 

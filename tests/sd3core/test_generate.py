@@ -284,6 +284,29 @@ def test_facts_that_cannot_be_are_named(checkpoint, tmp_path, extra, message):
         read_facts(str(tmp_path))
 
 
+@pytest.mark.parametrize("null", ["zeros", "empty"])
+def test_a_folder_says_in_one_place_what_no_prompt_is(tmp_path, null):
+    """Folders from before say it twice, the text settings perhaps otherwise: what counted then counts."""
+    config = json.loads(Path(write_checkpoint(tmp_path / "a", replace(FACTS, null=null)), "config.json").read_bytes())
+    assert config["extra"]["null"] == null and "null" not in config["extra"]["text"]
+    assert json.dumps(config).count('"null"') == 1
+    facts = read_facts(str(tmp_path / "a"))
+    assert facts.null == facts.text.null == null
+    other = {"zeros": "empty", "empty": "zeros"}[null]
+    config["extra"]["text"]["null"] = other
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    assert read_facts(str(tmp_path / "a")) == facts and replace(facts, null=other).text.null == other
+
+
+def test_a_model_of_three_streams_divides_where_the_facts_say(tmp_path):
+    config = MMDiTConfig.from_depth(1, context_dim=8, pooled_dim=8, position_max=4, clip_tokens=12)
+    save_model(tmp_path, MMDiT(config), FACTS.to_extra())
+    assert read_facts(str(tmp_path)).text.clip_tokens == 12
+    save_model(tmp_path, MMDiT(replace(config, clip_tokens=11)), FACTS.to_extra())
+    with pytest.raises(CheckpointError, match="extra.text.clip_tokens 12, but the model's three streams divide at 11"):
+        read_facts(str(tmp_path))
+
+
 def test_a_diffusers_folder_is_told_from_a_model_folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "SD3Transformer2DModel"}))
     with pytest.raises(CheckpointError, match="sd3 import .* OUT` makes a model folder of it"):
