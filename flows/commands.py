@@ -195,7 +195,7 @@ def deploy(
 
 @app.command()
 def plan(recipe: RecipeOption = DEFAULT_RECIPE, set_: SetOption = None) -> None:
-    """Before money is spent: parameters, rows, bytes in the store, memory per GPU at each ZeRO stage, steps, FLOPs, hours."""
+    """Before money is spent: parameters, images, bytes in the store, memory per GPU at each ZeRO stage, steps, FLOPs, hours."""
     from flows.home import run_store
     from flows.plan import print_plan
     from flows.upgrade import print_upgrade

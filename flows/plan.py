@@ -174,14 +174,14 @@ def _print_storage(recipe: Recipe, phases: list[PhasePlan], captions: int, conso
     console.print()
     console.print("storage", highlight=False)
     table = Table(box=None, pad_edge=False)
-    for column in ("what", "a row, kB", "rows", "GB"):
+    for column in ("what", "an image, kB", "images", "GB"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    rows = recipe.data.images if recipe.data.source == "small_world" else None
-    parts = [(f"text, {captions} caption(s) a row", captions * text_bytes(recipe))]
+    images = recipe.data.images if recipe.data.source == "small_world" else None
+    parts = [(f"text, {captions} caption(s) an image", captions * text_bytes(recipe))]
     parts += [(f"latents {plan.key}", plan.latent_bytes) for plan in phases]
     for what, size in parts:
-        total = f"{rows * size / GB:,.3f}" if rows else f"{size * 1e6 / GB:,.1f} a million rows"
-        table.add_row(what, f"{size / 1e3:,.1f}", f"{rows:,}" if rows else "as the folder has", total)
+        total = f"{images * size / GB:,.3f}" if images else f"{size * 1e6 / GB:,.1f} a million images"
+        table.add_row(what, f"{size / 1e3:,.1f}", f"{images:,}" if images else "as the folder has", total)
     for plan in phases:
         table.add_row(
             f"{plan.checkpoints} checkpoint(s) {plan.key}",

@@ -13,8 +13,8 @@ from sd3core.recipe import Recipe
 CAPTIONS_SHOWN = 8
 
 
-def shard_table(store: Store, results: dict[str, Any]) -> list[dict[str, object]]:
-    """A row for each thing a stage makes: shards, rows, size, rows by bucket or split, rows left out."""
+def shard_table(store: Store, results: dict[str, Any], rows_are: str = "rows") -> list[dict[str, object]]:
+    """A row for each thing a stage makes: shards, what is in them, size, how many by bucket or split, what is left out."""
     rows = []
     for name, result in results.items():
         manifest = read_manifest(store, result.manifest.folder, result.manifest.digest)
@@ -23,7 +23,7 @@ def shard_table(store: Store, results: dict[str, Any]) -> list[dict[str, object]
                 "what": name,
                 "shards": len(manifest.shards),
                 "made now": result.made,
-                "rows": f"{manifest.rows:,}",
+                rows_are: f"{manifest.rows:,}",
                 "MB": f"{manifest.bytes / 1e6:,.1f}",
                 "by kind": ", ".join(f"{kind}: {count:,}" for kind, count in manifest.buckets.items()),
                 "left out": ", ".join(f"{reason}: {count}" for reason, count in manifest.failed_reasons.items())

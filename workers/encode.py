@@ -50,7 +50,9 @@ def encode_stage(
                 ShardTask(number, shard.digest[:12], folder, shard.rows, LatentsSource(shard, buckets))
                 for number, shard in raw_shards.items()
             ]
-            stages[name] = ShardStage(name, "latents", folder, fields, {"raw": raw.digest}, tasks)
+            stages[name] = ShardStage(
+                name, "latents", folder, fields, {"raw": raw.digest}, tasks, unit="image"
+            )
     damaged = pin_null(store, stages["text"].folder)
     worker = {
         "store_url": store.url,
@@ -129,7 +131,7 @@ def _text_stage(
         digest = content_digest(shard.digest, captioned.digest if captioned else "")
         tasks.append(ShardTask(number, digest, folder, shard.rows, TextSource(shard, captioned)))
     inputs = {"raw": raw.digest} | ({"captions": captions.digest} if captions else {})
-    return ShardStage("text", "text", folder, fields, inputs, tasks, needs=(NULL,))
+    return ShardStage("text", "text", folder, fields, inputs, tasks, needs=(NULL,), unit="caption")
 
 
 class EncodeWorker:

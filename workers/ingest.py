@@ -31,7 +31,7 @@ def ingest_stage(
     tasks = [
         ShardTask(source.number, source.digest, folder, rows=len(source.items), source=source) for source in sources
     ]
-    stage = ShardStage("ingest", "raw", folder, raw_fields(recipe), {}, tasks)
+    stage = ShardStage("ingest", "raw", folder, raw_fields(recipe), {}, tasks, unit="image")
     worker = {"data": recipe.data, "store_url": store.url, "folder": folder}
     result = run_shard_stage(store, recipe.run, stage, IngestShard, worker, recipe.compute, report)
     reason = result.reason if result.skipped else "; ".join([result.reason, *_images_used(store, recipe.data, result)])

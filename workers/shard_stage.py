@@ -35,6 +35,7 @@ from workers.ray_session import start_ray
 from workers.stage_notes import NOTHING_TO_DO, StageNote, reason_to_work, recall_stage, remember_stage
 
 NAMED_FAILURES = 5  # shards that an error names
+TELL_AFTER_S = 60.0  # of a stage at work: what a shorter one leaves out is told at its end alone
 
 
 class StageFailed(UserError):
@@ -71,6 +72,7 @@ class ShardStage:
     inputs: dict[str, str]  # name -> manifest digest
     tasks: Sequence[ShardTask]
     needs: tuple[str, ...] = ()
+    unit: str = "row"  # what a row of it is: "image", "caption"
 
     @property
     def stems(self) -> list[str]:
@@ -123,10 +125,12 @@ def run_shard_stages(
     states = [_look(store, run, stage) for stage in stages]
     todo = [task for state in states for task in state.missing]
     total_rows = sum(task.rows for stage in stages for task in stage.tasks)
-    meter = ProgressMeter(total_rows, "rows", report, already_done=total_rows - sum(task.rows for task in todo))
+    units = {stage.unit for stage in stages}
+    unit = f"{units.pop()}s" if len(units) == 1 else "rows"
+    meter = ProgressMeter(total_rows, unit, report, already_done=total_rows - sum(task.rows for task in todo))
     outcomes: list[Outcome[ShardTask]] = []
     if todo:
-        tally = _Tally(meter)
+        tally = _Tally(meter, {stage.folder: stage.unit for stage in stages})
         with start_ray(compute):
             outcomes = map_over_actors(
                 worker_class, worker_kwargs, todo, PoolSettings.of(compute), tally.finished, tally.working, tally.tell
@@ -146,10 +150,14 @@ def run_shard_stages(
 class _Tally:
     """Rows of finished shards plus those that busy workers say they have done."""
 
-    def __init__(self, meter: ProgressMeter) -> None:
-        self.meter = meter
+    def __init__(self, meter: ProgressMeter, units: dict[str, str]) -> None:
+        """`units`: what a row is, by the stage's folder."""
+        self.meter, self.units = meter, units
         self.finished_rows = meter.already_done
         self.busy: dict[str, int] = {}
+        self.left_out: Counter[tuple[str, str]] = Counter()  # by what it is and the reason
+        self.told: set[tuple[str, str]] = set()
+        self.started = time.monotonic()
 
     def working(self, task: ShardTask, progress: int | Progress) -> None:
         """`progress`: rows, or a Progress of what the worker does before the first one."""
@@ -163,8 +171,20 @@ class _Tally:
         task = outcome.task
         self.busy.pop(task.folder + task.stem, None)
         self.finished_rows += task.rows
-        warning = _what_went_wrong(outcome)
-        self._show(warning if outcome.error else f"shard {done}/{total}", warning)
+        if outcome.error:
+            given_up = f"shard {task.stem} given up: {outcome.error}"
+            self._show(given_up, given_up)
+            return
+        self.left_out.update((self.units[task.folder], row.reason) for row in outcome.result.failed)
+        self._show(f"shard {done}/{total}", self._new_reasons())
+
+    def _new_reasons(self) -> str:
+        """What has been left out, each reason once, where the stage's end, which counts and names it, is not near."""
+        if time.monotonic() - self.started < TELL_AFTER_S:
+            return ""
+        new = sorted(self.left_out.keys() - self.told)
+        self.told.update(new)
+        return "; ".join(f"so far {left_out_line(unit, self.left_out[unit, reason], reason)}" for unit, reason in new)
 
     def tell(self, warning: str) -> None:
         self._show(warning, warning)
@@ -173,13 +193,8 @@ class _Tally:
         self.meter.update(self.finished_rows + sum(self.busy.values()), note, warning)
 
 
-def _what_went_wrong(outcome: Outcome[ShardTask]) -> str:
-    """In one line, "" for a whole shard."""
-    if outcome.error:
-        return f"shard {outcome.task.stem} given up: {outcome.error}"
-    reasons = Counter(row.reason for row in outcome.result.failed)
-    left_out = "; ".join(f"{count} rows left out: {reason}" for reason, count in sorted(reasons.items()))
-    return f"shard {outcome.task.stem}: {left_out}" if left_out else ""
+def left_out_line(unit: str, count: int, reason: str) -> str:
+    return f"{counted(count, unit)} left out: {reason}"
 
 
 @dataclass(frozen=True)
@@ -257,11 +272,11 @@ def _conclude(
         made=len(made_here),
         rows=manifest.rows,
         bytes=manifest.bytes,
-        warnings=_left_out(store, manifest),
+        warnings=_left_out(store, manifest, stage.unit),
     )
 
 
-def _left_out(store: Store, manifest: Manifest) -> list[str]:
+def _left_out(store: Store, manifest: Manifest, unit: str) -> list[str]:
     """A line for every reason, with the first names: the manifest counts, the done records name."""
     names: dict[str, list[str]] = {reason: [] for reason in manifest.failed_reasons}
     wanted = {reason: min(count, NAMED) for reason, count in manifest.failed_reasons.items()}
@@ -271,7 +286,7 @@ def _left_out(store: Store, manifest: Manifest) -> list[str]:
                 for row in read_done(store, manifest.folder, entry.stem).failed:
                     names.setdefault(row.reason, []).append(row.key)
     return [
-        f"{counted(count, 'row')} left out: {reason}" + (f": {some(names[reason], count)}" if names[reason] else "")
+        left_out_line(unit, count, reason) + (f": {some(names[reason], count)}" if names[reason] else "")
         for reason, count in sorted(manifest.failed_reasons.items())
     ]
 

@@ -84,9 +84,10 @@ def test_what_a_folder_holds_that_cannot_be_used_is_named_and_the_rest_goes_on(t
     held_out = sum(row["split"] == "held_out" for row in rows)
     assert made.reason == f"first run; 4 of 9 images used, {held_out} held out"
     assert made.warnings == [
-        "1 row left out: animated, or several pictures in one file; save the one you want as a file of its own: film.gif",
-        "4 rows left out: empty file: a.jpg, b.jpg, c.jpg and 1 more",
+        "1 image left out: animated, or several pictures in one file; save the one you want as a file of its own: film.gif",
+        "4 images left out: empty file: a.jpg, b.jpg, c.jpg and 1 more",
         "1 caption cut at 2,000 characters (data.max_caption_chars): grey.png",
+        "1 image: CMYK without a profile: the colours are a guess; save such images as RGB",
     ]
     again = ingest_stage(recipe, store, ignore_progress)
     assert again.skipped and again.warnings == made.warnings

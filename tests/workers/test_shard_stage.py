@@ -75,8 +75,7 @@ def test_first_run_then_nothing_to_do_then_only_what_is_missing(store):
     assert (first.skipped, first.reason, first.made, first.done_before) == (False, "first run", 4, 0)
     assert first.rows == 12 and first.warnings == ["4 rows left out: too small: k, k, k and 1 more"]
     assert (seen[-1].done, seen[-1].total, seen[-1].note) == (12, 12, "shard 4/4")
-    told = sorted(progress.warning for progress in seen if progress.warning)  # each as its shard ended
-    assert told == [f"shard {stem}: 1 rows left out: too small" for stem in a_stage().stems]
+    assert not [progress.warning for progress in seen if progress.warning]  # the end, with the totals, is near
     manifest = read_manifest(store, first.manifest.folder, first.manifest.digest)
     assert [entry.number for entry in manifest.shards] == [0, 1, 2, 3]
     (maker,) = provenance_of(store, first.manifest.path)
