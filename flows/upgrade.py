@@ -17,14 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from flows import upstream
-from flows.home import pasted
 from sd3core import specs
 from sd3core.checkpoint import METRICS_FILE, CheckpointRef, list_checkpoints, read_done
 from sd3core.data.manifest import MANIFEST, read_fields, read_manifest
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError, UserError
 from sd3core.format_changes import format_changes
-from sd3core.progress import counted
+from sd3core.progress import counted, format_seconds
 from sd3core.provenance import provenance_path, read_provenance
 from sd3core.recipe import Recipe, Training
 from sd3core.specs import FORMATS, STAGES, fingerprint
@@ -33,7 +32,7 @@ from sd3core.towers import TOWER_FOLDERS, read_towers
 from workers.stage_notes import recall_stage
 
 REMADE = "remade"  # in place of a digest that is known when what is upstream is made again
-GB = 1e9
+GB, MB = 1e9, 1e6
 
 
 class RemakeNeeded(UserError):
@@ -139,7 +138,10 @@ class _Look:
 
     def _tower_digests(self) -> dict[str, str]:
         if self.parts["towers"].status == "stands":
-            return read_towers(self.store, specs.towers_folder(self.recipe)).digests
+            try:
+                return read_towers(self.store, specs.towers_folder(self.recipe)).digests
+            except DataError:  # damaged: the stage mends it
+                self._put("towers", "towers", "other")
         return dict.fromkeys(TOWER_FOLDERS, REMADE)
 
     def _captions(self) -> None:
@@ -280,15 +282,18 @@ def _told(recipe: Recipe, store: Store, parts: list[Part]) -> str:
     stays = dict.fromkeys(part.name for part in parts if part.status == "stands")
     estimate = _estimate(recipe)
     costs = [remaking(recipe, store, part, estimate) for part in again]
-    size = sum(cost.bytes for cost in costs)
     hours = [cost.hours for cost in costs]
-    unknown = "" if None not in hours else f", and those of {counted(hours.count(None), 'part')} that nobody has measured"
+    unknown = f", without {counted(hours.count(None), 'part')} whose time nobody knows" if None in hours else ""
     return (
-        f"run {recipe.run}: formats rose with this version ({', '.join(changes)}), so"
-        f" {', '.join(dict.fromkeys(part.name for part in again))} would be made again: {size / GB:,.3f} GB, about"
-        f" {sum(filter(None, hours)):,.2f} h{unknown}; {', '.join(stays) or 'nothing else'} stays, and what stands is not removed;"
-        f" `{pasted('sd3 demo')} --remake`, or a deployment's parameter remake=true, makes them again"
+        f"run {recipe.run}: with this version {', '.join(changes)} rose, so that this would be made again:"
+        f" {', '.join(dict.fromkeys(part.name for part in again))} ({_size(sum(cost.bytes for cost in costs))}, about"
+        f" {format_seconds(3600 * sum(filter(None, hours)))}{unknown}); this stays: {', '.join(stays) or 'nothing else'}; what stands is"
+        " not removed; the same command with --remake, or a deployment's parameter remake=true, goes on"
     )
+
+
+def _size(size: float) -> str:
+    return f"{size / GB:,.1f} GB" if size >= GB else f"{size / MB:,.1f} MB"
 
 
 def print_upgrade(recipe: Recipe, store: Store, console: Console) -> None:
@@ -301,8 +306,8 @@ def print_upgrade(recipe: Recipe, store: Store, console: Console) -> None:
     if not any(part.changes for part in parts):
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("what stands", "with this version", "GB", "hours"):
-        table.add_column(column, justify="right" if column in ("GB", "hours") else "left")
+    for column in ("what stands", "with this version", "size", "time"):
+        table.add_column(column, justify="right" if column in ("size", "time") else "left")
     estimate = _estimate(recipe)
     for part in parts:
         if part.status == "stands":
@@ -310,8 +315,8 @@ def print_upgrade(recipe: Recipe, store: Store, console: Console) -> None:
         elif part.status == "upgrade":
             cost = remaking(recipe, store, part, estimate)
             why = ", ".join(part.changes) or "follows"
-            hours = "not measured" if cost.hours is None else f"{cost.hours:,.2f}"
-            table.add_row(part.name, f"made again: {why}", f"{cost.bytes / GB:,.3f}", hours)
+            needed = "not known" if cost.hours is None else format_seconds(3600 * cost.hours)
+            table.add_row(part.name, f"made again: {why}", _size(cost.bytes), needed)
     console.print()
     console.print(table)
     console.print(_told(recipe, store, parts), soft_wrap=True, highlight=False)
@@ -351,7 +356,10 @@ def _standing(recipe: Recipe, store: Store, part: Part, folder: str) -> Remaking
     if not store.exists(f"{folder}/{MANIFEST}"):  # checkpoints, scores
         done = list_checkpoints(store, folder)
         return Remaking(sum(entry.size for entry in store.list(folder)), _training_hours(store, done[-1]) if done else None)
-    manifest = read_towers(store, folder) if part.stage == "towers" else read_manifest(store, folder)
+    try:
+        manifest = read_towers(store, folder) if part.stage == "towers" else read_manifest(store, folder)
+    except DataError:
+        return Remaking(0, None)
     made_by = read_provenance(store, provenance_path(folder, manifest.digest))
     if made_by is None or not made_by.made or made_by.seconds is None:
         return Remaking(manifest.bytes, None)

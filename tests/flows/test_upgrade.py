@@ -95,7 +95,7 @@ def test_a_format_that_rose_is_named_with_all_that_follows_and_nothing_else(stor
     said = str(stopped.value)
     assert "\n" not in said and "--remake" in said and "remake=true" in said and "train format 1 -> 6" in said
     stays = [part for part in DATA if part not in expected]
-    assert f"{', '.join(stays) or 'nothing else'} stays" in said
+    assert f"this stays: {', '.join(stays) or 'nothing else'};" in said
 
 
 def test_scores_alone(store, rise):
@@ -201,3 +201,10 @@ def test_of_the_version_before_only_training_is_made_again(store):
     assert parts["pretrain"].changes == parts["finetune.0"].changes == ("train format 1 -> 2",)
     assert [part.status for part in parts.values()][len(DATA) :] == ["upgrade"] * len(RESULTS)
     assert parts_of(recipe("pretrain.learning_rate=0.01"), store) == []
+
+
+def test_what_is_damaged_is_left_to_the_stage_that_mends_it(store, rise):
+    folder = specs.towers_folder(recipe())
+    store.put(f"{folder}/MANIFEST.json", b"{")
+    check_upgrade(recipe(), store, remake=False)
+    assert [part.status for part in look(recipe(), store)][:3] == ["stands", "other", "stands"]
