@@ -12,6 +12,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import quote
 
 from flows.home import ensure, home, private_folder, write_whole
 from sd3core.loopback import direct_loopback
@@ -71,7 +72,13 @@ def server_settings(port: int) -> dict[str, str]:
         "PREFECT_SERVER_API_AUTH_STRING": password(),
         "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
         "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": ",".join(own_origins(port)),
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": database_url(),
     }
+
+
+def database_url() -> str:
+    """The file where Prefect puts it by itself, as a URL is to name it: SQLAlchemy unquotes %20 and cuts at a ?."""
+    return f"sqlite+aiosqlite:///{quote(os.fsencode(prefect_folder() / 'prefect.db'))}"
 
 
 def shells_own(environ: Mapping[str, str]) -> list[str]:
