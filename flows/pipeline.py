@@ -19,7 +19,7 @@ from flows.stage import FLOW_OPTIONS
 from flows.summary import write_summary
 from flows.towers import towers
 from flows.upgrade import check_upgrade
-from flows.upstream import check_room, check_start_from
+from flows.upstream import check_room, check_start_from, check_vae
 from sd3core.moving_average import short_average_warnings
 from workers.ray_session import living_nodes
 
@@ -36,6 +36,7 @@ def pipeline(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
         check_upgrade(opened.recipe, opened.store, remake)
         check_room(opened.recipe, opened.store, living_nodes())
         check_start_from(opened.recipe, opened.store)
+        check_vae(opened.recipe, opened.store)
         for warning in short_average_warnings(opened.recipe):
             get_run_logger().warning(warning)
         outcomes = [stage_flow(recipe, overrides) for stage_flow in STAGE_FLOWS]

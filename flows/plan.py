@@ -20,6 +20,7 @@ from sd3core.stage_costs import (
     stage_costs,
     training_flops,
 )
+from sd3core.towers import check_vae_folder
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 RELEASED_WIDTHS = {"clip_l": 768, "clip_g": 1280, "clip_g_pooled": 1280, "t5": 4096}
@@ -121,6 +122,8 @@ def compare_backbones(recipe: Recipe, phase: Training) -> list[BackbonePlan]:
 
 
 def print_plan(recipe: Recipe, console: Console) -> None:
+    if recipe.towers.released is not None:
+        check_vae_folder(recipe.towers.released.vae, recipe.model_config_for(recipe.phases()[0][1]).latent_channels)
     phases = [plan_phase(recipe, key, phase) for key, phase in recipe.phases()]
     captions = 1 if recipe.caption.captioner == "none" else 2
     console.print(

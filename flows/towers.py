@@ -17,6 +17,7 @@ from workers.towers import towers_stage
 def towers(recipe: str, overrides: list[str] | None = None, remake: bool = False) -> dict[str, Any]:
     """Towers are pinned: once made they stay, whatever is added to the data set."""
     with stage("towers", recipe, overrides, remake) as run:
+        upstream.check_vae(run.recipe, run.store)
         raw = upstream.raw(run.recipe, run.store)
         result = towers_stage(run.recipe, run.store, raw, run.report)
         pictures = {} if result.skipped else autoencoder_pictures(run.recipe, run.store, raw)

@@ -74,6 +74,7 @@ def train_phase(run: StageRun, key: str) -> PhaseResult:
 def phase_job(run: StageRun, key: str) -> TrainingJob:
     recipe, store = run.recipe, run.store
     phase = dict(recipe.phases())[key]
+    upstream.check_vae(recipe, store)
     inputs = upstream.phase_inputs(recipe, store, key)
     spec = fingerprint(inputs.fields)
     return TrainingJob(

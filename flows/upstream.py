@@ -16,7 +16,7 @@ from sd3core.data.manifest import MANIFEST, Manifest, ManifestRef, manifest_ref,
 from sd3core.data.store import Store, open_store
 from sd3core.errors import DataError, UserError
 from sd3core.recipe import Recipe, Training
-from sd3core.towers import TowersManifest, read_towers
+from sd3core.towers import TowersManifest, check_vae_channels, check_vae_folder, read_towers
 from workers.ray_room import Node, actors_problem, ranks_problem
 from workers.stage_notes import recall_stage
 from workers.trainer.start import check_start
@@ -98,6 +98,19 @@ def check_start_from(recipe: Recipe, store: Store) -> None:
     start = start_of(recipe, store, key)
     if start and _noted_start(recipe, store, key, start) is None:
         check_start(key, start, recipe.model_config_for(phase), phase.formulation)
+
+
+def check_vae(recipe: Recipe, store: Store) -> None:
+    """Raises DataError where the VAE's latents have other channels than the model: the released one's, where its folder is
+    here, and the one that stands in the store.
+    """
+    channels = recipe.model_config_for(recipe.phases()[0][1]).latent_channels
+    if recipe.towers.released is not None:
+        check_vae_folder(recipe.towers.released.vae, channels)
+    folder = specs.towers_folder(recipe)
+    if store.exists(f"{folder}/vae/config.json"):
+        path = f"{folder}/vae/config.json"
+        check_vae_channels(store.get(path), channels, store.uri(path))
 
 
 def check_room(recipe: Recipe, store: Store, nodes: Sequence[Node]) -> None:

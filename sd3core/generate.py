@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sd3core.autoencoder import Autoencoder, load_autoencoder
-from sd3core.checkpoint import is_training_checkpoint, load_model
+from sd3core.checkpoint import is_training_checkpoint, load_model, read_config
 from sd3core.checkpoint_facts import Null, read_facts
 from sd3core.conditioning import ENCODERS, TextFeatures, assemble
 from sd3core.data.buckets import DOWNSAMPLING
@@ -28,6 +28,7 @@ from sd3core.precision import DTYPES
 from sd3core.sample_settings import SampleSettings, Weights
 from sd3core.sampling import SAMPLERS, solve
 from sd3core.text_encoders import TextEncoders, load_text_encoders
+from sd3core.towers import check_vae_folder
 from sd3core.whole_output import made_whole
 
 Pair = tuple[Tensor, Tensor]  # context (B, L, D), pooled (B, P)
@@ -47,6 +48,12 @@ class Generator:
                 f"the model takes text of widths {wanted[0]} and {wanted[1]} (context, pooled), these text encoders give"
                 f" {encoders.widths[0]} and {encoders.widths[1]}: name the towers that it was trained with"
             )
+        channels = int(autoencoder.module.config.latent_channels)
+        if channels != model.config.latent_channels:
+            raise UserError(
+                f"the model takes latents of {model.config.latent_channels} channels, this VAE's have {channels}: name the"
+                " towers that it was trained with"
+            )
         self.model = model.eval().requires_grad_(False)
         self.encoders, self.autoencoder, self.null = encoders, autoencoder, null
         self.formulation = find_formulation(formulation)
@@ -65,6 +72,7 @@ class Generator:
         are fp32.
         """
         facts = read_facts(checkpoint)
+        check_vae_folder(towers, read_config(checkpoint).latent_channels)  # before anything large is read
         encoders = load_text_encoders(towers, facts.text, device=device)
         autoencoder = load_autoencoder(towers, device=device)
         model = load_model(checkpoint, weights).to(device, dtype)

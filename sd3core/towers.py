@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -29,6 +30,7 @@ from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
 from sd3core.provenance import Provenance, provenance_path, put_provenance
 from sd3core.specs import fingerprint
 
+DIFFUSERS_CHANNELS = 4  # of an AutoencoderKL whose config does not say
 FETCH = ".fetch-"  # of a folder that a file is fetched into
 ABANDONED_S = 3600  # one that has not grown for so long has lost its process
 
@@ -242,6 +244,27 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def check_vae_channels(config: bytes, channels: int, where: str) -> None:
+    """Raises DataError unless an autoencoder's config.json says that its latents have the model's channels."""
+    try:
+        found = json.loads(config).get("latent_channels", DIFFUSERS_CHANNELS)
+    except (ValueError, AttributeError):
+        raise DataError(f"{where}: not the config.json of an autoencoder") from None
+    if found != channels:
+        raise DataError(
+            f"{where}: latent_channels is {found}, the model takes latents of {channels} channels: name another VAE, as"
+            " SD3's, or the model that was trained with this one"
+        )
+
+
+def check_vae_folder(folder: Path | str, channels: int) -> None:
+    """`check_vae_channels` of a VAE's folder, or of a folder with one; what is not here is another check's."""
+    folder = Path(folder).expanduser()
+    path = (folder / "vae" if (folder / "vae").is_dir() else folder) / "config.json"
+    if path.is_file():
+        check_vae_channels(path.read_bytes(), channels, str(path))
 
 
 def checked_files(local_cache: Path | str) -> CheckedFiles:

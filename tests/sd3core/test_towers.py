@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import multiprocessing
+import json
 import os
 import shutil
 import time
@@ -24,6 +25,7 @@ from sd3core.recipe import Text
 from sd3core.text_encoders import load_text_encoders
 from sd3core.towers import (
     TOWER_FOLDERS,
+    check_vae_folder,
     checked_files,
     commit_tower,
     commit_towers,
@@ -221,6 +223,17 @@ def test_a_damaged_done_record_comes_back_from_the_manifest(store, committed):
         store.put("towers/t/0/vae.done.json", damaged)
         assert finished_towers(store, "towers/t/0")["vae"] == committed.towers["vae"]
         assert store.get("towers/t/0/vae.done.json") == before
+
+
+def test_a_vae_of_other_channels_than_the_models_is_refused_in_one_line(towers_folder: Path, tmp_path: Path):
+    check_vae_folder(towers_folder, 16)
+    (tmp_path / "vae").mkdir()
+    config = json.loads((towers_folder / "vae/config.json").read_text())
+    for channels in (4, 32):
+        (tmp_path / "vae/config.json").write_text(json.dumps(config | {"latent_channels": channels}))
+        with pytest.raises(DataError, match=f"latent_channels is {channels}, the model takes latents of 16"):
+            check_vae_folder(tmp_path, 16)
+    check_vae_folder(tmp_path / "not here", 16)  # the folder's own check names it
 
 
 def test_no_towers_says_which_stage_to_run(store):
