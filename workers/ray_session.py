@@ -35,8 +35,9 @@ ANSWER_S = 10.0  # for the head of a cluster to answer its first question
 ASK_EVERY_S = 5.0  # a cluster's head is asked whether this machine is one of its nodes
 ASK_S = 2.0  # for that answer
 NOTICED_S = 25.0  # at most until the head has noticed that a node is dead
-SILENT_S = 30.0  # a head that has not answered for so long is gone; after a minute Ray would end this process
+SILENT_S = 30.0  # a head that has not answered for so long is gone: after a minute Ray would end this process
 DRIVERS_NODE = "SD3_DRIVERS_NODE"
+ORPHAN_S = 600  # so long after its GCS server's death Ray ends this process, which may be at work without Ray; Ray's own is a minute
 NEEDED = {"gcs_server": "GCS server", "raylet": "raylet"}  # without these nothing goes on; the others only log
 
 
@@ -151,6 +152,8 @@ def on_this_node() -> NodeAffinitySchedulingStrategy | None:
 
 def drivers_mark() -> dict[str, str]:
     """For the environment of this process's actors and ranks: by it they know whether they run elsewhere."""
+    if ray_worker._global_node is None:  # a Ray Client's machine is no node
+        return {}
     return {DRIVERS_NODE: ray.get_runtime_context().get_node_id()}
 
 
@@ -202,6 +205,7 @@ def _start(session: _Session) -> None:
                         num_cpus=max(1, math.ceil(cpus)),
                         object_store_memory=compute.object_store_mb * 1024**2,
                         include_dashboard=False,
+                        _system_config={"gcs_rpc_server_reconnect_timeout_s": ORPHAN_S},
                         **QUIET,
                     )
                 return
@@ -230,7 +234,7 @@ def _join(address: str) -> None:
 
 
 def _knock(address: str) -> None:
-    """Raises RayFailed unless Ray answers there within seconds. A token that this machine has is sent from here on."""
+    """Raises RayFailed unless Ray answers there within seconds. Where it wants a token, the one of this machine is sent from here on."""
     where = f"Ray at compute.ray_address {address!r}"
     try:
         found = address.partition("://")[2] or services.canonicalize_bootstrap_address_or_die(address)
@@ -242,13 +246,24 @@ def _knock(address: str) -> None:
     if "://" in address:
         return
     mode = os.environ.get("RAY_AUTH_MODE")
-    if mode is None and AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
-        _enable_token_auth()  # Ray does it for "auto" only; a cluster without tokens takes it as well
+    refused = _ask_as_a_head(found, where)
+    if refused and mode is None and AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+        _enable_token_auth()  # only where it is asked for: a cluster without tokens could not call this process back
+        refused = _ask_as_a_head(found, where)
+    if refused:
+        had = "RAY_AUTH_MODE is disabled here" if mode == "disabled" else "the head's `ray get-auth-token` prints it"
+        raise RayFailed(
+            f"{where} wants its token: {_one_line(refused).partition('. ')[0]}; put it into ~/.ray/auth_token or RAY_AUTH_TOKEN ({had})"
+        )
+
+
+def _ask_as_a_head(address: str, where: str) -> AuthenticationError | None:
+    """Whether and why it refuses this process. Raises RayFailed where it is no head of a Ray."""
     answer: list[Any] = []
 
     def ask() -> None:
         try:
-            answer.append(GcsClient(address=found))
+            answer.append(GcsClient(address=address))
         except RayError as error:
             answer.append(error)
 
@@ -256,14 +271,12 @@ def _knock(address: str) -> None:
     thread.start()
     thread.join(ANSWER_S)
     if not answer:
-        raise RayFailed(f"{where} takes connections, but does not answer as the head of a Ray within {ANSWER_S:g} s") from None
+        raise RayFailed(f"{where} takes connections, but does not answer as the head of a Ray within {ANSWER_S:g} s")
     if isinstance(answer[0], AuthenticationError):
-        had = "RAY_AUTH_MODE is disabled here" if mode == "disabled" else "the head's `ray get-auth-token` prints it"
-        raise RayFailed(
-            f"{where} wants its token: {_one_line(answer[0]).partition('. ')[0]}; put it into ~/.ray/auth_token or RAY_AUTH_TOKEN ({had})"
-        ) from None
+        return answer[0]
     if isinstance(answer[0], RayError):
-        raise RayFailed(f"{where} cannot be reached: {_one_line(answer[0])}") from None
+        raise RayFailed(f"{where} cannot be reached: {_one_line(answer[0])}")
+    return None
 
 
 def _one_line(error: BaseException) -> str:

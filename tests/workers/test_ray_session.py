@@ -89,17 +89,30 @@ def test_a_token_that_ray_does_not_take_is_named_with_its_reason(listener, monke
     assert told.endswith(f"put it into ~/.ray/auth_token or RAY_AUTH_TOKEN ({mend})")
 
 
-@pytest.mark.parametrize("has, mode, sent", [(True, None, "token"), (False, None, None), (True, "disabled", "disabled")])
-def test_a_token_that_is_here_is_sent_unless_the_shell_says_otherwise(listener, monkeypatch, own_environment, has, mode, sent):
+@pytest.mark.parametrize(
+    "wants, has, mode, sent",
+    [
+        (True, True, None, [None, "token"]),
+        (False, True, None, [None]),  # a cluster without tokens could not call back a process that wants them
+        (False, True, "token", ["token"]),
+    ],
+)
+def test_a_token_that_is_here_is_sent_where_it_is_asked_for(listener, monkeypatch, own_environment, wants, has, mode, sent):
     seen = []
-    loader = SimpleNamespace(instance=lambda: SimpleNamespace(has_token=lambda **_: has))
+
+    def head(address: str) -> None:
+        seen.append(os.environ.get("RAY_AUTH_MODE"))
+        if wants and seen[-1] != "token":
+            raise AuthenticationError("InvalidAuthToken")
+
     if mode:
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    loader = SimpleNamespace(instance=lambda: SimpleNamespace(has_token=lambda **_: has))
     monkeypatch.setattr(ray_session, "AuthenticationTokenLoader", loader)
     monkeypatch.setattr(ray_session, "_enable_token_auth", lambda: os.environ.update(RAY_AUTH_MODE="token"))
-    monkeypatch.setattr(ray_session, "GcsClient", lambda address: seen.append(os.environ.get("RAY_AUTH_MODE")))
+    monkeypatch.setattr(ray_session, "GcsClient", head)
     ray_session._knock(listener)
-    assert seen == [sent]
+    assert seen == sent
 
 
 OURS, OTHER = NodeID.from_random(), NodeID.from_random()

@@ -44,7 +44,8 @@ class Refuses:
 def test_what_asks_for_no_cpu_stays_on_the_drivers_node():
     """Ray gives such an actor to any node."""
     pinned = ray.remote(num_cpus=0, scheduling_strategy=on_this_node())(Where)
-    nodes = ray.get([pinned.remote().node.remote() for _ in range(4)])
+    actors = [pinned.remote() for _ in range(4)]
+    nodes = ray.get([actor.node.remote() for actor in actors])
     assert set(nodes) == {ray.get_runtime_context().get_node_id()}
 
 
