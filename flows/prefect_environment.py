@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import importlib.util
 import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-from flows.home import ensure, home, private_folder, write_whole
+from flows.home import ensure, home, pasted, private_folder, write_whole
+from sd3core.errors import UserError
 from sd3core.loopback import direct_loopback
 
 KEPT = ("PREFECT_LOGGING_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL")  # of the shell: they change no more than what is logged
@@ -79,6 +81,13 @@ def server_settings(port: int) -> dict[str, str]:
 def database_url() -> str:
     """The file where Prefect puts it by itself, as a URL is to name it: SQLAlchemy unquotes %20 and cuts at a ?."""
     return f"sqlite+aiosqlite:///{quote(os.fsencode(prefect_folder() / 'prefect.db'))}"
+
+
+def check_proxies() -> None:
+    """UserError for a proxy of a kind that Prefect's HTTP client refuses to begin with, also for what would not go through it."""
+    for name in (name for scheme in ("HTTP", "HTTPS", "ALL") for name in (f"{scheme}_PROXY", f"{scheme}_proxy".lower())):
+        if os.environ.get(name, "").lower().startswith("socks") and importlib.util.find_spec("socksio") is None:
+            raise UserError(f"{name}: Prefect's client knows no SOCKS proxies; unset it here, or `{pasted('python')} -m pip install socksio`")
 
 
 def shells_own(environ: Mapping[str, str]) -> list[str]:

@@ -24,6 +24,7 @@ from flows.home import ensure, full_disk, home, one_at_a_time, pasted, write_who
 from flows.interrupt import put_off, unheard
 from flows.prefect_environment import (
     basic_authorization,
+    check_proxies,
     client_settings,
     prefect_folder,
     server_settings,
@@ -124,6 +125,7 @@ def _answer(services: Services) -> int | None:
 
 def up(say: Say = print) -> Services:
     """Starts what is not running, and returns when the server answers, the worker polls and the deployments stand."""
+    check_proxies()
     with one_at_a_time("up", say):
         return _up(say)
 
@@ -134,6 +136,7 @@ def _up(say: Say) -> Services:
     try:
         _end_an_older_server(services, say)
         _start_what_is_missing(services, say)
+        services.save()
     except BaseException:  # Ctrl-C too: what this call has started goes with it, so that nothing is left half up
         with unheard():
             _stop_those_started(services, found)

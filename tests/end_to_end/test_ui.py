@@ -45,7 +45,7 @@ def page(tmp_path_factory, installation) -> Iterator[Page]:
         )
         browser.set_default_timeout(PAGE_MS)
         opened = browser.new_page()
-        opened.goto(installation.ui)
+        opened.goto(f"{installation.ui}/runs")
         asked = opened.locator("input[type=password]")
         asked.fill(re.search(r"^password: (\S+)$", installation.command("sd3", "ui", seconds=60), re.MULTILINE).group(1))
         asked.press("Enter")

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 
+import httpx
 import pytest
 
 from flows import prefect_environment
 from flows.prefect_environment import client_settings, password, server_settings, shells_own, with_settings
+from sd3core.errors import UserError
 
 OTHERS = "sqlite+aiosqlite:////tmp/somebody-elses.db"
 
@@ -94,3 +96,15 @@ def test_a_folder_that_is_gone_is_no_hindrance(tmp_path, monkeypatch):
     gone.rmdir()
     with prefect_environment._in_folder(tmp_path):
         assert os.getcwd() == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ALL_PROXY", "https_proxy"])
+def test_a_socks_proxy_is_told_before_anything_starts(monkeypatch, name):
+    """httpx raises for it as a client is made, whatever NO_PROXY has."""
+    prefect_environment.check_proxies()
+    monkeypatch.setenv(name, "socks5h://user:secret@127.0.0.1:9")
+    with pytest.raises(ImportError):
+        httpx.Client()
+    with pytest.raises(UserError, match=f"^{name}: Prefect's client knows no SOCKS proxies; unset it here") as told:
+        prefect_environment.check_proxies()
+    assert "secret" not in str(told.value)
