@@ -183,3 +183,36 @@ def test_the_scheduler_follows_a_shift_that_was_changed_after_training(towers_fo
         assert scheduler["shift"] == shift and not exported.skipped
         folders[shift] = exported.folder
     assert len(set(folders.values())) == 2
+
+
+@pytest.mark.parametrize("damage", ["a bit", "half of it", "gone", "its manifest"])
+def test_a_damaged_export_is_named_and_made_again(towers_folder, tmp_path, damage):
+    from sd3core.data.checked_files import CheckedFiles
+    from sd3core.data.store import open_store
+    from sd3core.export import check_exported, export_stage
+    from sd3core.recipe_file import load_recipe
+
+    store, recipe = open_store(str(tmp_path / "store")), load_recipe("tiny-test")
+    write_checkpoint(tmp_path / "store" / "runs" / "tiny-test" / "model")
+    digests = dict.fromkeys(("vae", "clip_l", "clip_g", "t5", "judge"), "0" * 64)
+    checked = CheckedFiles(tmp_path / "checked")
+
+    def export():
+        return export_stage(recipe, store, "runs/tiny-test/model", towers_folder, digests, checked=checked)
+
+    folder = export().folder
+    local = store.local_path(folder)
+    assert export().skipped and check_exported(local, checked) is None
+    name = "MANIFEST.json" if damage == "its manifest" else "transformer/diffusion_pytorch_model.safetensors"
+    data = (local / name).read_bytes()
+    if damage == "gone":
+        (local / name).unlink()
+    elif damage == "a bit":
+        (local / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    else:
+        (local / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match=name):
+        check_exported(local, checked)
+    again = export()
+    assert not again.skipped and again.damaged == f"{folder}/{name}" and (local / name).read_bytes() == data
+    assert export().skipped

@@ -24,7 +24,7 @@ from sd3core.recipe_file import load_recipe
 from workers import encode_latents
 from workers.encode import LOAD_S, TOKENS_AT_MOST, EncodeWorker, _with_enlarged_images, cut_advice
 from workers.encode_latents import LatentsSource, LatentsWorker
-from workers.encode_text import TOO_LONG, TextWorker
+from workers.encode_text import NULL, NULL_RECORD, TOO_LONG, TextWorker, pin_null, read_null_bytes
 from workers.inputs import InputShard, map_ahead
 from workers.shard_stage import ShardTask, StageResult, _entry
 
@@ -225,3 +225,17 @@ def test_the_advice_on_long_captions_can_be_followed(clip_tokens, t5_tokens, key
             load_recipe("tiny-test", [f"text.{key}={TOKENS_AT_MOST[key] + 1}"])
     assert ("shorten the captions" in advice) == (not keys)
     assert "caption.max_new_tokens" in cut_advice(Text(), "vision_language_model")
+
+
+def test_a_damaged_empty_string_is_named_taken_away_and_recorded_anew(tmp_path):
+    """Its record stands beside it; one of an earlier version is recorded by its first reader."""
+    store, folder = open_store(str(tmp_path)), "text/0"
+    store.put(f"{folder}/{NULL}", b"features")
+    assert read_null_bytes(store, folder) == b"features" and store.get_json(f"{folder}/{NULL_RECORD}")["bytes"] == 8
+    for damaged in (b"featurer", b"feat"):
+        store.put(f"{folder}/{NULL}", damaged)
+        with pytest.raises(DataError, match="NULL.safetensors: damaged.*run the encode stage: it is made again"):
+            read_null_bytes(store, folder)
+        assert pin_null(store, folder) == f"{folder}/{NULL}" and not store.exists(f"{folder}/{NULL}")
+        store.put(f"{folder}/{NULL}", b"features")
+        assert pin_null(store, folder) is None and read_null_bytes(store, folder) == b"features"
