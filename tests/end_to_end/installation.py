@@ -155,7 +155,7 @@ class Installation:
     def run_id(self, printed: str) -> str:
         return RUN_ID.search(printed).group(0)
 
-    def api(self, path: str, **body: Any) -> Any:
+    def api(self, path: str, /, **body: Any) -> Any:
         answer = httpx.post(f"{self.ui}/api/{path}", json=body, headers=self.authorization() | self.csrf_token(), timeout=30)
         answer.raise_for_status()
         return answer.json() if answer.content else None
