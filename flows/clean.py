@@ -65,8 +65,9 @@ def _print(store: Store, items: list[Unused], days: float, console: Console) -> 
         table.add_row(item.name, f"{item.bytes / GB:,.3f}", f"{len(item.entries):,}", written, item.why)
     console.print(table)
     total = sum(item.bytes for item in items)
+    console.print()
     console.print(
-        f"\n{counted(len(items), 'thing')}, {total / GB:,.3f} GB, in {where}; `--remove NAME` removes one, `--remove all` all of them",
+        f"{counted(len(items), 'thing')}, {total / GB:,.3f} GB, in {where}; `--remove NAME` removes one, `--remove all` all of them",
         soft_wrap=True,
         highlight=False,
     )

@@ -147,8 +147,9 @@ def _print_phases(recipe: Recipe, phases: list[PhasePlan], console: Console) -> 
     console.print(table)
     for warning in short_average_warnings(recipe):
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+    console.print()
     console.print(
-        f"\ntraining state of one of {recipe.compute.train_ranks} ranks, GiB (activations come on top)", highlight=False
+        f"training state of one of {recipe.compute.train_ranks} ranks, GiB (activations come on top)", highlight=False
     )
     memory = Table(box=None, pad_edge=False)
     for column in ("phase", "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3", "the recipe's"):
@@ -198,7 +199,8 @@ def _print_storage(recipe: Recipe, phases: list[PhasePlan], captions: int, conso
 def _print_time(recipe: Recipe, phases: list[PhasePlan], console: Console) -> None:
     costs, compute = stage_costs(recipe), recipe.compute
     keys = {plan.key for plan in phases}
-    console.print("\ntime (ingest, towers and export are not counted)", highlight=False)
+    console.print()
+    console.print("time (ingest, towers and export are not counted)", highlight=False)
     table = Table(box=None, pad_edge=False)
     for column in ("what", "work", "FLOPs", "hours"):
         table.add_column(column, justify="left" if column in ("what", "work") else "right")
@@ -213,7 +215,8 @@ def _print_time(recipe: Recipe, phases: list[PhasePlan], console: Console) -> No
         how = f"about {hours:,.0f} h on {gpus:,.0f} GPUs ({hours * gpus:,.0f} GPU hours)"
     else:
         how = f"at least {hours:,.2f} h on this machine"
-    console.print(f"\ntraining: {flops:.2e} FLOPs{recomputed}, {how}", highlight=False)
+    console.print()
+    console.print(f"training: {flops:.2e} FLOPs{recomputed}, {how}", highlight=False)
     console.print(_assumed(recipe), highlight=False, soft_wrap=True)
 
 

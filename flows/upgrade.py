@@ -301,7 +301,8 @@ def print_upgrade(recipe: Recipe, store: Store, console: Console) -> None:
     try:
         parts = look(recipe, store)
     except StoreError as error:
-        console.print(f"\nwhat stands was not looked at: {error}", soft_wrap=True, highlight=False)
+        console.print()
+        console.print(f"what stands was not looked at: {error}", soft_wrap=True, highlight=False)
         return
     if not any(part.changes for part in parts):
         return

@@ -36,10 +36,13 @@ def make_grid(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.nd
 
 
 def encode_png(image: np.ndarray, settings: Mapping[str, object] | None = None) -> bytes:
-    """PNG bytes of (H, W, 3) uint8 with one text chunk a setting, in UTF-8: readers print them to terminals."""
+    """PNG bytes of (H, W, 3) uint8 with one text chunk a setting, in UTF-8.
+
+    Line breaks stay as they are; what else must not reach a terminal is escaped, since readers print the chunks there.
+    """
     chunks = PngInfo()
     for key, value in (settings or {}).items():
-        chunks.add_itxt(key, printable(str(value)))
+        chunks.add_itxt(key, "\n".join(map(printable, str(value).split("\n"))))
     return _encode(Image.fromarray(image), format="PNG", pnginfo=chunks)
 
 

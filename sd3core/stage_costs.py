@@ -122,21 +122,20 @@ def _parameters(folder: str | None) -> int | None:
 def _evaluation(recipe: Recipe, sizes: TowerSizes, rates: Rates, devices: float) -> StageCost:
     """Pictures drawn for scores, grids and ShapesBench, decoded and judged, and the validation loss at its levels."""
     evaluate = recipe.evaluate
+    both = 2 if evaluate.weights == "both" else 1
     model = towers = 0.0
     drawn = 0
-    for key, phase in recipe.phases():
+    for _, phase in recipe.phases():
         checkpoints = math.ceil(phase.total_steps * phase.global_batch / phase.checkpoint_every_samples)
-        scored = 1 if evaluate.checkpoints == "last" else checkpoints
-        for place in range(scored):
-            pictures = _pictures(recipe, phase, last=place == scored - 1)
-            both = 2 if evaluate.weights == "both" else 1
-            for (height, width), count in pictures.items():
-                forward = _forward(recipe, phase, height, width)
-                model += both * count * _calls(recipe) * forward
-                towers += both * count * (sizes.vae.decode_flops(height, width) + sizes.judge.flops(sizes.judge_tokens))
-                drawn += both * count
-            square = _forward(recipe, phase, phase.side_px, phase.side_px)
-            model += both * evaluate.validation_images * len(LEVELS) * square
+        earlier = 0 if evaluate.checkpoints == "last" else checkpoints - 1
+        square = _forward(recipe, phase, phase.side_px, phase.side_px)
+        model += both * (earlier + 1) * evaluate.validation_images * len(LEVELS) * square
+        for last, scored in ((False, earlier), (True, 1)):
+            for (height, width), count in _pictures(recipe, phase, last=last).items():
+                pictures = both * scored * count
+                model += pictures * _calls(recipe) * _forward(recipe, phase, height, width)
+                towers += pictures * (sizes.vae.decode_flops(height, width) + sizes.judge.flops(sizes.judge_tokens))
+                drawn += pictures
     hours = (model / rates.model + towers / rates.towers) / devices / 3600
     return StageCost("evaluate", f"{drawn:,} pictures", model + towers, hours, devices)
 

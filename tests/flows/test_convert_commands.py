@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
 from flows import sample
+from flows.home import pasted
 from sd3core.checkpoint import load_model
 from sd3core.checkpoint_facts import read_facts
 from sd3core.checkpoint_formats import to_single_file
@@ -33,7 +35,8 @@ def test_import_says_what_it_found_and_what_it_took_for_granted(sd3):
     assert note == "note: released.safetensors: left aside: the VAE"
     assert found.startswith("single file, depth 1, ") and "QK-norm; to be sampled at 64 px with shift 3" in found
     assert "77 CLIP and 20 T5 tokens, no prompt = empty" in found
-    assert follows == "model: try `.venv/bin/sd3 sample --checkpoint model --towers FOLDER 'a prompt'`"
+    command = pasted("sd3 sample --checkpoint model --towers FOLDER 'a prompt'")  # with its whole path: the test is elsewhere
+    assert Path(command.split()[0]).is_absolute() and follows == f"model: try `{command}`"
     facts = read_facts("model")
     assert (facts.null, facts.side_px, facts.shift, facts.text.t5_tokens) == ("empty", 64, 3.0, 20)
     assert load_model("model").final_layer.linear.weight.dtype == torch.bfloat16
