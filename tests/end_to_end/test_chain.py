@@ -101,7 +101,9 @@ def test_the_terminal_ends_with_scores_pictures_ui_and_a_command(installation, r
     assert Path(said["summary"]) == installation.store / RUN / "summary.json"
     assert Path(said["pictures"].partition("  ")[0]).is_file()
     assert Path(said["export"], "model_index.json").is_file()
-    assert said["UI"] == f"http://127.0.0.1:{installation.services['port']}"
+    address, password = said["UI"].split("  ")
+    assert address == f"http://127.0.0.1:{installation.services['port']}"
+    assert password == "(password: .venv/bin/sd3 ui)"  # the way to it: it must not stand in a log
     command = [*shlex.split(said["sample"]), "--out", str(tmp_path), "--steps", "2"]
     installation.command(*command, seconds=180)
     assert {path.suffix for path in tmp_path.iterdir()} == {".png"}
