@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from sd3core.autoencoder import load_autoencoder
 from sd3core.conditioning import TextFeatures
 from sd3core.data.buckets import bucket_sides, nearest_bucket
-from sd3core.data.images import crop_to, to_model_range
+from sd3core.data.images import PixelRules, crop_to, to_model_range
 from sd3core.data.loader import ShardCache, ShardReader, load_split
 from sd3core.data.manifest import read_manifest
 from sd3core.data.shards import read_index, read_samples, read_table
@@ -31,6 +31,7 @@ from workers.shard_stage import NOTHING_TO_DO
 from workers.towers import training_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+RULES = PixelRules(10**8)
 
 
 @pytest.fixture(scope="module")
@@ -205,8 +206,8 @@ def test_the_training_loader_reads_what_encode_wrote(chain, tmp_path):
 def test_towers_learn_from_the_training_part_only(chain):
     shards = list(input_shards(read_manifest(chain.store, chain.raw.manifest.folder)).values())
     train = [row["caption"] for row in rows(chain, chain.raw) if row["split"] == "train"]
-    assert [caption for _, caption in training_rows(chain.store, shards, 1_000, 10**8)] == train
-    some = [caption for _, caption in training_rows(chain.store, shards, 5, 10**8)]
+    assert [caption for _, caption in training_rows(chain.store, shards, 1_000, RULES)] == train
+    some = [caption for _, caption in training_rows(chain.store, shards, 5, RULES)]
     assert len(some) == 5 and some[0] == train[0] and some[-1] == train[-1]
 
 
