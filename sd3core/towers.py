@@ -26,6 +26,7 @@ from sd3core.data.checked_files import CheckedFiles, sha256_of
 from sd3core.data.manifest import MANIFEST
 from sd3core.data.store import Store, StoreNotFound, canonical_json
 from sd3core.errors import DataError
+from sd3core.local_paths import expanded
 from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
 from sd3core.provenance import Provenance, provenance_path, put_provenance
 from sd3core.specs import fingerprint
@@ -261,7 +262,7 @@ def check_vae_channels(config: bytes, channels: int, where: str) -> None:
 
 def check_vae_folder(folder: Path | str, channels: int) -> None:
     """`check_vae_channels` of a VAE's folder, or of a folder with one; what is not here is another check's."""
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     path = (folder / "vae" if (folder / "vae").is_dir() else folder) / "config.json"
     if path.is_file():
         check_vae_channels(path.read_bytes(), channels, str(path))

@@ -135,11 +135,12 @@ def evaluate_stage(
     missing = [task for task in tasks if not standing[task.place]]
     meter = ProgressMeter(len(tasks), "parts", report, already_done=len(tasks) - len(missing))
     made = len(missing)
-    if missing:
+    if missing or _to_be_of_one_precision(tasks, standing):
         with start_ray(recipe.compute):
-            warnings += _run_tasks(recipe, store, inputs, missing, meter)
-            standing, _ = _standing_parts(store, tasks, checked_here())
-            if other := _to_be_of_one_precision(tasks, standing):
+            if missing:
+                warnings += _run_tasks(recipe, store, inputs, missing, meter)
+                standing, _ = _standing_parts(store, tasks, checked_here())
+            if other := _to_be_of_one_precision(tasks, standing):  # also of a run that ended before it made them
                 warnings.append(f"actors settled bf16 and fp32: {counted(len(other), 'part')} scored in fp32 as well, so that"
                                 " a checkpoint's scores are of one precision")
                 made += len(other)

@@ -18,7 +18,7 @@ from small_towers import TINY, drawings
 import sd3core.data.checked_files as checked_files_module
 import sd3core.tower_training.make as make
 from sd3core.data.store import open_store
-from sd3core.errors import DataError
+from sd3core.errors import DataError, UserError
 from sd3core.judge import load_judge
 from sd3core.metrics.clip_score import image_embeddings
 from sd3core.recipe import Text
@@ -234,6 +234,8 @@ def test_a_vae_of_other_channels_than_the_models_is_refused_in_one_line(towers_f
         with pytest.raises(DataError, match=f"latent_channels is {channels}, the model takes latents of 16"):
             check_vae_folder(tmp_path, 16)
     check_vae_folder(tmp_path / "not here", 16)  # the folder's own check names it
+    with pytest.raises(UserError, match="no home of that user"):
+        check_vae_folder("~nobody-of-this-name/vae", 16)
 
 
 def test_no_towers_says_which_stage_to_run(store):

@@ -46,6 +46,7 @@ from workers.evaluate import (
     _to_be_of_one_precision,
     evaluate_stage,
     plan_tasks,
+    sealed,
 )
 from workers.ingest import ingest_stage
 from workers.pool import Outcome
@@ -378,6 +379,34 @@ def test_a_part_of_an_earlier_version_counts_as_what_it_was_computed_in(world, r
     assert again.skipped and again.scores == result.scores
     world.store.put_json(task.path, part)
     world.store.delete(task.settled("auto").path)
+
+
+def test_a_run_that_ended_before_its_parts_were_of_one_precision_goes_on(world, result, monkeypatch):
+    """Nothing is missing then, and yet a row's parts stand in bf16 and in fp32."""
+    [task] = [t for t in planned(world) if t.part == "validation" and t.phase == "finetune.0" and t.weights == "ema"]
+    part = world.store.get_json(task.path)
+    row = [t for t in planned(world) if (t.checkpoint, t.weights) == (task.checkpoint, task.weights)]
+    other = {"fp32": "bf16", "bf16": "fp32"}[part["precision"]]
+    relabelled = {key: value for key, value in part.items() if key != "sha256"} | {"precision": other}
+    world.store.put_json(task.path, relabelled | {"protocol": task.protocol | {"precision": other}})
+    asked = []
+
+    def fp32_parts(recipe, store, inputs, tasks, meter):
+        asked.extend(tasks)
+        for wanted in tasks:
+            [like] = [t for t in row if t.part == wanted.part]
+            fields = {key: value for key, value in store.get_json(like.path).items() if key != "sha256"}
+            store.put_json(wanted.path, sealed(fields | {"precision": "fp32", "protocol": wanted.protocol}))
+        return []
+
+    monkeypatch.setattr("workers.evaluate._run_tasks", fp32_parts)
+    again = evaluate(world)
+    assert [t.protocol["precision"] for t in asked] == ["fp32"] * (1 if other == "bf16" else len(row) - 1)
+    assert any("of one precision" in warning for warning in again.warnings)
+    for wanted in asked:
+        if wanted.path != task.path:
+            world.store.delete(wanted.path)
+    world.store.put_json(task.path, part)
 
 
 def test_scores_in_another_precision_are_of_another_protocol_and_stay(world, result):
