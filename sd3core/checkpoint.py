@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sd3core.data.checked_files import sha256_of
 from sd3core.data.store import Store, StoreNotFound, canonical_json, open_store
 from sd3core.errors import CheckpointError
 from sd3core.mmdit import Backbone, BackboneConfig, config_from_dict, make_model
@@ -135,8 +136,7 @@ def parse_piece_name(name: str) -> tuple[Kind, str, int]:
 
 
 def record_file(path: Path) -> FileRecord:
-    with path.open("rb") as file:
-        return FileRecord(sha256=hashlib.file_digest(file, "sha256").hexdigest(), bytes=path.stat().st_size)
+    return FileRecord(sha256=sha256_of(path), bytes=path.stat().st_size)
 
 
 def list_checkpoints(store: Store, parent: str, last_samples: int | None = None) -> list[CheckpointRef]:

@@ -51,6 +51,11 @@ def is_of_the_machine(error: BaseException) -> bool:
     return any(phrase in words for phrase in NO_MEMORY) or "can't start new thread" in words
 
 
+def error_in_one_line(error: BaseException) -> str:
+    """The start of what an error says; its kind where it says nothing."""
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
 def described_os_error(error: OSError) -> str | None:
     """What the machine says of a path, or of its disk: what it is and the mend. None for an error that names neither."""
     if error.errno not in OF_THE_MACHINE and not isinstance(error.filename, str | bytes):

@@ -224,8 +224,7 @@ def fetch_towers(
         with _one_at_a_time(local / f".{name}.lock"):
             for path, file in entry.files.items():
                 if not checked.is_whole(local / path, file.sha256, file.bytes, reread=reread):
-                    _fetch_file(store, f"{folder}/{path}", local / path, file, f"{name}.done.json")
-                    checked.is_whole(local / path, file.sha256, file.bytes)
+                    _fetch_file(store, f"{folder}/{path}", local / path, file, f"{name}.done.json", checked)
         meter.advance(len(entry.files), name)
     return local
 
@@ -272,7 +271,9 @@ def checked_files(local_cache: Path | str) -> CheckedFiles:
     return CheckedFiles(Path(local_cache) / "checked")
 
 
-def _fetch_file(store: Store, path: str, target: Path, file: TowerFile, done: str) -> None:
+def _fetch_file(
+    store: Store, path: str, target: Path, file: TowerFile, done: str, checked: CheckedFiles
+) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned_fetches(target.parent)
     with tempfile.TemporaryDirectory(prefix=FETCH, dir=target.parent) as scratch:
@@ -282,7 +283,7 @@ def _fetch_file(store: Store, path: str, target: Path, file: TowerFile, done: st
             arrived.symlink_to(standing.resolve())
         else:
             store.get_file(path, arrived)
-        if arrived.stat().st_size != file.bytes or sha256_of(arrived) != file.sha256:
+        if not checked.is_whole(arrived, file.sha256, file.bytes, reread=True):
             raise DataError(
                 f"{store.uri(path)}: damaged, not the file that was committed; run the towers stage: it makes the tower"
                 f" again, in a store elsewhere once {done} is deleted there"

@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from sd3core.data.store import may_pass
-from sd3core.errors import UserError, is_of_the_machine
+from sd3core.errors import UserError, error_in_one_line, is_of_the_machine
 from sd3core.provenance import Provenance, device_kind, provenance
 from workers.ray_room import actors_problem
 from workers.ray_session import RayLost, check_ray, drivers_mark, elsewhere, living_nodes, restart_ray
@@ -134,7 +134,7 @@ def _answer(work: Callable[[], Any]) -> _Answer:
         return _Answer(error=f"{error}{elsewhere()}", stays=not may_pass(error))
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        words = f"{type(error).__name__}: {_one_line(error)} ({Path(place.filename).name}:{place.lineno})"
+        words = f"{type(error).__name__}: {error_in_one_line(error)} ({Path(place.filename).name}:{place.lineno})"
         return _Answer(error=f"{words}{elsewhere()}", of_the_process=of_the_process(error))
 
 
@@ -243,7 +243,7 @@ class _Pool(Generic[Task]):
             self._lost(seat, why_it_died(error))
             return
         except RayError as error:  # a task or result that cannot be pickled, a lost object
-            answer = _Answer(error=_missing_module(error) or _one_line(error))
+            answer = _Answer(error=_missing_module(error) or error_in_one_line(error))
         loading, position = seat.task is None, seat.task
         if loading and answer.error is not None:
             if answer.stays:
@@ -348,7 +348,3 @@ def _missing_module(error: RayError) -> str | None:
 def _resources_left() -> str:
     free = ray.available_resources()
     return f"free in Ray: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs; compute.actors may ask for more"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -23,7 +23,7 @@ from ray._raylet import AuthenticationTokenLoader, GcsClient
 from ray.exceptions import AuthenticationError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from sd3core.errors import UserError
+from sd3core.errors import UserError, error_in_one_line
 from sd3core.recipe import Compute
 from workers.ray_room import Node
 from workers.session_folders import scratch_folder, sessions_folder
@@ -210,7 +210,7 @@ def _start(session: _Session) -> None:
                     )
                 return
             except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-                raise RayFailed(f"Ray on this machine cannot be started: {_one_line(error)}") from None
+                raise RayFailed(f"Ray on this machine cannot be started: {error_in_one_line(error)}") from None
             except Exception as error:
                 if RAY_WAS_LATE not in str(error):  # Ray has no class of its own for it
                     raise
@@ -229,7 +229,7 @@ def _join(address: str) -> None:
     try:
         ray.init(address=address, **QUIET)
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-        reason = _one_line(error.__cause__ or error)
+        reason = error_in_one_line(error.__cause__ or error)
         raise RayFailed(f"Ray at compute.ray_address {address!r} cannot be reached: {reason}") from None
 
 
@@ -242,7 +242,7 @@ def _knock(address: str) -> None:
         where += f" ({found})" if found != address else ""  # "auto" finds one, and Ray turns 127.0.0.1 into this machine's address
         socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
     except (OSError, ValueError) as error:
-        raise RayFailed(f"{where} does not answer: {_one_line(error)}; start it there, or correct the address") from None
+        raise RayFailed(f"{where} does not answer: {error_in_one_line(error)}; start it there, or correct the address") from None
     if "://" in address:
         return
     mode = os.environ.get("RAY_AUTH_MODE")
@@ -253,7 +253,7 @@ def _knock(address: str) -> None:
     if refused:
         had = "RAY_AUTH_MODE is disabled here" if mode == "disabled" else "the head's `ray get-auth-token` prints it"
         raise RayFailed(
-            f"{where} wants its token: {_one_line(refused).partition('. ')[0]}; put it into ~/.ray/auth_token or RAY_AUTH_TOKEN ({had})"
+            f"{where} wants its token: {error_in_one_line(refused).partition('. ')[0]}; put it into ~/.ray/auth_token or RAY_AUTH_TOKEN ({had})"
         )
 
 
@@ -275,9 +275,5 @@ def _ask_as_a_head(address: str, where: str) -> AuthenticationError | None:
     if isinstance(answer[0], AuthenticationError):
         return answer[0]
     if isinstance(answer[0], RayError):
-        raise RayFailed(f"{where} cannot be reached: {_one_line(answer[0])}")
+        raise RayFailed(f"{where} cannot be reached: {error_in_one_line(answer[0])}")
     return None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__

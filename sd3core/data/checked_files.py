@@ -1,12 +1,12 @@
 """Files whose bytes this machine has compared with a digest: each once as it stands, not by every process again.
 
-A note is an empty file named by the digest and by what shows that a file was changed: path, inode, size and time.
+A note is an empty file named by the digest and by what shows that a file was changed: disk, inode, size and time. It holds
+for a file that is renamed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,10 +57,10 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _standing(path: Path) -> tuple[str, int, int, int] | None:
+def _standing(path: Path) -> tuple[int, int, int, int] | None:
     """What changes when a file does; None where there is none. Links are followed."""
     try:
         status = path.stat()
     except OSError:
         return None
-    return os.path.realpath(path), status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sd3core.data.caption_text import cut_at_word, lines_of, mixes_languages, one_line
+from sd3core.data.checked_files import sha256_of
 from sd3core.data.folder_captions import (
     HOW_TO_GIVE,
     FolderCaptions,
@@ -156,8 +157,7 @@ def _problem(path: str, reason: str) -> FolderItem:
 
 def _image_item(root: Path, path: str, captions: FolderCaptions, data: Data, captions_needed: bool) -> FolderItem:
     try:
-        with (root / path).open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = sha256_of(root / path)
         words = captions.words_of(path)
     except OSError as error:
         if is_of_the_machine(error):  # says nothing of the file, and would leave it out

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
+from sd3core.data.checked_files import sha256_of
 from sd3core.data.store import Store, canonical_json
 from sd3core.errors import DataError, StoreError
 
@@ -111,7 +112,7 @@ def write_shard(
                 for extension, data in sample.files.items():
                     _add(tar, f"{sample.key}.{extension}", data)
                 rows.append({"key": sample.key, "offset": offset, "length": tar.offset - offset, **sample.row})
-        digest, size = _file_digest(local), local.stat().st_size
+        digest, size = sha256_of(local), local.stat().st_size
         store.put_file(f"{folder}/{stem}.tar", local)
     index = _parquet_bytes(_index_table(rows, schema))
     store.put(f"{folder}/{stem}{INDEX}", index)
@@ -231,11 +232,6 @@ def _check_key(sample: Sample, written: set[str]) -> None:
     if not sample.key or set("./\\") & set(sample.key) or sample.key in written:
         raise ValueError(f"sample key {sample.key!r}: a key is used once in a shard, and has no dot and no slash")
     written.add(sample.key)
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 INDEX_COLUMNS = [("key", pa.string()), ("offset", pa.int64()), ("length", pa.int64())]

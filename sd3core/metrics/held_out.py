@@ -94,11 +94,13 @@ def read_images(
 
 
 def _check_shards(store: Store, raw: Manifest, stems: set[str], checked: CheckedFiles | None) -> None:
-    for entry in raw.shards if checked is not None else ():
-        local = store.local_path(f"{raw.folder}/{entry.stem}.tar")
-        if entry.stem in stems and local is not None:
-            if not checked.is_whole(local, entry.digest, store.size(f"{raw.folder}/{entry.stem}.tar")):
-                raise not_of_its_manifest(f"{store.uri(raw.folder)}/{entry.stem}.tar")
+    if checked is None:
+        return
+    for entry in (shard for shard in raw.shards if shard.stem in stems):
+        path = f"{raw.folder}/{entry.stem}.tar"
+        local = store.local_path(path)
+        if local is not None and not checked.is_whole(local, entry.digest, store.size(path)):
+            raise not_of_its_manifest(store.uri(path))
 
 
 def reference_fields(raw: Manifest, judge_digest: str, side_px: int, limit: int) -> dict[str, object]:

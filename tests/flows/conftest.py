@@ -1,11 +1,21 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
 
 from flows.cli import main
 from sd3core.checkpoint import CheckpointDone
+
+
+@pytest.fixture
+def child():
+    """A process that lives for as long as a test needs it."""
+    started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    yield started
+    started.kill()
+    started.wait()
 
 
 @pytest.fixture

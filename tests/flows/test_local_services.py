@@ -24,14 +24,6 @@ def own_home(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def child():
-    started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    yield started
-    started.kill()
-    started.wait()
-
-
 def test_services_are_read_as_they_were_written(own_home):
     assert Services.load() is None
     written = Services(port=4321, server=Process(1, 25, "a boot"), worker=None, deployed="abc")

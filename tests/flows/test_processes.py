@@ -12,14 +12,6 @@ import pytest
 from flows.processes import Process, find_process, stop_tree
 
 
-@pytest.fixture
-def child():
-    started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    yield started
-    started.kill()
-    started.wait()
-
-
 def test_a_process_lives_until_it_ends(child):
     process = Process.of(child.pid)
     assert process.alive()
