@@ -14,6 +14,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from typing import NamedTuple
 from urllib.parse import unquote
 
 DRIVE = re.compile(r"[A-Za-z]:/")
@@ -24,6 +25,14 @@ TAILS = 32  # parts of an absolute path that are looked at
 def folded(path: str) -> str:
     """The path without what file systems and programs differ in: case, and how accents are composed."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
+
+
+class Found(NamedTuple):
+    """The images that a name may mean: none, the one it means, or several."""
+
+    images: list[str]
+    exact: bool = False  # spelled as the file is
+    by_file_name_only: bool = False  # an absolute path of which no folder was found here: another's 0001.jpg has that end too
 
 
 class ImageNames:
@@ -43,20 +52,23 @@ class ImageNames:
         """Whether no other image's name differs from this one in case or accents alone."""
         return len(self._stems[folded(stem)]) == 1
 
-    def find(self, folder: str, name: str) -> tuple[list[str], bool]:
-        """The images that a name in the folder's metadata may mean, and whether it is spelled as the file is."""
+    def find(self, folder: str, name: str) -> Found:
+        """The images that a name in the folder's metadata may mean."""
         plain = posixpath.normpath(posixpath.join(folder, name))
         if plain in self._exact:
-            return [plain], True
+            return Found([plain], exact=True)
         spellings = _spellings(name)
         paths = [path for s in spellings for base in (folder, "") for path in self._from_root(base, s)]
         found = [path for path in paths if path in self._exact]
         found = found or [image for path in paths for image in self._folded.get(folded(path), ())]
-        if not found:
-            tails = [tail for s in spellings for tail in _tails_elsewhere(s)]
-            paths = [posixpath.normpath(posixpath.join(base, tail)) for tail in tails for base in (folder, "")]
-            found = [image for path in paths for image in self._folded.get(folded(path), ())]
-        return list(dict.fromkeys(found)), False
+        if found:
+            return Found(list(dict.fromkeys(found)))
+        parts_that_fit: dict[str, int] = {}
+        for tail in (tail for s in spellings for tail in _tails_elsewhere(s)):
+            for path in (posixpath.normpath(posixpath.join(base, tail)) for base in (folder, "")):
+                for image in self._folded.get(folded(path), ()):
+                    parts_that_fit.setdefault(image, tail.count("/") + 1)
+        return Found(list(parts_that_fit), by_file_name_only=set(parts_that_fit.values()) == {1})
 
     def with_nearest(self, said: str, name: str) -> str:
         """What is `said`, and the image whose name is most like `name` where one is."""

@@ -30,6 +30,7 @@ NO_TEXT = "its text is empty; write it there, or in NAME.txt beside the image"
 NO_IMAGE = "its file_name is no image of the folder; write the image's path from the metadata's folder on"
 SEVERAL_IMAGES = "its file_name fits several images; write it as the file is called"
 TWICE = "an earlier row has given its image a caption; keep one of them"
+NAME_ONLY = "an absolute path elsewhere, of which only the file's name is found here; look whether it is the same image"
 SEVERAL_ROWS = "several rows, none spelled as the file is, fit one image; write file_name as the file is called"
 
 
@@ -44,16 +45,17 @@ class Metadata:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row that names images of the folder."""
+    """A row that names an image of the folder."""
 
     where: str
     name: str
     text: str
     exact: bool
+    by_file_name_only: bool
 
 
-class _Unused:
-    """Rows that were not used: counted by reason, the first of each named."""
+class _Told:
+    """Rows that are told of: counted by reason, the first of each named."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = defaultdict(int)
@@ -68,15 +70,15 @@ class _Unused:
         """Whether one more is named: what is costly to say is said of those alone."""
         return len(self.names[reason]) < NAMED
 
-    def lines(self) -> list[str]:
+    def lines(self, what: str) -> list[str]:
         return [
-            f"{counted(count, 'metadata row')} not used: {reason}: {some(self.names[reason], count)}"
+            f"{counted(count, 'metadata row')} {what}: {reason}: {some(self.names[reason], count)}"
             for reason, count in sorted(self.counts.items(), key=lambda item: -item[1])
         ]
 
 
 def read_metadata(root: Path, files: list[str], names: ImageNames) -> Metadata:
-    metadata, unused = Metadata(), _Unused()
+    metadata, unused, guessed = Metadata(), _Told(), _Told()
     claims: dict[str, list[_Row]] = defaultdict(list)
     for file in files:
         try:
@@ -97,10 +99,12 @@ def read_metadata(root: Path, files: list[str], names: ImageNames) -> Metadata:
             continue
         taken = exact or rows[0]
         metadata.captions[image] = taken.text
+        if taken.by_file_name_only:
+            guessed.add(NAME_ONLY, taken.where, f"{_shown(taken.name)}: {image}")
         for row in rows:
             if row is not taken:
                 unused.add(TWICE, row.where, image)
-    metadata.notes += unused.lines()
+    metadata.notes += unused.lines("not used") + guessed.lines("used")
     return metadata
 
 
@@ -111,14 +115,14 @@ def _place_row(
     names: ImageNames,
     claims: dict[str, list[_Row]],
     metadata: Metadata,
-    unused: _Unused,
+    unused: _Told,
 ) -> None:
     """Puts a row's text to its image, or its reason to the unused ones."""
     if reason := _unusable(fields):
         unused.add(reason, where)
         return
     name, text = fields["file_name"], fields["text"] or ""
-    found, exact = names.find(folder, name)
+    found, exact, by_file_name_only = names.find(folder, name)
     shown = _shown(name)
     if not found:
         unused.add(NO_IMAGE, where, names.with_nearest(shown, name) if unused.has_room(NO_IMAGE) else shown)
@@ -128,7 +132,7 @@ def _place_row(
         metadata.empty.setdefault(found[0], where)
         unused.add(NO_TEXT, where, shown)
     else:
-        claims[found[0]].append(_Row(where, name, text, exact))
+        claims[found[0]].append(_Row(where, name, text, exact, by_file_name_only))
 
 
 def _unusable(fields: Any) -> str:

@@ -16,6 +16,7 @@ from sd3core.data.image_names import NEAR, ImageNames
 from sd3core.data.ingest import list_source
 from sd3core.data.metadata_files import (
     NO_FIELDS,
+    NAME_ONLY,
     NO_IMAGE,
     NO_TEXT,
     NOT_JSON,
@@ -84,6 +85,18 @@ def test_a_name_that_only_one_image_fits_is_taken(folder, where, spelled):
     (folder / where / "metadata.jsonl").write_text(_jsonl(_row(name), _row("images/other.jpg", "others")))
     captions, told = _listed(folder)
     assert captions == {"images/Sub Folder/caf\u00e9.jpg": "words", "images/other.jpg": "others"} and told == []
+
+
+def test_an_absolute_path_elsewhere_of_which_only_the_file_name_fits_is_told(folder):
+    """Many folders have a 0001.jpg: the words may be those of another image."""
+    _images(folder, "0001.jpg", "dogs/0002.jpg", "cats/0003.jpg", "0004.jpg")
+    names = ["/old/cats/0001.jpg", "C:\\old\\cats\\0002.jpg", "/old/cats/0003.jpg", "cats/0004.jpg", "0004.jpg"]
+    (folder / "metadata.jsonl").write_text(_jsonl(*map(_row, names)))
+    captions, told = _listed(folder)
+    assert captions == {"0001.jpg": "words", "dogs/0002.jpg": "", "cats/0003.jpg": "words", "0004.jpg": "words"}
+    assert [line for line in told if NAME_ONLY in line] == [
+        f"1 metadata row used: {NAME_ONLY}: metadata.jsonl line 1 (/old/cats/0001.jpg: 0001.jpg)"
+    ]
 
 
 def test_a_parents_name_and_the_file_systems_accents(folder):
