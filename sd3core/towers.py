@@ -281,12 +281,13 @@ def _fetch_file(
         standing = store.local_path(path)
         if standing is not None and standing.is_file():
             arrived.symlink_to(standing.resolve())
+            whole = checked.is_whole(arrived, file.sha256, file.bytes, reread=True)
         else:
-            store.get_file(path, arrived)
-        if not checked.is_whole(arrived, file.sha256, file.bytes, reread=True):
+            whole = checked.fetch(store, path, arrived, file.sha256, file.bytes)
+        if not whole:
             raise DataError(
                 f"{store.uri(path)}: damaged, not the file that was committed; run the towers stage: it makes the tower"
-                f" again, in a store elsewhere once {done} is deleted there"
+                f" again; where it has seen that file whole before, and finds nothing to do, delete {done} there first"
             )
         os.replace(arrived, target)
 

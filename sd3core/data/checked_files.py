@@ -1,16 +1,21 @@
 """Files whose bytes this machine has compared with a digest: each once as it stands, not by every process again.
 
-A note is an empty file named by the digest and by what shows that a file was changed: disk, inode, size and time. It holds
-for a file that is renamed.
+A note is an empty file named by the digest and by what shows that a file was changed: disk, inode, size and time, so that it
+holds for a file that is renamed; of an object in a store elsewhere its URL, path, size and ETag.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from sd3core.data.store import Store, StoreNotFound
+
+SPAN_BYTES = 64 << 20  # of an object that is read to be compared: it need fit neither memory nor disk
+Standing = tuple[str | int, str | int, int, str | int]  # what changes when the bytes do; the size is the third
 
 
 class CheckedFiles:
@@ -23,33 +28,52 @@ class CheckedFiles:
         """Whether the file is there with these bytes. It is read unless it was found whole before and has not been
         changed since; `reread` reads it whatever was found before.
         """
-        before = _standing(path)
-        if before is None or before[2] != size:
-            return False
-        note = self.folder / hashlib.sha256(repr((sha256, before)).encode()).hexdigest()[:32]
-        if note.exists() and not reread:
-            return True
-        if sha256_of(path) != sha256:
-            with suppress(OSError):
-                note.unlink(missing_ok=True)
-            return False
-        if _standing(path) == before:  # nobody wrote to it meanwhile
-            with suppress(OSError):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                note.touch()
-        return True
+        return self._compare(partial(_of_file, path), partial(sha256_of, path), sha256, size, reread)
 
     def holds(self, store: Store, path: str, sha256: str, size: int) -> bool:
-        """Whether a stored object is there with these bytes; of a store elsewhere the size alone is asked: whoever reads
-        the object compares its bytes.
-        """
+        """Whether a stored object is there with these bytes, read as a file is."""
         local = store.local_path(path)
         if local is not None:
             return self.is_whole(local, sha256, size)
-        try:
-            return store.size(path) == size
-        except StoreNotFound:
+        return self._compare(partial(_of_object, store, path), partial(_sha256_of_object, store, path, size), sha256, size)
+
+    def fetch(self, store: Store, path: str, target: Path, sha256: str, size: int) -> bool:
+        """Fetches an object of a store elsewhere; says whether it came with these bytes, and notes it of both."""
+        before = _of_object(store, path)
+        store.get_file(path, target)
+        whole = self.is_whole(target, sha256, size, reread=True)
+        if not whole or _of_object(store, path) == before:
+            self._note(sha256, before, whole)
+        return whole
+
+    def _compare(
+        self,
+        standing: Callable[[], Standing | None],
+        digest: Callable[[], str | None],
+        sha256: str,
+        size: int,
+        reread: bool = False,
+    ) -> bool:
+        before = standing()
+        if before is None or before[2] != size:
             return False
+        if not reread and self._path(sha256, before).exists():
+            return True
+        whole = digest() == sha256
+        if not whole or standing() == before:  # else somebody wrote to it meanwhile
+            self._note(sha256, before, whole)
+        return whole
+
+    def _note(self, sha256: str, standing: Standing | None, whole: bool) -> None:
+        with suppress(OSError):
+            if whole:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._path(sha256, standing).touch()
+            else:
+                self._path(sha256, standing).unlink(missing_ok=True)
+
+    def _path(self, sha256: str, standing: Standing | None) -> Path:
+        return self.folder / hashlib.sha256(repr((sha256, standing)).encode()).hexdigest()[:32]
 
 
 def sha256_of(path: Path) -> str:
@@ -57,10 +81,28 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _standing(path: Path) -> tuple[int, int, int, int] | None:
-    """What changes when a file does; None where there is none. Links are followed."""
+def _sha256_of_object(store: Store, path: str, size: int) -> str | None:
+    """None where it is gone meanwhile."""
+    digest = hashlib.sha256()
+    try:
+        for start in range(0, size, SPAN_BYTES):
+            digest.update(store.get_range(path, start, min(SPAN_BYTES, size - start)))
+    except StoreNotFound:
+        return None
+    return digest.hexdigest()
+
+
+def _of_file(path: Path) -> Standing | None:
+    """None where there is none. Links are followed."""
     try:
         status = path.stat()
     except OSError:
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _of_object(store: Store, path: str) -> Standing | None:
+    try:
+        return store.url, path, *store.version(path)
+    except StoreNotFound:
+        return None

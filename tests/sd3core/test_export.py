@@ -185,6 +185,36 @@ def test_the_scheduler_follows_a_shift_that_was_changed_after_training(towers_fo
     assert len(set(folders.values())) == 2
 
 
+def test_a_damaged_export_in_a_store_elsewhere_is_made_again(towers_folder, s3_bucket, tmp_path):
+    """Also where its size is right; what stands is read once, not by every call."""
+    from sd3core.data.checked_files import CheckedFiles
+    from sd3core.data.store import open_store
+    from sd3core.export import export_stage
+    from sd3core.recipe_file import load_recipe
+
+    store, model = open_store(f"s3://{s3_bucket}"), tmp_path / "model"
+    write_checkpoint(model)
+    for path in model.rglob("*"):
+        if path.is_file():
+            store.put_file(f"runs/tiny-test/model/{path.relative_to(model).as_posix()}", path)
+    digests = dict.fromkeys(("vae", "clip_l", "clip_g", "t5", "judge"), "0" * 64)
+
+    def export():
+        checked = CheckedFiles(tmp_path / "checked")
+        return export_stage(load_recipe("tiny-test"), store, "runs/tiny-test/model", towers_folder, digests, checked=checked)
+
+    path = f"{export().folder}/transformer/diffusion_pytorch_model.safetensors"
+    assert export().skipped
+    get_range, spans = store.get_range, []
+    store.get_range = lambda *asked: spans.append(asked) or get_range(*asked)
+    assert export().skipped and spans == []
+    data = store.get(path)
+    store.put(path, data[:-1] + bytes([data[-1] ^ 1]))
+    again = export()
+    assert not again.skipped and again.damaged == path and store.get(path) == data
+    assert export().skipped
+
+
 @pytest.mark.parametrize("damage", ["a bit", "half of it", "gone", "its manifest"])
 def test_a_damaged_export_is_named_and_made_again(towers_folder, tmp_path, damage):
     from sd3core.data.checked_files import CheckedFiles

@@ -117,6 +117,7 @@ def elsewhere(store, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(type(store), "local_path", lambda self, path: None)
     monkeypatch.setattr(type(store), "get", lambda self, path: (self.root / path).read_bytes())
     monkeypatch.setattr(type(store), "exists", lambda self, path: (self.root / path).exists())
+    monkeypatch.setattr(type(store), "version", lambda self, path: ((self.root / path).stat().st_size, "etag"))
     return fetched
 
 
@@ -178,12 +179,31 @@ def test_bits_that_flip_after_the_first_fetch_are_found(store, committed, tmp_pa
     assert damaged_towers(store, "towers/t/0", finished, checked_files(tmp_path / "cache")) == {"vae": path}
 
 
+def test_a_damaged_tower_of_a_store_elsewhere_is_named_and_made_again(s3_bucket, towers_folder: Path, tmp_path: Path):
+    """By the towers stage, where nothing has been deleted by hand; what it finds whole is read once."""
+    store, cache, folder = open_store(f"s3://{s3_bucket}"), tmp_path / "cache", "towers/t/0"
+    for name in TOWER_FOLDERS:
+        commit_tower(store, folder, name, towers_folder, {"steps": 1})
+    manifest, checked = commit_towers(store, folder, {"towers": "tiny"}), checked_files(cache)
+    path = "vae/diffusion_pytorch_model.safetensors"
+    assert damaged_towers(store, folder, manifest.towers, checked) == {}
+    data = store.get(f"{folder}/{path}")
+    store.put(f"{folder}/{path}", data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(DataError, match=f"{path}: damaged, not the file that was committed; run the towers stage: it makes"):
+        fetch_towers(store, folder, cache, only=("vae",))
+    finished = finished_towers(store, folder)
+    assert damaged_towers(store, folder, finished, checked) == {"vae": path}
+    commit_tower(store, folder, "vae", towers_folder, {}, pinned=finished["vae"])
+    assert damaged_towers(store, folder, finished, checked) == {}
+    assert (fetch_towers(store, folder, cache, only=("vae",)) / path).read_bytes() == data
+
+
 def test_a_damaged_copy_is_fetched_again(store, committed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Of a store elsewhere the cache has copies."""
     monkeypatch.setattr(type(store), "get_file", lambda self, path, local: shutil.copyfile(self.root / path, local))
     monkeypatch.setattr(type(store), "local_path", lambda self, path: None)
     monkeypatch.setattr(type(store), "get", lambda self, path: (self.root / path).read_bytes())
-    monkeypatch.setattr(type(store), "size", lambda self, path: (self.root / path).stat().st_size)
+    monkeypatch.setattr(type(store), "version", lambda self, path: ((self.root / path).stat().st_size, "etag"))
     path = "vae/diffusion_pytorch_model.safetensors"
     local = fetch_towers(store, "towers/t/0", tmp_path / "cache", only=("vae",))
     flip(local / path)

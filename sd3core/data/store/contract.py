@@ -69,7 +69,11 @@ class Store(ABC):
         """Replaces `local` when all of it is here."""
 
     @abstractmethod
-    def size(self, path: str) -> int: ...
+    def version(self, path: str) -> tuple[int, str]:
+        """The object's size, and a word that is another one once it has been written anew."""
+
+    def size(self, path: str) -> int:
+        return self.version(path)[0]
 
     @abstractmethod
     def list(self, prefix: str = "") -> list[StoreEntry]:

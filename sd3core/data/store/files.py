@@ -62,13 +62,13 @@ class FileStore(Store):
         with source, _replaced(local, str(local)) as file:
             shutil.copyfileobj(source, file, COPY_BYTES)
 
-    def size(self, path: str) -> int:
+    def version(self, path: str) -> tuple[int, str]:
         with self._reading(path):
             target = self.local_path(path)
             status = target.stat()
         if not target.is_file():
             raise StoreNotFound(f"{self.uri(path)}: no such object")
-        return status.st_size
+        return status.st_size, f"{status.st_dev}-{status.st_ino}-{status.st_mtime_ns}"
 
     def check(self) -> None:
         try:

@@ -151,8 +151,9 @@ class S3Store(Store):
         local.parent.mkdir(parents=True, exist_ok=True)
         self._call(path, lambda s3: s3.download_file(self.bucket, self._key(path), str(local)))
 
-    def size(self, path: str) -> int:
-        return self._call(path, lambda s3: s3.head_object(Bucket=self.bucket, Key=self._key(path)))["ContentLength"]
+    def version(self, path: str) -> tuple[int, str]:
+        head = self._call(path, lambda s3: s3.head_object(Bucket=self.bucket, Key=self._key(path)))
+        return head["ContentLength"], head["ETag"]
 
     def list(self, prefix: str = "") -> list[StoreEntry]:
         folder = self._folder(prefix)

@@ -30,6 +30,16 @@ def test_what_is_put_is_got(store):
     assert store.get("empty") == b"" and store.size("empty") == 0
 
 
+def test_a_version_is_another_one_once_the_object_was_written_anew(store):
+    store.put("a", b"first")
+    before = store.version("a")
+    assert before == store.version("a") and before[0] == store.size("a") == 5
+    store.put("a", b"other")
+    assert store.version("a") != before
+    with pytest.raises(StoreNotFound):
+        store.version("b")
+
+
 def test_ranges(store):
     store.put("x", bytes(range(100)))
     assert store.get_range("x", 10, 5) == bytes(range(10, 15))
