@@ -56,7 +56,15 @@ class FileRecord(BaseModel):
     bytes: int
 
 
-class DamagedRecord(CheckpointError):
+class DamagedFile(CheckpointError):
+    """A file of a checkpoint that is gone, or is not what was written. Says what, then what mends it."""
+
+    @property
+    def damage(self) -> str:
+        return str(self).partition("; ")[0]
+
+
+class DamagedRecord(DamagedFile):
     """A DONE.json whose content is not what was written."""
 
 
@@ -197,10 +205,13 @@ def read_pieces(
 ) -> Iterator[Piece]:
     """Every piece for which `wanted(kind, parameter, start, stop)`, file by file; each file's digest is checked first.
 
-    Other pieces are not read from the file. Raises CheckpointError that names a damaged file or tensor.
+    Other pieces are not read from the file. Raises DamagedFile, or CheckpointError that names a tensor.
     """
+    record = store.uri(_join(folder, DONE_FILE))
+    mend = f"take another checkpoint, or delete {record} and run the training stage again: it goes on from an earlier one"
     for name in done.rank_files:
-        with verified_local_file(store, _join(folder, name), done.files[name]) as path, TensorFiles([path]) as tensors:
+        verified = verified_local_file(store, _join(folder, name), done.files[name], mend)
+        with verified as path, TensorFiles([path]) as tensors:
             for key, info in tensors.infos.items():
                 kind, parameter, start = parse_piece_name(key)
                 if wanted(kind, parameter, start, start + info.elements):
@@ -369,11 +380,16 @@ def _check_covered(where: str, kind: Kind, name: str, spans: list[tuple[int, int
 
 
 @contextmanager
-def verified_local_file(store: Store, path: str, record: FileRecord) -> Iterator[Path]:
-    """The object as a local file: in place where the store is files, else a temporary copy. Size and digest checked."""
+def verified_local_file(
+    store: Store, path: str, record: FileRecord, mend: str = "take another checkpoint"
+) -> Iterator[Path]:
+    """The object as a local file: in place where the store is files, else a temporary copy. Size and digest checked.
+
+    Raises DamagedFile.
+    """
     uri = store.uri(path)
     if not store.exists(path):
-        raise CheckpointError(f"{uri} is missing; take another checkpoint")
+        raise DamagedFile(f"{uri} is missing; {mend}")
     with tempfile.TemporaryDirectory() as scratch:
         local = store.local_path(path)
         if local is None:
@@ -382,5 +398,5 @@ def verified_local_file(store: Store, path: str, record: FileRecord) -> Iterator
         found = record_file(local)
         if found != record:
             detail = f"{found.bytes} bytes, not {record.bytes}" if found.bytes != record.bytes else "another SHA-256"
-            raise CheckpointError(f"{uri} is damaged ({detail}); take another checkpoint")
+            raise DamagedFile(f"{uri} is damaged ({detail}); {mend}")
         yield local

@@ -29,6 +29,7 @@ from sd3core.checkpoint import (
     METRICS_FILE,
     CheckpointDone,
     CheckpointRef,
+    DamagedFile,
     DamagedRecord,
     FileRecord,
     checkpoint_folder,
@@ -43,7 +44,6 @@ from sd3core.checkpoint import (
 from sd3core.data.store import Store, StoreNotFound, may_pass
 from sd3core.errors import CheckpointError, StoreError
 from sd3core.provenance import device_kind, provenance, provenance_bytes, provenance_file
-from workers.caches import checked_here
 from workers.trainer.engine import ShardedTrainer
 from workers.trainer.job import TrainingJob, TrainingSuperseded
 
@@ -77,33 +77,29 @@ def newest_attempt(store: Store, folder: str) -> int:
 def last_whole_checkpoint(
     store: Store, folder: str, warn: Callable[[str], None] = lambda message: None, last_samples: int | None = None
 ) -> CheckpointRef | None:
-    """The last finished checkpoint whose files all stand whole; `warn` hears of later ones that are passed over.
+    """The last finished checkpoint whose files all stand in their sizes; `warn` hears of later ones that are passed over.
 
-    `last_samples`: where the phase ends that goes on from it.
+    Their bytes are compared by the ranks, each what it reads. `last_samples`: where the phase ends that goes on from it.
     """
     for ref in reversed(list_checkpoints(store, folder, last_samples)):
         damaged = _damage(store, ref.folder)
         if damaged is None:
             return ref
-        warn(f"{damaged}; going on from an earlier checkpoint")
+        warn(passed_over(damaged))
     return None
+
+
+def passed_over(damage: str) -> str:
+    return f"{damage}; going on from an earlier checkpoint"
 
 
 def _damage(store: Store, folder: str) -> str | None:
-    """What of a checkpoint is not what was written, in words; None of a whole one."""
+    """What of a checkpoint a listing and its record show not to be what was written, in words."""
     try:
-        done = read_done(store, folder)
+        damaged = _damaged_files(store, folder, read_done(store, folder))
     except DamagedRecord as error:
-        return str(error).partition(";")[0]
-    damaged = _damaged_files(store, folder, done)
-    if damaged:
-        return f"{store.uri(folder)}: {damaged[0]}"
-    checked = checked_here()
-    for name in done.rank_files:
-        record, local = done.files[name], store.local_path(f"{folder}/{name}")
-        if local is not None and not checked.is_whole(local, record.sha256, record.bytes):
-            return f"{store.uri(folder)}/{name}: damaged, not the file that was written"
-    return None
+        return error.damage
+    return f"{store.uri(folder)}: {damaged[0]}" if damaged else None
 
 
 def _damaged_files(store: Store, folder: str, done: CheckpointDone) -> list[str]:
@@ -219,11 +215,28 @@ def _take_back_unless_whole(store: Store, folder: str, attempt: int) -> None:
         store.delete(f"{folder}/{DONE_FILE}")
 
 
-def load_checkpoint(store: Store, folder: str, trainer: ShardedTrainer) -> CheckpointDone:
-    """Fills this rank's state from a checkpoint of any world size and ZeRO stage, bit by bit. All ranks call it.
+def load_checkpoint(
+    store: Store, folder: str, trainer: ShardedTrainer, tell: Callable[[str], None] = lambda word: None
+) -> CheckpointDone:
+    """Fills the ranks' states from a checkpoint of any world size and ZeRO stage, bit by bit. All ranks call it.
 
-    Reads the file of the same place first and stops when nothing is missing: at the same world size that is one file.
+    Raises DamagedFile on all of them where one of them has found what it reads damaged. `tell` hears of every file.
     """
+    done, damage = None, None
+    try:
+        done = _read_state(store, folder, trainer, tell)
+    except DamagedFile as error:
+        damage = str(error)
+    damages: list[str | None] = [None] * trainer.world
+    dist.all_gather_object(damages, damage)
+    for damage in filter(None, damages):
+        raise DamagedFile(damage)
+    trainer.loaded(done.optimizer_step)
+    return done
+
+
+def _read_state(store: Store, folder: str, trainer: ShardedTrainer, tell: Callable[[str], None]) -> CheckpointDone:
+    """Reads the file of the same place first and stops when nothing is missing: at the same world size that is one file."""
     done = read_done(store, folder)
     _check_same_shapes(store.uri(folder), done.parameters, trainer.shapes)
     wanted: dict[tuple[str, str], list[tuple[int, Tensor]]] = defaultdict(list)
@@ -239,6 +252,7 @@ def load_checkpoint(store: Store, folder: str, trainer: ShardedTrainer) -> Check
     for _, name in sorted((abs(number / len(files) - place), name) for number, name in enumerate(files)):
         if not missing:
             break
+        tell(f"reading {folder}/{name}")
         for piece in read_pieces(store, folder, done.model_copy(update={"files": {name: done.files[name]}}), overlaps):
             for at, values in wanted[piece.kind, piece.parameter]:
                 low, high = max(at, piece.start), min(at + len(values), piece.start + len(piece.values))
@@ -248,7 +262,6 @@ def load_checkpoint(store: Store, folder: str, trainer: ShardedTrainer) -> Check
     if missing:
         where = store.uri(folder)
         raise CheckpointError(f"{where}: {missing} elements are in none of its files; take another checkpoint")
-    trainer.loaded(done.optimizer_step)
     return done
 
 

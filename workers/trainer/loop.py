@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sd3core import conditioning, moving_average, randomness
+from sd3core.checkpoint import DamagedFile
 from sd3core.conditioning import TextFeatures
 from sd3core.data.store import Store, open_store
 from sd3core.formulations import Formulation, find_formulation
@@ -30,6 +31,7 @@ from workers.trainer.checkpointing import (
     last_whole_checkpoint,
     load_checkpoint,
     load_start_weights,
+    passed_over,
     save_checkpoint,
 )
 from workers.trainer.engine import ShardedTrainer
@@ -153,16 +155,22 @@ class PhaseTraining:
 
     def _restore(self) -> int:
         """Loads the last whole checkpoint, or the start weights; returns the number of steps taken until then."""
-        find = partial(last_whole_checkpoint, self.store, self.job.folder, self._warn, self.job.last_samples)
-        last = self._from_first_rank(find)
-        if last:
-            step = load_checkpoint(self.store, last.folder, self.trainer).steps
-        else:
-            step = 0
-            self._load_start()
+        step = self._load_last(self.job.last_samples)
         if self.place.rank == 0:
             self.watcher.began(self.attempt, self.job.samples_at(step))
         return step
+
+    def _load_last(self, last_samples: int) -> int:
+        find = partial(last_whole_checkpoint, self.store, self.job.folder, self._warn, last_samples)
+        last = self._from_first_rank(find)
+        if last is None:
+            self._load_start()
+            return 0
+        try:
+            return load_checkpoint(self.store, last.folder, self.trainer, partial(self._say, last.samples)).steps
+        except DamagedFile as error:
+            self._warn(passed_over(error.damage))
+        return self._load_last(last.samples - 1)
 
     def _load_start(self) -> None:
         start = start_weights(self.job)
@@ -270,9 +278,12 @@ class PhaseTraining:
         return float(max_attention_logit(self.trainer.model, z_in, t_in, context, pooled).max())
 
     def _tell(self, row: dict[str, Any], doing: str = "") -> None:
+        loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
+        self._say(row["samples"], f"loss {loss}{doing}", None if doing else row["loss"])
+
+    def _say(self, samples: int, note: str, loss: float | None = None) -> None:
         if self.place.rank == 0:
-            loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
-            self.watcher.progress(row["samples"], f"loss {loss}{doing}", None if doing else row["loss"])
+            self.watcher.progress(samples, note, loss)
 
     def _warn(self, message: str) -> None:
         if self.place.rank == 0:

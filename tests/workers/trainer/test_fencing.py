@@ -10,12 +10,19 @@ import torch
 import torch.distributed as dist
 from fake_training import make_job
 
-from sd3core.checkpoint import DONE_FILE, DamagedRecord, list_checkpoints, read_done
+from sd3core.checkpoint import DONE_FILE, DamagedFile, DamagedRecord, list_checkpoints, read_done
 from sd3core.data.store import FileStore
 from sd3core.errors import StoreError
 from sd3core.recipe import Compute
 from workers.trainer import checkpointing, train
-from workers.trainer.checkpointing import PATIENCE_S, begin_attempt, last_whole_checkpoint, read_metrics, save_checkpoint
+from workers.trainer.checkpointing import (
+    PATIENCE_S,
+    begin_attempt,
+    last_whole_checkpoint,
+    load_checkpoint,
+    read_metrics,
+    save_checkpoint,
+)
 from workers.trainer.engine import Slice
 from workers.trainer.job import TrainingSuperseded
 
@@ -103,29 +110,48 @@ def test_a_done_of_the_newer_attempt_is_not_taken_back(job):
     assert read_done(store, last.folder).attempt == 2
 
 
-@pytest.mark.parametrize("damage", ["samples", "steps", "not JSON", "a bit of its weights"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(job, damage, monkeypatch):
-    monkeypatch.setenv("SD3_HOME", str(Path(job.store).parent))
+@pytest.mark.parametrize("damage", ["samples", "steps", "not JSON"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(job, damage):
     store = FileStore(Path(job.store))
     attempt = begin_attempt(store, job.folder)
     first, second = (write(store, job, attempt, step) for step in (4, 8))
     assert last_whole_checkpoint(store, job.folder).folder == second
-    name = read_done(store, second).rank_files[0] if damage.startswith("a bit") else DONE_FILE
-    data = bytearray(store.get(f"{second}/{name}"))
-    if damage.startswith("a bit"):
-        data[-1] ^= 1
-    elif damage == "not JSON":
+    data = bytearray(store.get(f"{second}/{DONE_FILE}"))
+    if damage == "not JSON":
         del data[-20:]
     else:
         place = data.index(f'"{damage}": '.encode()) + len(damage) + 4
         data[place] ^= 1  # a digit becomes another
-    store.put(f"{second}/{name}", bytes(data))
+    store.put(f"{second}/{DONE_FILE}", bytes(data))
     warnings: list[str] = []
     assert last_whole_checkpoint(store, job.folder, warnings.append).folder == first
-    assert warnings[0].startswith(f"{store.uri(second)}/{name}: damaged") and "going on from an earlier" in warnings[0]
-    if name == DONE_FILE:
-        with pytest.raises(DamagedRecord, match="delete it, and run the training stage again"):
-            read_done(store, second)
+    assert warnings[0].startswith(f"{store.uri(second)}/{DONE_FILE}: damaged") and "going on from an earlier" in warnings[0]
+    with pytest.raises(DamagedRecord, match="delete it, and run the training stage again"):
+        read_done(store, second)
+
+
+def test_a_bit_of_the_weights_is_found_by_who_reads_them_and_by_nobody_before(job, monkeypatch):
+    """A look at a phase of many checkpoints reads none of their files."""
+    store = FileStore(Path(job.store))
+    folder = write(store, job, begin_attempt(store, job.folder))
+    [name] = read_done(store, folder).rank_files
+    data = store.get(f"{folder}/{name}")
+    weights, loaded, told = torch.zeros(3), [], []
+    trainer = SimpleNamespace(rank=0, world=1, shapes={"w": [3]}, loaded=loaded.append)
+    trainer.slices = lambda: [Slice("weights", "w", 0, weights)]
+    assert load_checkpoint(store, folder, trainer, told.append).steps == 4 and weights.tolist() == [1, 1, 1]
+    assert told == [f"reading {folder}/{name}"] and loaded == [4]
+    store.put(f"{folder}/{name}", data[:-1] + bytes([data[-1] ^ 1]))
+    with monkeypatch.context() as patch:
+        patch.setattr(FileStore, "get_file", None)
+        patch.setattr("sd3core.checkpoint.sha256_of", None)
+        patch.setattr("sd3core.data.checked_files.sha256_of", None)
+        assert last_whole_checkpoint(store, job.folder).folder == folder
+    mend = f"take another checkpoint, or delete {store.uri(folder)}/DONE.json and run the training stage again: it goes on from an earlier one"
+    with pytest.raises(DamagedFile) as error:
+        load_checkpoint(store, folder, trainer)
+    assert str(error.value) == f"{store.uri(folder)}/{name} is damaged (another SHA-256); {mend}" and loaded == [4]
+    assert error.value.damage == f"{store.uri(folder)}/{name} is damaged (another SHA-256)"
 
 
 def test_a_record_of_an_earlier_version_still_vouches_for_its_samples(job):

@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from fake_training import MODEL, TOKENS, FakeLoader, make_job
 from rank_processes import run_ranks
 
@@ -309,6 +310,34 @@ def test_a_phase_that_is_made_shorter_starts_before_its_end(root, stories):
     assert [ref.samples for ref in list_checkpoints(store, folder)] == [16, 24, 32, 40, 48]
     assert [ref.samples for ref in list_checkpoints(store, folder, 40)] == [16, 24, 32, 40]
     assert [row["samples"] for row in read_metrics(store, folder, 40)] == [8, 16, 24, 32, 40]
+
+
+def _damaged_story(rank, world, job):
+    """A phase of two ranks, then the same made longer: of two checkpoints one rank's file of the later one has lost a bit."""
+    stories = [_train(rank, world, job)]
+    store, folder = open_store(job.store), f"{job.folder}/{64:012d}"
+    if rank == 0:
+        path = f"{folder}/{read_done(store, folder).rank_files[1]}"
+        data = store.get(path)
+        store.put(path, data[:-1] + bytes([data[-1] ^ 1]))
+    dist.barrier()
+    longer = job.model_copy(update={"training": job.training.model_copy(update={"samples": 96})})
+    return [*stories, _train(rank, world, longer)]
+
+
+def test_a_checkpoint_that_one_rank_finds_damaged_is_passed_over_by_all(s3_bucket, tmp_path):
+    """On S3 as on files: nobody goes on with its own whole part, and the same steps are made again."""
+    job = make_job(tmp_path / "store", samples=64).model_copy(update={"store": f"s3://{s3_bucket}/a"})
+    first, second = run_ranks(2, _damaged_story, job)
+    assert [error for error, _ in (*first, *second)] == [None] * 4
+    assert [notebook.began_at for _, notebook in first] == [[0], [32]]
+    store = open_store(job.store)
+    [warning] = first[1][1].warnings
+    damaged = f"{job.folder}/{64:012d}/rank-001-of-002.attempt-0001.safetensors"
+    assert warning == f"pretrain: {store.uri(damaged)} is damaged (another SHA-256); going on from an earlier checkpoint"
+    assert [ref.samples for ref in list_checkpoints(store, job.folder)] == [32, 64, 96]
+    assert read_done(store, f"{job.folder}/{64:012d}").attempt == 2
+    assert all(assemble(store, f"{job.folder}/{64:012d}", "weights"))
 
 
 def test_a_step_that_is_not_finite_is_named_and_left_out(root, stories):
