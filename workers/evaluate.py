@@ -28,7 +28,7 @@ from sd3core.errors import UserError
 from sd3core.metrics.frechet import ranks_nothing
 from sd3core.metrics.held_out import reference_fields
 from sd3core.metrics.validation_loss import LEVELS
-from sd3core.progress import Progress, ProgressCallback, ProgressMeter, counted
+from sd3core.progress import Progress, ProgressCallback, ProgressMeter, counted, some
 from sd3core.recipe import Recipe, Training
 from sd3core.sample_settings import SampleSettings, Weights
 from sd3core.small_world.detector import MIN_SIDE_PX
@@ -147,7 +147,9 @@ def evaluate_stage(
                 warnings += _run_tasks(recipe, store, inputs, other, meter)
                 standing, _ = _standing_parts(store, tasks, checked_here())
     parts = _chosen(tasks, standing)
-    parts += _other_parts(recipe, store, checkpoints, parts)
+    others, damaged = _other_parts(recipe, store, checkpoints, parts)
+    parts += others
+    warnings += damaged
     _fill_dimensions(store, inputs, [part for _, part in parts])
     path = f"{_folder(recipe)}/scores.json"
     summary = summarise(parts) | {"shown": sorted({fingerprint(task.protocol) for task, _ in parts[: len(tasks)]})}
@@ -201,7 +203,7 @@ def _read_part(store: Store, path: str, checked: CheckedFiles) -> tuple[Part | N
 def _standing_parts(
     store: Store, tasks: Sequence[EvaluationTask], checked: CheckedFiles
 ) -> tuple[dict[str, dict[str, Part]], list[str]]:
-    """By a task's place the parts that stand for it, by precision; and a line for each that is damaged.
+    """By a task's place the parts that stand for it, by precision; and a line for each task of which but a damaged one does.
 
     An earlier version left `auto` in the protocol and what was settled beside it: such a part counts as what it is.
     """
@@ -221,8 +223,9 @@ def _standing_parts(
         if part is not None:
             standing[task.place][part["precision"]] = part
         else:
-            damaged.append(f"{store.uri(problem)} was damaged: {task.title} is scored again")
-    return standing, damaged
+            damaged.append((task, problem))
+    again = [(task, problem) for task, problem in damaged if not standing[task.place]]
+    return standing, [f"{store.uri(problem)} was damaged: {task.title} is scored again" for task, problem in again]
 
 
 def _rows(tasks: Iterable[EvaluationTask]) -> dict[tuple[str, str], list[EvaluationTask]]:
@@ -263,17 +266,20 @@ def _other_parts(
     store: Store,
     checkpoints: dict[str, list[str]],
     shown: Sequence[tuple[EvaluationTask, Part]],
-) -> list[tuple[EvaluationTask, Part]]:
-    """What stands of these checkpoints by other protocols."""
+) -> tuple[list[tuple[EvaluationTask, Part]], list[str]]:
+    """What stands of these checkpoints by other protocols; and a line on those that are damaged, whose scores are left out."""
     known = {folder for folders in checkpoints.values() for folder in folders}
     seen = {_identity(task) for task, _ in shown}
     pattern = re.compile(re.escape(_folder(recipe)) + r"/[^/]+/(\d{12})-(?:ema|live)/[^/]+\.[0-9a-f]{12}\.json")
     places = [match for match in (pattern.fullmatch(entry.path) for entry in store.list(_folder(recipe))) if match]
-    checked, others = checked_here(), []
+    checked, others, damaged = checked_here(), [], []
     with ThreadPoolExecutor(READ_THREADS) as threads:
-        read = threads.map(lambda match: _read_part(store, match[0], checked)[0], places)
-        for match, part in zip(places, read, strict=True):
-            if part is None or part["checkpoint"] not in known:
+        read = threads.map(lambda match: _read_part(store, match[0], checked), places)
+        for match, (part, problem) in zip(places, read, strict=True):
+            if part is None:
+                damaged.append(store.uri(problem))
+                continue
+            if part["checkpoint"] not in known:
                 continue
             folder = match[0].rpartition("/")[0]
             names = (part["part"], part["phase"], part["checkpoint"], int(match[1]), part["weights"])
@@ -281,7 +287,10 @@ def _other_parts(
             if _identity(task) not in seen:
                 seen.add(_identity(task))
                 others.append((task, part))
-    return others
+    if not damaged:
+        return others, []
+    left_out = f"{counted(len(damaged), 'part')} by other settings damaged, whose scores are left out: {some(damaged, len(damaged))}"
+    return others, [f"{left_out}; they are scored again with those settings, or delete their .json"]
 
 
 def _identity(task: EvaluationTask) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from sd3core.checkpoint import (
     record_file,
 )
 from sd3core.data.buckets import bucket_sides
+from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.manifest import read_manifest
 from sd3core.data.store import Store, open_store
 from sd3core.metrics.held_out import read_rows
@@ -43,8 +44,10 @@ from workers.evaluate import (
     EvaluationFailed,
     EvaluationInputs,
     _chosen,
+    _read_part,
     _to_be_of_one_precision,
     evaluate_stage,
+    file_record,
     plan_tasks,
     sealed,
 )
@@ -351,6 +354,45 @@ def test_a_damaged_part_or_picture_is_named_and_made_again(world, result, damage
     assert again.made == 1 and [line for line in again.warnings if path in line and "scored again" in line]
     assert world.store.get(path) == before or damage in ("part", "truncated")
     assert again.scores == result.scores and evaluate(world).skipped
+
+
+def test_a_damaged_picture_of_a_store_elsewhere_is_found(s3_bucket, tmp_path):
+    """Also where its size is right; one that was found whole is not read by every command."""
+    store, checked = open_store(f"s3://{s3_bucket}"), CheckedFiles(tmp_path / "checked")
+    files = {"e/grid.png": b"picture", "e/grid.jpg": b"small"}
+    for path, data in files.items():
+        store.put(path, data)
+    records = {path: file_record(data) for path, data in files.items()}
+    picture = {"path": "e/grid.png", "thumbnail": "e/grid.jpg", "files": records}
+    store.put_json("e/part.json", sealed({"pictures": [picture]}))
+    assert _read_part(store, "e/part.json", checked)[1] is None
+    get_range, store.get_range = store.get_range, None
+    assert _read_part(store, "e/part.json", checked)[1] is None
+    store.get_range = get_range
+    store.put("e/grid.jpg", b"smell")
+    assert _read_part(store, "e/part.json", checked) == (None, "e/grid.jpg")
+
+
+def test_a_damaged_part_of_another_protocol_is_named_once_and_left_out(world, result):
+    """Its scores would leave the table without a word."""
+    settings = {"bench_prompts_per_task": 0, "checkpoints": "last", "weights": "ema", "seed": 99, "bucket_grid_prompts": 0}
+    recipe = world.recipe.model_copy(update={"evaluate": world.recipe.evaluate.model_copy(update=settings)})
+    there = evaluate(world, recipe)
+    others = {fingerprint(task.protocol): task for task in planned(world, recipe)}
+    assert others.keys() == set(there.shown) and others.keys() <= evaluate(world).protocols.keys()
+    [task] = [task for task in others.values() if task.part == "validation" and task.phase == "pretrain"]
+    whole = world.store.get(task.path)
+    world.store.put(task.path, whole[:-30])
+    again = evaluate(world)
+    [line] = again.warnings
+    assert again.skipped and line.startswith(f"1 part by other settings damaged, whose scores are left out: {world.store.uri(task.path)};")
+    assert others.keys() - again.protocols.keys() == {fingerprint(task.protocol)}
+    mended = evaluate(world, recipe)
+    assert mended.made == 1 and any(f"{world.store.uri(task.path)} was damaged" in line for line in mended.warnings)
+    assert not evaluate(world).warnings
+    for task in planned(world, recipe):  # as the other tests found it
+        world.store.delete(task.path)
+    assert evaluate(world).digest == result.digest
 
 
 def test_a_damaged_reference_is_named_and_made_again(world, result):
