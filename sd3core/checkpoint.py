@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sd3core.data.checked_files import sha256_of
-from sd3core.data.store import Store, StoreNotFound, canonical_json, open_store
+from sd3core.data.records import own_digest, sealed
+from sd3core.data.store import Store, StoreNotFound, open_store
 from sd3core.errors import CheckpointError
 from sd3core.mmdit import Backbone, BackboneConfig, config_from_dict, make_model
 from sd3core.mmdit.backbone import config_positions
@@ -160,8 +161,7 @@ def list_checkpoints(store: Store, parent: str, last_samples: int | None = None)
 
 def write_done(store: Store, folder: str, done: CheckpointDone) -> None:
     """Writes DONE.json, which makes the checkpoint exist. It vouches for the files, and for itself."""
-    fields = done.model_dump(mode="json", exclude={"sha256"})
-    store.put_json(_join(folder, DONE_FILE), fields | {"sha256": _record_digest(fields)})
+    store.put_json(_join(folder, DONE_FILE), sealed(done.model_dump(mode="json")))
 
 
 def read_done(store: Store, folder: str) -> CheckpointDone:
@@ -175,13 +175,13 @@ def read_done(store: Store, folder: str) -> CheckpointDone:
     mend = "delete it, and run the training stage again: it goes on from an earlier checkpoint"
     try:
         fields = json.loads(data)
-        stated = fields.pop("sha256", None)
+        stated = fields.get("sha256")
     except (ValueError, AttributeError, TypeError):
         raise DamagedRecord(f"{where}: damaged, not JSON; {mend}") from None
-    if stated is not None and stated != _record_digest(fields):
+    if stated is not None and stated != own_digest(fields):
         raise DamagedRecord(f"{where}: damaged, its content is not what was written; {mend}")
     try:
-        done = CheckpointDone.model_validate(fields | {"sha256": stated})
+        done = CheckpointDone.model_validate(fields)
     except ValidationError as error:
         problem = error.errors()[0]
         raise CheckpointError(f"{where}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
@@ -191,10 +191,6 @@ def read_done(store: Store, folder: str) -> CheckpointDone:
     if re.fullmatch(r"\d{12}", named) and int(named) != done.samples:
         raise DamagedRecord(f"{where}: damaged, it says {done.samples:,} samples and its folder {int(named):,}; {mend}")
     return done
-
-
-def _record_digest(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(fields)).hexdigest()
 
 
 def read_pieces(

@@ -10,7 +10,6 @@ bf16 and in fp32 are of two protocols. A part vouches for itself and for its pic
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import time
@@ -21,8 +20,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sd3core.checkpoint import read_done
-from sd3core.data.manifest import ManifestRef
 from sd3core.data.checked_files import CheckedFiles
+from sd3core.data.manifest import ManifestRef
+from sd3core.data.records import bytes_record, own_digest, sealed
 from sd3core.data.store import Store, StoreDamaged, StoreNotFound, canonical_json
 from sd3core.errors import UserError
 from sd3core.metrics.frechet import ranks_nothing
@@ -167,19 +167,6 @@ def evaluate_stage(
     )
 
 
-def sealed(part: Part) -> Part:
-    """A part that vouches for itself."""
-    return part | {"sha256": _part_digest(part)}
-
-
-def _part_digest(part: Part) -> str:
-    return hashlib.sha256(canonical_json({key: part[key] for key in part if key != "sha256"})).hexdigest()
-
-
-def file_record(data: bytes) -> dict[str, Any]:
-    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-
-
 def _read_part(store: Store, path: str, checked: CheckedFiles) -> tuple[Part | None, str | None]:
     """(the part, None), or (None, the file of it that is damaged). One of an earlier version is sealed as it is found."""
     try:
@@ -187,10 +174,10 @@ def _read_part(store: Store, path: str, checked: CheckedFiles) -> tuple[Part | N
         if "sha256" not in part:
             for picture in part["pictures"]:
                 files = (picture["path"], picture["thumbnail"])
-                picture["files"] = {file: file_record(store.get(file)) for file in files}
+                picture["files"] = {file: bytes_record(store.get(file)) for file in files}
             part = sealed(part)
             store.put_json(path, part)
-        if part["sha256"] != _part_digest(part):
+        if part["sha256"] != own_digest(part):
             return None, path
         for file, record in (item for picture in part["pictures"] for item in picture["files"].items()):
             if not checked.holds(store, file, record["sha256"], record["bytes"]):

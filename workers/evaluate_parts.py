@@ -18,6 +18,7 @@ from sd3core.conditioning import assemble
 from sd3core.data.images import PixelRules
 from sd3core.data.loader import Batch, ShardCache, ShardReader, load_split
 from sd3core.data.manifest import Manifest, read_manifest
+from sd3core.data.records import bytes_record, sealed
 from sd3core.data.store import open_store
 from sd3core.generate import Draw, Generator, grid_columns
 from sd3core.judge import Judge, load_judge
@@ -37,7 +38,7 @@ from sd3core.small_world.detector import MIN_SIDE_PX
 from sd3core.text_encoders import load_text_encoders
 from sd3core.towers import fetch_towers
 from workers.caches import checked_here, shards_cache, towers_cache
-from workers.evaluate import EvaluationInputs, EvaluationTask, file_record, sealed
+from workers.evaluate import EvaluationInputs, EvaluationTask
 
 
 class EvaluationWorker:
@@ -224,7 +225,7 @@ class EvaluationWorker:
             self.store.put(path, data)
         name = f"{images[0].shape[0]}x{images[0].shape[1]}"
         path, thumbnail = files
-        records = {path: file_record(data) for path, data in files.items()}
+        records = {path: bytes_record(data) for path, data in files.items()}
         result.pictures.append({"name": name, "path": path, "thumbnail": thumbnail, "files": records})
 
 

@@ -29,6 +29,7 @@ from sd3core.checkpoint import (
 from sd3core.data.buckets import bucket_sides
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.manifest import read_manifest
+from sd3core.data.records import bytes_record, sealed
 from sd3core.data.store import Store, open_store
 from sd3core.metrics.held_out import read_rows
 from sd3core.mmdit import MMDiT
@@ -47,9 +48,7 @@ from workers.evaluate import (
     _read_part,
     _to_be_of_one_precision,
     evaluate_stage,
-    file_record,
     plan_tasks,
-    sealed,
 )
 from workers.ingest import ingest_stage
 from workers.pool import Outcome
@@ -362,7 +361,7 @@ def test_a_damaged_picture_of_a_store_elsewhere_is_found(s3_bucket, tmp_path):
     files = {"e/grid.png": b"picture", "e/grid.jpg": b"small"}
     for path, data in files.items():
         store.put(path, data)
-    records = {path: file_record(data) for path, data in files.items()}
+    records = {path: bytes_record(data) for path, data in files.items()}
     picture = {"path": "e/grid.png", "thumbnail": "e/grid.jpg", "files": records}
     store.put_json("e/part.json", sealed({"pictures": [picture]}))
     assert _read_part(store, "e/part.json", checked)[1] is None
