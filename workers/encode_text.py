@@ -15,6 +15,7 @@ import torch
 
 from sd3core.conditioning import ENCODERS, TextFeatures
 from sd3core.data.manifest import ManifestRef
+from sd3core.data.records import bytes_record
 from sd3core.data.shards import BLOCK, DONE, DoneRecord, FailedRow, Sample, read_done, write_shard
 from sd3core.data.store import Store, StoreNotFound, canonical_json
 from sd3core.errors import DataError
@@ -26,7 +27,7 @@ from workers.inputs import InputShard, read_input_index, read_input_table
 from workers.shard_stage import ShardTask
 
 NULL = "NULL.safetensors"  # the encoded empty string, beside the text shards
-NULL_RECORD = "NULL.json"  # its size and SHA-256; absent where an earlier version wrote it and nobody has read it since
+NULL_RECORD = "NULL.json"  # its size and SHA-256, by `pin_null`; absent where an earlier version encoded it
 ORIGINAL, SYNTHETIC = "original", "synthetic"
 TOO_LONG = "captions too long"  # how many images of a shard have one, original or synthetic
 SCHEMA = pa.schema(
@@ -42,31 +43,42 @@ class TextSource:
 
 def pin_null(store: Store, folder: str) -> str | None:
     """Writes the record of the encoded empty string where there is none; one that is damaged is taken away, for the
-    stage to make again, and its path returned.
+    stage to make again, and its path returned. One process calls it.
     """
+    path, record = f"{folder}/{NULL}", f"{folder}/{NULL_RECORD}"
     try:
-        read_null_bytes(store, folder)
+        data = store.get(path)
     except StoreNotFound:
-        store.delete(f"{folder}/{NULL_RECORD}")  # the next one may be encoded by another machine, with other last bits
-    except DataError:
-        store.delete(f"{folder}/{NULL}")
-        store.delete(f"{folder}/{NULL_RECORD}")
-        return f"{folder}/{NULL}"
+        store.delete(record)  # the next one may be encoded by another machine, with other last bits
+        return None
+    recorded = _is_recorded(store, record, data)
+    if recorded is None:
+        store.put_json(record, bytes_record(data))
+    elif not recorded:
+        store.delete(path)
+        store.delete(record)
+        return path
     return None
 
 
 def read_null_bytes(store: Store, folder: str) -> bytes:
-    """The encoded empty string, after it is compared with its record. Raises DataError where it is damaged."""
-    data = store.get(f"{folder}/{NULL}")
-    record = canonical_json({"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)})
-    try:
-        if store.get(f"{folder}/{NULL_RECORD}") != record:
-            raise DataError(
-                f"{store.uri(folder)}/{NULL}: damaged, not what was encoded; run the encode stage: it is made again"
-            )
-    except StoreNotFound:
-        store.put(f"{folder}/{NULL_RECORD}", record)
+    """The encoded empty string. Raises DataError where it is not what its record says, or has none."""
+    path, record = f"{folder}/{NULL}", f"{folder}/{NULL_RECORD}"
+    data = store.get(path)
+    recorded = _is_recorded(store, record, data)
+    if recorded is None:
+        raise DataError(f"{store.uri(path)}: an earlier version encoded it; run the encode stage: it writes {NULL_RECORD} beside it")
+    if not recorded:
+        raise DataError(f"{store.uri(path)}: damaged, not what was encoded; run the encode stage: it is made again")
     return data
+
+
+def _is_recorded(store: Store, record: str, data: bytes) -> bool | None:
+    """Whether the record is of these bytes; None where there is none."""
+    try:
+        return store.get(record) == canonical_json(bytes_record(data))
+    except StoreNotFound:
+        return None
 
 
 class TextWorker:

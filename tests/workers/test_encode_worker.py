@@ -228,9 +228,10 @@ def test_the_advice_on_long_captions_can_be_followed(clip_tokens, t5_tokens, key
 
 
 def test_a_damaged_empty_string_is_named_taken_away_and_recorded_anew(tmp_path):
-    """Its record stands beside it; one of an earlier version is recorded by its first reader."""
+    """Its record stands beside it; one of an earlier version is recorded by the stage."""
     store, folder = open_store(str(tmp_path)), "text/0"
     store.put(f"{folder}/{NULL}", b"features")
+    assert pin_null(store, folder) is None
     assert read_null_bytes(store, folder) == b"features" and store.get_json(f"{folder}/{NULL_RECORD}")["bytes"] == 8
     for damaged in (b"featurer", b"feat"):
         store.put(f"{folder}/{NULL}", damaged)
@@ -239,3 +240,12 @@ def test_a_damaged_empty_string_is_named_taken_away_and_recorded_anew(tmp_path):
         assert pin_null(store, folder) == f"{folder}/{NULL}" and not store.exists(f"{folder}/{NULL}")
         store.put(f"{folder}/{NULL}", b"features")
         assert pin_null(store, folder) is None and read_null_bytes(store, folder) == b"features"
+
+
+def test_who_reads_the_empty_string_writes_nothing_and_takes_nothing_on_trust(tmp_path):
+    """Many ranks read it at once, and what one of them finds may be damaged."""
+    store, folder = open_store(str(tmp_path)), "text/0"
+    store.put(f"{folder}/{NULL}", b"features")
+    with pytest.raises(DataError, match="NULL.safetensors: an earlier version encoded it; run the encode stage: it writes NULL.json"):
+        read_null_bytes(store, folder)
+    assert [entry.path for entry in store.list()] == [f"{folder}/{NULL}"]

@@ -130,7 +130,7 @@ class PhaseTraining:
         self.attempt = self._from_first_rank(lambda: begin_attempt(self.store, job.folder))
         self.config = config_from_dict(job.model)
         self.formulation = _formulation(job)
-        self.null = read_null(self.store, job)
+        self.null = self._from_first_rank(lambda: read_null(self.store, job))
         self.loader = open_loader(job, self.store, place, self._warn)
         self.previews = Previews(job, self.store, self.null, place.device, self._shown_samples, self._warn)
         model = make_model(self.config).to(place.device)  # its weights do not matter: `_restore` sets them

@@ -147,7 +147,8 @@ def test_a_bit_of_the_weights_is_found_by_who_reads_them_and_by_nobody_before(jo
         patch.setattr("sd3core.checkpoint.sha256_of", None)
         patch.setattr("sd3core.data.checked_files.sha256_of", None)
         assert last_whole_checkpoint(store, job.folder).folder == folder
-    mend = f"take another checkpoint, or delete {store.uri(folder)}/DONE.json and run the training stage again: it goes on from an earlier one"
+    record = store.uri(f"{folder}/{DONE_FILE}")
+    mend = f"take another checkpoint, or delete {record} and run the training stage again: it goes on from an earlier one"
     with pytest.raises(DamagedFile) as error:
         load_checkpoint(store, folder, trainer)
     assert str(error.value) == f"{store.uri(folder)}/{name} is damaged (another SHA-256); {mend}" and loaded == [4]

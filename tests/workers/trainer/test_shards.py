@@ -14,6 +14,7 @@ from sd3core.data.shards import Sample, shard_stem, write_shard
 from sd3core.data.store import open_store
 from sd3core.errors import DataError
 from sd3core.recipe import Text
+from workers.encode_text import pin_null
 from workers.trainer.job import DataRef
 from workers.trainer.loop import Place, draw_inputs, read_null
 from workers.trainer.shards import open_shards
@@ -59,6 +60,7 @@ def job(tmp_path):
     }
     null = FakeLoader(8, 0, 1).batch(0).text.index(0)
     store.put(f"{data['text_features'].folder}/NULL.safetensors", null.to_bytes("reference"))
+    pin_null(store, data["text_features"].folder)
     text = Text(clip_tokens=TOKENS, t5_tokens=TOKENS, null="empty")
     return make_job(tmp_path / "store").model_copy(update=data | {"text": text})
 
