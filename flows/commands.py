@@ -15,7 +15,7 @@ from flows.home import pasted
 from flows.options import path
 from flows.recipes import DEFAULT_RECIPE, known_recipes
 from sd3core.errors import UserError
-from sd3core.recipe import Recipe
+from sd3core.recipe import TOKENS_AT_MOST, Recipe
 from sd3core.recipe_file import load_recipe
 
 if TYPE_CHECKING:
@@ -324,7 +324,9 @@ def import_(
     null: Annotated[
         Optional[str], typer.Option(help='What it knows as "no prompt": empty (the default) or zeros.')
     ] = None,
-    t5_tokens: Annotated[Optional[int], typer.Option(min=4, max=512, help="T5 tokens; default: 77.")] = None,
+    t5_tokens: Annotated[
+        Optional[int], typer.Option(min=4, max=TOKENS_AT_MOST["t5_tokens"], help="T5 tokens; default: 77.")
+    ] = None,
     shift: Annotated[
         Optional[float], typer.Option(min=0.01, max=1000.0, help="Of the schedule; default: the pipeline's, or 3.")
     ] = None,

@@ -26,6 +26,7 @@ from sd3core.checkpoint_formats import (
 from sd3core.errors import CheckpointError
 from sd3core.mmdit import MMDiTConfig
 from sd3core.mmdit.config import HEAD_WIDTH
+from sd3core.recipe import TOKENS_AT_MOST
 from sd3core.tensor_files import TensorFiles
 from sd3core.weight_files import (
     DIFFUSERS_STEM,
@@ -57,10 +58,10 @@ class ForeignWeights:
 
     def beside(self) -> dict[str, Any]:
         """`shift` and `clip_tokens` as the pipeline folder states them, where it does."""
-        found = {}
+        found, most = {}, TOKENS_AT_MOST["clip_tokens"]
         for key, name, stated, allowed in (
             ("shift", "scheduler/scheduler_config.json", "shift", lambda value: 0 < value < 100),
-            ("clip_tokens", "tokenizer/tokenizer_config.json", "model_max_length", lambda value: 4 <= value <= 77),
+            ("clip_tokens", "tokenizer/tokenizer_config.json", "model_max_length", lambda value: 4 <= value <= most),
         ):
             path = self.pipeline / name if self.pipeline else None
             value = read_json(_inside(self.pipeline, path)).get(stated) if path and path.exists() else None

@@ -47,6 +47,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what numpy and torch both take
 Precision = Literal["auto", "bf16", "fp32"]  # auto: bf16 where the device has arithmetic for it, else fp32
 AspectRatio = Annotated[float, Field(gt=0)]  # width / height
 AspectRatios = Annotated[tuple[AspectRatio, ...], Field(min_length=1)]
+TOKENS_AT_MOST = {"t5_tokens": 512, "clip_tokens": 77}  # T5's are what a longer caption needs
 LARGEST_SIDE_PX = 65_536
 MOST_STEPS = 256  # of the buckets' multiple in a phase's side: the sizes grow with the square
 FourLevels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=4, max_length=4)]  # they make f8
@@ -245,8 +246,8 @@ class Caption(Section):
 
 
 class Text(Section):
-    clip_tokens: int = Field(77, ge=4, le=77)
-    t5_tokens: int = Field(77, ge=4, le=512)
+    clip_tokens: int = Field(77, ge=4, le=TOKENS_AT_MOST["clip_tokens"])
+    t5_tokens: int = Field(77, ge=4, le=TOKENS_AT_MOST["t5_tokens"])
     padding: Literal["reference", "trimmed"] = (
         "reference"  # all positions as encoded, or real tokens only and zeros after
     )

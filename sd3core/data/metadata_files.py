@@ -16,6 +16,7 @@ from sd3core.data.caption_text import one_line, text_encoding
 from sd3core.data.image_names import ImageNames
 from sd3core.errors import DataError, with_mend
 from sd3core.progress import NAMED, counted, some
+from sd3core.shown_text import printable, shortened
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
 FILE_NAMES = ("file_name", "filename", "file", "image", "image_path", "path", "name", "img")  # columns, ours first
@@ -193,5 +194,4 @@ def _columns(line: str, delimiter: str) -> list[str]:
 
 
 def _shown(name: str) -> str:
-    printable = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
-    return printable if len(printable) <= SHOWN_CHARS else f"...{printable[-SHOWN_CHARS:]}"
+    return shortened(printable(name), SHOWN_CHARS)

@@ -19,10 +19,10 @@ from sd3core.data.shards import Sample, read_index, read_samples, write_shard
 from sd3core.data.store import open_store
 from sd3core.errors import DataError, RecipeError
 from sd3core.progress import Progress
-from sd3core.recipe import Text
+from sd3core.recipe import TOKENS_AT_MOST, Text
 from sd3core.recipe_file import load_recipe
 from workers import encode_latents
-from workers.encode import LOAD_S, TOKENS_AT_MOST, EncodeWorker, _with_enlarged_images, cut_advice
+from workers.encode import LOAD_S, EncodeWorker, _with_enlarged_images, cut_advice
 from workers.encode_latents import LatentsSource, LatentsWorker
 from workers.encode_text import NULL, NULL_RECORD, TOO_LONG, TextWorker, pin_null, read_null_bytes
 from workers.inputs import InputShard, map_ahead

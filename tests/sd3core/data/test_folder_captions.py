@@ -173,6 +173,15 @@ def test_rows_that_cannot_be_used_are_counted_by_reason_and_named(folder):
     ])  # fmt: skip
 
 
+def test_a_rows_file_name_is_shown_as_other_names_are(folder):
+    """Escaped and not replaced, joiners of words and emoji as they are; a long one by both its ends."""
+    _images(folder, "a.png")
+    rows = _row("x\x1b[2J\u200d.png"), _row("sub/" + 50 * "long " + ".png"), _row("a.png")
+    (folder / "metadata.jsonl").write_text(_jsonl(*rows), encoding="utf-8")
+    [line] = _listed(folder)[1]
+    assert "line 1 (x\\x1b[2J\u200d.png" in line and "line 2 (sub/long " in line and "more characters) ..." in line
+
+
 @pytest.mark.parametrize("empty", ["", " \t", "\u200b", None])
 def test_an_empty_text_hides_no_file(folder, empty):
     _images(folder, "a.jpg")

@@ -64,7 +64,7 @@ def test_commit_and_read(store):
 def test_what_is_not_the_manifest_asked_for_is_refused(store):
     with pytest.raises(DataError, match="no such manifest; the stage that makes it is not finished"):
         read_manifest(store, FOLDER)
-    ref = commit_manifest(store, FOLDER, _manifest())
+    commit_manifest(store, FOLDER, _manifest())
     with pytest.raises(DataError, match="no such manifest"):
         read_manifest(store, FOLDER, "0" * 64)
     with pytest.raises(DataError, match="not the manifest that was asked for"):
