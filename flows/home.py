@@ -12,6 +12,7 @@ from pathlib import Path
 from sd3core.data.store import Store, open_store
 from sd3core.local_paths import expanded
 from sd3core.recipe import Recipe
+from sd3core.shown_text import shell_word
 
 LEAST_FREE_MB = 10
 PROJECT = Path(__file__).resolve().parent.parent
@@ -47,8 +48,11 @@ def write_whole(path: Path, text: str, mode: int = 0o666) -> None:
 
 
 def pasted(command: str) -> str:
-    """A command of this installation as a message shows it: it can be pasted where the message came."""
-    return f"{'' if _in_project() else f'{PROJECT}/'}.venv/bin/{command}"
+    """A command of this installation as a message shows it: it can be pasted where the message came, whatever the project's folder
+    is called.
+    """
+    program, *arguments = command.split(" ", 1)
+    return " ".join([shell_word(f"{'' if _in_project() else f'{PROJECT}/'}.venv/bin/{program}"), *arguments])
 
 
 def _in_project() -> bool:

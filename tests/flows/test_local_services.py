@@ -258,3 +258,17 @@ def test_a_worker_with_other_s3_keys_is_started_again(monkeypatch, child, busy):
         if busy
         else "the worker is started again with this shell's AWS_ENDPOINT_URL"
     ]
+
+
+@pytest.mark.parametrize("folder", ["plain", "a b", "it's $HOME", 'q"`ls`"', "new\nline", "ü"])
+def test_a_command_in_a_message_can_be_pasted_whatever_the_projects_folder_is_called(monkeypatch, tmp_path, folder):
+    """Also within `eval "$(...)"`, as the line of `sd3 up` has it."""
+    program = tmp_path / folder / ".venv" / "bin" / "sd3"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\necho "called=\'$*\'"\n')
+    program.chmod(0o700)
+    monkeypatch.setattr(home, "PROJECT", tmp_path / folder)
+    pasted = home.pasted("sd3 demo --recipe 'a  b'")
+    for command in (pasted, f'eval "$({pasted})"; echo "$called"'):
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert "demo --recipe a  b" in done.stdout
