@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sd3core.data.store import Store, open_store
-from sd3core.local_paths import expanded
 from sd3core.recipe import Recipe
 from sd3core.shown_text import shell_word
 
@@ -71,11 +70,8 @@ def full_disk() -> str | None:
 
 
 def run_store(recipe: Recipe) -> Store:
-    """The recipe's store; one it does not name is this machine's own. A relative path is one of the project's folder: a run's
-    process and the commands that look for what it made may have been started anywhere.
-    """
-    url = recipe.store or (home() / "store").as_uri()
-    return open_store(url if ":" in url.partition("/")[0] else str(PROJECT / expanded(url)))
+    """The recipe's store; one it does not name is this machine's own."""
+    return open_store(recipe.store or (home() / "store").as_uri())
 
 
 @contextmanager

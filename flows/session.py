@@ -50,7 +50,7 @@ def session(recipe: str, overrides: list[str] | None) -> Iterator[Session]:
         yield joined
         return
     os.environ["SD3_HOME"] = str(home())  # whole, before the folder changes
-    os.chdir(PROJECT)  # of which relative paths in a recipe are; the process began where Prefect finds no settings of others
+    os.chdir(PROJECT)  # the process began where Prefect finds no settings of others, and Ray's would begin there too
     keep_loopback_direct()
     loaded = load_recipe(recipe, overrides)
     store = run_store(loaded)

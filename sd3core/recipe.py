@@ -110,6 +110,8 @@ class ReleasedTowers(Section):
     def _folders_here(self) -> ReleasedTowers:
         for key, folder in self:
             _refuse_url(key, folder)
+            if not folder.startswith("~"):  # a home is written out where it is used
+                _check_whole_path(key, folder)
         return self
 
 
@@ -242,6 +244,7 @@ class Caption(Section):
         if self.captioner == "vision_language_model" and not self.model:
             raise ValueError("caption.model must name a local folder when caption.captioner is 'vision_language_model'")
         _refuse_url("model", self.model)
+        _check_whole_path("model", self.model)
         return self
 
 

@@ -12,7 +12,7 @@ import yaml
 from sd3core import specs
 from sd3core.errors import DataError, RecipeError
 from sd3core.formulation_names import EDM_RF_WEIGHT, NAMES
-from sd3core.recipe import Buckets, Compute, Evaluate, Recipe
+from sd3core.recipe import Buckets, Compute, Evaluate, Recipe, ReleasedTowers
 from sd3core.recipe_file import load_recipe, shipped_recipes
 from sd3core.specs import fingerprint
 
@@ -283,6 +283,16 @@ def test_a_path_that_workers_would_look_for_elsewhere_is_refused(override):
         load_recipe("tiny-test", [override])
     with pytest.raises(RecipeError, match="folder photos is relative"):
         load_recipe("tiny-test", ["data.source=folder", "data.folder=photos"])
+
+
+@pytest.mark.parametrize("key", ["caption.model", *(f"towers.released.{name}" for name in ReleasedTowers.model_fields)])
+def test_a_folder_of_released_weights_is_named_by_its_whole_path(key):
+    """A relative one is of the shell's folder in `sd3 plan`, and of another in a run's process."""
+    for path in ("models/x", "./x", "x"):
+        with pytest.raises(RecipeError, match=f"{key.rpartition('.')[2]} {path} is relative, .*: give the whole path"):
+            load_recipe("sd3-2b", [f"{key}={path}"])
+    load_recipe("sd3-2b", [f"{key}=/models/x"])
+    load_recipe("sd3-2b", ["towers.released.vae=~/models/vae"])
 
 
 def test_overrides_reach_every_place():
