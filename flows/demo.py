@@ -29,7 +29,7 @@ from sd3core.local_paths import expanded
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
 from sd3core.recipe_yaml import yaml_text
-from sd3core.shown_text import shell_word
+from sd3core.shown_text import is_utf8, shell_word
 
 if TYPE_CHECKING:
     from flows.terminal import RunView
@@ -53,10 +53,8 @@ def folder_overrides(recipe: Recipe, folder: Path) -> list[str]:
     folder = expanded(folder).resolve()
     if not folder.is_dir():
         raise DataError(f"DATA (--data) {folder}: no such folder")
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
-        raise DataError(f"DATA (--data) {folder}: its name is not UTF-8, and recipes are; rename it") from None
+    if not is_utf8(str(folder)):
+        raise DataError(f"DATA (--data) {folder}: its name is not UTF-8, and recipes are; rename it")
     slug = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-")[:40] or "folder"
     name = f"{slug}-{hashlib.sha256(str(folder).encode()).hexdigest()[:6]}"
     overrides = [

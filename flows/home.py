@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sd3core.data.store import Store, open_store
+from sd3core.errors import UserError
 from sd3core.recipe import Recipe
-from sd3core.shown_text import shell_word
+from sd3core.shown_text import is_utf8, shell_word
 
 LEAST_FREE_MB = 10
 PROJECT = Path(__file__).resolve().parent.parent
@@ -20,6 +21,12 @@ PROJECT = Path(__file__).resolve().parent.parent
 def home() -> Path:
     """`SD3_HOME`, or `local/` beside the packages."""
     return Path(os.environ.get("SD3_HOME") or PROJECT / "local").resolve()
+
+
+def check_home() -> None:
+    """UserError where its name is no UTF-8: runs begin in it, and Prefect's server takes no such name."""
+    if not is_utf8(str(home())):
+        raise UserError(f"SD3_HOME {home()}: its name is not UTF-8, which Prefect's server wants; name another folder")
 
 
 def ensure(folder: Path) -> Path:

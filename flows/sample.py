@@ -28,6 +28,7 @@ from sd3core.progress import counted
 from sd3core.recipe import Recipe
 from sd3core.sample_settings import Convention, Weights
 from sd3core.sampling import SAMPLERS
+from sd3core.shown_text import is_utf8
 from sd3core.text_encoders import ENCODERS
 from sd3core.towers import fetch_towers
 from workers.caches import checked_here, towers_cache
@@ -86,10 +87,8 @@ def draws_of(
 
 def check_unicode(what: str, text: str) -> None:
     """UserError where an argument's bytes were no UTF-8, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{what} {text!r}: not UTF-8 text; write it as UTF-8") from None
+    if not is_utf8(text):
+        raise UserError(f"{what} {text!r}: not UTF-8 text; write it as UTF-8")
 
 
 def sample_run(

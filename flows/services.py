@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from pathlib import Path
 
-from flows.home import ensure, full_disk, home, one_at_a_time, pasted, write_whole
+from flows.home import check_home, ensure, full_disk, home, one_at_a_time, pasted, write_whole
 from flows.interrupt import put_off, unheard
 from flows.prefect_environment import (
     basic_authorization,
@@ -125,6 +125,7 @@ def _answer(services: Services) -> int | None:
 
 def up(say: Say = print) -> Services:
     """Starts what is not running, and returns when the server answers, the worker polls and the deployments stand."""
+    check_home()
     check_proxies()
     with one_at_a_time("up", say):
         return _up(say)

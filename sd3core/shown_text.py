@@ -26,6 +26,11 @@ def printable(text: str) -> str:
     return "".join(_escaped(c) if unicodedata.category(c) in UNSHOWN and c not in JOINERS else c for c in text)
 
 
+def is_utf8(text: str) -> bool:
+    """False of a name with bytes that are no UTF-8: Python holds them as surrogates, and neither JSON nor YAML can carry those."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _escaped(character: str) -> str:
     if "\udc80" <= character <= "\udcff":
         return f"\\x{ord(character) - 0xDC00:02x}"

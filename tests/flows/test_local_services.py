@@ -16,6 +16,7 @@ import pytest
 from flows import home, services
 from flows.processes import Process
 from flows.services import ServiceError, Services
+from sd3core.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -272,3 +273,10 @@ def test_a_command_in_a_message_can_be_pasted_whatever_the_projects_folder_is_ca
     for command in (pasted, f'eval "$({pasted})"; echo "$called"'):
         done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
         assert "demo --recipe a  b" in done.stdout
+
+
+def test_a_home_whose_name_is_no_text_is_told_before_anything_starts(monkeypatch, tmp_path):
+    monkeypatch.setenv("SD3_HOME", str(tmp_path / "\udcff"))
+    monkeypatch.setattr(services, "_up", lambda say: pytest.fail("services were started"))
+    with pytest.raises(UserError, match=r"^SD3_HOME /.*/\\xff: its name is not UTF-8, which Prefect's server wants; name another folder$"):
+        services.up()
