@@ -187,9 +187,11 @@ def _example_prompt(recipe: Recipe, store: Store) -> str:
 
 
 def sample_command(recipe: Recipe, prompt: str = EXAMPLE_PROMPT) -> list[str]:
-    """The command that draws from what this run made, ready to paste: its checkpoint keeps the settings."""
+    """The command that draws from what this run made, ready to paste: its checkpoint keeps the settings. Without a run's name it
+    would be the run of the default recipe as it is shipped.
+    """
     command = [pasted("sd3"), "sample", shell_word(prompt)]
-    if recipe.run != DEFAULT_RECIPE:
+    if recipe.model_copy(update={"store": None}) != load_recipe(DEFAULT_RECIPE):
         command += ["--run", recipe.run]
     if recipe.store is not None:
         command += ["--set", shell_word(f"store={yaml_text(recipe.store)}")]

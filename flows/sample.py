@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from itertools import groupby
@@ -18,6 +19,7 @@ from flows.options import device as chosen_device
 from flows.options import one_of
 from flows.recipes import DEFAULT_RECIPE
 from flows.summary import finished_runs
+from flows.trained_runs import TrainedRun
 from sd3core.checkpoint import is_training_checkpoint, read_done
 from sd3core.data.store import open_store
 from sd3core.errors import UserError
@@ -35,6 +37,7 @@ from workers.caches import checked_here, towers_cache
 
 LARGEST_SEED = 2**63 - 1
 MOST_PICTURES = 100_000
+STORE_OF = re.compile(r"^(.+)/runs/[^/]+/checkpoints/[^/]+/[^/]+/[^/]+/?$")  # of a training checkpoint
 LARGEST_PROMPT_FILE = 10_000_000  # bytes; a device or a pipe may have no end
 
 
@@ -97,6 +100,7 @@ def sample_run(
     out: Path,
     *,
     checkpoint: str | None,
+    trained: TrainedRun | None = None,
     towers: Path | None,
     weights: str | None,
     precision: str,
@@ -108,7 +112,8 @@ def sample_run(
     """Draws the prompts with their seeds and prints where the pictures are. UserError for settings that cannot be.
 
     settings: fields of SampleSettings; None takes the recipe's, for the size the checkpoint's, and for the shift that of what is drawn from.
-    device: None takes a GPU where there is one. Without `checkpoint` and `towers` they are those of the recipe's run.
+    device: None takes a GPU where there is one. Without `checkpoint` and `towers` they are those of the recipe's run, or of `trained`,
+    whose recipe it then is.
     """
     one_of("--weights", weights, get_args(Weights))
     one_of("--precision", precision, DTYPES)
@@ -118,7 +123,7 @@ def sample_run(
         one_of("--without", name, ENCODERS)
     check_unicode("--negative", settings["negative_prompt"] or "")
     device = chosen_device(device)
-    chosen = checkpoint or last_checkpoint(recipe)
+    chosen = checkpoint or (trained.checkpoint if trained else last_checkpoint(recipe))
     towers = _towers(recipe, checkpoint, towers)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -135,7 +140,7 @@ def sample_run(
 
         of_recipe = recipe.evaluate.model_dump(include={"num_steps", "guidance_scale", "sampler"})
         if checkpoint is None:  # another checkpoint has a shift of its own
-            of_recipe["shift"] = recipe.evaluate.shift_for(recipe.phases()[-1][1])
+            of_recipe["shift"] = recipe.evaluate.shift_for(trained.phase if trained else recipe.phases()[-1][1])
         paths = sample_to_files(
             chosen,
             towers,
@@ -164,23 +169,26 @@ def _columns(draws: Sequence[Draw]) -> int | None:
 
 
 def _towers(recipe: Recipe, checkpoint: str | None, given: Path | None) -> Path:
-    """The folder that is given, or what the checkpoint was trained with where it says so, or the recipe's, fetched."""
+    """The folder that is given, or what the checkpoint was trained with where it says so, or the recipe's, fetched: from the store
+    that is named, else from the one that the checkpoint lies in, else from the one of its own recipe.
+    """
     if given is not None:
         if not (given / "vae").is_dir():
             raise UserError(f"--towers {given}: no vae folder there; name a folder as diffusers' pipelines have it")
         for part in ("vae/", "text_encoder", "tokenizer"):
             check_exported(given, checked_here(), part)
         return given
-    recipe = (_own_recipe(checkpoint) if checkpoint else None) or recipe
-    store = run_store(recipe)
-    try:
-        return fetch_towers(store, upstream.towers_manifest(recipe, store).folder, towers_cache())
-    except upstream.NotFinishedError:
-        if checkpoint is None:
-            raise
-        raise UserError(
-            f"--checkpoint {checkpoint}: name its VAE and text encoders too, with --towers FOLDER"
-        ) from None
+    own = _own_recipe(checkpoint) if checkpoint else None
+    urls = [*STORE_OF.findall(checkpoint), own.store] if own and recipe.store is None else [recipe.store]
+    for url in urls:
+        of_store = (own or recipe).model_copy(update={"store": url})
+        store = run_store(of_store)
+        try:
+            return fetch_towers(store, upstream.towers_manifest(of_store, store).folder, towers_cache())
+        except upstream.NotFinishedError:
+            if checkpoint is None:
+                raise
+    raise UserError(f"--checkpoint {checkpoint}: name its VAE and text encoders too, with --towers FOLDER")
 
 
 def _own_recipe(checkpoint: str) -> Recipe | None:

@@ -37,6 +37,12 @@ def recall_stage(store: Store, run: str, stage: str) -> StageNote | None:
         return None  # written by another version: it explains nothing, and decides nothing
 
 
+def stage_noted_at(store: Store, run: str, stage: str) -> float:
+    """When the note was last changed, Unix seconds by the store's clock; 0 where there is none."""
+    path = _note_path(run, stage)
+    return max((entry.modified for entry in store.list(path.rpartition("/")[0]) if entry.path == path), default=0.0)
+
+
 def remember_stage(
     store: Store, run: str, stage: str, folder: str, digest: str, fields: dict[str, Any], warnings: tuple[str, ...] = ()
 ) -> None:

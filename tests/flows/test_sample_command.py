@@ -88,6 +88,45 @@ def test_a_checkpoint_brings_the_towers_it_was_trained_with(drawn, tmp_path, fin
     assert drawn(*PROMPTS)["towers"] == towers_folder(load_recipe("mini")) != towers_folder(trained)
 
 
+@pytest.fixture
+def fetched(monkeypatch, tmp_path):
+    """Makes towers of tiny-test stand in a store; what is fetched then is told as (store's URL, folder)."""
+
+    def towers_manifest(recipe, store):
+        if not store.exists(f"{towers_folder(recipe)}/x"):
+            raise sample.upstream.NotFinishedError("towers")
+        return SimpleNamespace(folder=towers_folder(recipe))
+
+    def make(store):
+        monkeypatch.setattr(sample.upstream, "towers_manifest", towers_manifest)
+        monkeypatch.setattr(sample, "fetch_towers", lambda store, folder, cache: (store.url, folder))
+        store.put(f"{towers_folder(load_recipe('tiny-test'))}/x", b"")
+
+    return make
+
+
+@pytest.mark.parametrize("overrides", [[], ["--set", "store={store}"]])
+def test_a_run_brings_the_towers_of_the_store_that_it_was_found_in(drawn, fetched, tmp_path, finish_checkpoint, overrides):
+    """Its checkpoint's recipe names no store: that of the home that trained it."""
+    store, trained = open_store(str(tmp_path / ("another" if overrides else "store"))), load_recipe("tiny-test")
+    fetched(store)
+    finish_checkpoint(store, f"runs/tiny-test/checkpoints/pretrain/aaaa/{trained.pretrain.samples:012d}", trained)
+    asked = drawn(*PROMPTS, "--run", "tiny-test", *(word.format(store=store.url) for word in overrides))
+    assert asked["towers"] == (store.url, towers_folder(trained))
+
+
+@pytest.mark.parametrize("where", ["named", "beside", "of the recipe"])
+def test_a_checkpoint_brings_its_towers_from_another_store(drawn, fetched, tmp_path, finish_checkpoint, where):
+    holds = open_store(str(tmp_path / "holds"))
+    lies_in = holds if where == "beside" else open_store(str(tmp_path / "copy"))
+    trained = load_recipe("tiny-test", [f"store={holds.url}"] if where == "of the recipe" else [])
+    fetched(holds)
+    folder = "runs/tiny-test/checkpoints/pretrain/aaaa/000000000008"
+    finish_checkpoint(lies_in, folder, trained)
+    named = ["--set", f"store={holds.url}"] if where == "named" else []
+    assert drawn(*PROMPTS, "--checkpoint", lies_in.uri(folder), *named)["towers"] == (holds.url, towers_folder(trained))
+
+
 def test_named_seeds_are_those_of_every_prompt(drawn):
     assert drawn(*PROMPTS, "--seeds", "17, 3")["draws"] == [(p, seed) for p in PROMPTS for seed in (17, 3)]
 

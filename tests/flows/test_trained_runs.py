@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import time
 
 import pytest
 from rich.console import Console
@@ -13,6 +15,7 @@ from flows.trained_runs import trained_run
 from sd3core.checkpoint import read_done
 from sd3core.data.store import open_store
 from sd3core.errors import RecipeError, UserError
+from sd3core.local_paths import shown_place
 from sd3core.recipe_file import load_recipe
 from workers.stage_notes import remember_stage
 
@@ -36,13 +39,18 @@ def finish(store, finish_checkpoint):
     return write
 
 
+def of_store(recipe, store):
+    return recipe.model_copy(update={"store": store.url})
+
+
 def test_the_recipe_is_that_of_the_newest_checkpoint_of_the_last_phase(store, finish):
     recipe = load_recipe("tiny-test", SETTINGS)
     finish(recipe, "pretrain", 96)
     finish(recipe, "finetune.0", 8)
     last = finish(recipe, "finetune.0", recipe.finetune[-1].samples)
     found = trained_run(store, "photos-1")
-    assert (found.checkpoint, found.recipe, found.unfinished) == (store.uri(last), recipe, "")
+    assert (found.checkpoint, found.recipe, found.unfinished) == (store.uri(last), of_store(recipe, store), "")
+    assert found.phase == recipe.finetune[-1]
     assert trained_run(store, "photos-1", ["evaluate.num_steps=3"]).recipe.evaluate.num_steps == 3
     with pytest.raises(RecipeError, match="^--run photos-1: the recipe in file:///.*DONE.json: unknown key evaluate.steps"):
         trained_run(store, "photos-1", ["evaluate.steps=3"])
@@ -75,6 +83,29 @@ def test_of_two_trainings_of_a_phase_the_one_that_the_run_ended_is_taken(store, 
     assert trained_run(store, "photos-1").checkpoint == store.uri(ended)
 
 
+def test_after_a_training_was_made_shorter_the_checkpoint_that_it_ended_with_is_taken(store, finish):
+    """Under a constant rate both stand in one folder, and the checkpoint keeps the recipe of the longer one."""
+    longer = load_recipe("tiny-test", [*SETTINGS, "finetune.0.samples=800"])
+    ended = finish(longer, "finetune.0", 8)
+    finish(longer, "finetune.0", 800)
+    folder = ended.rpartition("/")[0]
+    remember_stage(store, "photos-1", "finetune.0", folder, read_done(store, ended).digest, {}, ())
+    found = trained_run(store, "photos-1")
+    assert (found.checkpoint, found.unfinished) == (store.uri(ended), "")
+
+
+def test_a_training_that_is_being_made_longer_gives_its_newest_checkpoint(store, finish):
+    recipe = load_recipe("tiny-test", [*SETTINGS, "finetune.0.samples=800"])
+    ended = finish(recipe, "finetune.0", 8)
+    remember_stage(store, "photos-1", "finetune.0", ended.rpartition("/")[0], read_done(store, ended).digest, {}, ())
+    newest = finish(recipe, "finetune.0", 400)
+    later = time.time() + 10
+    os.utime(shown_place(store.uri(f"{newest}/DONE.json")), (later, later))
+    found = trained_run(store, "photos-1")
+    assert found.checkpoint == store.uri(newest)
+    assert found.unfinished == "run photos-1 is not trained to its end: this is finetune.0 after 400 of 800 samples"
+
+
 @pytest.mark.parametrize("run", ["other", "..", "a/b", "", "\x1b[2J", "x" * 5000])
 def test_a_run_that_is_not_there_names_those_that_are(store, finish, run):
     with pytest.raises(UserError, match="no run in file:///.* has a checkpoint"):
@@ -92,11 +123,11 @@ def test_sample_and_the_line_that_the_demo_prints(store, finish, monkeypatch, tm
     last = finish(recipe, "finetune.0", recipe.finetune[-1].samples)
     monkeypatch.setenv("SD3_HOME", str(tmp_path / "home"))
     asked = {}
-    monkeypatch.setattr(sample, "_towers", lambda of, checkpoint, given: asked.update(recipe=of, checkpoint=checkpoint) or tmp_path)
+    monkeypatch.setattr(sample, "_towers", lambda of, checkpoint, given: asked.update(recipe=of) or tmp_path)
     monkeypatch.setattr(commands, "console", Console(file=io.StringIO()))
 
     def draw(checkpoint, towers, draws, out, *, on_step, **options):
-        asked.update(options, draws=draws)
+        asked.update(options, draws=draws, checkpoint=checkpoint)
         on_step(0, 1)
         return [out / "00000.png"]
 
@@ -105,9 +136,17 @@ def test_sample_and_the_line_that_the_demo_prints(store, finish, monkeypatch, tm
     assert words == [".venv/bin/sd3", "sample", "'a cat'", "--run", "photos-1"]
     code, _, err = sd3("sample", "a cat", "--run", "photos-1")
     assert (code, err) == (0, "")
-    assert (asked["recipe"], asked["checkpoint"], asked["guidance_scale"]) == (recipe, store.uri(last), 7.0)
+    expected = (of_store(recipe, store), store.uri(last), 7.0, recipe.finetune[-1].shift)
+    assert tuple(asked[name] for name in ("recipe", "checkpoint", "guidance_scale", "shift")) == expected
+    for shift, drawn_with in (("2.5", 2.5), ("null", recipe.finetune[-1].shift)):
+        sd3("sample", "a cat", "--run", "photos-1", "--set", f"evaluate.shift={shift}")
+        assert asked["shift"] == drawn_with
     assert sample_command(load_recipe("mini")) == [".venv/bin/sd3", "sample", "'a red circle left of a blue square'"]
     on_s3 = sample_command(load_recipe("mini", ["store=s3://b/a b"]), "x")
     assert on_s3 == [".venv/bin/sd3", "sample", "x", "--set", "'store=\"s3://b/a b\"'"]
+    for settings in (["pretrain.samples=9600"], ["evaluate.guidance_scale=3"]):  # other checkpoints, or other pictures of them
+        assert sample_command(load_recipe("mini", settings), "x") == [".venv/bin/sd3", "sample", "x", "--run", "mini"]
+    of_a_file = load_recipe("tiny-test", ["name=mine", "run=mini"])
+    assert sample_command(of_a_file, "x") == [".venv/bin/sd3", "sample", "x", "--run", "mini"]
     assert "name the one or the other" in sd3("sample", "x", "--run", "photos-1", "--checkpoint", "/x")[2]
     assert read_done(store, last).recipe == recipe.model_dump(mode="json")
