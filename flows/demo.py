@@ -109,7 +109,8 @@ def demo(
         with run_lock(store.url, recipe.run, seconds=0):  # a stage of another deployment may work on it
             forgotten = forget_from(recipe, store, from_stage)
         console.print(f"made again: {', '.join(forgotten)}", soft_wrap=True, highlight=False)
-    view = _run_to_the_end(run_id, f"pipeline/{name}", overrides, services, console)
+    parameters = ({"recipe": source} if source != name else {}) | ({"overrides": overrides} if overrides else {})
+    view = _run_to_the_end(run_id, recipe, f"pipeline/{name}", parameters, services, console)
     if view.state.value != "COMPLETED":
         raise RunFailed(
             f"{_first_failure(view)} (the same command{' without --from-stage' if from_stage else ''} goes on from there)"
@@ -121,19 +122,28 @@ def demo(
 
 
 def _run_to_the_end(
-    joined: UUID | None, deployment: str, overrides: list[str], services: Services, console: Console
+    joined: UUID | None, recipe: Recipe, deployment: str, parameters: dict[str, Any], services: Services, console: Console
 ) -> RunView:
-    """Follows the run that is joined, or starts one. After Ctrl-C the one that it started is ended, one that it joined goes on."""
-    from flows.runs import cancel_run
+    """Follows the run that is joined, or starts one. After Ctrl-C the one that it started is ended, one that it joined goes on; so
+    too where its process has read another recipe.
+    """
+    from flows.runs import OtherRecipe, Reads, cancel_run
     from flows.terminal import follow
 
     run_id = joined
     try:
         if run_id is None:
             with put_off():  # once asked for, the run comes: its id is needed to end it
-                run_id = start_run(deployment, overrides, console)
+                run_id = start_run(deployment, parameters, console)
         console.print(f"run {run_id}: {services.ui_url}/runs/flow-run/{run_id}", soft_wrap=True, highlight=False)
-        return follow(run_id, console)
+        return follow(run_id, console, Reads.of(recipe))
+    except OtherRecipe:
+        if not joined:
+            cancel_run(run_id, "It read another recipe than the command that started it.")
+        raise RunFailed(
+            f"run {recipe.run}: its process read another recipe than this command{'' if joined else ', so it was ended'}; its file was"
+            f" edited meanwhile, and the same command takes it as it is now, or the services are of another checkout, and `{DOWN}` comes first"
+        ) from None
     except Interrupted:
         if run_id is None:
             raise
@@ -198,11 +208,15 @@ def sample_command(recipe: Recipe, prompt: str = EXAMPLE_PROMPT) -> list[str]:
     return command
 
 
-def start_run(deployment: str, overrides: list[str], console: Console) -> UUID:
-    """Starts the deployment with Prefect's own command, as a user would. ServiceError where that says no, or nothing in time."""
+def start_run(deployment: str, parameters: dict[str, Any], console: Console) -> UUID:
+    """Starts the deployment with Prefect's own command, as a user would. ServiceError where that says no, or nothing in time.
+
+    `parameters`: those that are not as the deployment has them. A recipe of one's own is always among them: the deployment may
+    have got another file of the same name meanwhile.
+    """
     command = ["prefect", "--no-prompt", "deployment", "run", deployment]
-    if overrides:
-        command += ["--param", f"overrides={json.dumps(overrides)}"]
+    for name, value in parameters.items():
+        command += ["--param", f"{name}={json.dumps(value)}"]
     console.print(f"$ {' '.join(map(shell_word, command))}", soft_wrap=True, highlight=False)
     try:
         with kept_from_children():

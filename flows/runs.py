@@ -63,6 +63,10 @@ class Reads:
         return cls(fingerprint(recipe.model_dump(mode="json")), recipe.run, run_store(recipe).url)
 
 
+class OtherRecipe(UserError):
+    """A run's process read another recipe than the command that follows it."""
+
+
 def remember_process(flow_run_id: str, process: Process, reads: Reads) -> None:
     """Called by a flow run as it starts."""
     record = {**asdict(process), "reads": asdict(reads), "api": PREFECT_API_URL.value()}
@@ -71,12 +75,19 @@ def remember_process(flow_run_id: str, process: Process, reads: Reads) -> None:
 
 def what_it_reads(run: FlowRun) -> Reads | None:
     """As its process wrote it down; of a run that has none yet, as its parameters say. None where these name no recipe."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        return Reads(**json.loads((home() / "live" / f"{run.id}.json").read_text())["reads"])
+    if reads := what_its_process_read(run.id):
+        return reads
     try:
         return Reads.of(load_recipe(run.parameters["recipe"], run.parameters.get("overrides")))
     except (KeyError, UserError):
         return None  # it will fail of that itself
+
+
+def what_its_process_read(flow_run_id: UUID) -> Reads | None:
+    """None before it has begun, and once it is gone."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        return Reads(**json.loads((home() / "live" / f"{flow_run_id}.json").read_text())["reads"])
+    return None
 
 
 def take_cancellation(flow_run_id: str) -> bool:

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from flows.artifacts import SKIPPED
 from flows.prefect_client import AT_ONCE, prefect_client
-from flows.runs import fail_dead_runs, flow_name, read_stage_runs
+from flows.runs import OtherRecipe, Reads, fail_dead_runs, flow_name, read_stage_runs, what_its_process_read
 from flows.services import ServiceError, worker_lives
 from flows.summary import of_stage
 from flows.terminal_picture import can_show_pictures, half_blocks
@@ -122,8 +122,10 @@ def _picture(artifacts: list[dict[str, Any]]) -> Picture | None:
     return None
 
 
-def follow(flow_run_id: UUID, console: Console) -> RunView:
-    """Shows the run until it has ended, and returns the last look. ServiceError if the server stays away."""
+def follow(flow_run_id: UUID, console: Console, wanted: Reads | None = None) -> RunView:
+    """Shows the run until it has ended, and returns the last look. ServiceError if the server stays away, OtherRecipe once its
+    process has read another than the `wanted` one.
+    """
     redraws = console.is_terminal and not console.is_dumb_terminal
     live = Live(console=console, auto_refresh=False, transient=False) if redraws else None
     printer, pictures, picture_seen = _LinePrinter(console), _Pictures(flow_run_id, console), False
@@ -133,6 +135,10 @@ def follow(flow_run_id: UUID, console: Console) -> RunView:
         live.start()
     try:
         while True:
+            if wanted and (reads := what_its_process_read(flow_run_id)):
+                if reads != wanted:
+                    raise OtherRecipe(f"flow run {flow_run_id}: its process read another recipe")
+                wanted = None
             try:
                 fail_dead_runs()
                 view = look(flow_run_id)

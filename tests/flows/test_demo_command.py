@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from importlib import resources
@@ -11,9 +12,10 @@ import yaml
 from prefect.client.schemas.objects import StateType
 from rich.console import Console
 
-from flows import demo, previews, runs
+from flows import demo, previews, runs, terminal
 from flows.demo import RunFailed, folder_overrides, sample_command
 from flows.processes import Process
+from flows.recipes import find_recipe
 from flows.runs import GONE
 from flows.services import ServiceError, Services
 from flows.session import RunBusyError, run_lock
@@ -106,7 +108,7 @@ def test_a_run_that_does_not_start_in_time_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(demo.sys, "executable", str(prefect))
     monkeypatch.setattr(demo, "START_SECONDS", 0.5)
     with pytest.raises(ServiceError, match="^`prefect deployment run pipeline/mini` did not end within 0.5 s; the same command"):
-        demo.start_run("pipeline/mini", [], Console(quiet=True))
+        demo.start_run("pipeline/mini", {}, Console(quiet=True))
 
 
 def test_a_stage_is_not_made_again_while_something_works_on_the_run(monkeypatch, tmp_path):
@@ -171,6 +173,65 @@ def test_two_files_with_one_name_and_an_edited_file_are_told_apart(at_work, tmp_
     recipe_file(one, seed=2)
     with pytest.raises(RunFailed, match=f"recipe {one} as it was when that run began"):
         demo._run_at_work(load_recipe(str(one)))
+
+
+def test_a_run_reads_the_file_that_the_command_names(monkeypatch, tmp_path):
+    """Also where another file of the same name was added after this command had written the deployments."""
+    monkeypatch.setenv("SD3_HOME", str(tmp_path / "home"))
+    one, two = (recipe_file(tmp_path / folder / "mine.yaml", run=run) for folder, run in (("one", "one"), ("zwei ü", "two")))
+    asked = []
+
+    def end(run, recipe, deployment, parameters, *_):
+        asked.append((deployment, parameters))
+        return RunView(StateType.FAILED, "x", [])
+
+    monkeypatch.setattr(demo, "up", lambda say: find_recipe(str(two)) and Services(port=1))
+    monkeypatch.setattr(demo, "_run_at_work", lambda *_: None)
+    monkeypatch.setattr(demo, "_run_to_the_end", end)
+    monkeypatch.setattr(demo, "_first_failure", lambda view: "x")
+    for recipe in (str(one), "mine", "tiny-test"):  # by name it is the file that was added last
+        with pytest.raises(RunFailed):
+            demo.demo(recipe, None, ["seed=1"] if recipe == "mine" else [], Console(quiet=True))
+    mine = "pipeline/mine"
+    assert asked == [(mine, {"recipe": str(one)}), (mine, {"recipe": str(two), "overrides": ["seed=1"]}), ("pipeline/tiny-test", {})]
+
+
+def test_a_run_is_started_with_its_parameters(monkeypatch, tmp_path):
+    run, python = uuid4(), tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {tmp_path}/asked\necho {run}\n")
+    python.chmod(0o700)
+    monkeypatch.setenv("SD3_HOME", str(tmp_path))
+    monkeypatch.setattr(demo.sys, "executable", str(python))
+    parameters = {"recipe": "/zwei ü/mine.yaml", "overrides": ["seed=1"]}
+    assert demo.start_run("pipeline/mine", parameters, Console(quiet=True)) == run
+    asked = (tmp_path / "asked").read_text().splitlines()
+    given = [word.partition("=") for at, word in enumerate(asked) if asked[at - 1] == "--param"]
+    assert {name: json.loads(value) for name, _, value in given} == parameters
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_run_whose_process_read_another_recipe_is_not_taken_for_this_commands(at_work, monkeypatch, tmp_path, joined):
+    """The file was edited between the command's look at it and the process's; what the command started is ended."""
+    path = recipe_file(tmp_path / "one" / "mine.yaml")
+    as_it_was = load_recipe(str(path))
+    recipe_file(path, seed=2)
+    run, ended = at_work(path), []
+    monkeypatch.setattr(demo, "start_run", lambda *_: run)
+    monkeypatch.setattr(runs, "cancel_run", lambda run, reason: ended.append(run))
+    with pytest.raises(RunFailed, match="^run mine: its process read another recipe than this command.* its file was edited meanwhile"):
+        demo._run_to_the_end(run if joined else None, as_it_was, "pipeline/mine", {}, Services(port=1), Console(quiet=True))
+    assert ended == ([] if joined else [run])
+
+
+def test_a_run_that_reads_what_the_command_read_is_followed(at_work, monkeypatch, tmp_path):
+    """Whatever the path: in another checkout it is another one."""
+    run = at_work(recipe_file(tmp_path / "two" / "mine.yaml"))
+    monkeypatch.setattr(terminal, "fail_dead_runs", lambda: [])
+    monkeypatch.setattr(terminal, "newest_picture", lambda run: None)
+    monkeypatch.setattr(terminal, "look", lambda run: RunView(StateType.COMPLETED, "", []))
+    recipe = load_recipe(str(recipe_file(tmp_path / "one" / "mine.yaml")))
+    view = demo._run_to_the_end(run, recipe, "pipeline/mine", {}, Services(port=1), Console(quiet=True))
+    assert view.finished
 
 
 def test_what_can_be_told_before_services_start_is(monkeypatch, tmp_path):

@@ -17,6 +17,7 @@ from flows import cli, commands, demo, runs, services
 from flows import session as sessions
 from flows.interrupt import Interrupted, listen, put_off, unheard
 from flows.services import Services
+from sd3core.recipe_file import load_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +104,7 @@ def ended(monkeypatch):
 
 
 def run_to_the_end(joined):
-    demo._run_to_the_end(joined, "pipeline/mini", [], Services(port=1), Console(quiet=True))
+    demo._run_to_the_end(joined, load_recipe("mini"), "pipeline/mini", {}, Services(port=1), Console(quiet=True))
 
 
 def test_a_run_that_the_command_started_is_ended_whenever_it_is_pressed(monkeypatch, ended):
