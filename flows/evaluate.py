@@ -10,7 +10,7 @@ from flows import upstream
 from flows.scores import bench_rows, left_out_lines, score_notes, score_rows, shown_of, thumbnails
 from flows.stage import FLOW_OPTIONS, stage
 from sd3core.progress import counted
-from workers.evaluate import EvaluationInputs, evaluate_stage
+from workers.evaluate import evaluate_stage
 from workers.shard_stage import NOTHING_TO_DO
 
 
@@ -18,16 +18,7 @@ from workers.shard_stage import NOTHING_TO_DO
 def evaluate(recipe: str, overrides: list[str] | None = None, remake: bool = False) -> dict[str, Any]:
     """Validation loss, CLIP score, FID on CLIP features, ShapesBench where the world is the small one, and grids."""
     with stage("evaluate", recipe, overrides, remake) as run:
-        phases = run.recipe.phases()
-        checkpoints = {
-            key: [ref.folder for ref in upstream.checkpoints(run.recipe, run.store, key)] for key, _ in phases
-        }
-        inputs = EvaluationInputs(
-            raw=upstream.raw(run.recipe, run.store),
-            text=upstream.text(run.recipe, run.store),
-            latents={key: upstream.latents(run.recipe, run.store, phase) for key, phase in phases},
-            towers=upstream.towers(run.recipe, run.store).folder,
-        )
+        checkpoints, inputs = upstream.to_be_scored(run.recipe, run.store)
         result = evaluate_stage(run.recipe, run.store, checkpoints, inputs, run.report)
         return run.finish(
             manifest=result.path,

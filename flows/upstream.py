@@ -5,7 +5,7 @@ A stage that is missing, or stands behind the one before it, is a DataError that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -14,9 +14,10 @@ from sd3core import specs
 from sd3core.checkpoint import CONFIG_FILE, DONE_FILE, CheckpointRef, content_digest, list_checkpoints, read_done
 from sd3core.data.manifest import MANIFEST, Manifest, ManifestRef, manifest_ref, read_manifest
 from sd3core.data.store import Store, open_store
-from sd3core.errors import DataError, UserError
+from sd3core.errors import CheckpointError, DataError, UserError
 from sd3core.recipe import Recipe, Training
 from sd3core.towers import TowersManifest, check_vae_channels, check_vae_folder, read_towers
+from workers.evaluate import EvaluationInputs, all_scored
 from workers.ray_room import Node, actors_problem, ranks_problem
 from workers.stage_notes import recall_stage
 from workers.trainer.start import check_start
@@ -114,16 +115,36 @@ def check_vae(recipe: Recipe, store: Store) -> None:
 
 
 def check_room(recipe: Recipe, store: Store, nodes: Sequence[Node]) -> None:
-    """Before the first stage, what a later one would say of compute's CPUs and GPUs. Where this run has once been through the stages
-    that want them, they may have nothing to do: then that is left to them.
+    """Before the first stage, what a later one would say of compute's CPUs and GPUs. A stage for which all stands as today's recipe
+    makes it has nothing to do, and needs none.
     """
-    trained = all(recall_stage(store, recipe.run, key) for key, _ in recipe.phases())
-    complete = store.exists(f"runs/{recipe.run}/summary.json")
-    problem = None if complete else actors_problem(recipe.compute, nodes)
-    if not trained:
-        problem = problem or ranks_problem(recipe.compute, nodes)
-    if problem:
-        raise NoRoomError(problem)
+    last, _ = recipe.phases()[-1]
+    if problem := actors_problem(recipe.compute, nodes):
+        if not _stands(lambda: all_scored(recipe, store, *to_be_scored(recipe, store))):
+            raise NoRoomError(problem)
+    if problem := ranks_problem(recipe.compute, nodes):
+        if not _stands(lambda: checkpoints(recipe, store, last)):
+            raise NoRoomError(problem)
+
+
+def _stands(found: Callable[[], object]) -> bool:
+    try:
+        return bool(found())
+    except (DataError, CheckpointError):  # a stage before it is not finished, behind, or damaged
+        return False
+
+
+def to_be_scored(recipe: Recipe, store: Store) -> tuple[dict[str, list[str]], EvaluationInputs]:
+    """What evaluation goes by: the checkpoints of every phase, oldest first, and the data."""
+    phases = recipe.phases()
+    trained = {key: [checkpoint.folder for checkpoint in checkpoints(recipe, store, key)] for key, _ in phases}
+    inputs = EvaluationInputs(
+        raw=raw(recipe, store),
+        text=text(recipe, store),
+        latents={key: latents(recipe, store, phase) for key, phase in phases},
+        towers=towers(recipe, store).folder,
+    )
+    return trained, inputs
 
 
 def start_digest(recipe: Recipe, store: Store, phase_key: str, start: str) -> str:

@@ -167,6 +167,15 @@ def evaluate_stage(
     )
 
 
+def all_scored(
+    recipe: Recipe, store: Store, checkpoints: dict[str, list[str]], inputs: EvaluationInputs
+) -> bool:
+    """Whether `evaluate_stage` has no part to make."""
+    tasks = plan_tasks(recipe, store, checkpoints, inputs)
+    standing, _ = _standing_parts(store, tasks, checked_here())
+    return all(standing.values()) and not _to_be_of_one_precision(tasks, standing)
+
+
 def _read_part(store: Store, path: str, checked: CheckedFiles) -> tuple[Part | None, str | None]:
     """(the part, None), or (None, the file of it that is damaged). One of an earlier version is sealed as it is found."""
     try:

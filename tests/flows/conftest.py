@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from flows import upstream
 from flows.cli import main
+from sd3core import specs
 from sd3core.checkpoint import CheckpointDone
+from sd3core.data.store import canonical_json
+
+RECORDS = Path(__file__).parents[1] / "_written_before" / "tiny-test-records.json"
 
 
 @pytest.fixture
@@ -56,3 +64,48 @@ def finish_checkpoint():
         store.put_json(f"{folder}/DONE.json".lstrip("/"), done.model_dump(mode="json"))
 
     return finish
+
+
+@pytest.fixture
+def write_records():
+    """Writes what an earlier version left of a run of tiny-test: manifests, done records, notes and scores, without their bytes."""
+
+    def write(store) -> None:
+        for path, value in json.loads(RECORDS.read_text()).items():
+            data = canonical_json(value)
+            store.put(path, data)
+            if path.endswith("/MANIFEST.json"):
+                digest = hashlib.sha256(data).hexdigest()
+                store.put(path.replace("MANIFEST", f"MANIFEST.{digest[:12]}"), data)
+        last = f"{store.get_json('runs/tiny-test/stages/finetune.0.json')['folder']}/{32:012d}"
+        store.put_json("runs/tiny-test/export/0123456789ab/MANIFEST.json", {"from": last, "fields": {"format": 1}})
+
+    return write
+
+
+@pytest.fixture
+def train_today(finish_checkpoint):
+    """Finished checkpoints of every phase, by today's fields, on a store whose data stand. Their folders."""
+
+    def train(recipe, store) -> list[str]:
+        folders = []
+        for key, phase in recipe.phases():
+            folder = specs.checkpoints_folder(recipe, key, upstream.phase_inputs(recipe, store, key).fields)
+            finish_checkpoint(store, f"{folder}/{phase.last_samples:012d}", recipe)
+            folders.append(folder)
+        return folders
+
+    return train
+
+
+@pytest.fixture
+def rise(monkeypatch):
+    """Only these formats rise above those of the records: of the others, those of today are of no interest here."""
+    written = {"raw": 3, "towers": 1, "captions": 1, "text": 1, "latents": 1, "train": 1, "evaluations": 2}
+
+    def raised(*kinds: str) -> None:
+        for kind, number in written.items():
+            monkeypatch.setitem(specs.FORMATS, kind, number + 5 * (kind in kinds))
+
+    raised()
+    return raised

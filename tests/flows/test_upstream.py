@@ -16,6 +16,7 @@ from sd3core.errors import CheckpointError, DataError
 from sd3core.mmdit import make_model
 from sd3core.recipe_file import load_recipe
 from sd3core.specs import captions_folder, fingerprint, raw_fields, raw_folder
+from workers.evaluate import plan_tasks, sealed
 from workers.ray_room import Node
 from workers.stage_notes import remember_stage
 
@@ -146,21 +147,28 @@ def test_without_a_fine_tuning_phase_the_stage_names_the_pretrained_checkpoint(m
     assert finished["skipped"] and finished["digest"] == "of runs/r/checkpoints/pretrain/s/8"
 
 
-def test_what_no_node_holds_is_said_before_the_first_stage_but_not_of_work_that_is_done(store):
+def test_what_no_node_holds_is_said_before_the_first_stage_but_not_of_work_that_is_done(store, write_records, train_today):
     """A finished run, or one whose training ran elsewhere, goes on a machine without a GPU."""
-    laptop = [Node("127.0.0.1", 8, 0)]
-    recipe = load_recipe("tiny-test", ["run=a"])
-    trains = load_recipe("tiny-test", ["run=a", "compute.gpus_per_rank=1"])
-    encodes = load_recipe("tiny-test", ["run=a", "compute.gpus_per_actor=1"])
+    laptop, no_ranks, no_actors = [Node("127.0.0.1", 8, 0)], "^compute.train_ranks 2 x .* the 0 GPUs", "^compute.gpus_per_actor 1 "
+    recipe = load_recipe("tiny-test")
+    trains, encodes = (load_recipe("tiny-test", [f"compute.gpus_per_{process}=1"]) for process in ("rank", "actor"))
+    write_records(store)  # a run that was trained, with scores and notes, by other fields than today's
+    store.put_json("runs/tiny-test/summary.json", {})
     upstream.check_room(recipe, store, laptop)
-    with pytest.raises(upstream.NoRoomError, match=r"^compute.train_ranks 2 x compute.gpus_per_rank 1 is more than the 0 GPUs"):
+    with pytest.raises(upstream.NoRoomError, match=no_ranks):
         upstream.check_room(trains, store, laptop)
-    with pytest.raises(upstream.NoRoomError, match="^compute.gpus_per_actor 1 is more than the 0 GPUs"):
+    with pytest.raises(upstream.NoRoomError, match=no_actors):
         upstream.check_room(encodes, store, laptop)
-    for key, _ in recipe.phases():
-        remember_stage(store, "a", key, "x", "0" * 64, {})
+    train_today(recipe, store)
     upstream.check_room(trains, store, laptop)
-    with pytest.raises(upstream.NoRoomError, match="^compute.gpus_per_actor"):  # evaluation is still to come
+    with pytest.raises(upstream.NoRoomError, match=no_actors):  # evaluation is still to come
         upstream.check_room(encodes, store, laptop)
-    store.put_json("runs/a/summary.json", {})
+    for task in plan_tasks(recipe, store, *upstream.to_be_scored(recipe, store)):
+        store.put_json(task.settled("fp32").path, sealed({"precision": "fp32", "pictures": []}))
     upstream.check_room(encodes, store, laptop)
+    longer = load_recipe("tiny-test", ["pretrain.samples=960", "compute.gpus_per_rank=1"])
+    with pytest.raises(upstream.NoRoomError, match=no_ranks):
+        upstream.check_room(longer, store, laptop)
+    changed = load_recipe("tiny-test", ["evaluate.num_steps=3", "compute.gpus_per_actor=1"])
+    with pytest.raises(upstream.NoRoomError, match=no_actors):
+        upstream.check_room(changed, store, laptop)
