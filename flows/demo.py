@@ -96,7 +96,7 @@ def demo(
     if from_stage:
         check_stage(from_stage)
     store.check()  # what cannot be is told before anything starts
-    check_upgrade(recipe, store, remake, before=from_stage)
+    check_upgrade(recipe, store, remake, from_stage=from_stage)
     services = up(lambda line: console.print(line, soft_wrap=True, highlight=False))
     listen(f"stopped; the services stay, `{DOWN}` stops them; the same command goes on")
 

@@ -1,21 +1,24 @@
 """`--from-stage S`: takes back the word that S and the stages after it are done, so that the next run of the pipeline makes them again.
 
-Only markers go (manifests, done records, scores); the bytes stay until the same names are written anew. Shards and towers are shared
-by every run that names the same data, so the other runs of that data find them undone as well.
+Only markers go (manifests, done records, scores), and only those of what this recipe makes with this version: what other settings
+or a version before made stays done. The bytes stay until the same names are written anew. Shards and towers are shared by every
+run that names the same data, so the other runs of that data find them undone as well.
 """
 
 from __future__ import annotations
 
 import difflib
+from contextlib import suppress
 
+from flows import upstream
 from sd3core import specs
 from sd3core.checkpoint import DONE_FILE
 from sd3core.data.manifest import MANIFEST
 from sd3core.data.shards import DONE
 from sd3core.data.store import Store
-from sd3core.errors import RecipeError
+from sd3core.errors import RecipeError, StoreError, UserError
 from sd3core.recipe import Recipe
-from sd3core.specs import STAGES
+from sd3core.specs import FORMATS, STAGES
 from sd3core.towers import read_towers
 
 
@@ -34,19 +37,48 @@ def forget_from(recipe: Recipe, store: Store, first: str) -> list[str]:
     """
     check_stage(first)
     stages = list(STAGES[STAGES.index(first) :])
-    folders = {
-        stage: _folders(recipe, store, stage) for stage in stages
-    }  # before the towers that name some of them are undone
+    trained = _trained(recipe, store)
+    found = {stage: _markers(recipe, store, stage, trained) for stage in stages}  # before any goes that names others
     for stage in reversed(stages):
-        for folder in folders[stage]:
-            for entry in store.list(folder):
-                if _marks(stage, entry.path.rpartition("/")[2]):
-                    store.delete(entry.path)
+        for path in found[stage]:
+            store.delete(path)
     return stages
 
 
-def _folders(recipe: Recipe, store: Store, stage: str) -> list[str]:
+def _trained(recipe: Recipe, store: Store) -> dict[str, str]:
+    """The folder of each phase's checkpoints. A phase is left out where what it starts from does not stand: nothing names its own."""
+    found = {}
+    for key, _ in recipe.phases():
+        with suppress(UserError):
+            found[key] = specs.checkpoints_folder(recipe, key, upstream.phase_inputs(recipe, store, key).fields)
+    return found
+
+
+def _markers(recipe: Recipe, store: Store, stage: str, trained: dict[str, str]) -> list[str]:
+    """The files that say that something of a stage is done."""
     run = f"runs/{recipe.run}"
+    if stage == "evaluate":  # the table is made from the parts
+        parts = (entry.path for entry in store.list(f"{run}/evaluations") if entry.path.endswith(".json"))
+        return [path for path in parts if _is_ours(store, path, trained, "checkpoint", "protocol", "evaluations")]
+    if stage == "export":
+        exported = (f"{run}/export/{spec}/{MANIFEST}" for spec in store.folders(f"{run}/export"))
+        return [path for path in exported if _is_ours(store, path, trained, "from", "fields", "export")]
+    paths = [entry.path for folder in _folders(recipe, store, stage, trained) for entry in store.list(folder)]
+    marks = DONE_FILE if stage in ("pretrain", "finetune") else (MANIFEST, DONE)
+    return [path for path in paths if path.rpartition("/")[2].endswith(marks)]
+
+
+def _is_ours(store: Store, path: str, trained: dict[str, str], checkpoint: str, made_by: str, kind: str) -> bool:
+    """Whether a record is of this recipe's checkpoints, in this version's format; also where that cannot be read from it."""
+    try:
+        record = store.get_json(path)
+        ours = record[checkpoint].rpartition("/")[0] in trained.values()
+        return ours and record[made_by]["format"] == FORMATS[kind]
+    except (StoreError, KeyError, TypeError, AttributeError):
+        return True
+
+
+def _folders(recipe: Recipe, store: Store, stage: str, trained: dict[str, str]) -> list[str]:
     if stage == "encode":
         towers = specs.towers_folder(recipe)
         if not store.exists(f"{towers}/{MANIFEST}"):
@@ -56,21 +88,6 @@ def _folders(recipe: Recipe, store: Store, stage: str) -> list[str]:
             specs.text_folder(recipe, digests),
             *(specs.latents_folder(recipe, phase, digests) for _, phase in recipe.phases()),
         ]
-    return {
-        "ingest": [specs.raw_folder(recipe)],
-        "towers": [specs.towers_folder(recipe)],
-        "caption": [specs.captions_folder(recipe)],
-        "pretrain": [f"{run}/checkpoints/pretrain"],
-        "finetune": [f"{run}/checkpoints/{key}" for key, _ in recipe.phases()[1:]],
-        "evaluate": [f"{run}/evaluations"],
-        "export": [f"{run}/export"],
-    }[stage]
-
-
-def _marks(stage: str, name: str) -> bool:
-    """Is this file the word that something is done?"""
     if stage in ("pretrain", "finetune"):
-        return name == DONE_FILE
-    if stage == "evaluate":
-        return name.endswith(".json")
-    return name == MANIFEST or name.endswith(DONE)
+        return [folder for key, folder in trained.items() if key.partition(".")[0] == stage]
+    return [{"ingest": specs.raw_folder, "towers": specs.towers_folder, "caption": specs.captions_folder}[stage](recipe)]

@@ -11,7 +11,7 @@ import hashlib
 import json
 from typing import Any
 
-from sd3core.formulation_names import formulation_version
+from sd3core.formulation_names import KINDS, formulation_version
 from sd3core.model_identity import model_identity
 from sd3core.recipe import Recipe, Training
 
@@ -36,6 +36,12 @@ def fingerprint(fields: Any) -> str:
     """12 hex digits of the SHA-256 of the canonical JSON of `fields`."""
     canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def version_numbers() -> str:
+    """Names all the numbers that only this software changes, as they are in this version."""
+    formulations = {name: kind.version for name, kind in KINDS.items() if kind.version > 1}
+    return fingerprint({"formats": FORMATS, "pixels": PIXELS, "world": WORLD, "formulations": formulations})
 
 
 def raw_fields(recipe: Recipe) -> dict[str, Any]:

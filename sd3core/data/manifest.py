@@ -20,7 +20,7 @@ from sd3core.provenance import Provenance, provenance_path, put_provenance
 
 MANIFEST = "MANIFEST.json"
 UNSET = "unset"
-FIELDS_KEY, FIELDS_BYTES = '"fields": ', 1 << 18  # the first key of a manifest's sorted ones
+FIELDS_KEY, INPUTS_KEY, HEAD_BYTES = '"fields": ', '"inputs": ', 1 << 16  # keys are sorted: both stand before the shards
 
 
 class ShardEntry(BaseModel):
@@ -132,18 +132,28 @@ def read_manifest(store: Store, folder_or_path: str, digest: str | None = None) 
     return manifest
 
 
-def read_fields(store: Store, folder: str) -> dict[str, Any] | None:
-    """The fields of a folder's newest manifest, from its first bytes: a manifest of 100,000 shards has tens of MB.
+@dataclass(frozen=True)
+class ManifestHead:
+    """What stands before a manifest's shards."""
 
-    None where no manifest stands, or one that cannot be read.
+    fields: dict[str, Any]
+    inputs: dict[str, str]  # none of a manifest of towers
+
+
+def read_head(store: Store, path: str) -> ManifestHead | None:
+    """A manifest's first bytes, unchecked: one of 100,000 shards has tens of MB.
+
+    None where no manifest stands at `path`, or one that cannot be read.
     """
-    path = f"{folder}/{MANIFEST}"
+    decoder = json.JSONDecoder()
     try:
-        start = store.get_range(path, 0, min(FIELDS_BYTES, store.size(path))).decode(errors="replace")
-        fields, _ = json.JSONDecoder().raw_decode(start, start.index(FIELDS_KEY) + len(FIELDS_KEY))
+        start = store.get_range(path, 0, min(HEAD_BYTES, store.size(path))).decode(errors="replace")
+        fields, end = decoder.raw_decode(start, start.index(FIELDS_KEY) + len(FIELDS_KEY))
+        place = start.find(INPUTS_KEY, end)
+        inputs = decoder.raw_decode(start, place + len(INPUTS_KEY))[0] if place >= 0 else {}
     except (StoreError, ValueError):
         return None
-    return fields if isinstance(fields, dict) else None
+    return ManifestHead(fields, inputs) if isinstance(fields, dict) and isinstance(inputs, dict) else None
 
 
 def is_whole(store: Store, manifest: Manifest) -> bool:

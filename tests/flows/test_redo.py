@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flows.redo import forget_from
+from sd3core import specs
 from sd3core.data.store import open_store
 from sd3core.errors import RecipeError
 from sd3core.recipe_file import load_recipe
@@ -42,10 +43,36 @@ def test_later_stages_are_undone_and_earlier_ones_stay(finished):
     before = paths(store)
     forget_from(recipe, store, "pretrain")
     assert before - paths(store) == {
-        "runs/tiny-test/checkpoints/pretrain/aaaa/000000000096/DONE.json",
         "runs/tiny-test/evaluations/scores.json",
         "runs/tiny-test/export/bbbb/MANIFEST.json",
     }
+
+
+def test_of_training_scores_and_exports_only_those_of_these_settings_and_this_version_are_undone(
+    tmp_path, write_records, train_today
+):
+    recipe, store = load_recipe("tiny-test"), open_store(str(tmp_path))
+    write_records(store)
+    ours = train_today(recipe, store)
+    checkpoints = {
+        "ours": ours[0],
+        "of_other_settings": train_today(load_recipe("tiny-test", ["pretrain.learning_rate=0.1"]), store)[0],
+        "of_the_version_before": store.get_json("runs/tiny-test/stages/pretrain.json")["folder"],
+    }
+    run, made = "runs/tiny-test", {}
+    for name, folder in checkpoints.items():
+        checkpoint = f"{folder}/{96:012d}"
+        for number, since in ((specs.FORMATS["evaluations"], ""), (1, "_by_an_older_protocol")):
+            part, fields = f"{run}/evaluations/pretrain/{name}{since}.0123456789ab.json", {"format": number}
+            store.put_json(part, {"checkpoint": checkpoint, "protocol": fields})
+            exported = f"{run}/export/{name}{since}/MANIFEST.json"
+            store.put_json(exported, {"from": checkpoint, "fields": fields})
+            made[name + since] = {part, exported}
+    before = paths(store)
+    forget_from(recipe, store, "pretrain")
+    gone = before - paths(store)
+    trained = {f"{ours[0]}/{96:012d}/DONE.json", f"{ours[1]}/{32:012d}/DONE.json"}
+    assert gone == {*trained, *made["ours"], f"{run}/evaluations/scores.json"}
 
 
 def test_only_markers_go(finished):

@@ -5,25 +5,22 @@ tests/_written_before/tiny-test-records.json holds that store's manifests, done 
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 import io
-import json
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from flows import upgrade
 from flows.deployments import FLOWS, PARAMETERS
+from flows.redo import forget_from
 from flows.upgrade import RemakeNeeded, check_upgrade, look, print_upgrade
 from sd3core import specs
 from sd3core.data.manifest import read_manifest
-from sd3core.data.store import FileStore, canonical_json
+from sd3core.data.store import FileStore
 from sd3core.recipe_file import load_recipe
 
-RECORDS = Path(__file__).parents[1] / "_written_before" / "tiny-test-records.json"
 DATA = ["ingest", "towers", "caption", "text", "latents.pretrain", "latents.finetune.0"]
 RESULTS = ["pretrain", "finetune.0", "evaluate", "export"]
 FOLLOW = {  # what is made again where one format rises, by the parts' own word
@@ -46,29 +43,10 @@ class NoShardsListed(FileStore):
 
 
 @pytest.fixture
-def store(tmp_path):
+def store(tmp_path, write_records):
     store = NoShardsListed(tmp_path / "store")
-    for path, value in json.loads(RECORDS.read_text()).items():
-        data = canonical_json(value)
-        store.put(path, data)
-        if path.endswith("/MANIFEST.json"):
-            digest = hashlib.sha256(data).hexdigest()
-            store.put(path.replace("MANIFEST", f"MANIFEST.{digest[:12]}"), data)
-    store.put_json("runs/tiny-test/export/0123456789ab/MANIFEST.json", {})
+    write_records(store)
     return store
-
-
-@pytest.fixture
-def rise(monkeypatch):
-    """Only these formats rise above those of the records: of the others, those of today are of no interest here."""
-    written = {"raw": 3, "towers": 1, "captions": 1, "text": 1, "latents": 1, "train": 1, "evaluations": 2}
-
-    def raised(*kinds: str) -> None:
-        for kind, number in written.items():
-            monkeypatch.setitem(specs.FORMATS, kind, number + 5 * (kind in kinds))
-
-    raised()
-    return raised
 
 
 def recipe(*overrides: str):
@@ -165,11 +143,11 @@ def test_a_phase_that_did_not_come_to_its_end_is_not_begun_again_unasked(store, 
 
 def test_stages_that_are_made_again_by_wish_are_not_asked_about_and_those_before_are(store, rise):
     rise("train")
-    check_upgrade(recipe(), store, remake=False, before="pretrain")
+    check_upgrade(recipe(), store, remake=False, from_stage="pretrain")
     check_upgrade(recipe(), store, remake=False, up_to="encode")
     rise("text", "train")
     with pytest.raises(RemakeNeeded):
-        check_upgrade(recipe(), store, remake=False, before="pretrain")
+        check_upgrade(recipe(), store, remake=False, from_stage="pretrain")
 
 
 def test_the_plan_says_what_stays_and_what_it_costs(store, rise):
@@ -208,3 +186,43 @@ def test_what_is_damaged_is_left_to_the_stage_that_mends_it(store, rise):
     store.put(f"{folder}/MANIFEST.json", b"{")
     check_upgrade(recipe(), store, remake=False)
     assert [part.status for part in look(recipe(), store)][:3] == ["stands", "other", "stands"]
+
+
+@pytest.mark.parametrize("first", ["ingest", "encode", "pretrain"])
+def test_what_the_user_has_made_again_from_a_stage_on_is_asked_of_no_more_and_what_stood_stays(store, rise, first):
+    rise("raw", "text", "train")
+    plain, done = FileStore(store.root), sorted(store.root.rglob("DONE.json"))
+    if first != "ingest":
+        with pytest.raises(RemakeNeeded):
+            check_upgrade(recipe(), store, remake=False, from_stage=first)
+        assert not store.exists("runs/tiny-test/remake.json")
+    check_upgrade(recipe(), store, remake=first != "ingest", from_stage=first)
+    before = {entry.path for entry in plain.list()}
+    forget_from(recipe(), plain, first)
+    assert before == {entry.path for entry in plain.list()} | {"runs/tiny-test/evaluations/scores.json"}
+    assert sorted(store.root.rglob("DONE.json")) == done
+    check_upgrade(recipe(), store, remake=False)  # as the pipeline that follows asks
+    rise("raw", "text", "train", "latents")
+    with pytest.raises(RemakeNeeded, match="latents format 1 -> 6"):
+        check_upgrade(recipe(), store, remake=False)
+
+
+def test_a_rise_that_shows_when_a_stage_has_been_made_again_is_part_of_the_wish(store, rise):
+    """Without its data nothing is known of training; the same data made again, the version before's stands."""
+    rise("train")
+    plain = FileStore(store.root)
+    check_upgrade(recipe(), store, remake=False, from_stage="encode")
+    manifests = {path: path.read_bytes() for path in store.root.rglob("MANIFEST.json")}
+    forget_from(recipe(), plain, "encode")
+    assert parts_of(recipe(), store) == []
+    check_upgrade(recipe(), store, remake=False)
+    for path, data in manifests.items():
+        path.write_bytes(data)
+    assert "pretrain" in parts_of(recipe(), store)
+    check_upgrade(recipe(), store, remake=False)
+
+
+def test_a_plan_on_a_machine_without_the_captioner_is_a_plan(store):
+    out = io.StringIO()
+    print_upgrade(recipe("caption.captioner=vision_language_model", "caption.model=/no/such"), store, Console(file=out))
+    assert out.getvalue() == ""

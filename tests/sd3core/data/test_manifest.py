@@ -12,7 +12,7 @@ from sd3core.data.manifest import (
     explain_difference,
     is_whole,
     manifest_ref,
-    read_fields,
+    read_head,
     read_manifest,
 )
 from sd3core.errors import DataError
@@ -108,18 +108,19 @@ def test_differences_are_told_by_key():
     assert explain_difference({"a": {}}, {"a": {"b": 1}}) == ["a.b: unset -> 1"]
 
 
-def test_the_fields_of_a_manifest_are_read_without_its_shards(store):
+def test_the_head_of_a_manifest_is_read_without_its_shards(store):
     commit_manifest(store, FOLDER, _manifest(2_000))
     asked = []
     get_range = type(store).get_range
     store.get_range = lambda path, offset, length: asked.append(length) or get_range(store, path, offset, length)
     store.get = None
-    assert read_fields(store, FOLDER) == {"side_px": 64}
-    assert asked == [1 << 18] and store.size(f"{FOLDER}/MANIFEST.json") > asked[0]
+    head = read_head(store, f"{FOLDER}/MANIFEST.json")
+    assert (head.fields, head.inputs) == (_manifest().fields, _manifest().inputs)
+    assert asked == [1 << 16] and store.size(f"{FOLDER}/MANIFEST.json") > asked[0]
 
 
 @pytest.mark.parametrize("data", [None, b"", b"{}", b'{"fields": {"a": 1', b'{"fields": 3}'])
-def test_what_is_no_manifest_has_no_fields(store, data):
+def test_what_is_no_manifest_has_no_head(store, data):
     if data is not None:
         store.put(f"{FOLDER}/MANIFEST.json", data)
-    assert read_fields(store, FOLDER) is None
+    assert read_head(store, f"{FOLDER}/MANIFEST.json") is None
