@@ -39,6 +39,10 @@ def pipeline(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
         check_vae(opened.recipe, opened.store)
         for warning in short_average_warnings(opened.recipe):
             get_run_logger().warning(warning)
-        outcomes = [stage_flow(recipe, overrides) for stage_flow in STAGE_FLOWS]
+        outcomes: list[dict[str, Any]] = []
+        for stage_flow in STAGE_FLOWS:
+            if outcomes and outcomes[-1]["state"] == "done":  # now that it stands, what follows it may show another version's
+                check_upgrade(opened.recipe, opened.store, remake)
+            outcomes.append(stage_flow(recipe, overrides))
         scores = opened.store.get_json(f"runs/{opened.recipe.run}/evaluations/scores.json")
         return write_summary(opened.store, opened.recipe, outcomes, scores, overrides)

@@ -42,6 +42,11 @@ class RunCancelledError(UserError):
     """The run was cancelled while its process was still to come."""
 
 
+def in_session() -> bool:
+    """Whether a pipeline's session is open, which its stages join."""
+    return _current.get() is not None
+
+
 @contextmanager
 def session(recipe: str, overrides: list[str] | None) -> Iterator[Session]:
     """Opens a session, or joins the one of the pipeline that this stage runs in."""

@@ -14,7 +14,7 @@ from prefect.logging import get_run_logger
 
 from flows.artifacts import Log, StageReporter, publish
 from flows.recipes import known_recipes
-from flows.session import session
+from flows.session import in_session, session
 from flows.upgrade import check_upgrade
 from sd3core.data.store import Store
 from sd3core.recipe import Recipe
@@ -133,7 +133,8 @@ class StageRun:
 @contextmanager
 def stage(name: str, recipe: str, overrides: list[str] | None, remake: bool = False) -> Iterator[StageRun]:
     """`remake`: what stands may be made again where a format rose with this version."""
-    log = get_run_logger()
+    log, alone = get_run_logger(), not in_session()
     with session(recipe, overrides) as opened, StageReporter(name, str(runtime.flow_run.id), log) as reporter:
-        check_upgrade(opened.recipe, opened.store, remake, up_to=name)
+        if alone:  # else the pipeline asks
+            check_upgrade(opened.recipe, opened.store, remake, up_to=name)
         yield StageRun(name, opened.recipe, opened.store, reporter, log)

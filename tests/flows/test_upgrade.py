@@ -8,11 +8,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import io
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from flows import upgrade
+import flows.stage
+from flows import pipeline, upgrade
 from flows.deployments import FLOWS, PARAMETERS
 from flows.redo import forget_from
 from flows.upgrade import RemakeNeeded, check_upgrade, look, print_upgrade
@@ -226,3 +229,41 @@ def test_a_plan_on_a_machine_without_the_captioner_is_a_plan(store):
     out = io.StringIO()
     print_upgrade(recipe("caption.captioner=vision_language_model", "caption.model=/no/such"), store, Console(file=out))
     assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_stage_asks_by_itself_and_leaves_it_to_its_pipeline_inside_one(monkeypatch, alone):
+    asked = []
+
+    @contextmanager
+    def opened(*_):
+        yield SimpleNamespace(recipe="recipe", store="store")
+
+    monkeypatch.setattr(flows.stage, "session", opened)
+    monkeypatch.setattr(flows.stage, "StageReporter", opened)
+    monkeypatch.setattr(flows.stage, "get_run_logger", lambda: None)
+    monkeypatch.setattr(flows.stage, "in_session", lambda: not alone)
+    monkeypatch.setattr(flows.stage, "check_upgrade", lambda *asked_for, up_to: asked.append((*asked_for, up_to)))
+    with flows.stage.stage("encode", "tiny-test", None, True):
+        assert asked == [("recipe", "store", True, "encode")] * alone
+
+
+def test_a_pipeline_asks_first_and_after_each_stage_that_made_something(monkeypatch):
+    said = []
+
+    @contextmanager
+    def opened(*_):
+        yield SimpleNamespace(recipe=recipe(), store=SimpleNamespace(get_json=lambda path: {}))
+
+    def stage_flow(name, state):
+        return lambda *_: said.append(name) or {"state": state}
+
+    for name in ("check_room", "check_start_from", "check_vae", "living_nodes"):
+        monkeypatch.setattr(pipeline, name, lambda *_: None)
+    monkeypatch.setattr(pipeline, "session", opened)
+    monkeypatch.setattr(pipeline, "get_run_logger", lambda: SimpleNamespace(warning=lambda line: None))
+    monkeypatch.setattr(pipeline, "check_upgrade", lambda *_: said.append("asked"))
+    monkeypatch.setattr(pipeline, "STAGE_FLOWS", (stage_flow("a", "done"), stage_flow("b", "skipped"), stage_flow("c", "done")))
+    monkeypatch.setattr(pipeline, "write_summary", lambda store, recipe, outcomes, *_: outcomes)
+    assert len(pipeline.pipeline.fn("tiny-test")) == 3
+    assert said == ["asked", "a", "asked", "b", "c"]
