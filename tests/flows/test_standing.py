@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 
 import pytest
@@ -12,7 +11,6 @@ from flows.upgrade import RemakeNeeded, check_upgrade
 from sd3core import specs
 from sd3core.data.manifest import Manifest, commit_manifest, read_manifest
 from sd3core.data.store import FileStore
-from sd3core.errors import StoreError
 from sd3core.recipe_file import load_recipe
 from sd3core.specs import fingerprint
 from sd3core.towers import TowersManifest, read_towers
