@@ -9,6 +9,7 @@ from prefect import flow
 from flows import upstream
 from flows.scores import bench_rows, left_out_lines, score_notes, score_rows, shown_of, thumbnails
 from flows.stage import FLOW_OPTIONS, stage
+from sd3core.data.begun import begin, end
 from sd3core.progress import counted
 from workers.evaluate import evaluate_stage
 from workers.shard_stage import NOTHING_TO_DO
@@ -19,7 +20,12 @@ def evaluate(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
     """Validation loss, CLIP score, FID on CLIP features, ShapesBench where the world is the small one, and grids."""
     with stage("evaluate", recipe, overrides, remake) as run:
         checkpoints, inputs = upstream.to_be_scored(run.recipe, run.store)
+        folder = f"runs/{run.recipe.run}/evaluations"
+        digests = {"raw": inputs.raw.digest, "text": inputs.text.digest} | {key: ref.digest for key, ref in inputs.latents.items()}
+        needs = [f"references/{run.recipe.data.name}", inputs.towers, *(path for paths in checkpoints.values() for path in paths)]
+        begin(run.store, run.recipe.run, "evaluate", folder, digests, needs)
         result = evaluate_stage(run.recipe, run.store, checkpoints, inputs, run.report)
+        end(run.store, run.recipe.run, "evaluate", folder)
         return run.finish(
             manifest=result.path,
             digest=result.digest,

@@ -9,11 +9,12 @@ from prefect import flow
 from flows import upstream
 from flows.stage import FLOW_OPTIONS, stage
 from sd3core.checkpoint import DONE_FILE, read_done
+from sd3core.data.begun import begin
 from sd3core.export import export_stage
 from sd3core.progress import Progress
 from sd3core.towers import fetch_towers
 from workers.caches import checked_here, towers_cache
-from workers.shard_stage import NOTHING_TO_DO
+from workers.stage_notes import NOTHING_TO_DO, remember_stage
 
 
 @flow(name="export", **FLOW_OPTIONS)
@@ -44,8 +45,10 @@ def export(recipe: str, overrides: list[str] | None = None, remake: bool = False
             towers,
             manifest.digests,
             checked=checked_here(),
+            begin=lambda folder, fields: begin(run.store, run.recipe.run, "export", folder, fields, [last.folder]),
             reread_towers=lambda: fetch_towers(run.store, manifest.folder, towers_cache(), reread=True),
         )
+        remember_stage(run.store, run.recipe.run, "export", exported.folder, exported.digest, exported.fields)
         run.report(Progress(1, 1, "folders"))
         return run.finish(
             manifest=f"{exported.folder}/MANIFEST.json",

@@ -20,6 +20,7 @@ from flows.summary import write_summary
 from flows.towers import towers
 from flows.upgrade import check_upgrade
 from flows.upstream import check_room, check_start_from, check_vae
+from sd3core.data.begun import begin, end
 from sd3core.moving_average import short_average_warnings
 from workers.ray_session import living_nodes
 
@@ -37,6 +38,8 @@ def pipeline(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
         check_room(opened.recipe, opened.store, living_nodes())
         check_start_from(opened.recipe, opened.store)
         check_vae(opened.recipe, opened.store)
+        run, folder = opened.recipe.run, f"runs/{opened.recipe.run}"
+        begin(opened.store, run, "pipeline", folder, needs=[opened.recipe.model.start_from])
         for warning in short_average_warnings(opened.recipe):
             get_run_logger().warning(warning)
         outcomes: list[dict[str, Any]] = []
@@ -44,5 +47,7 @@ def pipeline(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
             if outcomes and outcomes[-1]["state"] == "done":  # now that it stands, what follows it may show another version's
                 check_upgrade(opened.recipe, opened.store, remake)
             outcomes.append(stage_flow(recipe, overrides))
-        scores = opened.store.get_json(f"runs/{opened.recipe.run}/evaluations/scores.json")
-        return write_summary(opened.store, opened.recipe, outcomes, scores, overrides)
+        scores = opened.store.get_json(f"{folder}/evaluations/scores.json")
+        summary = write_summary(opened.store, opened.recipe, outcomes, scores, overrides)
+        end(opened.store, run, "pipeline", folder)
+        return summary

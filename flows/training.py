@@ -11,6 +11,7 @@ from flows.previews import preview_settings
 from flows.stage import StageRun
 from flows.training_view import training_view
 from sd3core.checkpoint import read_done
+from sd3core.data.begun import begin
 from sd3core.data.store import Store
 from sd3core.moving_average import short_average_warning
 from sd3core.plots import loss_curve
@@ -43,6 +44,7 @@ class PhaseResult:
 def train_phase(run: StageRun, key: str) -> PhaseResult:
     """Trains one phase of the recipe to its end; a finished one returns at once."""
     job = phase_job(run, key)
+    begin(run.store, run.recipe.run, key, job.folder, job.fields, [job.init])
     note = recall_stage(run.store, run.recipe.run, key)
     start = start_point(run.store, job, note)
     if start.samples < job.last_samples:

@@ -76,6 +76,7 @@ class Exported:
     folder: str  # in the store
     digest: str  # of its MANIFEST.json
     skipped: bool
+    fields: dict[str, Any]  # what its spec is the fingerprint of
     damaged: str | None = None  # the file for which it was made again
 
 
@@ -88,12 +89,13 @@ def export_stage(
     *,
     checked: CheckedFiles | None = None,
     reread_towers: Callable[[], object] = lambda: None,
+    begin: Callable[[str, dict[str, Any]], None] = lambda folder, fields: None,
 ) -> Exported:
     """The checkpoint folder `checkpoint` of the store, exported to runs/RUN/export/SPEC with its MANIFEST.json last.
 
     `towers` is the local copy, `tower_digests` the digests of its manifest; before it is copied `reread_towers` compares
     all of its bytes, which the export's own manifest will vouch for. Where a manifest stands and every file is as it says,
-    nothing is made.
+    nothing is made. `begin` hears of the folder and its fields before anything is looked at.
     """
     facts = read_facts(store.uri(checkpoint))
     fields = {
@@ -109,6 +111,7 @@ def export_stage(
     folder = f"runs/{recipe.run}/export/{spec}"
     manifest_path = f"{folder}/{MANIFEST_FILE}"
     standing = {"stage": "export", "spec": spec, "fields": fields}
+    begin(folder, fields)
     skipped, damaged = _look(store, folder, standing, checked)
     if not skipped:
         reread_towers()
@@ -121,7 +124,7 @@ def export_stage(
                 files[name] = record_file(path).model_dump()
         put_provenance(store, f"{folder}/{PROVENANCE_FILE}", provenance())
         store.put_json(manifest_path, standing | {"from": checkpoint, "files": files})
-    return Exported(folder, fingerprint(store.get_json(manifest_path)), skipped, damaged)
+    return Exported(folder, fingerprint(store.get_json(manifest_path)), skipped, fields, damaged)
 
 
 def _look(

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from sd3core.data.begun import begin
 from sd3core.data.manifest import (
     Manifest,
     ManifestRef,
@@ -122,6 +123,8 @@ def run_shard_stages(
 ) -> list[StageResult]:
     """Several stages by the same workers, which load once and take their shards together."""
     started = time.monotonic()
+    for stage in stages:
+        begin(store, run, stage.name, stage.folder, stage.fields | {"inputs": stage.inputs})
     states = [_look(store, run, stage) for stage in stages]
     todo = [task for state in states for task in state.missing]
     total_rows = sum(task.rows for stage in stages for task in stage.tasks)

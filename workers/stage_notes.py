@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sd3core.data.begun import end
 from sd3core.data.manifest import explain_difference
 from sd3core.data.store import Store
 from sd3core.errors import StoreError
@@ -46,9 +47,11 @@ def stage_noted_at(store: Store, run: str, stage: str) -> float:
 def remember_stage(
     store: Store, run: str, stage: str, folder: str, digest: str, fields: dict[str, Any], warnings: tuple[str, ...] = ()
 ) -> None:
+    """The stage has ended with this; the word that it was begun goes after it."""
     note = StageNote(folder=folder, digest=digest, fields=fields, warnings=warnings)
     if recall_stage(store, run, stage) != note:
         store.put_json(_note_path(run, stage), note.model_dump(mode="json"))
+    end(store, run, stage, folder)
 
 
 def _note_path(run: str, stage: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sd3core.data.begun import begin
 from sd3core.data.images import PixelRules, decode_image
 from sd3core.data.manifest import ManifestRef, manifest_ref, read_manifest
 from sd3core.data.store import Store, open_store
@@ -47,6 +48,7 @@ def towers_stage(recipe: Recipe, store: Store, raw: ManifestRef | None, report: 
     """
     started = time.monotonic()
     folder, fields = towers_folder(recipe), towers_fields(recipe)
+    begin(store, recipe.run, "towers", folder, fields | ({"raw": raw.digest} if raw else {}))
     note = recall_stage(store, recipe.run, "towers")
     finished = finished_towers(store, folder)
     damaged = damaged_towers(store, folder, finished, checked_here())

@@ -1,0 +1,113 @@
+"""Trainings, evaluations and exports say what they begin, and take it back at their end; a kill between leaves it."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+
+from flows import evaluate, export, pipeline, training
+from sd3core.data.begun import all_begun
+from sd3core.data.manifest import ManifestRef
+from sd3core.data.store import open_store
+from sd3core.errors import StoreError
+from sd3core.export import Exported
+from sd3core.recipe_file import load_recipe
+from workers.stage_notes import recall_stage
+
+START = "s3://bucket/runs/base/checkpoints/pretrain/111111111111/000000000008"
+REF = ManifestRef("datasets/d/raw/1", "datasets/d/raw/1/MANIFEST.json", "a" * 64)
+
+
+class Killed(StoreError):
+    pass
+
+
+@pytest.fixture
+def run(tmp_path):
+    recipe = load_recipe("tiny-test", [f"model.start_from={START}"])
+    return SimpleNamespace(
+        recipe=recipe, store=open_store(str(tmp_path)), report=lambda progress: None, warn=print, log=logging.getLogger(), finish=lambda **shown: shown
+    )
+
+
+@pytest.fixture
+def in_flow(run, monkeypatch):
+    """The body of a stage's flow, without Prefect."""
+
+    @contextmanager
+    def stage(*_):
+        yield run
+
+    def call(module, function):
+        monkeypatch.setattr(module, "stage", stage)
+        return function.fn("tiny-test")
+
+    return call
+
+
+def killed(*_, **__):
+    raise Killed("here")
+
+
+def test_a_training_says_its_folder_and_its_start(run, monkeypatch):
+    folder = "runs/tiny-test/checkpoints/pretrain/222222222222"
+    job = SimpleNamespace(folder=folder, fields={"training": {}, "latents": "a" * 64}, init=START, last_samples=8, training=run.recipe.pretrain, phase="pretrain")
+    monkeypatch.setattr(training, "phase_job", lambda run, key: job)
+    monkeypatch.setattr(training, "training_view", lambda run, job: nullcontext())
+    monkeypatch.setattr(training, "train", killed)
+    with pytest.raises(Killed):
+        training.train_phase(run, "pretrain")
+    (begun,) = all_begun(run.store)
+    assert (begun.run, begun.stage, begun.folder) == ("tiny-test", "pretrain", folder)
+    assert begun.record["needs"] == [START] and begun.record["fields"] == job.fields
+
+
+def test_an_export_is_noted_when_it_ends(run, in_flow, monkeypatch):
+    folder, ends = "runs/tiny-test/export/333333333333", False
+
+    def export_stage(*_, begin, **__):
+        begin(folder, {"checkpoint": "b" * 64})
+        return Exported(folder, "c" * 64, False, {"checkpoint": "b" * 64}) if ends else killed()
+
+    monkeypatch.setattr(export.upstream, "last_checkpoint", lambda *_: SimpleNamespace(folder="runs/tiny-test/checkpoints/finetune.0/1"))
+    monkeypatch.setattr(export.upstream, "towers_manifest", lambda *_: SimpleNamespace(folder="towers/t", digests={}))
+    monkeypatch.setattr(export, "fetch_towers", lambda *_: None)
+    monkeypatch.setattr(export, "export_stage", export_stage)
+    with pytest.raises(Killed):
+        in_flow(export, export.export)
+    (begun,) = all_begun(run.store)
+    assert (begun.stage, begun.folder, begun.record["needs"]) == ("export", folder, ["runs/tiny-test/checkpoints/finetune.0/1"])
+    ends = True
+    in_flow(export, export.export)
+    assert not all_begun(run.store) and recall_stage(run.store, "tiny-test", "export").folder == folder
+
+
+def test_an_evaluation_says_the_checkpoints_that_it_scores(run, in_flow, monkeypatch):
+    ref = SimpleNamespace(folder="runs/tiny-test/checkpoints/pretrain/1/000000000008")
+    monkeypatch.setattr(evaluate.upstream, "checkpoints", lambda *_: [ref])
+    for name in ("raw", "text", "latents", "towers"):
+        monkeypatch.setattr(evaluate.upstream, name, lambda *_: REF)
+    monkeypatch.setattr(evaluate, "evaluate_stage", killed)
+    with pytest.raises(Killed):
+        in_flow(evaluate, evaluate.evaluate)
+    (begun,) = all_begun(run.store)
+    assert ref.folder in begun.record["needs"] and f"references/{run.recipe.data.name}" in begun.record["needs"]
+    assert begun.record["fields"]["raw"] == "a" * 64
+
+
+def test_a_pipeline_says_its_start_before_the_first_stage(run, monkeypatch):
+    monkeypatch.setattr(pipeline, "session", lambda *_: nullcontext(run))
+    for name in ("check_upgrade", "check_room", "check_start_from", "check_vae", "living_nodes", "get_run_logger"):
+        monkeypatch.setattr(pipeline, name, lambda *_: logging.getLogger())
+    monkeypatch.setattr(pipeline, "STAGE_FLOWS", (killed,))
+    with pytest.raises(Killed):
+        pipeline.pipeline.fn("tiny-test")
+    (begun,) = all_begun(run.store)
+    assert (begun.stage, begun.folder, begun.record["needs"]) == ("pipeline", "runs/tiny-test", [START])
+    run.store.put_json("runs/tiny-test/evaluations/scores.json", {})
+    monkeypatch.setattr(pipeline, "STAGE_FLOWS", ())
+    monkeypatch.setattr(pipeline, "write_summary", lambda *_: {"run": "tiny-test"})
+    assert pipeline.pipeline.fn("tiny-test") == {"run": "tiny-test"} and not all_begun(run.store)
