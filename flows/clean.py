@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from flows.home import home
+from flows.home import home, lock_holder
 from sd3core.data.store import Store, StoreEntry
 from sd3core.data.unused import Unused, find_unused, remove
 from sd3core.errors import UserError
@@ -27,12 +27,12 @@ CACHE = "cache/"  # before the name of what this machine keeps
 
 
 def clean(store: Store, wanted: list[str], days: float, console: Console) -> None:
-    """Lists what nobody uses, or removes those of it that are named; `all` names everything.
+    """Lists what nobody uses, or removes those of it that are named; `all` names everything but what is unfinished.
 
-    Raises UserError for a name that is not in the list, and where a run of this machine is at work: it may be about to use what
-    nobody used before.
+    Raises UserError for a name that is not in the list, and where a run of this home is at work: it may be about to use what
+    nobody used before. What runs of other homes and machines have begun, the store says.
     """
-    found: dict[str, tuple[Unused, Callable[[], None]]] = {}
+    found: dict[str, tuple[Unused, Callable[[], object]]] = {}
     for item in find_unused(store, days):
         found[item.name] = (item, partial(remove, store, item))
     for item in _unused_cache(store, days):
@@ -43,11 +43,17 @@ def clean(store: Store, wanted: list[str], days: float, console: Console) -> Non
         if name != ALL and name not in found:
             raise UserError(f"--remove {name}: not in the list that `sd3 clean` prints; it is in use, younger than {days:g} days, or not there")
     if busy := _run_at_work():
-        raise UserError(f"{busy} is at work on this machine; wait for it, or end it, and remove then")
+        raise UserError(f"{busy} is at work; wait for it, or end it, and remove then")
     chosen = [found[name] for name in found if ALL in wanted or name in wanted]
     for item, take_away in chosen:
-        take_away()
-        console.print(f"removed {item.name} ({item.bytes / GB:,.3f} GB)", soft_wrap=True, highlight=False)
+        size = f"({item.bytes / GB:,.3f} GB)"
+        if item.unfinished and item.name not in wanted:
+            line = f"kept {item.name} {size}: {item.why}; `--remove {item.name}` removes it"
+        elif take_away() is False:
+            line = f"kept {item.name} {size}: a run has begun with it since"
+        else:
+            line = f"removed {item.name} {size}"
+        console.print(line, soft_wrap=True, highlight=False)
     if not chosen:
         console.print("nothing to remove", highlight=False)
 
@@ -67,7 +73,7 @@ def _print(store: Store, items: list[Unused], days: float, console: Console) -> 
     total = sum(item.bytes for item in items)
     console.print()
     console.print(
-        f"{counted(len(items), 'thing')}, {total / GB:,.3f} GB, in {where}; `--remove NAME` removes one, `--remove all` all of them",
+        f"{counted(len(items), 'thing')}, {total / GB:,.3f} GB, in {where}; `--remove NAME` removes one, `--remove all` all that is not unfinished",
         soft_wrap=True,
         highlight=False,
     )
@@ -97,12 +103,12 @@ def _cached(folder: Path) -> Unused:
 
 
 def _run_at_work() -> str | None:
-    """A run whose lock a process of this machine holds."""
+    """A run whose lock a process holds: those of this home have theirs here."""
     for path in sorted((home() / "locks").glob("*.lock")):
         with path.open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                lock.seek(0)
-                return f"run {path.stem.rpartition('_')[2]} (process {lock.read().strip()})"
+                process, run = lock_holder(lock)
+                return f"run {run or path.stem} (process {process})"
     return None

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from sd3core.data.store import Store, open_store
 from sd3core.errors import UserError
@@ -91,3 +92,10 @@ def one_at_a_time(name: str, say: Callable[[str], None]) -> Iterator[None]:
             say(f"waiting for another command, which holds {lock.name}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def lock_holder(lock: TextIO) -> tuple[str, str]:
+    """(process, run) as a run's lock has them."""
+    lock.seek(0)
+    process, _, run = lock.read().strip().partition(" ")
+    return process, run

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from prefect import runtime
 
-from flows.home import PROJECT, ensure, home, run_store
+from flows.home import PROJECT, ensure, home, lock_holder, run_store
 from flows.processes import Process
 from flows.runs import Reads, remember_process, take_cancellation
 from sd3core.data.store import Store
@@ -83,13 +83,12 @@ def run_lock(store_url: str, run: str, seconds: float = LOCK_SECONDS) -> Iterato
         deadline = time.monotonic() + seconds
         while not _locked(lock):
             if time.monotonic() > deadline:
-                lock.seek(0)
                 raise RunBusyError(
-                    f"run {run}: process {lock.read().strip()} works on it; wait for it, or end it, and start this again"
+                    f"run {run}: process {lock_holder(lock)[0]} works on it; wait for it, or end it, and start this again"
                 )
             time.sleep(0.5)
         lock.truncate(0)
-        lock.write(str(os.getpid()))
+        lock.write(f"{os.getpid()} {run}")
         lock.flush()
         yield
 

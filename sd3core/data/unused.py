@@ -1,19 +1,23 @@
 """What a store holds that no run uses any more: specs, shards, towers, references, checkpoints and exports that were superseded.
 
 Used is what the store itself says, whoever made it and on whatever machine: what a run's notes name, the manifests that these were
-made from, what finished checkpoints and scores name, and where another run starts from. What was written lately is never
-unused: a run at work on another machine has not noted it yet. Only folders of this project's layout are looked at.
+made from, what finished checkpoints and scores name, where another run starts from, and what a run that has begun says it needs.
+What was written lately is never unused. What may be half of something is unfinished: it is named, and goes by its own name alone.
+Only folders of this project's layout are looked at: each is listed once, and no shard is read.
 """
 
 from __future__ import annotations
 
 import re
-import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from sd3core.data.manifest import MANIFEST, Manifest, manifest_ref, read_manifest
+from sd3core.data.begun import BEGUN, Begun, all_begun
+from sd3core.data.manifest import MANIFEST, manifest_ref, read_manifest
 from sd3core.data.shards import DONE
 from sd3core.data.store import Store, StoreEntry, StoreNotFound
 from sd3core.errors import DataError, StoreError
@@ -22,17 +26,23 @@ DATA_STAGES = ("raw", "captions", "text", "latents")
 SPEC = re.compile(r"[0-9a-f]{12}")
 STEM = re.compile(r"(\d{5,}\.[0-9a-f]{12})\.")
 DIGEST = re.compile(r"[0-9a-f]{64}")
-SAFE_DAYS = 7.0  # what is younger may be of a run that has not noted it
-ENDING = "/shards"  # of the name of what lies unused in a folder that is used
+OF_RUN = re.compile(r"(runs/[^/]+/(?:checkpoints/[^/]+|export))/([0-9a-f]{12})(?=/|$)")
+SAFE_DAYS, DAY = 7.0, 24 * 3600  # what is younger may be of a run that has not noted it
+SHARDS, UNFINISHED = "/shards", "/unfinished"  # of the names of what lies in a folder that is used
+GOES_ON = "where a run was interrupted, the same command goes on with it"
+NOBODYS = "no run's notes, checkpoints or scores name it"
 
 
 @dataclass(frozen=True)
 class Unused:
-    """`name`: a folder of the store, or FOLDER/shards for shards that no manifest of a used folder names."""
+    """`name`: a folder of the store, or FOLDER/shards for shards that only manifests of no use name, or FOLDER/unfinished for
+    those that none names yet. `unfinished`: a run may go on with it.
+    """
 
     name: str
     why: str
     entries: tuple[StoreEntry, ...]
+    unfinished: bool = False
 
     @property
     def bytes(self) -> int:
@@ -40,7 +50,7 @@ class Unused:
 
     @property
     def written(self) -> float:
-        return max((entry.modified for entry in self.entries), default=0.0)
+        return _newest(self.entries)
 
 
 @dataclass
@@ -50,58 +60,139 @@ class _Uses:
     folders: set[str] = field(default_factory=set)
     digests: set[str] = field(default_factory=set)  # of manifests
     specs: set[str] = field(default_factory=set)  # of references
-    phases: dict[str, str] = field(default_factory=dict)  # runs/RUN/checkpoints/PHASE -> the folder that its note names
-    texts: list[str] = field(default_factory=list)  # starts and exports, as URLs or paths
+    texts: list[str] = field(default_factory=list)  # starts, needs and exports, as URLs or paths
+    begun: dict[str, list[Begun]] = field(default_factory=lambda: defaultdict(list))  # by folder, until an item names them
+    written: dict[str, float] = field(default_factory=dict)  # by run: when anything of it was
 
     def names(self, folder: str) -> bool:
         return folder in self.folders or any(folder in text for text in self.texts)
 
+    def copies(self, folder: str) -> set[str]:
+        """Where the manifests that are named would stand in this folder."""
+        return {manifest_ref(folder, digest).path for digest in self.digests if DIGEST.fullmatch(digest)}
+
+    def item(self, name: str, why: str, entries: Iterable[StoreEntry], doubt: bool = False, folder: str = "") -> Unused:
+        """Unfinished where there is a doubt, or a run has begun the folder and not ended."""
+        begun = self.begun.pop(folder or name, [])
+        why = "; ".join(each.line for each in begun) or why
+        doubt = doubt or bool(begun)
+        entries = (*entries, *(each.entry for each in begun))
+        return Unused(name, f"unfinished: {why}" if doubt else why, entries, doubt)
+
 
 def find_unused(store: Store, days: float = SAFE_DAYS) -> list[Unused]:
-    """Everything of the store that no run uses and nobody has written to for so many days, by name."""
-    before = time.time() - days * 24 * 3600
-    uses = _uses(store)
-    found = [*_unused_data(store, uses), *_unused_towers(store, uses), *_unused_of_runs(store, uses)]
+    """Everything of the store that no run uses and nobody has written to for so many days by the store's clock, by name."""
+    before = store.now() - days * DAY
+    uses = _uses_of_begun(store)
+    of_runs = [part for run in store.folders("runs") for part in _look_at_run(store, run, uses)]
+    found = [*_unused_data(store, uses), *_unused_towers(store, uses)]
+    found += [uses.item(folder, *rest) for folder, *rest in of_runs if not uses.names(folder)]
+    for folder, begun in [*uses.begun.items()]:  # in a folder that is used, or that has nothing in it
+        if all(uses.written.get(each.run, 0.0) < before for each in begun):
+            found.append(uses.item(f"{folder}{UNFINISHED}", "", (), folder=folder))
     return sorted((item for item in found if item.entries and item.written < before), key=lambda item: item.name)
 
 
-def remove(store: Store, item: Unused) -> None:
-    """Removes the words that something is done first: killed at any moment, nothing half is taken for whole."""
-    for entry in sorted(item.entries, key=lambda entry: (_rank(entry.path), entry.path)):
-        store.delete(entry.path)
+def remove(store: Store, item: Unused) -> bool:
+    """Removes the words that something is done first, and what tells that it was once whole, or has begun, last: killed at any
+    moment, nothing half is taken for whole. False, and nothing goes, where a run has begun with what was unused.
+    """
+    uses = _uses_of_begun(store)
+    folder = item.name.removesuffix(SHARDS)
+    begun = folder in uses.begun or uses.names(folder) or uses.copies(folder) & {entry.path for entry in item.entries}
+    if begun and not item.unfinished:
+        return False
+    ranks = defaultdict(list)
+    for entry in item.entries:
+        ranks[_rank(entry.path)].append(entry.path)
+    for rank in sorted(ranks):
+        with ThreadPoolExecutor(16) as threads:
+            list(threads.map(store.delete, ranks[rank]))
+    return True
 
 
 def _rank(path: str) -> int:
     name = path.rpartition("/")[2]
     if name in (MANIFEST, "DONE.json"):
         return 0
-    return 1 if name.startswith("MANIFEST.") or name.endswith(DONE) else 2
+    if name.endswith(DONE):
+        return 1
+    return 3 if name.startswith("MANIFEST.") or path.startswith(f"{BEGUN}/") else 2
 
 
-def _uses(store: Store) -> _Uses:
+def _newest(entries: Iterable[StoreEntry]) -> float:
+    return max((entry.modified for entry in entries), default=0.0)
+
+
+def _uses_of_begun(store: Store) -> _Uses:
     uses = _Uses()
-    for run in store.folders("runs"):
-        for entry in store.list(f"runs/{run}/stages"):
-            note = _json(store, entry.path)
-            folder, stage = str(note.get("folder", "")), entry.path.rpartition("/")[2].removesuffix(".json")
-            uses.folders.add(folder)
-            uses.digests.add(str(note.get("digest", "")))
-            _gather(note.get("fields"), uses)
-            if folder.startswith(f"runs/{run}/checkpoints/"):
-                uses.phases[f"runs/{run}/checkpoints/{stage}"] = folder
-        for name in ("evaluations/scores.json", "summary.json"):
-            record = _json(store, f"runs/{run}/{name}")
-            _gather(record.get("protocols"), uses)
-            _gather(record.get("stages"), uses)
-            uses.texts += [str(stage.get("manifest", "")) for stage in record.get("stages") or [] if isinstance(stage, dict)]
-        for phase in store.folders(f"runs/{run}/checkpoints"):
-            for entry in store.list(f"runs/{run}/checkpoints/{phase}"):
-                if entry.path.endswith("/DONE.json"):
-                    done = _json(store, entry.path)
-                    _gather(done.get("specs"), uses)
-                    uses.texts.append(str(((done.get("recipe") or {}).get("model") or {}).get("start_from") or ""))
-    uses.folders.discard("")
+    for begun in all_begun(store):
+        uses.begun[begun.folder].append(begun)
+        _gather(begun.record.get("fields"), uses)
+        uses.texts += map(str, begun.record.get("needs") or [])
     return uses
+
+
+def _look_at_run(store: Store, run: str, uses: _Uses) -> list[tuple[str, str, list[StoreEntry], bool]]:
+    """Gathers what a run's records name. Returns folder, why, objects and doubt of what its own notes have superseded."""
+    entries = store.list(f"runs/{run}")
+    uses.written[run] = _newest(entries)
+    noted = _gather_records(store, run, entries, uses)
+    parts: dict[str, list[StoreEntry]] = defaultdict(list)
+    for entry in entries:
+        if part := OF_RUN.match(entry.path):
+            parts[part[0]].append(entry)
+    found = []
+    for folder, inside in parts.items():
+        parent, _, spec = folder.rpartition("/")
+        _gather_checkpoint(store, inside, uses)
+        last, when = noted.get(parent, ("", 0.0))
+        if folder == last or not (last or folder in uses.begun):
+            continue
+        phase = "" if parent.endswith("/export") else parent.rpartition("/")[2]
+        done = f"{phase} was trained again" if phase else "the model was exported again"
+        since, last = _newest(inside), last.rpartition("/")[2]
+        why = f"{done} since, in {last}" if since < when else f"written to after {last}, which is the last that is noted; {GOES_ON}"
+        at_work = f"runs/{run}" in uses.begun  # of which home, and with which settings, is not known
+        why += "; a pipeline of this run has begun and not ended" if at_work else ""
+        beside = (f"runs/{run}/logs/{phase}-{spec}/", f"runs/{run}/previews/{phase}-{spec}/")
+        inside += [entry for entry in entries if phase and entry.path.startswith(beside)]
+        found.append((folder, why, inside, at_work or since >= when))
+    ends = tuple(f"runs/{run}/{name}" for name in ("stages/", "checkpoints/", "evaluations/", "export/", "summary.json"))
+    if not any(entry.path.startswith(ends) for entry in entries):
+        begun = any(each.run == run for several in uses.begun.values() for each in several)
+        found.append((f"runs/{run}", "nothing of it came to an end", entries, begun))
+    return found
+
+
+def _gather_records(store: Store, run: str, entries: list[StoreEntry], uses: _Uses) -> dict[str, tuple[str, float]]:
+    """Of each phase and of the exports the folder that was noted last, and when."""
+    noted: dict[str, tuple[str, float]] = {}
+    for entry in entries:
+        is_note = entry.path.startswith(f"runs/{run}/stages/")
+        if not is_note and entry.path not in (f"runs/{run}/summary.json", f"runs/{run}/evaluations/scores.json"):
+            continue
+        record = _json(store, entry.path)
+        for name in ("digest", "fields", "protocols", "stages"):
+            _gather(record.get(name), uses)
+        folder = str(record.get("folder") or "")
+        uses.folders |= {folder} - {""}
+        manifests = [str(stage.get("manifest", "")) for stage in record.get("stages") or [] if isinstance(stage, dict)]
+        uses.texts += manifests
+        for part in filter(None, map(OF_RUN.search, [folder, *manifests])):
+            newer = entry.modified >= noted.get(part[1], ("", 0.0))[1]
+            if newer and (is_note or part[1].endswith("/export")):  # a summary is written again where nothing was trained
+                noted[part[1]] = (part[0], entry.modified)
+    return noted
+
+
+def _gather_checkpoint(store: Store, entries: list[StoreEntry], uses: _Uses) -> None:
+    """Of one training, what its newest checkpoint names: the others were made from the same."""
+    finished = [entry.path for entry in entries if entry.path.endswith("/DONE.json")]
+    if finished:
+        done = _json(store, max(finished))
+        _gather(done.get("specs"), uses)
+        uses.texts.append(str(((done.get("recipe") or {}).get("model") or {}).get("start_from") or ""))
 
 
 def _gather(value: Any, uses: _Uses) -> None:
@@ -131,87 +222,70 @@ def _json(store: Store, path: str) -> dict[str, Any]:
 
 
 def _unused_data(store: Store, uses: _Uses) -> Iterator[Unused]:
-    folders = {
-        f"datasets/{name}/{stage}/{spec}": stage
-        for name in store.folders("datasets")
-        for stage in DATA_STAGES
-        for spec in store.folders(f"datasets/{name}/{stage}")
-        if SPEC.fullmatch(spec)
-    }
-    used: dict[str, list[Manifest]] = {}
-    for folder in sorted(folders, key=lambda folder: -DATA_STAGES.index(folders[folder])):  # a stage's inputs come before it
-        manifests = _used_manifests(store, folder, uses)
-        if manifests is not None:
-            used[folder] = manifests
-            for manifest in manifests:
-                _gather([manifest.inputs, manifest.fields], uses)
-    for folder in folders:
-        entries = store.list(folder)
-        if folder not in used:
-            yield Unused(folder, "no run's notes, checkpoints or scores name it", tuple(entries))
-        elif used[folder]:
-            stems = {shard.stem for manifest in used[folder] for shard in manifest.shards}
-            yield Unused(f"{folder}{ENDING}", "shards that no manifest in use names", tuple(_other_shards(folder, entries, stems)))
+    names = store.folders("datasets")
+    for stage in reversed(DATA_STAGES):  # what a stage was made from comes after it
+        for name in names:
+            for spec in filter(SPEC.fullmatch, store.folders(f"datasets/{name}/{stage}")):
+                yield from _unused_in(store, f"datasets/{name}/{stage}/{spec}", uses)
 
 
-def _used_manifests(store: Store, folder: str, uses: _Uses) -> list[Manifest] | None:
-    """Those of a folder's manifests that something names, and with them, or where a note names the folder, the newest.
-
-    None of a folder that nothing names. [] where one of them cannot be read: what it names is not known, so all stays.
-    """
-    copies = {manifest_ref(folder, digest).path for digest in uses.digests if DIGEST.fullmatch(digest)}
-    standing = [entry.path for entry in store.list(folder) if entry.path.rpartition("/")[2].startswith("MANIFEST.")]
-    named = [path for path in standing if path in copies]
+def _unused_in(store: Store, folder: str, uses: _Uses) -> Iterator[Unused]:
+    entries = store.list(folder)
+    standing = {entry.path: entry.modified for entry in entries if entry.path.rpartition("/")[2].startswith("MANIFEST.")}
+    named = standing.keys() & uses.copies(folder)
     if not named and not uses.names(folder):
-        return None
+        committed = max(standing.values(), default=0.0)
+        later = not standing or any(entry.path.endswith(DONE) and entry.modified > committed for entry in entries)
+        yield uses.item(folder, f"shards without a manifest; {GOES_ON}" if later else NOBODYS, entries, doubt=later)
+        return
     try:
-        return [read_manifest(store, path) for path in standing if path in named or path == f"{folder}/{MANIFEST}"]
+        manifests = [read_manifest(store, path) for path in standing if path in named or path == f"{folder}/{MANIFEST}"]
     except (DataError, StoreError):
-        return []
+        return  # what it names is not known: all stays
+    for manifest in manifests:
+        _gather([manifest.inputs, manifest.fields], uses)
+    if not manifests:
+        return  # taken back by --from-stage, or its first run is at work
+    stems = {shard.stem for manifest in manifests for shard in manifest.shards}
+    others = [(stem[1], entry) for entry in entries if (stem := STEM.match(entry.path[len(folder) + 1 :])) and stem[1] not in stems]
+    older = set()
+    if folder not in uses.begun:  # else the run may go back to them
+        older = _stems_named(store, sorted(standing.keys() - named), {stem for stem, _ in others})
+    yield Unused(f"{folder}{SHARDS}", "shards that no manifest in use names", tuple(entry for stem, entry in others if stem in older))
+    if unknown := [entry for stem, entry in others if stem not in older]:
+        yield uses.item(f"{folder}{UNFINISHED}", f"shards that no manifest names; {GOES_ON}", unknown, doubt=True, folder=folder)
 
 
-def _other_shards(folder: str, entries: Iterable[StoreEntry], stems: set[str]) -> Iterator[StoreEntry]:
-    for entry in entries:
-        shard = STEM.match(entry.path[len(folder) + 1 :])
-        if shard and shard.group(1) not in stems:
-            yield entry
+def _stems_named(store: Store, manifests: Iterable[str], wanted: set[str]) -> set[str]:
+    """Which of these shards one of these manifests names; what cannot be read names none."""
+    named: set[str] = set()
+    for path in manifests:
+        if wanted <= named:
+            break
+        with suppress(DataError, StoreError):
+            named |= {shard.stem for shard in read_manifest(store, path).shards}
+    return named
 
 
 def _unused_towers(store: Store, uses: _Uses) -> Iterator[Unused]:
-    for name in store.folders("towers"):
-        for spec in filter(SPEC.fullmatch, store.folders(f"towers/{name}")):
-            folder = f"towers/{name}/{spec}"
-            digests = _tower_digests(store, folder)
-            if not uses.names(folder) and not digests & uses.digests:
-                yield Unused(folder, "no run's notes, checkpoints or scores name it", tuple(store.list(folder)))
-    for name in store.folders("references"):
-        for spec in filter(SPEC.fullmatch, store.folders(f"references/{name}")):
-            if spec not in uses.specs:
-                folder = f"references/{name}/{spec}"
-                yield Unused(folder, "no run's scores name it; it is made again from the images", tuple(store.list(folder)))
+    for folder in _spec_folders(store, "towers"):
+        entries = store.list(folder)
+        whole = any(entry.path.startswith(f"{folder}/MANIFEST.") for entry in entries)
+        if not uses.names(folder) and not _tower_digests(store, folder) & uses.digests:
+            yield uses.item(folder, NOBODYS if whole else f"towers without a manifest; {GOES_ON}", entries, doubt=not whole)
+    for folder in _spec_folders(store, "references"):
+        if folder.rpartition("/")[2] not in uses.specs:
+            begun = folder.rpartition("/")[0] in uses.texts
+            why = "; an evaluation of such images has begun and not ended" if begun else ""
+            why = f"no run's scores name it, and it is made again from the images{why}"
+            yield uses.item(folder, why, store.list(folder), doubt=begun)
+
+
+def _spec_folders(store: Store, parent: str) -> Iterator[str]:
+    for name in store.folders(parent):
+        yield from (f"{parent}/{name}/{spec}" for spec in store.folders(f"{parent}/{name}") if SPEC.fullmatch(spec))
 
 
 def _tower_digests(store: Store, folder: str) -> set[str]:
     towers = _json(store, f"{folder}/{MANIFEST}").get("towers") or {}
     return {str(tower.get("digest")) for tower in towers.values() if isinstance(tower, dict)}
-
-
-def _unused_of_runs(store: Store, uses: _Uses) -> Iterator[Unused]:
-    """Of a run that went on under another spec: the older checkpoints with what was logged and drawn, and older exports."""
-    for run in store.folders("runs"):
-        for phase in store.folders(f"runs/{run}/checkpoints"):
-            parent = f"runs/{run}/checkpoints/{phase}"
-            for spec in filter(SPEC.fullmatch, store.folders(parent)):
-                folder = f"{parent}/{spec}"
-                if parent in uses.phases and not uses.names(folder):
-                    beside = [entry for kind in ("logs", "previews") for entry in store.list(f"runs/{run}/{kind}/{phase}-{spec}")]
-                    why = f"{phase} was trained again since, in {uses.phases[parent].rpartition('/')[2]}"
-                    yield Unused(folder, why, (*store.list(folder), *beside))
-        named = any(f"runs/{run}/export/" in text for text in uses.texts)
-        for spec in filter(SPEC.fullmatch, store.folders(f"runs/{run}/export")):
-            folder = f"runs/{run}/export/{spec}"
-            if named and not uses.names(folder):
-                yield Unused(folder, "the run's summary names a newer one", tuple(store.list(folder)))
-        records = ("stages", "checkpoints", "evaluations", "export")
-        if not any(store.list(f"runs/{run}/{name}") for name in records) and not store.exists(f"runs/{run}/summary.json"):
-            yield Unused(f"runs/{run}", "nothing of it came to an end", tuple(store.list(f"runs/{run}")))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.session import run_lock
+from flows.session import RunBusyError, run_lock
+from sd3core.data.begun import begin
 from sd3core.data.manifest import Manifest, commit_manifest
 from sd3core.data.store import open_store
 
@@ -47,6 +48,24 @@ def test_it_removes_what_is_named_and_refuses_what_is_in_use(sd3, store):
 
 
 def test_nothing_goes_while_a_run_is_at_work(sd3, store):
-    with run_lock(store.url, "tiny-test", seconds=0):
+    with run_lock(store.url, "tiny_test", seconds=0):
         code, _, said = sd3("clean", "--remove", "all")
-    assert code == 1 and f"run tiny-test (process {os.getpid()}) is at work" in said and store.list(UNUSED)
+        with pytest.raises(RunBusyError, match=f"run tiny_test: process {os.getpid()} works on it"), run_lock(store.url, "tiny_test", seconds=0):
+            pass
+    assert code == 1 and f"run tiny_test (process {os.getpid()}) is at work" in said and store.list(UNUSED)
+
+
+def test_what_is_unfinished_goes_by_its_own_name_alone(sd3, store, monkeypatch):
+    begun = f"datasets/d/latents/{'3' * 12}"
+    monkeypatch.setattr("socket.gethostname", lambda: "another-machine")
+    begin(store, "r", "latents.pretrain", begun, {})
+    store.put(f"{begun}/00000.{'4' * 12}.tar", b"12345")
+    month_ago = time.time() - 30 * 24 * 3600
+    for entry in store.list():
+        os.utime(store.local_path(entry.path), (month_ago, month_ago))
+    out = " ".join(sd3("clean")[1].split())
+    assert begun in out and "unfinished:" in out and "`--remove all` all that is not unfinished" in out
+    said = sd3("clean", "--remove", "all")[1]
+    assert f"removed {UNUSED}" in said and f"kept {begun} (0.000 GB): unfinished: latents.pretrain of run r began" in said
+    assert "on another-machine and has not ended" in said and store.list(begun)
+    assert f"removed {begun}" in sd3("clean", "--remove", begun)[1] and not store.list(begun) and not store.list("begun")

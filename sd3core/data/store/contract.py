@@ -7,6 +7,7 @@ trouble is a StoreError of one line. Nothing is built on conditional puts.
 from __future__ import annotations
 
 import json
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,6 +101,10 @@ class Store(ABC):
     def check(self) -> None:
         """StoreError where it cannot be reached, or could not be written to: asked before work begins."""
         self.exists("runs")
+
+    def now(self) -> float:
+        """Unix seconds by the clock that `modified` is of: this machine's may be another."""
+        return time.time()
 
     def exists(self, path: str) -> bool:
         try:

@@ -78,6 +78,11 @@ class FileStore(Store):
         except OSError as error:
             raise StoreError(f"{self.url}: cannot be written: {with_mend(error)}") from None
 
+    def now(self) -> float:
+        with suppress(OSError), tempfile.TemporaryFile(dir=self.root) as file:
+            return os.fstat(file.fileno()).st_mtime
+        return time.time()  # nothing stands there, or this process may not write
+
     def list(self, prefix: str = "") -> list[StoreEntry]:
         start = self.root / checked(prefix.rstrip("/")) if prefix else self.root
         entries = []

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -154,6 +155,11 @@ class S3Store(Store):
     def version(self, path: str) -> tuple[int, str]:
         head = self._call(path, lambda s3: s3.head_object(Bucket=self.bucket, Key=self._key(path)))
         return head["ContentLength"], head["ETag"]
+
+    def now(self) -> float:
+        answer = self._call("", lambda s3: s3.head_bucket(Bucket=self.bucket))["ResponseMetadata"]
+        date = answer["HTTPHeaders"].get("date")
+        return parsedate_to_datetime(date).timestamp() if date else time.time()
 
     def list(self, prefix: str = "") -> list[StoreEntry]:
         folder = self._folder(prefix)
