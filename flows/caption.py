@@ -8,7 +8,7 @@ from prefect import flow
 
 from flows import upstream
 from flows.stage import FLOW_OPTIONS, stage
-from flows.tables import caption_table
+from flows.ui.tables import caption_table
 from workers.caption import caption_stage
 
 

@@ -8,7 +8,7 @@ from prefect import flow
 
 from flows import upstream
 from flows.stage import FLOW_OPTIONS, stage
-from flows.tables import shard_table
+from flows.ui.tables import shard_table
 from workers.encode import encode_stage
 
 

@@ -7,10 +7,10 @@ from typing import Any
 from prefect import flow
 
 from flows import upstream
-from flows.scores import bench_rows, left_out_lines, score_notes, score_rows, shown_of, thumbnails
 from flows.stage import FLOW_OPTIONS, stage
+from flows.ui.scores import bench_rows, left_out_lines, score_notes, score_rows, shown_of, thumbnails
 from sd3core.data.begun import begin, end
-from sd3core.progress import counted
+from sd3core.words import counted
 from workers.evaluate import evaluate_stage
 from workers.shard_stage import NOTHING_TO_DO
 

@@ -10,11 +10,11 @@ from flows import upstream
 from flows.stage import FLOW_OPTIONS, stage
 from sd3core.checkpoint import DONE_FILE, read_done
 from sd3core.data.begun import begin
-from sd3core.export import export_stage
 from sd3core.progress import Progress
-from sd3core.towers import fetch_towers
+from sd3core.towers.artifact import fetch_towers
 from workers.caches import checked_here, towers_cache
-from workers.stage_notes import NOTHING_TO_DO, remember_stage
+from workers.export import export_stage
+from workers.stage import NOTHING_TO_DO, remember_stage
 
 
 @flow(name="export", **FLOW_OPTIONS)

@@ -6,9 +6,9 @@ from typing import Any
 
 from prefect import flow
 
-from flows.data_pictures import image_pictures
 from flows.stage import FLOW_OPTIONS, stage
-from flows.tables import shard_table
+from flows.ui.data_pictures import image_pictures
+from flows.ui.tables import shard_table
 from workers.ingest import ingest_stage
 
 

@@ -19,7 +19,7 @@ from sd3core.data.store import Store
 from sd3core.errors import RecipeError, StoreError, UserError
 from sd3core.recipe import Recipe
 from sd3core.specs import FORMATS, STAGES
-from sd3core.towers import read_towers
+from sd3core.towers.artifact import read_towers
 
 
 def check_stage(name: str) -> None:

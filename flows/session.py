@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from prefect import runtime
 
-from flows.home import PROJECT, ensure, home, lock_holder, run_store
-from flows.processes import Process
-from flows.runs import Reads, remember_process, take_cancellation
+from flows.local.home import PROJECT, ensure, home, lock_holder, run_store
+from flows.local.processes import Process
+from flows.local.runs import Reads, remember_process, take_cancellation
 from sd3core.data.store import Store
 from sd3core.errors import UserError
 from sd3core.loopback import keep_loopback_direct

@@ -12,9 +12,9 @@ from typing import Any, Literal
 from prefect import runtime
 from prefect.logging import get_run_logger
 
-from flows.artifacts import Log, StageReporter, publish
-from flows.recipes import known_recipes
+from flows.local.recipes import known_recipes
 from flows.session import in_session, session
+from flows.ui.artifacts import Log, StageReporter, publish
 from flows.upgrade import check_upgrade
 from sd3core.data.store import Store
 from sd3core.recipe import Recipe

@@ -22,8 +22,8 @@ from sd3core.errors import DataError, StoreError, UserError
 from sd3core.format_changes import format_changes
 from sd3core.recipe import Recipe, Training
 from sd3core.specs import FORMATS, STAGES, fingerprint
-from sd3core.towers import TOWER_FOLDERS, read_towers
-from workers.stage_notes import StageNote, recall_stage
+from sd3core.towers.artifact import TOWER_FOLDERS, read_towers
+from workers.stage import StageNote, recall_stage
 
 REMADE = "remade"  # in place of a digest that is known when what is upstream is made again
 

@@ -7,9 +7,9 @@ from typing import Any
 from prefect import flow
 
 from flows import upstream
-from flows.data_pictures import autoencoder_pictures
 from flows.stage import FLOW_OPTIONS, stage
-from flows.tables import towers_table
+from flows.ui.data_pictures import autoencoder_pictures
+from flows.ui.tables import towers_table
 from workers.towers import towers_stage
 
 

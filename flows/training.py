@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows import upstream
-from flows.home import ensure, home
-from flows.previews import preview_settings
+from flows.local.home import ensure, home
 from flows.stage import StageRun
 from flows.training_view import training_view
+from flows.ui.loss_curve import loss_curve
+from flows.ui.previews import preview_settings
 from sd3core.checkpoint import read_done
 from sd3core.data.begun import begin
 from sd3core.data.store import Store
 from sd3core.moving_average import short_average_warning
-from sd3core.plots import loss_curve
 from sd3core.progress import Progress
 from sd3core.specs import fingerprint
-from workers.stage_notes import NOTHING_TO_DO, StageNote, reason_to_work, recall_stage, remember_stage
+from workers.stage import NOTHING_TO_DO, StageNote, reason_to_work, recall_stage, remember_stage
 from workers.trainer.checkpointing import last_whole_checkpoint, read_metrics
 from workers.trainer.job import DataRef, TrainingJob
 from workers.trainer.launch import train

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from flows import upstream
-from flows.artifacts import Shown, markdown_picture
-from flows.previews import PreviewDecoder
 from flows.stage import StageRun
-from sd3core.plots import loss_curve
+from flows.ui.artifacts import Shown, markdown_picture
+from flows.ui.loss_curve import loss_curve
+from flows.ui.previews import PreviewDecoder
 from sd3core.shown_text import markdown_text
 from workers.trainer.checkpointing import read_metrics
 from workers.trainer.job import TrainingJob

@@ -18,15 +18,15 @@ from rich.table import Table
 from flows.standing import Part, look
 from sd3core import specs
 from sd3core.checkpoint import METRICS_FILE, CheckpointRef, list_checkpoints
+from sd3core.costs.stages import stage_costs
 from sd3core.data.manifest import MANIFEST, read_manifest
+from sd3core.data.provenance import provenance_path, read_provenance
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError, UserError
-from sd3core.progress import counted, format_seconds
-from sd3core.provenance import provenance_path, read_provenance
 from sd3core.recipe import Recipe
 from sd3core.specs import STAGES
-from sd3core.stage_costs import stage_costs
-from sd3core.towers import read_towers
+from sd3core.towers.artifact import read_towers
+from sd3core.words import counted, format_seconds
 
 GB, MB = 1e9, 1e6
 

@@ -9,17 +9,18 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from flows.home import pasted
+from flows.local.home import pasted
 from sd3core import specs
 from sd3core.checkpoint import CONFIG_FILE, DONE_FILE, CheckpointRef, content_digest, list_checkpoints, read_done
 from sd3core.data.manifest import MANIFEST, Manifest, ManifestRef, manifest_ref, read_manifest
 from sd3core.data.store import Store, open_store
 from sd3core.errors import CheckpointError, DataError, UserError
 from sd3core.recipe import Recipe, Training
-from sd3core.towers import TowersManifest, check_vae_channels, check_vae_folder, read_towers
-from workers.evaluate import EvaluationInputs, all_scored
+from sd3core.towers.artifact import TowersManifest, check_vae_channels, check_vae_folder, read_towers
+from workers.evaluate import all_scored
+from workers.evaluate_tasks import EvaluationInputs
 from workers.ray_room import Node, actors_problem, ranks_problem
-from workers.stage_notes import recall_stage
+from workers.stage import recall_stage
 from workers.trainer.start import check_start
 
 

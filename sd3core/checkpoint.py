@@ -32,11 +32,11 @@ from sd3core.data.checked_files import sha256_of
 from sd3core.data.records import own_digest, sealed
 from sd3core.data.store import Store, StoreNotFound, open_store
 from sd3core.errors import CheckpointError
+from sd3core.files.tensor_files import Shape, TensorFiles
 from sd3core.mmdit import Backbone, BackboneConfig, config_from_dict, make_model
 from sd3core.mmdit.backbone import config_positions
-from sd3core.progress import counted
 from sd3core.sample_settings import Weights
-from sd3core.tensor_files import Shape, TensorFiles
+from sd3core.words import counted
 
 NAMED = 3  # of the tensors that an error is about
 FORMAT = 1  # raise it when a reader of today could not read what is written

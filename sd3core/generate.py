@@ -13,23 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sd3core.autoencoder import Autoencoder, load_autoencoder
+from sd3core.buckets import DOWNSAMPLING
 from sd3core.checkpoint import is_training_checkpoint, load_model, read_config
 from sd3core.checkpoint_facts import Null, read_facts
 from sd3core.conditioning import ENCODERS, TextFeatures, assemble
-from sd3core.data.buckets import DOWNSAMPLING
-from sd3core.data.caption_text import cut_at_word
 from sd3core.data.store import open_store
 from sd3core.errors import UserError
+from sd3core.files.whole_output import made_whole
 from sd3core.formulations import find_formulation
 from sd3core.mmdit import Backbone
 from sd3core.pictures import encode_png, make_grid, to_uint8
 from sd3core.precision import DTYPES
 from sd3core.sample_settings import SampleSettings, Weights
 from sd3core.sampling import SAMPLERS, solve
-from sd3core.text_encoders import TextEncoders, load_text_encoders
-from sd3core.towers import check_vae_folder
-from sd3core.whole_output import made_whole
+from sd3core.towers.artifact import check_vae_folder
+from sd3core.towers.autoencoder import Autoencoder, load_autoencoder
+from sd3core.towers.text_encoders import TextEncoders, load_text_encoders
+from sd3core.words import cut_at_word
 
 Pair = tuple[Tensor, Tensor]  # context (B, L, D), pooled (B, P)
 Draw = tuple[str, int]  # prompt and seed

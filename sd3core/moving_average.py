@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 
-from sd3core.progress import counted
 from sd3core.recipe import Recipe, Training
+from sd3core.words import counted
 
 WARM_UP = 9  # the EMA reaches back over about a tenth of the updates made
 TOLD_SHARE = 0.05  # of an export in one step's weights, above which it is said

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from sd3core.words import format_seconds
+
 RATE_WINDOW_S = 60.0
-NAMED = 3  # of many things that a line is about
 RATE_POINTS = 5  # at least: where a unit takes minutes, a window of seconds would see none
 
 
@@ -83,19 +84,3 @@ class ProgressMeter:
         return (self.done - count) / (now - when) if self.done > count and now > when else None
 
 
-def format_seconds(seconds: float) -> str:
-    minutes, secs = divmod(int(round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {secs:02d} s" if minutes else f"{secs} s"
-
-
-def counted(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
-def some(names: Sequence[str], count: int) -> str:
-    """The first of `count` names, and how many more there are."""
-    shown = names[:NAMED]
-    return ", ".join(shown) + (f" and {count - len(shown):,} more" if count > len(shown) else "")

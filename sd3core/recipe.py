@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from sd3core.data.buckets import PATCH_PX, Side, bucket_name, bucket_sides, buckets_for_area
+from sd3core.buckets import PATCH_PX, Side, bucket_name, bucket_sides, buckets_for_area
 from sd3core.formulation_names import canonical_name, export_problem, family, shift_problem
 from sd3core.sample_settings import Sampler
 

@@ -113,7 +113,7 @@ def calls_of(program: str) -> list:
 
 @cache
 def sd3_commands() -> dict[str, typer.core.TyperCommand]:
-    from flows.commands import app
+    from flows.cli.commands import app
 
     return typer.main.get_command(app).commands
 
@@ -121,7 +121,7 @@ def sd3_commands() -> dict[str, typer.core.TyperCommand]:
 @cache
 def deployed() -> set[str]:
     """STAGE/RECIPE of the shipped recipes, and of those that the README itself deploys."""
-    from flows.deployments import FLOWS
+    from flows.local.deployments import FLOWS
     from sd3core.recipe_file import shipped_recipes
 
     own = [Path(words[2]).stem for _, words in commands() if words[:2] == ["sd3", "deploy"]]
@@ -188,7 +188,7 @@ def test_make_targets_exist(arguments):
 
 @pytest.mark.parametrize("arguments", calls_of("sd3"))
 def test_sd3_commands_and_their_options_exist(arguments):
-    from flows.commands import app
+    from flows.cli.commands import app
 
     name, *rest = arguments
     if name.startswith("-"):

@@ -17,7 +17,7 @@ ONLY_IN = {  # a framework, and the files or folders that may import it
     "prefect": ("flows/",),
     "boto3": ("sd3core/data/store/s3.py",),
     "botocore": ("sd3core/data/store/s3.py",),
-    "typer": ("flows/commands.py", "flows/options.py"),
+    "typer": ("flows/cli/commands.py", "flows/cli/options.py"),
 }
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from sd3core.data.checked_files import CheckedFiles
-from sd3core.towers import checked_files
+from sd3core.towers.artifact import checked_files
 
 
 def towers_cache() -> Path:

@@ -18,7 +18,8 @@ from sd3core.recipe import Caption, Recipe
 from sd3core.specs import captions_fields, captions_folder
 from workers.inputs import actor_device, input_shards, read_images
 from workers.pool import of_the_process
-from workers.shard_stage import ShardStage, ShardTask, StageResult, run_shard_stage
+from workers.shard_stage import ShardStage, ShardTask, run_shard_stage
+from workers.stage import StageResult
 
 TOO_MANY_FAILED = 8  # images of a shard, and no other: then it is the captioner, not they
 SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "caption", "model", "prompt")])
@@ -106,7 +107,7 @@ class CaptionWorker:
 
 def _load_captioner(caption: Caption, device: str) -> Captioner:
     if caption.captioner == "vision_language_model":
-        from sd3core.captioners import (
+        from sd3core.towers.captioner import (
             VisionLanguageCaptioner,
         )  # loads transformers, which the small world does not need
 

@@ -9,14 +9,16 @@ from sd3core.data.images import PixelRules
 from sd3core.data.manifest import ManifestRef, read_manifest
 from sd3core.data.shards import DoneRecord, content_digest
 from sd3core.data.store import Store, open_store
-from sd3core.progress import Progress, ProgressCallback, counted
+from sd3core.progress import Progress, ProgressCallback
 from sd3core.recipe import TOKENS_AT_MOST, Recipe, Text
 from sd3core.specs import latents_fields, latents_folder, text_fields, text_folder
-from sd3core.towers import read_towers
+from sd3core.towers.artifact import read_towers
+from sd3core.words import counted
 from workers.encode_latents import ENLARGED, LatentsSource, LatentsWorker
 from workers.encode_text import NULL, TOO_LONG, TextSource, TextWorker, pin_null
 from workers.inputs import InputShard, actor_device, decode_threads, input_shards
-from workers.shard_stage import ShardStage, ShardTask, StageResult, remember_stage, run_shard_stages
+from workers.shard_stage import ShardStage, ShardTask, remember_stage, run_shard_stages
+from workers.stage import StageResult
 
 LOAD_S = 1800  # that loading may take without a sign of life before the pool's watchdog begins to count
 

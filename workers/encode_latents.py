@@ -12,14 +12,14 @@ import pyarrow as pa
 import torch
 from safetensors.torch import save as save_tensors
 
-from sd3core.data.buckets import Side, bucket_name, nearest_bucket
+from sd3core.buckets import Side, bucket_name, nearest_bucket
 from sd3core.data.images import Crop, PixelRules, crop_to, decode_image, enlargement, naming, to_model_range
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.shards import DoneRecord, FailedRow, Sample, write_shard
 from sd3core.data.store import Store
 from sd3core.errors import DataError
 from sd3core.progress import ProgressCallback, ignore_progress
-from sd3core.towers import fetch_towers
+from sd3core.towers.artifact import fetch_towers
 from workers.caches import towers_cache
 from workers.inputs import InputShard, map_ahead, read_images, read_input_index
 from workers.shard_stage import ShardTask
@@ -65,7 +65,7 @@ class LatentsWorker:
         device: str,
         report: ProgressCallback = ignore_progress,  # of fetching the autoencoder
     ) -> None:
-        from sd3core.autoencoder import load_autoencoder  # here, so that a text worker does not import diffusers
+        from sd3core.towers.autoencoder import load_autoencoder  # here, so that a text worker does not import diffusers
 
         self.store, self.batch, self.threads = store, batch, threads
         self.rules = rules

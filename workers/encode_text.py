@@ -21,7 +21,7 @@ from sd3core.data.store import Store, StoreNotFound, canonical_json
 from sd3core.errors import DataError
 from sd3core.progress import ProgressCallback, ignore_progress
 from sd3core.recipe import Text
-from sd3core.towers import fetch_towers
+from sd3core.towers.artifact import fetch_towers
 from workers.caches import towers_cache
 from workers.inputs import InputShard, read_input_index, read_input_table
 from workers.shard_stage import ShardTask
@@ -94,7 +94,7 @@ class TextWorker:
         device: str,
         report: ProgressCallback = ignore_progress,  # of fetching the encoders
     ) -> None:
-        from sd3core.text_encoders import (
+        from sd3core.towers.text_encoders import (
             load_text_encoders,
         )  # here, so that a latents worker does not import transformers
 

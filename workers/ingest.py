@@ -10,10 +10,12 @@ from sd3core.data.ingest import IngestWorker, list_source
 from sd3core.data.manifest import read_manifest
 from sd3core.data.shards import DoneRecord, read_index
 from sd3core.data.store import Store
-from sd3core.progress import ProgressCallback, counted
+from sd3core.progress import ProgressCallback
 from sd3core.recipe import Data, Recipe
 from sd3core.specs import raw_fields, raw_folder
-from workers.shard_stage import ShardStage, ShardTask, StageResult, run_shard_stage
+from sd3core.words import counted
+from workers.shard_stage import ShardStage, ShardTask, run_shard_stage
+from workers.stage import StageResult
 
 
 def ingest_stage(

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from sd3core.data.provenance import Provenance, device_kind, provenance
 from sd3core.data.store import may_pass
 from sd3core.errors import UserError, error_in_one_line, is_of_the_machine
-from sd3core.provenance import Provenance, device_kind, provenance
 from workers.ray_room import actors_problem
 from workers.ray_session import RayLost, check_ray, drivers_mark, elsewhere, living_nodes, restart_ray
 

@@ -11,15 +11,14 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from sd3core.data.begun import begin
 from sd3core.data.manifest import (
-    Manifest,
-    ManifestRef,
-    ShardEntry,
     MANIFEST,
+    Manifest,
+    ShardEntry,
     commit_manifest,
     is_whole,
     manifest_ref,
@@ -27,20 +26,25 @@ from sd3core.data.manifest import (
 )
 from sd3core.data.shards import INDEX, DoneRecord, finished_stems, read_done, shard_stem
 from sd3core.data.store import Store
-from sd3core.errors import DataError, StoreError, UserError
-from sd3core.progress import NAMED, Progress, ProgressCallback, ProgressMeter, counted, some
+from sd3core.errors import DataError, StoreError
+from sd3core.progress import Progress, ProgressCallback, ProgressMeter
 from sd3core.recipe import Compute
 from sd3core.specs import fingerprint
+from sd3core.words import NAMED, counted, some
 from workers.pool import Outcome, PoolSettings, made_by, map_over_actors
 from workers.ray_session import start_ray
-from workers.stage_notes import NOTHING_TO_DO, StageNote, reason_to_work, recall_stage, remember_stage
+from workers.stage import (
+    NOTHING_TO_DO,
+    StageFailed,
+    StageNote,
+    StageResult,
+    reason_to_work,
+    recall_stage,
+    remember_stage,
+)
 
 NAMED_FAILURES = 5  # shards that an error names
 TELL_AFTER_S = 60.0  # of a stage at work: what a shorter one leaves out is told at its end alone
-
-
-class StageFailed(UserError):
-    """Shards that could not be made, after every other shard was."""
 
 
 @dataclass(frozen=True)
@@ -78,22 +82,6 @@ class ShardStage:
     @property
     def stems(self) -> list[str]:
         return [task.stem for task in self.tasks]
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage ended with, for the flow that called it."""
-
-    stage: str
-    manifest: ManifestRef
-    skipped: bool
-    reason: str  # why it was skipped or what made it work
-    seconds: float
-    done_before: int = 0  # shards
-    made: int = 0  # shards
-    rows: int = 0
-    bytes: int = 0
-    warnings: list[str] = field(default_factory=list)
 
 
 def run_shard_stage(

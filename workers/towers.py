@@ -14,11 +14,12 @@ from sd3core.data.images import PixelRules, decode_image
 from sd3core.data.manifest import ManifestRef, manifest_ref, read_manifest
 from sd3core.data.store import Store, open_store
 from sd3core.errors import DataError
-from sd3core.local_paths import expanded
+from sd3core.files.local_paths import expanded
+from sd3core.files.weight_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, find_weights, is_index
 from sd3core.progress import Progress, ProgressCallback, ProgressMeter
 from sd3core.recipe import Recipe, ReleasedTowers, SmallTowers
 from sd3core.specs import towers_fields, towers_folder
-from sd3core.towers import (
+from sd3core.towers.artifact import (
     TOWER_FOLDERS,
     TowerEntry,
     commit_tower,
@@ -27,13 +28,11 @@ from sd3core.towers import (
     finished_towers,
     read_towers,
 )
-from sd3core.weight_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, find_weights, is_index
 from workers.caches import checked_here
 from workers.inputs import InputShard, input_shards, read_images, read_input_index
 from workers.pool import Outcome, PoolSettings, made_by, map_over_actors
 from workers.ray_session import start_ray
-from workers.shard_stage import StageFailed, StageResult
-from workers.stage_notes import NOTHING_TO_DO, reason_to_work, recall_stage, remember_stage
+from workers.stage import NOTHING_TO_DO, StageFailed, StageResult, reason_to_work, recall_stage, remember_stage
 
 LONGEST_FIRST = ("vae", "judge", "clip_l", "clip_g", "t5")
 LEFT_BEHIND = (".bin", ".msgpack", ".h5", ".onnx", ".md")  # other forms of the weights that lie in released folders
@@ -169,7 +168,7 @@ class SmallTowerWorker:
         self.progress: Progress | None = None
 
     def __call__(self, name: str) -> TowerEntry:
-        from sd3core.tower_training.make import make_small_tower  # here, so that the driver imports no diffusers
+        from sd3core.towers.training.make import make_small_tower  # here, so that the driver imports no diffusers
 
         self.progress = None
         started = time.monotonic()
@@ -239,8 +238,8 @@ def lay_out_released(name: str, released: ReleasedTowers, local: Path) -> dict[s
     import torch
     from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection, T5EncoderModel
 
-    from sd3core.autoencoder import load_autoencoder
-    from sd3core.text_encoders import load_model_folder, load_tokenizer
+    from sd3core.towers.autoencoder import load_autoencoder
+    from sd3core.towers.text_encoders import load_model_folder, load_tokenizer
 
     model_folder = expanded(getattr(released, name))
     if not model_folder.is_dir():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from sd3core.timing import seconds_of
+from sd3core.machine import seconds_of
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"} | {
     f"aten::_scaled_dot_product_flash_attention_for_cpu{way}" for way in ("", "_backward")

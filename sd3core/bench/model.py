@@ -23,15 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sd3core.allocator import keep_freed_memory
 from sd3core.bench.measure import interleaved, median_ratio, peak_bytes_above_start, product_seconds
 from sd3core.checkpoint_formats import diffusers_config, to_diffusers
 from sd3core.errors import UserError
+from sd3core.machine import keep_freed_memory, matmul_flops_per_second
 from sd3core.mmdit import MMDiT, MMDiTConfig
 from sd3core.mmdit.flops import forward_flops
 from sd3core.precision import has_bf16_arithmetic
 from sd3core.sampling import sample_euler, sigma_schedule
-from sd3core.timing import matmul_flops_per_second
 
 MODES = ("fp32", "bf16", "autocast")
 OURS, THEIRS = "MM-DiT", "diffusers"

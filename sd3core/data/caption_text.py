@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 import unicodedata
 
+from sd3core.words import one_line
+
 BYTE_ORDER_MARKS = (  # the longer first
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -42,23 +44,3 @@ def mixes_languages(line: str) -> bool:
     return len({"EAST ASIAN" if script in EAST_ASIAN else script for script in scripts}) >= SCRIPTS
 
 
-def one_line(text: str) -> str:
-    """A caption without control characters or line breaks. Any script.
-
-    Characters that show nothing (joiners, marks of direction) stay beside those that do; alone they are no caption.
-    """
-    kept = "".join(
-        " " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs")
-    )
-    line = " ".join(kept.split())
-    return line if any(unicodedata.category(c)[0] in "LMNPS" for c in line) else ""
-
-
-def cut_at_word(line: str, max_chars: int) -> str:
-    """At most so many characters of the line: whole words, where it has spaces."""
-    if len(line) <= max_chars:
-        return line
-    cut = line[:max_chars]
-    if line[max_chars] != " " and " " in cut:
-        cut = cut[: cut.rindex(" ")]
-    return cut.rstrip()

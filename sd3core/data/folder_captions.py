@@ -11,11 +11,11 @@ import posixpath
 from dataclasses import dataclass
 from pathlib import Path
 
-from sd3core.data.caption_text import one_line, text_encoding
+from sd3core.data.caption_text import text_encoding
 from sd3core.data.image_names import ImageNames, by_folded, folded
 from sd3core.data.metadata_files import METADATA, read_metadata
 from sd3core.errors import DataError
-from sd3core.progress import NAMED, counted, some
+from sd3core.words import NAMED, counted, one_line, some
 
 CAPTION_SUFFIXES = (".txt", ".TXT", ".caption", ".CAPTION")
 HOW_TO_GIVE = (

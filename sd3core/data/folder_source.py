@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sd3core.data.caption_text import cut_at_word, lines_of, mixes_languages, one_line
+from sd3core.data.caption_text import lines_of, mixes_languages
 from sd3core.data.checked_files import sha256_of
 from sd3core.data.folder_captions import (
     HOW_TO_GIVE,
@@ -26,8 +26,8 @@ from sd3core.data.folder_captions import (
     may_hold_captions,
 )
 from sd3core.errors import DataError, is_of_the_machine, with_mend
-from sd3core.progress import counted, some
 from sd3core.recipe import Data
+from sd3core.words import counted, cut_at_word, one_line, some
 
 READABLE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .ppm".split())
 # What else a person calls an image is rejected with a reason, not passed over.

@@ -18,13 +18,13 @@ import pyarrow as pa
 from PIL import Image
 
 from sd3core.data.folder_source import FolderItem, Tell, list_folder
-from sd3core.data.images import PixelRules, Picture, naming, read_picture
+from sd3core.data.images import Picture, PixelRules, naming, read_picture
 from sd3core.data.shards import DoneRecord, FailedRow, Sample, content_digest, is_held_out, shard_stem, write_shard
 from sd3core.data.store import open_store
 from sd3core.errors import DataError, UserError, with_mend
-from sd3core.progress import NAMED
 from sd3core.recipe import Data
 from sd3core.small_world.scenes import describe, draw_scene, render, scene_rng
+from sd3core.words import NAMED
 
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # stored as they are; others become PNG
 RAW_SCHEMA = pa.schema(

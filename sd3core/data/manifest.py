@@ -14,9 +14,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sd3core.data.provenance import Provenance, provenance_path, put_provenance
 from sd3core.data.store import Store, StoreNotFound, canonical_json
 from sd3core.errors import DataError, StoreError
-from sd3core.provenance import Provenance, provenance_path, put_provenance
 
 MANIFEST = "MANIFEST.json"
 UNSET = "unset"

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sd3core.data.caption_text import one_line, text_encoding
+from sd3core.data.caption_text import text_encoding
 from sd3core.data.image_names import ImageNames
 from sd3core.errors import DataError, with_mend
-from sd3core.progress import NAMED, counted, some
 from sd3core.shown_text import printable, shortened
+from sd3core.words import NAMED, counted, one_line, some
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
 FILE_NAMES = ("file_name", "filename", "file", "image", "image_path", "path", "name", "img")  # columns, ours first

@@ -1,4 +1,4 @@
-"""CLIP score and the features that FID compares, by the judging CLIP (sd3core.judge), which conditions nothing.
+"""CLIP score and the features that FID compares, by the judging CLIP (sd3core.towers.judge), which conditions nothing.
 
 The paper's scale: the plain cosine (about 0.25 for good models with CLIP L/14), not torchmetrics' hundredfold.
 """
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from sd3core.judge import Judge, clip_pixels
 from sd3core.metrics.score import LeftOut, Score, too_few
+from sd3core.towers.judge import Judge, clip_pixels
 
 MIN_IMAGES = 8
 

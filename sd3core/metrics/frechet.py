@@ -10,7 +10,6 @@ from scipy.stats import t as student
 
 from sd3core.metrics.score import LeftOut, Score, too_few
 
-
 PICTURES_A_DIMENSION = 10  # with fewer, the distance is mostly its own bias, and ranks nothing
 GROUPS = 20  # of the jackknife
 CONFIDENCE = 0.95

@@ -48,7 +48,7 @@ AT_WORK = "ray::_ActorHost.call"  # Ray names a process by what it executes
 RANK = "ray::RayTrainWorker"
 VICTIMS = ("flow", "ray worker", "server")
 RAYS_OWN = ("raylet/raylet", "gcs_server", "ray::RuntimeEnvAgent", "ray::DashboardAgent", "log_monitor.py", "dashboard/dashboard.py")
-RAY_TRAINS_OWN = ("ray::_Desk", "ray::TrainController")
+RAY_TRAINS_OWN = ("ray::TrainingActor", "ray::TrainController")
 TRAINING_STAGES = ("pretrain", "finetune")
 
 

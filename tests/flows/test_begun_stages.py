@@ -13,9 +13,9 @@ from sd3core.data.begun import all_begun
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.store import open_store
 from sd3core.errors import StoreError
-from sd3core.export import Exported
 from sd3core.recipe_file import load_recipe
-from workers.stage_notes import recall_stage
+from workers.export import Exported
+from workers.stage import recall_stage
 
 START = "s3://bucket/runs/base/checkpoints/pretrain/111111111111/000000000008"
 REF = ManifestRef("datasets/d/raw/1", "datasets/d/raw/1/MANIFEST.json", "a" * 64)

@@ -13,8 +13,8 @@ from sd3core.data.manifest import Manifest, commit_manifest, read_manifest
 from sd3core.data.store import FileStore
 from sd3core.recipe_file import load_recipe
 from sd3core.specs import fingerprint
-from sd3core.towers import TowersManifest, read_towers
-from workers.stage_notes import remember_stage
+from sd3core.towers.artifact import TowersManifest, read_towers
+from workers.stage import remember_stage
 
 DATA = ["ingest", "towers", "caption", "text", "latents.pretrain", "latents.finetune.0"]
 ABSENT = ("caption.captioner=vision_language_model", "caption.model=/no/such/captioner")

@@ -5,8 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from flows.services import Services
-from flows.summary import exported_folder, finished_runs, print_summary
+from flows.cli.closing import print_summary
+from flows.local.services import Services
+from flows.summary import exported_folder, finished_runs
 from sd3core.data.store import open_store
 from sd3core.recipe_file import load_recipe
 

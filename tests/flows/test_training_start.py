@@ -12,7 +12,7 @@ from sd3core import specs
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.store import open_store
 from sd3core.recipe_file import load_recipe
-from workers.stage_notes import NOTHING_TO_DO, StageNote
+from workers.stage import NOTHING_TO_DO, StageNote
 
 INPUTS = {"latents": "0", "text": "0", "init": None}
 

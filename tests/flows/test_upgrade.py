@@ -16,7 +16,7 @@ from rich.console import Console
 
 import flows.stage
 from flows import pipeline, upgrade
-from flows.deployments import FLOWS, PARAMETERS
+from flows.local.deployments import FLOWS, PARAMETERS
 from flows.redo import forget_from
 from flows.upgrade import RemakeNeeded, check_upgrade, look, print_upgrade
 from sd3core import specs

@@ -16,9 +16,10 @@ from sd3core.errors import CheckpointError, DataError
 from sd3core.mmdit import make_model
 from sd3core.recipe_file import load_recipe
 from sd3core.specs import captions_folder, fingerprint, raw_fields, raw_folder
-from workers.evaluate import plan_tasks, sealed
+from workers.evaluate import sealed
+from workers.evaluate_tasks import plan_tasks
 from workers.ray_room import Node
-from workers.stage_notes import remember_stage
+from workers.stage import remember_stage
 
 
 @pytest.fixture

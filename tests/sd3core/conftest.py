@@ -9,8 +9,8 @@ from small_towers import TINY, drawings
 @pytest.fixture(scope="session")
 def towers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All five tiny towers in one local folder, as fetch_towers gives it."""
-    from sd3core.tower_training.make import make_small_tower
-    from sd3core.towers import TOWER_FOLDERS
+    from sd3core.towers.artifact import TOWER_FOLDERS
+    from sd3core.towers.training.make import make_small_tower
 
     folder = tmp_path_factory.mktemp("towers")
     pictures, captions = drawings(16)

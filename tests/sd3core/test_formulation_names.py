@@ -12,7 +12,16 @@ import torch
 
 from sd3core import specs
 from sd3core.errors import RecipeError, UserError
-from sd3core.formulation_names import KINDS, NAMES, PAPER, Kind, canonical_name, family, formulation_version, shift_problem
+from sd3core.formulation_names import (
+    KINDS,
+    NAMES,
+    PAPER,
+    Kind,
+    canonical_name,
+    family,
+    formulation_version,
+    shift_problem,
+)
 from sd3core.formulations import FORMULATIONS, find_formulation
 from sd3core.recipe_file import load_recipe
 from sd3core.specs import fingerprint

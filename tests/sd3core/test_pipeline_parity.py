@@ -9,10 +9,10 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from test_generate import FACTS, write_checkpoint
 
-from sd3core.export import export_diffusers
+from sd3core.exchange.diffusers_folder import export_diffusers
 from sd3core.generate import Generator
 from sd3core.sample_settings import SampleSettings
-from sd3core.text_encoders import load_text_encoders
+from sd3core.towers.text_encoders import load_text_encoders
 
 PROMPTS = ["a red square on the left", "", "a blue bar on the right and much more than the few tokens of these towers"]
 SEEDS = [11, 7, 2**40]

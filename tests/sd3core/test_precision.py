@@ -10,7 +10,7 @@ from sd3core.precision import CPU, bf16_where_fast, has_bf16_arithmetic, settled
 from sd3core.recipe import SmallVae
 from sd3core.recipe_file import load_recipe
 from sd3core.specs import train_fields
-from sd3core.tower_training.vae import train_vae
+from sd3core.towers.training.vae import train_vae
 
 AVX2 = {"architecture": "x86_64", "avx2": True, "avx512_bf16": False, "amx_bf16": False, "cpu_name": "AMD EPYC"}
 PROCESSORS = [

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sd3core.progress import Progress, ProgressMeter, counted, format_seconds
+from sd3core.progress import Progress, ProgressMeter
+from sd3core.words import counted, format_seconds
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from sd3core.recipe_file import load_recipe
 from workers.caption import caption_stage
 from workers.encode import encode_stage
 from workers.ingest import ingest_stage
-from workers.shard_stage import StageResult
+from workers.stage import StageResult
 from workers.towers import towers_stage
 
 

@@ -17,12 +17,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sd3core.captioners import VisionLanguageCaptioner, _tidy
 from sd3core.data.images import PixelRules
 from sd3core.data.shards import Sample, read_done, read_table, write_shard
 from sd3core.data.store import open_store
 from sd3core.errors import DataError
 from sd3core.recipe import Caption
+from sd3core.towers.captioner import VisionLanguageCaptioner, _tidy
 from workers.caption import TOO_MANY_FAILED, CaptionWorker
 from workers.inputs import InputShard
 from workers.shard_stage import ShardTask

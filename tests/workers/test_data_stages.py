@@ -12,9 +12,8 @@ from data_chain import run_chain, small_recipe
 from PIL import Image
 from safetensors.torch import load as load_tensors
 
-from sd3core.autoencoder import load_autoencoder
+from sd3core.buckets import bucket_sides, nearest_bucket
 from sd3core.conditioning import TextFeatures
-from sd3core.data.buckets import bucket_sides, nearest_bucket
 from sd3core.data.images import PixelRules, crop_to, to_model_range
 from sd3core.data.loader import ShardCache, ShardReader, load_split
 from sd3core.data.manifest import read_manifest
@@ -22,8 +21,9 @@ from sd3core.data.shards import read_index, read_samples, read_table
 from sd3core.data.store import open_store
 from sd3core.progress import ignore_progress
 from sd3core.small_world.captioner import caption_from_pixels
-from sd3core.text_encoders import load_text_encoders
-from sd3core.towers import fetch_towers
+from sd3core.towers.artifact import fetch_towers
+from sd3core.towers.autoencoder import load_autoencoder
+from sd3core.towers.text_encoders import load_text_encoders
 from workers.encode_text import TOO_LONG, TextWorker, caption_id
 from workers.ingest import ingest_stage
 from workers.inputs import input_shards, read_images

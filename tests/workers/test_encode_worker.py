@@ -26,7 +26,8 @@ from workers.encode import LOAD_S, EncodeWorker, _with_enlarged_images, cut_advi
 from workers.encode_latents import LatentsSource, LatentsWorker
 from workers.encode_text import NULL, NULL_RECORD, TOO_LONG, TextWorker, pin_null, read_null_bytes
 from workers.inputs import InputShard, map_ahead
-from workers.shard_stage import ShardTask, StageResult, _entry
+from workers.shard_stage import ShardTask, _entry
+from workers.stage import StageResult
 
 BUCKETS = ((32, 32), (32, 48))
 

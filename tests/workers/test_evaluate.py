@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 import workers.evaluate
 import workers.shard_stage
 import workers.towers
+from sd3core.buckets import bucket_sides
 from sd3core.checkpoint import (
     DONE_FILE,
     CheckpointDone,
@@ -26,30 +27,22 @@ from sd3core.checkpoint import (
     rank_file,
     record_file,
 )
-from sd3core.data.buckets import bucket_sides
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.manifest import read_manifest
+from sd3core.data.provenance import device_kind, provenance_of
 from sd3core.data.records import bytes_record, sealed
+from sd3core.data.split_rows import read_rows
 from sd3core.data.store import Store, open_store
-from sd3core.metrics.held_out import read_rows
 from sd3core.mmdit import MMDiT
 from sd3core.pictures import read_settings
 from sd3core.precision import CPU, has_bf16_arithmetic, settled
 from sd3core.progress import Progress
-from sd3core.provenance import device_kind, provenance_of
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
 from sd3core.specs import fingerprint
 from workers.encode import encode_stage
-from workers.evaluate import (
-    EvaluationFailed,
-    EvaluationInputs,
-    _chosen,
-    _read_part,
-    _to_be_of_one_precision,
-    evaluate_stage,
-    plan_tasks,
-)
+from workers.evaluate import EvaluationFailed, _chosen, _read_part, _to_be_of_one_precision, evaluate_stage
+from workers.evaluate_tasks import EvaluationInputs, plan_tasks
 from workers.ingest import ingest_stage
 from workers.pool import Outcome
 from workers.towers import towers_stage

@@ -7,7 +7,7 @@ from sd3core.data.manifest import Manifest, ShardEntry, commit_manifest
 from sd3core.data.store import open_store
 from sd3core.recipe import Data
 from workers.ingest import _notes_of_pictures
-from workers.shard_stage import StageResult
+from workers.stage import StageResult
 
 
 @pytest.mark.parametrize("skipped", [True, False])

@@ -19,10 +19,10 @@ from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError, DataError
 from sd3core.progress import ignore_progress
 from sd3core.recipe import Recipe, ReleasedTowers
-from sd3core.text_encoders import load_model_folder, load_text_encoders
-from sd3core.tower_training.make import make_small_tower
-from sd3core.towers import commit_towers, fetch_towers
-from workers.shard_stage import StageFailed
+from sd3core.towers.artifact import commit_towers, fetch_towers
+from sd3core.towers.text_encoders import load_model_folder, load_text_encoders
+from sd3core.towers.training.make import make_small_tower
+from workers.stage import StageFailed
 from workers.towers import ReleasedTowerWorker, lay_out_released, towers_stage
 
 WORDS = ["a red circle", "two blue squares", "a green star above a white ring"]

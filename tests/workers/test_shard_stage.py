@@ -9,21 +9,14 @@ import pytest
 import ray
 
 from sd3core.data.manifest import read_manifest
+from sd3core.data.provenance import device_kind, provenance_of
 from sd3core.data.shards import FailedRow, Sample, write_shard
 from sd3core.data.store import open_store
 from sd3core.errors import DataError
 from sd3core.progress import ignore_progress
-from sd3core.provenance import device_kind, provenance_of
 from sd3core.recipe import Compute
-from workers.shard_stage import (
-    NOTHING_TO_DO,
-    ShardStage,
-    ShardTask,
-    StageFailed,
-    recall_stage,
-    run_shard_stage,
-    run_shard_stages,
-)
+from workers.shard_stage import NOTHING_TO_DO, ShardStage, ShardTask, recall_stage, run_shard_stage, run_shard_stages
+from workers.stage import StageFailed
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]

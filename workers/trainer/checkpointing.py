@@ -41,9 +41,9 @@ from sd3core.checkpoint import (
     record_file,
     write_done,
 )
+from sd3core.data.provenance import device_kind, provenance, provenance_bytes, provenance_file
 from sd3core.data.store import Store, StoreNotFound, may_pass
 from sd3core.errors import CheckpointError, StoreError
-from sd3core.provenance import device_kind, provenance, provenance_bytes, provenance_file
 from workers.trainer.engine import ShardedTrainer
 from workers.trainer.job import TrainingJob, TrainingSuperseded
 

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from sd3core.machine import matmul_flops_per_second
 from sd3core.mmdit import BackboneConfig
 from sd3core.mmdit.flops import forward_flops
 from sd3core.recipe import Training
-from sd3core.timing import matmul_flops_per_second
 
 TIMESTEP_BINS = 8  # equal parts of [0, 1], in rectified flow's t at the same log-SNR
 

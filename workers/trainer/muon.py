@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sd3core.tower_training.muon import orthogonalise
+from sd3core.optim import orthogonalise
 
 STEP_RMS = 0.2
 MATRIX_MODULES = {"attn", "attn2", "cross", "mlp"}

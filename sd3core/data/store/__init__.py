@@ -14,7 +14,7 @@ from sd3core.data.store.contract import (
 from sd3core.data.store.files import FileStore
 from sd3core.data.store.s3 import S3Store
 from sd3core.errors import StoreError
-from sd3core.local_paths import path_of_url
+from sd3core.files.local_paths import path_of_url
 
 __all__ = [
     "PARTIAL",

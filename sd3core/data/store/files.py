@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from sd3core.data.store.contract import PARTIAL, Store, StoreEntry, StoreNotFound, checked, too_short
 from sd3core.errors import StoreError, with_mend
-from sd3core.local_paths import expanded
+from sd3core.files.local_paths import expanded
 
 ABANDONED_S = 3600  # a file being written that has not grown for so long has lost its writer
 COPY_BYTES = 1 << 20

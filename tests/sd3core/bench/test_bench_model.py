@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flows.commands import app
+from flows.cli.commands import app
 from sd3core.bench import model as bench_model
 from sd3core.bench.measure import interleaved, median_ratio, peak_bytes_above_start, product_seconds
 from sd3core.bench.model import (

@@ -15,8 +15,8 @@ from sd3core.data.folder_source import NO_CAPTION, list_folder
 from sd3core.data.image_names import NEAR, ImageNames
 from sd3core.data.ingest import list_source
 from sd3core.data.metadata_files import (
-    NO_FIELDS,
     NAME_ONLY,
+    NO_FIELDS,
     NO_IMAGE,
     NO_TEXT,
     NOT_JSON,

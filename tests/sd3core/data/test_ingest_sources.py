@@ -12,13 +12,13 @@ import pytest
 from colour_samples import DISPLAY_P3, profile
 from PIL import Image
 
-from sd3core.data.caption_text import cut_at_word, one_line
 from sd3core.data.folder_source import NO_CAPTION, holds_nothing, image_key
 from sd3core.data.images import CONVERTED, TRANSPARENT, UNKNOWN_COLOURS, PixelRules, decode_image
 from sd3core.data.ingest import FolderChanged, IngestWorker, list_source
 from sd3core.data.shards import is_held_out, read_index, read_samples, shard_stem
 from sd3core.errors import DataError
 from sd3core.recipe import Data
+from sd3core.words import cut_at_word, one_line
 
 RNG = np.random.default_rng(0)
 

@@ -13,7 +13,7 @@ from sd3core.data.shards import finished_stems
 from sd3core.data.store import FileStore
 from sd3core.data.unused import find_unused, remove
 from sd3core.errors import DataError, StoreError
-from sd3core.towers import TOWER_FOLDERS, commit_tower, commit_towers
+from sd3core.towers.artifact import TOWER_FOLDERS, commit_tower, commit_towers
 
 NOW = -1.0  # days: whatever was written until tomorrow
 

@@ -3,9 +3,9 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from sd3core.judge import Judge, clip_pixels
 from sd3core.metrics import LeftOut
 from sd3core.metrics.clip_score import clip_score, cosines, image_embeddings
+from sd3core.towers.judge import Judge, clip_pixels
 
 
 def test_is_the_mean_cosine_whatever_the_lengths():

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from scene_pictures import PLANTED, at_64, kinds, planted
 
-from sd3core.autoencoder import Autoencoder
 from sd3core.pictures import to_uint8
 from sd3core.recipe_file import load_recipe
 from sd3core.small_world.detector import detect
 from sd3core.small_world.scenes import draw_scene, render
-from sd3core.tower_training.vae import train_vae
+from sd3core.towers.autoencoder import Autoencoder
+from sd3core.towers.training.vae import train_vae
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # training a VAE takes minutes of one core
 

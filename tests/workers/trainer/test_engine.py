@@ -9,7 +9,7 @@ from fake_training import MODEL, make_training
 from rank_processes import run_ranks
 
 from sd3core.mmdit import MMDiT
-from sd3core.tower_training.muon import orthogonalise
+from sd3core.optim import orthogonalise
 from workers.trainer import engine
 from workers.trainer.checkpointing import load_start_weights
 from workers.trainer.engine import ShardedTrainer

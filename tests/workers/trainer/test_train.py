@@ -14,9 +14,9 @@ from fake_training import FakeLoader, make_job
 from ray import cloudpickle
 
 from sd3core.checkpoint import assemble, list_checkpoints
+from sd3core.data.provenance import device_kind, provenance_of
 from sd3core.data.store import StoreNotFound, may_pass, open_store
 from sd3core.errors import DataError, StoreError
-from sd3core.provenance import device_kind, provenance_of
 from sd3core.recipe import Compute
 from workers.ray_session import start_ray
 from workers.trainer import TrainingFailed, launch, train
@@ -115,7 +115,7 @@ def test_a_killed_rank_changes_nothing(undisturbed, tmp_path):
 @pytest.mark.parametrize(
     "victim, warning",
     [
-        ("ray::_Desk", "Ray Train's own process died"),
+        ("ray::TrainingActor", "Ray Train's own process died"),
         pytest.param("ray::TrainController", "Ray Train's own process died", marks=pytest.mark.kills),
         pytest.param("raylet/raylet", "Ray's raylet on this machine has died", marks=pytest.mark.kills),
         pytest.param("gcs_server", "Ray's GCS server on this machine has died", marks=pytest.mark.kills),

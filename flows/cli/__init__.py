@@ -1,0 +1,1 @@
+"""The `sd3` command: what it can be told, and what it prints."""

@@ -1,0 +1,458 @@
+"""What `sd3` can be told to do. Each command imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from flows.cli.console import PlainConsole
+from flows.cli.options import path
+from flows.local.home import pasted
+from flows.local.recipes import DEFAULT_RECIPE, known_recipes
+from sd3core.errors import UserError
+from sd3core.recipe import TOKENS_AT_MOST, Recipe
+from sd3core.recipe_file import load_recipe
+
+if TYPE_CHECKING:
+    from flows.cli.trained_runs import TrainedRun
+
+LOG_WIDTH = 160
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Training of SD3-class models."
+)
+bench = typer.Typer(no_args_is_help=True, help="What things cost on this machine.")
+app.add_typer(bench, name="bench")
+console = PlainConsole(width=None if sys.stdout.isatty() else LOG_WIDTH)  # tables in logs and pipes keep their columns
+
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", help="A shipped recipe's name, or a path that ends in .yaml.")
+]
+SetOption = Annotated[
+    Optional[list[str]], typer.Option("--set", "-s", help="Changes one field: section.key=value. Repeatable.")
+]
+WeightsOption = Annotated[Optional[str], typer.Option(help="ema (the default) or live, of a training checkpoint.")]
+DtypeOption = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; default: as it is stored.")]
+
+
+def run(complain: Callable[[str], None]) -> int:
+    """The command of this process's arguments: its exit code. What cannot be read as one is a line to `complain`, and 2."""
+    try:
+        return app(standalone_mode=False) or 0
+    except typer.TyperException as error:
+        context, said = getattr(error, "ctx", None), error.format_message().rstrip(".")
+        if said:  # without any arguments the help was printed
+            complain(f"{said}; `{pasted(context.command_path if context else 'sd3')} --help` has what there is")
+        return error.exit_code
+
+
+def _say(line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False)
+
+
+def _load(name_or_path: str, set_: list[str] | None) -> Recipe:
+    return load_recipe(known_recipes().get(name_or_path, name_or_path), set_ or [])
+
+
+def _trained(name_or_path: str, run: str, set_: list[str] | None) -> TrainedRun:
+    """A run of the store that the recipe and its settings name, which is this machine's own where they name none."""
+    from flows.cli.trained_runs import trained_run
+    from flows.local.home import run_store
+
+    return trained_run(run_store(_load(name_or_path, set_)), run, set_)
+
+
+@app.command()
+def demo(
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    data: Annotated[
+        Optional[Path], typer.Option("--data", parser=path, help="A folder of images: name.jpg with name.txt, or a metadata.jsonl.")
+    ] = None,
+    from_stage: Annotated[
+        Optional[str], typer.Option(help="Makes this stage and those after it again, finished or not.")
+    ] = None,
+    remake: Annotated[
+        bool, typer.Option("--remake", help="Makes again what this version makes otherwise than the one it stands from.")
+    ] = False,
+    set_: SetOption = None,
+) -> None:
+    """The whole chain, from nothing to a scored, exported checkpoint; run again, it goes on where it stopped."""
+    from flows.cli.demo import demo as run_demo
+
+    run_demo(recipe, data, set_ or [], console, from_stage, remake)
+
+
+@app.command()
+def up() -> None:
+    """Starts the local services: Prefect server, worker, deployments. A second `up` is harmless."""
+    from flows.local.services import up as start
+
+    services = start(_say)
+    _say(f"UI: {services.ui_url} (`{pasted('sd3 ui')}` shows its password)")
+    _say(f'in this shell, for the prefect command: eval "$({pasted("sd3 env")})"')
+
+
+@app.command()
+def down() -> None:
+    """Stops the local services and the runs they started. What the runs made stays; they go on when started again."""
+    from flows.local.services import down as stop
+
+    stop(_say)
+
+
+@app.command()
+def env() -> None:
+    """Prints what points this shell's `prefect` command at the local services and at nothing else; the password is in it."""
+    import shlex
+
+    from flows.local.prefect_environment import shells_own
+    from flows.local.services import environment, require
+
+    settings = environment(require())
+    for name in shells_own(os.environ):
+        if name not in settings:
+            print(f"unset {name}")
+    for name, value in settings.items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+@app.command()
+def ui() -> None:
+    """Prints the address of Prefect's UI and the password that it asks for once in a browser."""
+    from flows.local.prefect_environment import password
+    from flows.local.services import require
+
+    _say(f"UI: {require().ui_url}")
+    _say(f"password: {password()}")
+
+
+@app.command()
+def status() -> None:
+    """What runs: the services, and the flow runs that are not finished."""
+    from flows.local.services import Services, server_answers, use
+
+    services = Services.load()
+    if services is None:
+        _say(f"services: never started here; `{pasted('sd3 up')}` starts them")
+        raise typer.Exit(1)
+    answers = server_answers(services)
+    _say(f"server: {'answers at ' + services.ui_url if answers else 'does not answer'}")
+    _say(f"worker: {'running' if services.worker and services.worker.alive() else 'not running'}")
+    if answers:
+        use(services)
+        from flows.cli.terminal import look
+        from flows.local.runs import described, unfinished_runs
+
+        for run in unfinished_runs():
+            _say(f"{described(run)}  {services.ui_url}/runs/flow-run/{run.id}")
+            for stage in look(run.id).stages:
+                if stage.state == "running":
+                    _say(f"  {stage.name}: {stage.progress or 'starting'}")
+    if not answers or not (services.worker and services.worker.alive()):
+        _say(f"`{pasted('sd3 up')}` starts what is missing")
+        raise typer.Exit(1)
+
+
+@app.command()
+def deploy(
+    recipe: Annotated[Path, typer.Argument(parser=path, help="A recipe file; its deployments get the recipe's name.")],
+    api: Annotated[Optional[str], typer.Option(help="Another Prefect server's API, as in PREFECT_API_URL.")] = None,
+    pool: Annotated[str, typer.Option(help="The work pool there; its workers run in a checkout at this path.")] = "sd3",
+) -> None:
+    """Adds deployments of a recipe of your own: `prefect deployment run 'pipeline/NAME'`."""
+    from flows.local.recipes import add_recipe
+    from sd3core.moving_average import short_average_warnings
+
+    added = add_recipe(recipe)
+    name = added.name
+    for warning in short_average_warnings(added):
+        _say(f"warning: {warning}")
+    if api is None:
+        from flows.local.services import up as start
+
+        start(_say)
+    else:
+        from flows.local.prefect_environment import password
+
+        os.environ["PREFECT_API_URL"] = api  # before prefect is imported
+        if os.environ.get("PREFECT_API_AUTH_STRING") == password():  # by `sd3 env`: another server is not told it
+            del os.environ["PREFECT_API_AUTH_STRING"]
+        import httpx
+
+        from flows.local.deployments import apply_deployments
+
+        try:
+            apply_deployments({name: str(recipe.resolve())}, pool)
+        except httpx.HTTPError as error:
+            raise UserError(f"--api {api}: no Prefect server that takes deployments answers there ({error})") from None
+    _say(f"deployed: pipeline/{name} and its stages")
+
+
+@app.command()
+def plan(recipe: RecipeOption = DEFAULT_RECIPE, set_: SetOption = None) -> None:
+    """Before money is spent: parameters, images, bytes in the store, memory per GPU at each ZeRO stage, steps, FLOPs, hours."""
+    from flows.cli.plan import print_plan
+    from flows.local.home import run_store
+    from flows.upgrade import print_upgrade
+
+    loaded = _load(recipe, set_)
+    print_plan(loaded, console)
+    print_upgrade(loaded, run_store(loaded), console)
+
+
+@app.command()
+def clean(
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    remove: Annotated[
+        Optional[list[str]], typer.Option(help="What to remove, by its name in the list; all for everything. Repeatable.")
+    ] = None,
+    days: Annotated[
+        float, typer.Option(min=1.0, help="What was written to in so many days is left alone: a run may be at work on it.")
+    ] = 7.0,
+    set_: SetOption = None,
+) -> None:
+    """Lists what no run uses any more in the recipe's store and this machine's cache, with sizes; removes it only when told."""
+    from flows.cli.clean import clean as run_clean
+    from flows.local.home import run_store
+
+    run_clean(run_store(_load(recipe, set_)), remove or [], days, console)
+
+
+@app.command()
+def sample(
+    prompt: Annotated[Optional[list[str]], typer.Argument(help="One or more prompts.")] = None,
+    file: Annotated[
+        Optional[Path], typer.Option("--file", "-f", parser=path, help="A text file with a prompt on each line.")
+    ] = None,
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    run: Annotated[Optional[str], typer.Option(help="A run by its name, with the settings that its checkpoint keeps; default: the recipe's.")] = None,
+    checkpoint: Annotated[
+        Optional[str],
+        typer.Option(help="A model folder or training checkpoint, by path or URL, instead of a run's last."),
+    ] = None,
+    towers: Annotated[
+        Optional[Path], typer.Option(parser=path, help="A folder with VAE and text encoders, as diffusers' pipelines have them.")
+    ] = None,
+    out: Annotated[Path, typer.Option(parser=path, help="Folder for the pictures.")] = Path("samples"),
+    height: Annotated[Optional[int], typer.Option(help="px; default: the last phase's side.")] = None,
+    width: Annotated[Optional[int], typer.Option(help="px; default: the last phase's side.")] = None,
+    seed: Annotated[
+        Optional[int],
+        typer.Option(min=0, max=2**63 - 1, help="The first picture's; the next take the numbers after it; default: 0."),
+    ] = None,
+    images: Annotated[Optional[int], typer.Option(min=1, help="Pictures per prompt; default: 1.")] = None,
+    seeds: Annotated[
+        Optional[str], typer.Option(help="Draws every prompt with each of these, as 3,17,4; for --seed and --images.")
+    ] = None,
+    negative: Annotated[
+        Optional[str], typer.Option(help="Guidance leads away from this prompt; default: from none, as in training.")
+    ] = None,
+    guidance: Annotated[Optional[float], typer.Option(min=0.0, max=1000.0, help="1 = no guidance; default: the recipe's.")] = None,
+    without: Annotated[
+        Optional[list[str]], typer.Option(help="Leaves an encoder out: clip_l, clip_g or t5. Repeatable.")
+    ] = None,
+    sampler: Annotated[Optional[str], typer.Option(help="euler, heun, dpm++2m or dpm++2m-sde; default: the recipe's.")] = None,
+    steps: Annotated[
+        Optional[int],
+        typer.Option(min=1, max=10_000, help="Of the sampler; heun calls the model twice in each. Default: the recipe's."),
+    ] = None,
+    schedule: Annotated[
+        Optional[str],
+        typer.Option(help="reference (the released code's sigmas) or textbook (an even grid, shifted); default: the sampler's."),
+    ] = None,
+    shift: Annotated[
+        Optional[float], typer.Option(min=0.01, max=1000.0, help="Alpha of the resolution shift; default: the last phase's.")
+    ] = None,
+    weights: WeightsOption = None,
+    precision: Annotated[str, typer.Option(help="Of the model: fp32 or bf16; its towers run in fp32.")] = "fp32",
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once, as memory allows.")] = 64,
+    set_: SetOption = None,
+) -> None:
+    """Pictures from prompts, from a run's last checkpoint or from --checkpoint."""
+    from flows.cli.sample import draws_of, read_prompts, sample_run
+
+    chosen = _trained(recipe, run, set_) if run else None
+    if chosen and checkpoint:
+        raise UserError(f"--run {run} and --checkpoint {checkpoint}: name the one or the other")
+    if chosen and chosen.unfinished:
+        _say(f"note: {chosen.unfinished}")
+    loaded = chosen.recipe if chosen else _load(recipe, set_)
+    prompts = [*(prompt or []), *(read_prompts(file) if file else [])]
+    sample_run(
+        loaded,
+        draws_of(prompts, seed, images, seeds),
+        out,
+        checkpoint=checkpoint,
+        trained=chosen,
+        towers=towers,
+        weights=weights,
+        precision=precision,
+        device=device,
+        batch=batch,
+        settings={
+            "height": height,
+            "width": width,
+            "num_steps": steps,
+            "guidance_scale": guidance,
+            "shift": shift,
+            "drop": tuple(sorted(set(without or []))),
+            "convention": schedule,
+            "sampler": sampler,
+            "negative_prompt": negative,
+        },
+        console=console,
+    )
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            parser=path,
+            help="A .safetensors file, the index of a sharded one, or a folder: accelerate's, or diffusers' of a transformer or"
+            " of a whole pipeline."
+        ),
+    ],
+    out: Annotated[str, typer.Argument(help="The model folder to make: a path, or a store's URL.")],
+    dtype: DtypeOption = None,
+    null: Annotated[
+        Optional[str], typer.Option(help='What it knows as "no prompt": empty (the default) or zeros.')
+    ] = None,
+    t5_tokens: Annotated[
+        Optional[int], typer.Option(min=4, max=TOKENS_AT_MOST["t5_tokens"], help="T5 tokens; default: 77.")
+    ] = None,
+    shift: Annotated[
+        Optional[float], typer.Option(min=0.01, max=1000.0, help="Of the schedule; default: the pipeline's, or 3.")
+    ] = None,
+    side: Annotated[
+        Optional[int], typer.Option(min=16, help="px of the square it makes best; default: as it says.")
+    ] = None,
+    prefix: Annotated[
+        Optional[str],
+        typer.Option(help="What its tensors' names begin with, where a file holds several sets: as ema. or model."),
+    ] = None,
+) -> None:
+    """Released weights (SD3, SD3.5-medium, SD3.5-large) as a model folder, to sample or to train from."""
+    from flows.cli.convert import import_weights
+
+    import_weights(
+        source,
+        out,
+        dtype=dtype,
+        null=null,
+        t5_tokens=t5_tokens,
+        shift=shift,
+        side_px=side,
+        prefix=prefix,
+        console=console,
+    )
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        Optional[list[str]],
+        typer.Argument(help="A model folder or training checkpoint, by path or URL; without it a run's last."),
+    ] = None,
+    out: Annotated[str, typer.Argument(help="The folder or .safetensors file to make.")] = ...,
+    format_: Annotated[
+        str, typer.Option("--format", help="diffusers (a transformer folder) or single-file.")
+    ] = "diffusers",
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    run: Annotated[Optional[str], typer.Option(help="The run whose last checkpoint; default: the recipe's.")] = None,
+    weights: WeightsOption = None,
+    dtype: DtypeOption = None,
+    set_: SetOption = None,
+) -> None:
+    """The transformer alone, for other programs. The stage `export` makes a whole diffusers pipeline folder of a run."""
+    from flows.cli.convert import export_weights
+    from flows.cli.sample import last_checkpoint
+    from sd3core.errors import UserError
+
+    given = checkpoint or []
+    if len(given) > 1:
+        raise UserError(f"{', '.join(given)}: name one checkpoint and the output")
+    if given and (run or set_ or recipe != DEFAULT_RECIPE):
+        raise UserError(f"{given[0]}, and --run or --recipe: name the one checkpoint or the other")
+    if run:
+        trained = _trained(recipe, run, set_)
+        if trained.unfinished:
+            _say(f"note: {trained.unfinished}")
+        chosen = trained.checkpoint
+    else:
+        chosen = given[0] if given else last_checkpoint(_load(recipe, set_))
+    export_weights(chosen, out, format_, weights=weights, dtype=dtype, console=console)
+
+
+@app.command()
+def photographs(folder: Annotated[Path, typer.Argument(parser=path, help="Where to write them.")]) -> None:
+    """Writes the real photographs that come inside scikit-learn, scikit-image and matplotlib, with captions: data to try `--data` on."""
+    from sd3core.data.photographs import write_photographs
+
+    written = write_photographs(folder)
+    _say(f"{len(written)} photographs with captions in {folder}")
+
+
+@bench.command("model")
+def bench_model(
+    depth: Annotated[int, typer.Option(min=1, max=256, help="Blocks; the width is 64 times as much.")] = 6,
+    image_tokens: Annotated[int, typer.Option(min=1, max=2**20, help="A square number: 256 is a picture of 256 px.")] = 256,
+    text_tokens: Annotated[int, typer.Option(min=1, max=2**20)] = 154,
+    batch: Annotated[int, typer.Option(min=2, max=2**20, help="Even: sampling takes half of it, with guidance.")] = 4,
+    qk_norm: Annotated[bool, typer.Option("--qk-norm", help="With RMS norms of queries and keys.")] = False,
+    mode: Annotated[
+        Optional[list[str]], typer.Option(help="fp32, bf16 (fp32 master) or autocast. Repeatable; default: those the device has arithmetic for.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Euler steps of a sampling.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Each measures both models once, in turn.")] = 7,
+    threads: Annotated[Optional[int], typer.Option(min=1, max=1024, help="Of the CPU; default: PyTorch's.")] = None,
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile on both sides.")] = False,
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    json_out: Annotated[Optional[Path], typer.Option("--json", parser=path, help="Also writes the figures to this file.")] = None,
+) -> None:
+    """Training step, sampling and activation memory of the MM-DiT against diffusers' SD3 transformer, same weights."""
+    import json
+    from dataclasses import asdict
+
+    import torch
+
+    from flows.cli.options import device as chosen_device
+    from flows.cli.options import file_to_write, one_of
+    from sd3core.bench.model import MODES, ModelBench, fast_modes, measure
+    from sd3core.bench.report import heading, result_table
+    from sd3core.mmdit import count_parameters
+
+    for name in mode or ():
+        one_of("--mode", name, MODES)
+    file_to_write("--json", json_out)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    settings = ModelBench(
+        depth=depth,
+        image_tokens=image_tokens,
+        text_tokens=text_tokens,
+        batch=batch,
+        qk_norm="rms" if qk_norm else None,
+        sampling_steps=steps,
+        rounds=rounds,
+        compile=compile_,
+        device=chosen_device(device),
+    )
+    modes = tuple(mode or fast_modes(torch.device(settings.device)))
+    if left_out := [name for name in MODES if not mode and name not in modes]:
+        _say(f"note: {settings.device} has no arithmetic for bf16; left out, but for --mode: {', '.join(left_out)}")
+    title = heading(settings, count_parameters(settings.config()), torch.get_num_threads())
+    _say(title)
+    with console.status("loading") as status:
+        results = list(measure(settings, modes, status.update))
+    console.print(result_table(results))
+    if json_out is not None:
+        figures = {"bench": asdict(settings), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        json_out.write_text(json.dumps(figures | {"results": [result.to_dict() for result in results]}, indent=1))

@@ -1,0 +1,132 @@
+"""`sd3 plan`: what a recipe will cost, from its numbers alone, before anything starts."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from sd3core.costs.phases import PhaseCost, compare_backbones, phase_cost, text_bytes
+from sd3core.costs.stages import (
+    CAPTION_CONTEXT_TOKENS,
+    GPU_BF16_TFLOPS,
+    GPU_FP32_TFLOPS,
+    SMALL_CAPTIONS_PER_S,
+    stage_costs,
+)
+from sd3core.moving_average import short_average_warnings
+from sd3core.recipe import Recipe
+from sd3core.towers.artifact import check_vae_folder
+
+GIB, GB = 2**30, 1e9
+
+
+def print_plan(recipe: Recipe, console: Console) -> None:
+    if recipe.towers.released is not None:
+        check_vae_folder(recipe.towers.released.vae, recipe.model_config_for(recipe.phases()[0][1]).latent_channels)
+    phases = [phase_cost(recipe, key, phase) for key, phase in recipe.phases()]
+    captions = 1 if recipe.caption.captioner == "none" else 2
+    console.print(
+        f"recipe {recipe.name}: run {recipe.run}, {recipe.model.architecture} of depth {recipe.model.depth},"
+        f" {phases[0].parameters:,} parameters",
+        highlight=False,
+    )
+    _print_phases(recipe, phases, console)
+    _print_backbones(recipe, console)
+    _print_storage(recipe, phases, captions, console)
+    _print_time(recipe, phases, console)
+
+
+def _print_phases(recipe: Recipe, phases: list[PhaseCost], console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("phase", "parameters", "side px", "samples", "batch", "steps", "tokens", "FLOPs/step", "FLOPs"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for (key, phase), plan in zip(recipe.phases(), phases, strict=True):
+        row = (plan.parameters, phase.side_px, plan.samples, phase.global_batch, plan.steps, plan.tokens)
+        table.add_row(key, *(f"{value:,}" for value in row), f"{plan.step_flops:.2e}", f"{plan.flops:.2e}")
+    console.print(table)
+    for warning in short_average_warnings(recipe):
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+    console.print()
+    console.print(
+        f"training state of one of {recipe.compute.train_ranks} ranks, GiB (activations come on top)", highlight=False
+    )
+    memory = Table(box=None, pad_edge=False)
+    for column in ("phase", "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3", "the recipe's"):
+        memory.add_column(column, justify="left" if column == "phase" else "right")
+    for (key, phase), plan in zip(recipe.phases(), phases, strict=True):
+        memory.add_row(
+            key, *(f"{plan.rank_state_bytes[stage] / GIB:,.2f}" for stage in range(4)), f"ZeRO {phase.zero_stage}"
+        )
+    console.print(memory)
+
+
+def _print_backbones(recipe: Recipe, console: Console) -> None:
+    console.print()
+    console.print("the paper's backbones at this depth and width (model.architecture, model.streams)", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for column in ("backbone", "parameters", "FLOPs/forward", "of the first"):
+        table.add_column(column, justify="left" if column == "backbone" else "right")
+    plans = compare_backbones(recipe, recipe.pretrain)
+    for plan in plans:
+        share = f"{plan.flops / plans[0].flops:.2f}"
+        table.add_row(plan.name, f"{plan.parameters:,}", f"{plan.flops:.2e}", share)
+    console.print(table)
+
+
+def _print_storage(recipe: Recipe, phases: list[PhaseCost], captions: int, console: Console) -> None:
+    console.print()
+    console.print("storage", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for column in ("what", "an image, kB", "images", "GB"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    images = recipe.data.images if recipe.data.source == "small_world" else None
+    parts = [(f"text, {captions} caption(s) an image", captions * text_bytes(recipe))]
+    parts += [(f"latents {plan.key}", plan.latent_bytes) for plan in phases]
+    for what, size in parts:
+        total = f"{images * size / GB:,.3f}" if images else f"{size * 1e6 / GB:,.1f} a million images"
+        table.add_row(what, f"{size / 1e3:,.1f}", f"{images:,}" if images else "as the folder has", total)
+    for plan in phases:
+        table.add_row(
+            f"{plan.checkpoints} checkpoint(s) {plan.key}",
+            "",
+            "",
+            f"{plan.checkpoints * plan.checkpoint_bytes / GB:,.3f}",
+        )
+    console.print(table)
+
+
+def _print_time(recipe: Recipe, phases: list[PhaseCost], console: Console) -> None:
+    costs, compute = stage_costs(recipe), recipe.compute
+    keys = {plan.key for plan in phases}
+    console.print()
+    console.print("time (ingest, towers and export are not counted)", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for column in ("what", "work", "FLOPs", "hours"):
+        table.add_column(column, justify="left" if column in ("what", "work") else "right")
+    for cost in costs:
+        hours = "not known" if cost.hours is None else f"{cost.hours:,.2f}"
+        table.add_row(cost.name, cost.work, f"{cost.flops:.2e}" if cost.flops else "-", hours)
+    console.print(table)
+    flops, hours = (sum(getattr(cost, name) for cost in costs if cost.name in keys) for name in ("flops", "hours"))
+    recomputed = ", activations computed again" if any(phase.activation_checkpointing for _, phase in recipe.phases()) else ""
+    if compute.gpus_per_rank:
+        gpus = compute.train_ranks * compute.gpus_per_rank
+        how = f"about {hours:,.0f} h on {gpus:,.0f} GPUs ({hours * gpus:,.0f} GPU hours)"
+    else:
+        how = f"at least {hours:,.2f} h on this machine"
+    console.print()
+    console.print(f"training: {flops:.2e} FLOPs{recomputed}, {how}", highlight=False)
+    console.print(_assumed(recipe), highlight=False, soft_wrap=True)
+
+
+def _assumed(recipe: Recipe) -> str:
+    compute, said = recipe.compute, []
+    if compute.gpus_per_rank or compute.gpus_per_actor:
+        said.append(f"a GPU does {GPU_BF16_TFLOPS:.0f} TFLOP/s of the model's arithmetic and {GPU_FP32_TFLOPS:.0f} of the towers' fp32")
+    if not (compute.gpus_per_rank and compute.gpus_per_actor):
+        said.append("a CPU does what plain matrix products reach here, measured now: real work takes longer")
+    if recipe.caption.captioner == "small_world":
+        said.append(f"the drawn world's captioner writes {SMALL_CAPTIONS_PER_S:.0f} captions/s an actor")
+    elif recipe.caption.captioner == "vision_language_model":
+        said.append(f"the captioner reads {CAPTION_CONTEXT_TOKENS:,} tokens an image in fp32, and its weights once for each token of a batch")
+    return f"assumed: {'; '.join(said)}; every image is as large as the largest bucket"

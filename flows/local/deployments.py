@@ -1,0 +1,86 @@
+"""Prefect's deployments `STAGE/RECIPE` and their work pool.
+
+A deployment's name is the recipe's; its parameters are the recipe and an empty list of overrides, so
+`prefect deployment run 'pretrain/mini' --param 'overrides=["pretrain.samples=9600"]'` changes one run only.
+"""
+
+from __future__ import annotations
+
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.deployments.runner import RunnerDeployment
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+
+from flows.local.home import PROJECT
+from flows.local.prefect_client import AT_ONCE, prefect_client, read_whole
+from flows.local.prefect_environment import prefect_folder
+from flows.local.recipes import known_recipes
+from sd3core.specs import STAGES, fingerprint
+
+WORK_POOL, TAG = "local", "sd3"
+
+FLOWS = (*STAGES, "pipeline")
+ENTRYPOINT = "flows.{flow}.{flow}"
+PARAMETERS = ("recipe", "overrides", "remake")  # of every flow; another list has the deployments written again
+
+
+def deployments_fingerprint() -> str:
+    return fingerprint(
+        {
+            "project": str(PROJECT),
+            "begins_in": str(prefect_folder()),
+            "entrypoint": ENTRYPOINT,
+            "flows": FLOWS,
+            "parameters": PARAMETERS,
+            "recipes": known_recipes(),
+        }
+    )
+
+
+def apply_deployments(recipes: dict[str, str] | None = None, work_pool: str = WORK_POOL) -> None:
+    """Creates the work pool and every deployment; those that stand are updated in place. `recipes`: None takes all known ones.
+
+    This home's runs begin in a folder that holds no settings of Prefect's. Elsewhere it is the checkout: a worker there finds the
+    flows in it.
+    """
+    with prefect_client() as client:
+        try:
+            client.create_work_pool(WorkPoolCreate(name=work_pool, type="process"))
+        except ObjectAlreadyExists:
+            pass
+    paths = {each.id: each.path for each in tagged_deployments()}
+    begins_in = str(prefect_folder() if work_pool == WORK_POOL else PROJECT)
+    for flow in FLOWS:
+        for name, recipe in (recipes or known_recipes()).items():
+            deployment = RunnerDeployment.from_entrypoint(
+                ENTRYPOINT.format(flow=flow),
+                name=name,
+                parameters={"recipe": recipe, "overrides": []},
+                work_pool_name=work_pool,
+                job_variables={"working_dir": begins_in},
+                tags=[TAG],
+            )
+            deployment._path = begins_in  # private: from any other folder Prefect copies all files before each run
+            deployment_id = deployment.apply()
+            if paths.get(deployment_id, begins_in) != begins_in:  # Prefect leaves it as it was
+                with prefect_client() as client:
+                    client.update_deployment(deployment_id, DeploymentUpdate(path=begins_in))
+
+
+def tagged_deployments() -> list[DeploymentResponse]:
+    """All with the tag of this project, which others may have given to theirs."""
+    wanted = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
+    with prefect_client() as client:
+        return read_whole(lambda offset: client.read_deployments(deployment_filter=wanted, limit=AT_ONCE, offset=offset))
+
+
+def worker_heartbeats() -> set[str]:
+    """When workers of the pool last told the server that they live, by the server's clock: a new one lives now."""
+    path = {"name": WORK_POOL}
+    with prefect_client() as client:
+        try:
+            workers = client.request("POST", "/work_pools/{name}/workers/filter", path_params=path, json={}).json()
+        except ObjectNotFound:
+            return set()
+    return {worker["last_heartbeat_time"] for worker in workers if worker["last_heartbeat_time"]}

@@ -1,0 +1,166 @@
+"""What captioning, encoding, training and evaluation cost: FLOPs from the recipe's numbers, and hours by stated rates.
+
+Rates are of one device. On a GPU they are assumed: training and drawing in bf16, towers in fp32. On a CPU they are measured: no
+work here is faster than plain matrix products, so its hours are at least these.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from sd3core.errors import UserError
+from sd3core.files.tensor_files import TensorFiles
+from sd3core.machine import matmul_flops_per_second
+from sd3core.metrics.validation_loss import LEVELS
+from sd3core.mmdit.flops import forward_flops
+from sd3core.precision import CPU, DTYPES, has_bf16_arithmetic, settled
+from sd3core.recipe import Recipe, Training
+from sd3core.small_world.detector import MIN_SIDE_PX
+from sd3core.small_world.world import TASKS
+from sd3core.towers.flops import TowerSizes, tower_sizes
+
+GPU_BF16_TFLOPS = 400.0  # sustained: 40 % of an H100's 989
+GPU_FP32_TFLOPS = 40.0  # 60 % of an H100's 67: the towers run in fp32
+GPU_BYTES_PER_S, CPU_BYTES_PER_S = 2e12, 2e10  # a captioner writes a token as fast as its weights are read
+SMALL_CAPTIONS_PER_S = 200.0  # of an actor: mini's 406 rows/s on two
+CAPTION_CONTEXT_TOKENS = 1_000  # of an image and the prompt, as many captioners have them
+PROMPT_PLACES = 60  # prompts that ShapesBench has for a task
+MILLION = 1_000_000
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one device, FLOP/s."""
+
+    model: float
+    towers: float
+    bytes: float  # read from memory, bytes/s
+    gpu: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe, per: float) -> Rates:
+        """`per`: GPUs that a rank or an actor has; 0 measures this machine."""
+        if per:
+            return cls(GPU_BF16_TFLOPS * 1e12, GPU_FP32_TFLOPS * 1e12, GPU_BYTES_PER_S, True)
+        precision = settled("auto", bf16=has_bf16_arithmetic(CPU))
+        return cls(*(matmul_flops_per_second(DTYPES[name], CPU) for name in (precision, "fp32")), CPU_BYTES_PER_S, False)
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """`name`: as in stage notes, "text", "latents.pretrain", "evaluate". `hours`: of all devices together; None: not known."""
+
+    name: str
+    work: str
+    flops: float
+    hours: float | None
+    devices: float
+
+
+def training_flops(recipe: Recipe, phase: Training) -> float:
+    """Of one sample: forward, backward (twice that), and with activation checkpointing the forward once more."""
+    height, width = max(phase.bucket_sides(), key=lambda side: side[0] * side[1])
+    passes = 4 if phase.activation_checkpointing else 3
+    return passes * _forward(recipe, phase, height, width)
+
+
+def stage_costs(recipe: Recipe) -> list[StageCost]:
+    """In the order of the stages. Of a folder, whose rows nobody has counted, data stages cost a million rows."""
+    sizes, compute = tower_sizes(recipe), recipe.compute
+    actor = Rates.of(recipe, compute.gpus_per_actor)
+    rank = actor if compute.gpus_per_rank == compute.gpus_per_actor == 0 else Rates.of(recipe, compute.gpus_per_rank)
+    actors = compute.actors * compute.gpus_per_actor if actor.gpu else 1
+    ranks = compute.train_ranks * compute.gpus_per_rank if rank.gpu else 1
+    rows = recipe.data.images if recipe.data.source == "small_world" else MILLION
+    shown = f"{rows:,} rows" if recipe.data.source == "small_world" else "a million rows"
+    costs = [_captioning(recipe, rows, shown, actor, actors)] if recipe.caption.captioner != "none" else []
+    captions = 1 if recipe.caption.captioner == "none" else 2
+    text = rows * captions * sizes.text_flops(recipe.text.clip_tokens, recipe.text.t5_tokens)
+    costs.append(_cost("text", f"{captions} x {shown}", text, actor.towers, actors))
+    for key, phase in recipe.phases():
+        height, width = max(phase.bucket_sides(), key=lambda side: side[0] * side[1])
+        costs.append(_cost(f"latents.{key}", shown, rows * sizes.vae.encode_flops(height, width), actor.towers, actors))
+    for key, phase in recipe.phases():
+        samples = phase.total_steps * phase.global_batch
+        costs.append(_cost(key, f"{samples:,} samples", samples * training_flops(recipe, phase), rank.model, ranks))
+    return [*costs, _evaluation(recipe, sizes, actor, actors)]
+
+
+def _cost(name: str, work: str, flops: float, rate: float, devices: float) -> StageCost:
+    return StageCost(name, work, flops, flops / (rate * devices) / 3600, devices)
+
+
+def _forward(recipe: Recipe, phase: Training, height: int, width: int) -> float:
+    text_tokens = recipe.text.clip_tokens + recipe.text.t5_tokens
+    return forward_flops(recipe.model_config_for(phase), height * width // 256, text_tokens)
+
+
+def _captioning(recipe: Recipe, rows: int, shown: str, rates: Rates, devices: float) -> StageCost:
+    """A model reads image and prompt at the rate of its arithmetic, then writes token by token, its weights read once a batch."""
+    caption = recipe.caption
+    if caption.captioner == "small_world":
+        return StageCost("caption", shown, 0.0, rows / (SMALL_CAPTIONS_PER_S * recipe.compute.actors) / 3600, recipe.compute.actors)
+    parameters = _parameters(caption.model)
+    if parameters is None:
+        return StageCost("caption", f"{shown}; {caption.model} is not on this machine", 0.0, None, devices)
+    flops = 2.0 * parameters * (CAPTION_CONTEXT_TOKENS + caption.max_new_tokens) * rows
+    written = 4.0 * parameters * caption.max_new_tokens * rows / caption.batch / rates.bytes
+    return StageCost("caption", shown, flops, (flops / rates.towers + written) / devices / 3600, devices)
+
+
+def _parameters(folder: str | None) -> int | None:
+    files = sorted(Path(folder or "").glob("*.safetensors")) if folder else []
+    try:
+        with TensorFiles(files) as tensors:
+            return sum(info.elements for info in tensors.infos.values()) or None
+    except (UserError, OSError):
+        return None
+
+
+def _evaluation(recipe: Recipe, sizes: TowerSizes, rates: Rates, devices: float) -> StageCost:
+    """Pictures drawn for scores, grids and ShapesBench, decoded and judged, and the validation loss at its levels."""
+    evaluate = recipe.evaluate
+    both = 2 if evaluate.weights == "both" else 1
+    model = towers = 0.0
+    drawn = 0
+    for _, phase in recipe.phases():
+        checkpoints = math.ceil(phase.total_steps * phase.global_batch / phase.checkpoint_every_samples)
+        earlier = 0 if evaluate.checkpoints == "last" else checkpoints - 1
+        square = _forward(recipe, phase, phase.side_px, phase.side_px)
+        model += both * (earlier + 1) * evaluate.validation_images * len(LEVELS) * square
+        for last, scored in ((False, earlier), (True, 1)):
+            for (height, width), count in _pictures(recipe, phase, last=last).items():
+                pictures = both * scored * count
+                model += pictures * _calls(recipe) * _forward(recipe, phase, height, width)
+                towers += pictures * (sizes.vae.decode_flops(height, width) + sizes.judge.flops(sizes.judge_tokens))
+                drawn += pictures
+    hours = (model / rates.model + towers / rates.towers) / devices / 3600
+    return StageCost("evaluate", f"{drawn:,} pictures", model + towers, hours, devices)
+
+
+def _calls(recipe: Recipe) -> int:
+    """Of the network for a picture: with guidance each is one with and one without the prompt."""
+    evaluate = recipe.evaluate
+    steps = 2 * evaluate.num_steps - 1 if evaluate.sampler == "heun" else evaluate.num_steps
+    return steps * (1 if evaluate.guidance_scale in (0, 1) else 2)
+
+
+def _pictures(recipe: Recipe, phase: Training, *, last: bool) -> dict[tuple[int, int], int]:
+    """(height, width) -> pictures that one checkpoint's evaluation draws with one kind of weights."""
+    evaluate, sides = recipe.evaluate, phase.bucket_sides()
+    square = (phase.side_px, phase.side_px)
+    counts = {square: evaluate.scored_images + evaluate.grid_prompts}
+    for side in sides if len(sides) > 1 else []:
+        if side[0] != side[1]:
+            counts[side] = counts.get(side, 0) + evaluate.bucket_grid_prompts
+    per_task = evaluate.bench_prompts_per_task
+    if not last and evaluate.earlier_bench_prompts_per_task is not None:
+        per_task = evaluate.earlier_bench_prompts_per_task
+    readable = [side for side in sides if min(side) >= MIN_SIDE_PX]
+    if recipe.data.source == "small_world" and readable:
+        whole = len(TASKS) * min(per_task, PROMPT_PLACES) * evaluate.bench_images_per_prompt
+        for turn, side in enumerate(readable):
+            counts[side] = counts.get(side, 0) + len(range(turn, whole, len(readable)))
+    return counts

@@ -1,0 +1,78 @@
+"""Rows and images of one split of the raw data, in an order that follows a hash."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from sd3core.data.checked_files import CheckedFiles
+from sd3core.data.images import PixelRules, crop_to, decode_image
+from sd3core.data.manifest import Manifest
+from sd3core.data.shards import image_of, not_of_its_manifest, read_index, read_samples, sample_id
+from sd3core.data.store import Store
+
+DECODE_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of the raw data set and where its sample lies."""
+
+    key: str
+    caption: str
+    stem: str
+    offset: int
+    length: int
+
+
+def read_rows(store: Store, raw: Manifest, split: str, limit: int, *, captioned: bool = False) -> list[Row]:
+    """At most `limit` rows of a split ("held_out" or "train"), the same for the same manifest; `captioned` skips empty
+    captions.
+
+    Shards, then rows, are taken in the order of a hash, so the choice does not follow the order of the data, and of a
+    large data set only as many indexes are read as are needed.
+    """
+    rows: list[Row] = []
+    for shard in sorted(raw.shards, key=lambda entry: hashlib.sha256(entry.stem.encode()).digest()):
+        if len(rows) >= limit:
+            break
+        columns = ["key", "caption", "offset", "length", "split"]
+        for row in read_index(store, raw.folder, shard.stem, shard.index_digest).select(columns).to_pylist():
+            if row.pop("split") == split and (row["caption"] or not captioned):
+                rows.append(Row(stem=shard.stem, **row))
+    return sorted(rows, key=lambda row: sample_id(row.key))[:limit]
+
+
+def read_images(
+    store: Store,
+    raw: Manifest,
+    rows: list[Row],
+    side_px: int,
+    rules: PixelRules,
+    checked: CheckedFiles | None = None,
+) -> np.ndarray:
+    """(n, side, side, 3) uint8: square centre crops, as training takes them.
+
+    Rows are read by their ranges; with `checked`, shards on this machine are compared with the manifest first. DataError
+    where one is damaged.
+    """
+    _check_shards(store, raw, {row.stem for row in rows}, checked)
+    images = []
+    for row in rows:
+        data = store.get_range(f"{raw.folder}/{row.stem}.tar", row.offset, row.length)
+        (_, files), *_ = read_samples(data)
+        image = image_of(files, f"{store.uri(raw.folder)}/{row.stem}.tar: {row.key}")
+        images.append(crop_to(decode_image(image, rules), side_px, side_px)[0])
+    return np.stack(images) if images else np.zeros((0, side_px, side_px, 3), dtype=np.uint8)
+
+
+def _check_shards(store: Store, raw: Manifest, stems: set[str], checked: CheckedFiles | None) -> None:
+    if checked is None:
+        return
+    for entry in (shard for shard in raw.shards if shard.stem in stems):
+        path = f"{raw.folder}/{entry.stem}.tar"
+        local = store.local_path(path)
+        if local is not None and not checked.is_whole(local, entry.digest, store.size(path)):
+            raise not_of_its_manifest(store.uri(path))

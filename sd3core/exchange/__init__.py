@@ -1,0 +1,1 @@
+"""Weights to and from other systems: diffusers folders, released single files."""

@@ -1,0 +1,277 @@
+"""`sd3 import` and `sd3 export`: a model's weights from one format into another, without holding them in memory.
+
+Weights travel in spans of at most SPAN elements (a training checkpoint's: of at most one parameter), each read, cast
+and written before the next. Sources: another system's weights (`ForeignWeights`), a plain model folder, a training
+checkpoint. Targets: a plain model folder, a diffusers transformer folder, a single file.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sd3core.buckets import DOWNSAMPLING
+from sd3core.checkpoint import (
+    CONFIG_FILE,
+    FORMAT,
+    MODEL_FILE,
+    WEIGHTS_TO_KIND,
+    check_shapes,
+    is_training_checkpoint,
+    model_shapes,
+    read_done,
+    read_kind,
+    read_model_fields,
+    record_file,
+    verified_local_file,
+)
+from sd3core.checkpoint_facts import CheckpointFacts, Null
+from sd3core.checkpoint_formats import BARE, DIFFUSERS, SINGLE_FILE, Format, check_released_form, diffusers_config
+from sd3core.data.store import Store, canonical_json, open_store
+from sd3core.errors import CheckpointError, UserError
+from sd3core.exchange.foreign_weights import ForeignWeights
+from sd3core.files.tensor_files import TensorFiles, TensorFileWriter, TensorInfo
+from sd3core.files.whole_output import made_whole
+from sd3core.formulation_names import export_problem
+from sd3core.mmdit import MMDiTConfig
+from sd3core.mmdit.backbone import config_positions
+from sd3core.recipe import Text
+from sd3core.sample_settings import Weights
+
+SPAN = 1 << 20  # elements: 4 MB in fp32
+RELEASED_SIDE_PX, RELEASED_SHIFT = 1024, 3.0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DtypeName = Literal["float32", "bfloat16", "float16"]
+TargetName = Literal["diffusers", "single-file"]
+TRANSFORMER_FILE = "diffusion_pytorch_model.safetensors"
+Span = tuple[str, int, Tensor]  # one of the model's tensors, the first element, values (n,)
+OnBytes = Callable[[int, int], None]  # written so far, and in all
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model whose weights can be had span by span."""
+
+    config: MMDiTConfig
+    dtypes: Mapping[str, torch.dtype]  # of the model's tensors, as they are stored
+    spans: Callable[[], Iterator[Span]]  # of every element of every tensor once, in any order
+    side_px: int | None = None  # of the square that it makes best; None: not known
+
+
+def assumed_facts(
+    foreign: ForeignWeights,
+    *,
+    null: Null | None = None,
+    t5_tokens: int | None = None,
+    shift: float | None = None,
+    side_px: int | None = None,
+) -> CheckpointFacts:
+    """How foreign weights want to be sampled from: what is given, what lies beside them, else what SD3 was released with.
+
+    Released: the encoded empty string as "no prompt", 77 CLIP tokens, shift 3, 1024 px. For T5 the paper and the
+    reference code have 77 tokens, diffusers' pipeline 256: 77 is taken.
+    """
+    beside = foreign.beside()
+    step = foreign.config.patch_size * DOWNSAMPLING
+    largest = foreign.config.position_max * step
+    if side_px is not None and (side_px % step or not step <= side_px <= largest):
+        raise UserError(f"--side {side_px}: this model makes multiples of {step} px up to {largest}")
+    text = Text(clip_tokens=beside.get("clip_tokens", 77), t5_tokens=t5_tokens or 77)
+    return CheckpointFacts(
+        null=null or "empty",
+        text=text,
+        side_px=side_px or _side_px(foreign),
+        shift=shift or beside.get("shift", RELEASED_SHIFT),
+        digest="",
+    )
+
+
+def _side_px(foreign: ForeignWeights) -> int:
+    """By diffusers' config.json; else by a position table that is larger than the square it is made for; else 1024."""
+    patch = foreign.config.patch_size * DOWNSAMPLING
+    if foreign.stated.get("sample_size"):
+        return foreign.stated["sample_size"] * DOWNSAMPLING
+    if foreign.config.position_side < foreign.config.position_max:
+        return foreign.config.position_side * patch
+    return min(RELEASED_SIDE_PX, foreign.config.position_max * patch)
+
+
+def import_model(
+    foreign: ForeignWeights,
+    out: str,
+    extra: dict[str, Any],
+    *,
+    dtype: DtypeName | None = None,
+    on_bytes: OnBytes = lambda done, total: None,
+) -> None:
+    """Writes the plain model folder `out`, a new local path or a store's URL, in the stored dtype or in `dtype`.
+
+    `extra` is kept in its config.json (see `CheckpointFacts.to_extra`). Raises UserError where `out` exists.
+    """
+    source = _foreign_source(foreign)
+    with _new_folder(out) as folder:
+        write_tensors(folder / MODEL_FILE, source, BARE, dtype, on_bytes)
+        files = {MODEL_FILE: record_file(folder / MODEL_FILE).model_dump()}
+        fields = {"format": FORMAT, "model": source.config.to_dict(), "files": files, "extra": extra}
+        (folder / CONFIG_FILE).write_bytes(canonical_json(fields))
+
+
+def export_model(
+    checkpoint: str,
+    out: Path | str,
+    target: TargetName,
+    *,
+    weights: Weights | None = None,
+    dtype: DtypeName | None = None,
+    on_bytes: OnBytes = lambda done, total: None,
+) -> None:
+    """The transformer of a checkpoint as `out`, which must not exist: a diffusers folder, or a single .safetensors file.
+
+    checkpoint: URL or path of a plain model folder or a training checkpoint; of that, `weights` are its EMA by default.
+    """
+    with open_source(checkpoint, weights) as source, made_whole(out) as path:
+        if target == "diffusers":
+            path.mkdir()
+            write_transformer(path, source, dtype, on_bytes)
+        else:
+            write_tensors(path, source, SINGLE_FILE, dtype, on_bytes)
+
+
+def write_transformer(
+    folder: Path, source: Source, dtype: DtypeName | None, on_bytes: OnBytes = lambda done, total: None
+) -> None:
+    """The files of a diffusers SD3Transformer2DModel, into a folder that is there."""
+    write_tensors(folder / TRANSFORMER_FILE, source, DIFFUSERS, dtype, on_bytes)
+    config = diffusers_config(source.config)
+    if source.side_px is not None:
+        config["sample_size"] = source.side_px // DOWNSAMPLING
+    write_config(folder / "config.json", "SD3Transformer2DModel", config)
+
+
+def write_config(path: Path, class_name: str, fields: dict[str, Any]) -> None:
+    """A config.json as diffusers reads it."""
+    named = {"_class_name": class_name, "_diffusers_version": version("diffusers")} | fields
+    path.write_text(json.dumps(named, indent=2) + "\n")
+
+
+def write_tensors(path: Path, source: Source, form: Format, dtype: DtypeName | None, on_bytes: OnBytes) -> None:
+    """A safetensors file of the source's tensors as the format names and arranges them."""
+    shapes, depth = model_shapes(source.config), source.config.depth
+    rows = {name: form.rows(name, shape[0], depth) for name, shape in shapes.items()}
+    kept = {r.tensor: source.dtypes[name] for name in shapes for r in rows[name]}
+    infos = {
+        name: TensorInfo(DTYPES[dtype] if dtype else kept[name], shape)
+        for name, shape in form.shapes(source.config).items()
+    }
+    total, done = sum(info.bytes for info in infos.values()), 0
+    on_bytes(0, total)
+    with TensorFileWriter(path, infos) as out:
+        for name, start, values in source.spans():
+            width, first = _row_elements(shapes[name]), 0  # `first`: of the model's tensor, where these rows begin
+            for r in rows[name]:
+                size = r.count * width
+                low, high = max(start, first), min(start + len(values), first + size)
+                if low < high:
+                    out.write(r.tensor, r.start * width + low - first, values[low - start : high - start])
+                    done += (high - low) * infos[r.tensor].dtype.itemsize
+                first += size
+            on_bytes(done, total)
+
+
+@contextmanager
+def open_source(checkpoint: str, weights: Weights | None = None) -> Iterator[Source]:
+    """A plain model folder or a training checkpoint, by URL or path, of an MM-DiT that other systems know.
+
+    Raises CheckpointError that names what is missing, damaged or unknown, or the architecture or formulation that they
+    do not know.
+    """
+    store = open_store(checkpoint)
+    if weights not in (None, *WEIGHTS_TO_KIND):
+        raise CheckpointError(f"weights={weights!r}: take 'ema' or 'live'")
+    if is_training_checkpoint(store):
+        yield _training_source(store, weights or "ema")
+        return
+    if weights is not None:
+        raise CheckpointError(f"{store.url}: a model folder has one set of weights; leave out weights={weights!r}")
+    config, record, _ = read_model_fields(store)
+    check_released_form(config, store.url)
+    with verified_local_file(store, MODEL_FILE, record) as path, TensorFiles([path]) as files:
+        check_shapes(files.shapes, model_shapes(config), store.url)
+        dtypes = {name: info.dtype for name, info in files.infos.items()}
+        extra = store.get_json(CONFIG_FILE).get("extra", {})
+        _check_formulation(extra, store.url)
+        yield Source(config, dtypes, lambda: _spans_of_files(files, BARE, config), extra.get("side_px"))
+
+
+def _training_source(store: Store, weights: Weights) -> Source:
+    done = read_done(store, "")
+    config = done.model_config_of()
+    check_released_form(config, store.url)
+    _check_formulation(done.training, store.url)
+    shapes = model_shapes(config)
+    trained = {name: tuple(shape) for name, shape in done.parameters.items()}
+    check_shapes(trained | {"pos_embed": shapes["pos_embed"]}, shapes, store.url)
+
+    def spans() -> Iterator[Span]:
+        for piece in read_kind(store, "", WEIGHTS_TO_KIND[weights]):
+            yield piece.parameter, piece.start, piece.values
+        yield "pos_embed", 0, config_positions(config).flatten()
+
+    return Source(config, dict.fromkeys(shapes, torch.float32), spans, done.training.get("side_px"))
+
+
+def _check_formulation(trained: Mapping[str, Any], where: str) -> None:
+    """Other systems take a network's output for rectified flow's velocity, so weights that mean another would mislead."""
+    if problem := export_problem(trained.get("formulation", "rf")):
+        raise CheckpointError(f"{where}: {problem}")
+
+
+def _foreign_source(foreign: ForeignWeights) -> Source:
+    config, files = foreign.config, foreign.files
+    dtypes = {}
+    for name, shape in model_shapes(config).items():
+        stored = {files.infos[r.tensor].dtype for r in foreign.form.rows(name, shape[0], config.depth)}
+        dtypes[name] = stored.pop() if len(stored) == 1 else torch.float32
+    return Source(config, dtypes, lambda: _spans_of_files(files, foreign.form, config))
+
+
+def _spans_of_files(files: TensorFiles, form: Format, config: MMDiTConfig) -> Iterator[Span]:
+    for name, shape in model_shapes(config).items():
+        width, first = _row_elements(shape), 0
+        for r in form.rows(name, shape[0], config.depth):
+            size = r.count * width
+            for start in range(0, size, SPAN):
+                count = min(SPAN, size - start)
+                yield name, first + start, files.read(r.tensor, r.start * width + start, count)
+            first += size
+
+
+def _row_elements(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape[1:]).numel()
+
+
+@contextmanager
+def _new_folder(out: str) -> Iterator[Path]:
+    """A folder on this machine that becomes `out`, whole or not at all. In a store config.json is put last."""
+    store = open_store(out)
+    local = store.local_path(CONFIG_FILE)
+    if local is not None:
+        with made_whole(local.parent) as folder:
+            folder.mkdir()
+            yield folder
+        return
+    if store.exists(CONFIG_FILE):
+        raise UserError(f"{out} exists already; name another, or remove it")
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch)
+        for name in (MODEL_FILE, CONFIG_FILE):
+            store.put_file(name, Path(scratch) / name)

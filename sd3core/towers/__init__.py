@@ -1,0 +1,1 @@
+"""The frozen networks beside the model: autoencoder, text encoders, judge and captioner."""

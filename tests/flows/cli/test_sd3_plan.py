@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli.commands import app
+from sd3core.costs.phases import compare_backbones, phase_cost, text_bytes, zero_bytes
+from sd3core.recipe_file import load_recipe, shipped_recipes
+
+
+def test_training_state_shrinks_with_the_zero_stage():
+    """bf16: 2 + 2 + 16 bytes a parameter, of which stage 1 shards 16, stage 2 18, stage 3 all 20. fp32: 4 + 4 + 12."""
+    assert [zero_bytes(1_000, stage, 4, "bf16") for stage in range(4)] == [20_000, 8_000, 6_500, 5_000]
+    assert [zero_bytes(1_000, stage, 4, "fp32") for stage in range(4)] == [20_000, 11_000, 8_000, 5_000]
+    assert {zero_bytes(1_000, stage, 1, "bf16") for stage in range(4)} == {20_000}
+
+
+def test_the_papers_pretraining():
+    recipe = load_recipe("sd3-2b")
+    plan = phase_cost(recipe, "pretrain", recipe.pretrain)
+    assert plan.steps == 500_000
+    assert plan.tokens == 16 * 16 + 77 + 77
+    assert plan.latent_bytes == 32 * 32 * 16 * 4
+    assert text_bytes(recipe) == 2 * (77 * (768 + 1280) + 768 + 1280 + 77 * 4096)
+    assert plan.checkpoint_bytes == 4 * 4 * plan.parameters
+    assert plan.flops == plan.steps * plan.step_flops
+
+
+def test_the_papers_backbones_side_by_side():
+    """Depth 24 at 256 px: three streams cost parameters and no FLOPs to speak of, one set of weights the other way round."""
+    recipe = load_recipe("sd3-2b")
+    plans = {plan.name: plan for plan in compare_backbones(recipe, recipe.pretrain)}
+    assert list(plans) == ["mmdit, 2 streams", "mmdit, 3 streams", "dit", "cross_dit", "uvit"]
+    two, three, one = (plans[name] for name in ("mmdit, 2 streams", "mmdit, 3 streams", "dit"))
+    assert (two.parameters, one.parameters) == (2_028_328_000, 1_039_245_376)
+    own = phase_cost(recipe, "pretrain", recipe.pretrain)
+    assert two.flops * 4 * recipe.pretrain.global_batch == own.step_flops  # with activations computed again
+    assert two.flops < three.flops < 1.01 * two.flops and two.flops < one.flops < 1.02 * two.flops
+    assert three.parameters - two.parameters == 23 * (18 * 1536**2 + 15 * 1536) + 5 * 1536**2 + 5 * 1536
+    for architecture in ("dit", "cross_dit", "uvit"):
+        chosen = load_recipe("sd3-2b", [f"model.architecture={architecture}"])
+        assert phase_cost(chosen, "pretrain", chosen.pretrain).parameters == plans[architecture].parameters
+
+
+def test_steps_and_checkpoints_are_rounded_up():
+    recipe = load_recipe("tiny-test", ["pretrain.samples=97", "pretrain.checkpoint_every_samples=32"])
+    plan = phase_cost(recipe, "pretrain", recipe.pretrain)
+    assert (plan.steps, plan.checkpoints) == (13, 4)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_the_plan_of_every_recipe_says_what_it_costs(name):
+    printed = CliRunner().invoke(app, ["plan", "--recipe", name], catch_exceptions=False)
+    assert printed.exit_code == 0
+    recipe = load_recipe(name)
+    plans = [phase_cost(recipe, key, phase) for key, phase in recipe.phases()]
+    rows = [line.split() for line in printed.output.splitlines()]
+    for plan in plans:
+        training, memory, _ = [row for row in rows if row[:1] == [plan.key]]
+        assert training[1] == f"{plan.parameters:,}"
+        assert training[5] == f"{plan.steps:,}"
+        assert memory[1:5] == [f"{plan.rank_state_bytes[stage] / 2**30:,.2f}" for stage in range(4)]
+        assert ["latents", plan.key, f"{plan.latent_bytes / 1e3:,.1f}"] in [row[:3] for row in rows]
+        checkpoints = next(row for row in rows if row[1:3] == ["checkpoint(s)", plan.key])
+        assert (checkpoints[0], checkpoints[-1]) == (
+            str(plan.checkpoints),
+            f"{plan.checkpoints * plan.checkpoint_bytes / 1e9:,.3f}",
+        )
+    captions = 1 if recipe.caption.captioner == "none" else 2
+    text = next(row for row in rows if row[:1] == ["text,"])
+    assert (text[1], text[5]) == (str(captions), f"{captions * text_bytes(recipe) / 1e3:,.1f}")
+    for plan in compare_backbones(recipe, recipe.pretrain):
+        row = [*plan.name.split(), f"{plan.parameters:,}", f"{plan.flops:.2e}"]
+        assert row in [found[: len(row)] for found in rows]
+    (training,) = [line for line in printed.output.splitlines() if line.startswith("training:")]
+    assert f"{sum(plan.flops for plan in plans):.2e} FLOPs" in training and " h " in training
+
+
+def test_the_plan_says_where_an_export_would_hold_no_average():
+    every = ("--set", "pretrain.ema_every_steps=100")
+    short = "warning: pretrain: its 12 steps end before the first update of the EMA (pretrain.ema_every_steps 100): an export"
+    runs = (CliRunner().invoke(app, ["plan", "--recipe", "tiny-test", *more], catch_exceptions=False) for more in ((), every))
+    assert [short in printed.output for printed in runs] == [False, True]

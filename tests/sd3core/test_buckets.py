@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import ast
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+
+from sd3core.buckets import bucket_name, bucket_sides, buckets_for_area, nearest_bucket
+from sd3core.recipe import Buckets, Training
+
+RATIOS = (0.5, 0.5625, 0.75, 1.0, 1.3333, 1.7778, 2.0)
+
+
+@pytest.mark.parametrize("side_px", [64, 128, 256, 512, 1024])
+def test_sides_keep_the_area_and_the_patch(side_px):
+    sides = bucket_sides(side_px, RATIOS)
+    assert len(sides) == len(set(sides)) and (side_px, side_px) in sides
+    for height, width in sides:
+        assert height % 16 == 0 == width % 16
+        assert abs(height * width / side_px**2 - 1) < 20 / side_px + 0.05  # within the rounding to 16 px
+
+
+def test_known_sides():
+    assert bucket_sides(128, (1.0, 0.75, 1.3333)) == [(128, 128), (144, 112), (112, 144)]
+    assert bucket_sides(1024, (16 / 9,)) == [(768, 1360)]
+    assert bucket_sides(16, (1.0, 4.0, 0.25)) == [(16, 16), (16, 32), (32, 16)]
+    assert bucket_sides(64, (1.0, 1.01)) == [(64, 64)]  # equal ones stand once
+
+
+SDXL = """512x2048 512x1984 512x1920 512x1856 576x1792 576x1728 576x1664 640x1600 640x1536 704x1472 704x1408 704x1344
+768x1344 768x1280 832x1216 832x1152 896x1152 896x1088 960x1088 960x1024 1024x1024"""  # and transposes; sd3-facts 9.4
+
+
+def test_the_rule_gives_sdxls_list():
+    wide = {tuple(int(side) for side in name.split("x")) for name in SDXL.split()}
+    found = buckets_for_area(1024)
+    assert len(found) == len(set(found)) == 41
+    assert set(found) == wide | {(width, height) for height, width in wide}
+    assert found == sorted(found, key=lambda side: (-side[0], side[1]))
+
+
+@pytest.mark.parametrize("side_px", [512, 1024])
+def test_the_rule_gives_every_size_of_pixarts_lists(side_px):
+    """As diffusers has them; read from the source, for its import takes seconds."""
+    module = importlib.util.find_spec("diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha")
+    nodes = ast.parse(Path(module.origin).read_text()).body
+    [bins] = [
+        ast.literal_eval(node.value)
+        for node in nodes
+        if isinstance(node, ast.Assign) and node.targets[0].id == f"ASPECT_RATIO_{side_px}_BIN"
+    ]
+    assert len(bins) > 30
+    assert {(int(height), int(width)) for height, width in bins.values()} <= set(buckets_for_area(side_px))
+
+
+@pytest.mark.parametrize(("side_px", "step"), [(96, 16), (256, 16), (512, 32), (768, 48), (1024, 64), (1440, 80)])
+@pytest.mark.parametrize("max_ratio", [1.0, 2.0, 4.0])
+def test_any_area(side_px, step, max_ratio):
+    sides = buckets_for_area(side_px, max_ratio=max_ratio)
+    assert (side_px, side_px) in sides and sides == buckets_for_area(side_px, step, max_ratio)
+    assert all((width, height) in sides for height, width in sides)
+    for height, width in sides:
+        assert height % step == 0 == width % step
+        assert 0.9 <= height * width / side_px**2 <= 1 and 1 / max_ratio <= height / width <= max_ratio
+    assert len(sides) > 1 if max_ratio > 1 else sides == [(side_px, side_px)]
+
+
+def test_a_phase_has_its_buckets_by_ratios_or_by_the_rule():
+    sizes = {"side_px": 512, "samples": 8, "global_batch": 1, "micro_batch": 1, "checkpoint_every_samples": 8}
+    assert Training(**sizes, aspect_ratios=(1.0, 4.0)).bucket_sides() == [(512, 512), (256, 1024)]
+    assert Training(**sizes, buckets=Buckets()).bucket_sides() == buckets_for_area(512)
+    own = Buckets(multiple_px=64, max_ratio=2.0, min_area=0.8)
+    assert Training(**sizes, buckets=own).bucket_sides() == buckets_for_area(512, 64, 2.0, 0.8)
+
+
+def test_nearest_is_symmetric_in_the_logarithm():
+    sides = [(128, 128), (112, 144), (144, 112)]
+    assert nearest_bucket(500, 500, sides) == (128, 128)
+    assert nearest_bucket(1600, 900, sides) == (112, 144) and nearest_bucket(900, 1600, sides) == (144, 112)
+    edge = math.sqrt(144 / 112)  # halfway to the wider one
+    assert nearest_bucket(int(1e6 * edge) + 10, 10**6, sides) == (112, 144)
+    assert nearest_bucket(int(1e6 * edge) - 10, 10**6, sides) == (128, 128)
+    assert bucket_name((112, 144)) == "112x144"

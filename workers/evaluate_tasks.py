@@ -1,0 +1,157 @@
+"""What is scored: each checkpoint's parts with their protocols, and the records that they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sd3core.checkpoint import read_done
+from sd3core.data.manifest import ManifestRef
+from sd3core.data.store import Store
+from sd3core.metrics.reference import reference_fields
+from sd3core.metrics.validation_loss import LEVELS
+from sd3core.recipe import Recipe, Training
+from sd3core.sample_settings import SampleSettings, Weights
+from sd3core.small_world.detector import MIN_SIDE_PX
+from sd3core.small_world.world import TASKS
+from sd3core.specs import FORMATS, fingerprint
+from sd3core.towers.artifact import read_towers
+
+Part = dict[str, Any]
+SCORED_WEIGHTS: dict[str, tuple[Weights, ...]] = {"both": ("ema", "live"), "ema": ("ema",)}
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """What scores are made from besides checkpoints: pinned manifests, and the folder of the towers in the store."""
+
+    raw: ManifestRef
+    text: ManifestRef
+    latents: dict[str, ManifestRef]  # by phase key
+    towers: str
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    part: str  # "validation", "pictures", "bench-TASK", "grid-HxW"
+    phase: str
+    checkpoint: str  # folder in the store
+    samples: int
+    weights: Weights
+    protocol: dict[str, Any]
+    folder: str  # in the store
+    digest: str  # of the checkpoint
+
+    @property
+    def place(self) -> str:
+        """Path in the store, without an ending."""
+        spec = fingerprint({"protocol": self.protocol, "checkpoint": self.digest})
+        return f"{self.folder}/{self.part}.{spec}"
+
+    def settled(self, precision: str) -> EvaluationTask:
+        """With the precision that an actor computes in: what a score's protocol says, and where its part stands."""
+        return replace(self, protocol=self.protocol | {"precision": precision})
+
+    @property
+    def path(self) -> str:
+        return f"{self.place}.json"
+
+    @property
+    def title(self) -> str:
+        return f"{self.phase} {self.samples:,} {self.weights} {self.part}"
+
+
+def plan_tasks(
+    recipe: Recipe, store: Store, checkpoints: dict[str, list[str]], inputs: EvaluationInputs
+) -> list[EvaluationTask]:
+    """Every part of every checkpoint, in the order of the table. A pure function of its arguments and the manifests'
+    digests.
+    """
+    phases = dict(recipe.phases())
+    digests = read_towers(store, inputs.towers).digests
+    tasks = []
+    for phase, folders in checkpoints.items():
+        chosen = folders[-1:] if recipe.evaluate.checkpoints == "last" else folders
+        for folder in chosen:
+            done = read_done(store, folder)
+            for weights in SCORED_WEIGHTS[recipe.evaluate.weights]:
+                for part, protocol in _protocols(
+                    recipe, phase, phases[phase], inputs, digests, last=folder == folders[-1]
+                ):
+                    place = f"{_folder(recipe)}/{phase}/{done.samples:012d}-{weights}"
+                    names = (part, phase, folder, done.samples, weights)
+                    tasks.append(EvaluationTask(*names, protocol, place, done.digest))
+    return tasks
+
+
+def _protocols(
+    recipe: Recipe, phase_key: str, phase: Training, inputs: EvaluationInputs, towers: dict[str, str], *, last: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(part, protocol): whatever a score depends on besides the checkpoint, so that equal fingerprints are comparable
+    scores.
+    """
+    evaluate = recipe.evaluate
+    common = {
+        "format": FORMATS["evaluations"],
+        "precision": evaluate.precision,
+        "seed": evaluate.seed,
+        "raw": inputs.raw.digest,
+    }
+    latents = inputs.latents[phase_key].digest
+    yield (
+        "validation",
+        common
+        | {
+            "kind": "validation_loss",
+            "levels": list(LEVELS),
+            "images": evaluate.validation_images,
+            "latents": latents,
+            "text": inputs.text.digest,
+        },
+    )
+
+    def sampled(height: int, width: int) -> dict[str, Any]:
+        shift = evaluate.shift_for(phase)
+        settings = SampleSettings(
+            height, width, evaluate.num_steps, evaluate.guidance_scale, shift, sampler=evaluate.sampler
+        )
+        used = {name: towers[name] for name in ("vae", "clip_l", "clip_g", "t5")}
+        return common | {"settings": settings.to_dict(), "towers": fingerprint(used)}
+
+    square, all_sides = sampled(phase.side_px, phase.side_px), phase.bucket_sides()
+    reference = reference_fields(inputs.raw, towers["judge"], phase.side_px, evaluate.reference_images)
+    yield (
+        "pictures",
+        square
+        | {
+            "kind": "clip_and_fid",
+            "images": evaluate.scored_images,
+            "grid": evaluate.grid_prompts,
+            "reference": reference,
+            "reference_set": fingerprint(reference),
+        },
+    )
+    per_task = evaluate.bench_prompts_per_task
+    if not last and evaluate.earlier_bench_prompts_per_task is not None:
+        per_task = evaluate.earlier_bench_prompts_per_task
+    if recipe.data.source == "small_world" and per_task:
+        readable = [sides for sides in all_sides if min(sides) >= MIN_SIDE_PX]
+        for task in TASKS:
+            bench = {
+                "kind": "shapes_bench",
+                "prompts_per_task": per_task,
+                "images_per_prompt": evaluate.bench_images_per_prompt,
+                "sizes": readable,  # (height, width); none: the bench is left out
+            }
+            yield f"bench-{task}", square | bench
+    for height, width in all_sides:
+        if len(all_sides) > 1 and height != width and evaluate.bucket_grid_prompts:
+            yield (
+                f"grid-{height}x{width}",
+                sampled(height, width) | {"kind": "grid", "grid": evaluate.bucket_grid_prompts},
+            )
+
+
+def _folder(recipe: Recipe) -> str:
+    return f"runs/{recipe.run}/evaluations"

@@ -1,0 +1,96 @@
+"""The export stage: a run's last checkpoint as a folder that diffusers opens, made once."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sd3core.checkpoint import record_file
+from sd3core.checkpoint_facts import read_facts
+from sd3core.data.checked_files import CheckedFiles
+from sd3core.data.provenance import PROVENANCE_FILE, provenance, put_provenance
+from sd3core.data.store import Store, StoreDamaged, StoreNotFound
+from sd3core.exchange.diffusers_folder import MANIFEST_FILE, export_diffusers
+from sd3core.recipe import Recipe
+from sd3core.specs import FORMATS, fingerprint
+
+
+@dataclass(frozen=True)
+class Exported:
+    folder: str  # in the store
+    digest: str  # of its MANIFEST.json
+    skipped: bool
+    fields: dict[str, Any]  # what its spec is the fingerprint of
+    damaged: str | None = None  # the file for which it was made again
+
+
+def export_stage(
+    recipe: Recipe,
+    store: Store,
+    checkpoint: str,
+    towers: Path,
+    tower_digests: dict[str, str],
+    *,
+    checked: CheckedFiles | None = None,
+    reread_towers: Callable[[], object] = lambda: None,
+    begin: Callable[[str, dict[str, Any]], None] = lambda folder, fields: None,
+) -> Exported:
+    """The checkpoint folder `checkpoint` of the store, exported to runs/RUN/export/SPEC with its MANIFEST.json last.
+
+    `towers` is the local copy, `tower_digests` the digests of its manifest; before it is copied `reread_towers` compares
+    all of its bytes, which the export's own manifest will vouch for. Where a manifest stands and every file is as it says,
+    nothing is made. `begin` hears of the folder and its fields before anything is looked at.
+    """
+    facts = read_facts(store.uri(checkpoint))
+    fields = {
+        "format": FORMATS["export"],
+        "checkpoint": facts.digest,
+        "towers": {name: tower_digests[name] for name in ("vae", "clip_l", "clip_g", "t5")},
+        "diffusers": version("diffusers"),
+    }
+    shift = recipe.evaluate.shift_for(recipe.phases()[-1][1])
+    if shift != facts.shift:  # the recipe's was changed after the checkpoint was written
+        fields["shift"] = shift
+    spec = fingerprint(fields)
+    folder = f"runs/{recipe.run}/export/{spec}"
+    manifest_path = f"{folder}/{MANIFEST_FILE}"
+    standing = {"stage": "export", "spec": spec, "fields": fields}
+    begin(folder, fields)
+    skipped, damaged = _look(store, folder, standing, checked)
+    if not skipped:
+        reread_towers()
+        with tempfile.TemporaryDirectory() as scratch:
+            local = export_diffusers(store.uri(checkpoint), towers, Path(scratch) / "export", shift=shift)
+            files = {}
+            for path in sorted(p for p in local.rglob("*") if p.is_file()):
+                name = path.relative_to(local).as_posix()
+                store.put_file(f"{folder}/{name}", path)
+                files[name] = record_file(path).model_dump()
+        put_provenance(store, f"{folder}/{PROVENANCE_FILE}", provenance())
+        store.put_json(manifest_path, standing | {"from": checkpoint, "files": files})
+    return Exported(folder, fingerprint(store.get_json(manifest_path)), skipped, fields, damaged)
+
+
+def _look(
+    store: Store, folder: str, standing: dict[str, Any], checked: CheckedFiles | None
+) -> tuple[bool, str | None]:
+    """(whether the export is there as its manifest says, the file that is not)."""
+    checked = checked or CheckedFiles(Path(os.devnull))  # which keeps no notes
+    path = f"{folder}/{MANIFEST_FILE}"
+    try:
+        manifest = store.get_json(path)
+        if manifest | standing != manifest:
+            return False, path
+        for name, record in sorted(manifest["files"].items()):
+            if not checked.holds(store, f"{folder}/{name}", record["sha256"], record["bytes"]):
+                return False, f"{folder}/{name}"
+    except StoreNotFound:
+        return False, None
+    except (StoreDamaged, KeyError, TypeError, AttributeError):
+        return False, path
+    return True, None
