@@ -11,8 +11,9 @@ import pytest
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = ("sd3core", "workers", "flows")
 MAY_IMPORT = {"sd3core": {"sd3core"}, "workers": {"workers", "sd3core"}, "flows": {"flows", "workers", "sd3core"}}
+FLOWS_FLOORS = (("flows.local",), ("flows", "flows.ui"), ("flows.cli",))  # a room imports those of its floor and below
 ONLY_IN = {  # a framework, and the files or folders that may import it
-    "ray": ("workers/pool.py", "workers/ray_session.py", "workers/trainer/launch.py"),
+    "ray": ("workers/pool.py", "workers/ray_session.py", "workers/trainer/launch.py", "workers/trainer/actor.py"),
     "deepspeed": ("workers/trainer/engine.py",),
     "prefect": ("flows/",),
     "boto3": ("sd3core/data/store/s3.py",),
@@ -87,6 +88,77 @@ def test_imports_go_from_flows_to_workers_to_sd3core(trees):
         if package in (*PACKAGES, "tests") and package not in MAY_IMPORT[name.partition("/")[0]]
     ]
     assert not wrong
+
+
+def imported_modules(tree: ast.AST, modules: set[str]) -> set[str]:
+    """The project's modules that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (whole & modules) or {node.module}
+    return found & modules
+
+
+def module_of(name: str) -> str:
+    return name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Every edge whose end leads back to its beginning."""
+
+    def reached(start: str) -> set[str]:
+        seen, waiting = set(), [start]
+        while waiting:
+            new = graph.get(waiting.pop(), set()) - seen
+            seen |= new
+            waiting += new
+        return seen
+
+    return [f"{a} -> {b}" for a, ends in graph.items() for b in ends if a in reached(b)]
+
+
+@pytest.fixture(scope="module")
+def module_graph(trees) -> dict[str, set[str]]:
+    modules = {module_of(name) for name in trees}
+    return {module_of(name): imported_modules(tree, modules) - {module_of(name)} for name, tree in trees.items()}
+
+
+def test_circles_are_seen():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b -> c", "c -> b"]
+    assert circles({"a": {"b", "c"}, "b": {"c"}}) == []
+
+
+def test_no_module_imports_in_a_circle(module_graph):
+    assert circles(module_graph) == []
+
+
+def test_no_room_imports_in_a_circle(module_graph):
+    """A room is a folder or a module beside it: sd3core.data, sd3core.recipe, workers.trainer, flows.ui."""
+
+    def room(module: str) -> str:
+        return ".".join(module.split(".")[:2])
+
+    rooms: dict[str, set[str]] = {}
+    for module, imported in module_graph.items():
+        rooms.setdefault(room(module), set()).update({room(other) for other in imported} - {room(module)})
+    assert circles(rooms) == []
+
+
+def test_rooms_of_flows_import_downwards(module_graph):
+    def floor(module: str) -> int:
+        parts = module.split(".")
+        name = ".".join(parts[:2]) if (PROJECT / "/".join(parts[:2])).is_dir() else "flows"
+        return next(number for number, names in enumerate(FLOWS_FLOORS) if name in names)
+
+    assert not [
+        f"{module} -> {other}"
+        for module, imported in module_graph.items()
+        for other in imported
+        if module.startswith("flows.") and other.startswith("flows.") and floor(other) > floor(module)
+    ]
 
 
 @pytest.mark.parametrize("framework", ONLY_IN)
