@@ -21,7 +21,7 @@ from sd3core.data.store import open_store
 from sd3core.errors import UserError
 from sd3core.files.whole_output import made_whole
 from sd3core.formulations import find_formulation
-from sd3core.mmdit import Backbone
+from sd3core.mmdit import Backbone, use_lean_steps
 from sd3core.pictures import encode_png, make_grid, to_uint8
 from sd3core.precision import DTYPES
 from sd3core.sample_settings import SampleSettings, Weights
@@ -76,6 +76,7 @@ class Generator:
         encoders = load_text_encoders(towers, facts.text, device=device)
         autoencoder = load_autoencoder(towers, device=device)
         model = load_model(checkpoint, weights).to(device, dtype)
+        use_lean_steps(model)
         return cls(model, encoders, autoencoder, facts.null, facts.formulation)
 
     def sample(

@@ -27,6 +27,7 @@ from sd3core.metrics.clip_score import clip_score, image_embeddings
 from sd3core.metrics.frechet import frechet_score
 from sd3core.metrics.reference import reference_features
 from sd3core.metrics.validation_loss import LEVELS, level_losses, validation_loss
+from sd3core.mmdit import use_lean_steps
 from sd3core.pictures import encode_png, make_grid, thumbnail_jpeg
 from sd3core.precision import DTYPES, has_bf16_arithmetic, settled
 from sd3core.progress import Progress
@@ -83,6 +84,7 @@ class EvaluationWorker:
             self._loaded = None  # before the next one is loaded, so that only one is in memory
             model = load_model(self.store.uri(task.checkpoint), task.weights)
             model = model.to(self.device, DTYPES[precision])
+            use_lean_steps(model)
             done = read_done(self.store, task.checkpoint)
             formulation = done.training["formulation"]
             self._loaded = (key, Generator(model, self.encoders, self.autoencoder, done.null, formulation))

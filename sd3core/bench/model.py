@@ -27,7 +27,7 @@ from sd3core.bench.measure import interleaved, median_ratio, peak_bytes_above_st
 from sd3core.checkpoint_formats import diffusers_config, to_diffusers
 from sd3core.errors import UserError
 from sd3core.machine import keep_freed_memory, matmul_flops_per_second
-from sd3core.mmdit import MMDiT, MMDiTConfig
+from sd3core.mmdit import MMDiT, MMDiTConfig, use_lean_steps
 from sd3core.mmdit.flops import forward_flops
 from sd3core.precision import has_bf16_arithmetic
 from sd3core.sampling import sample_euler, sigma_schedule
@@ -111,6 +111,7 @@ def contenders(bench: ModelBench) -> dict[str, Contender]:
     theirs = SD3Transformer2DModel(**diffusers_config(bench.config()))
     theirs.load_state_dict(to_diffusers(ours))
     ours, theirs = ours.to(bench.device), theirs.to(bench.device)
+    use_lean_steps(ours)
 
     def call_theirs(latent: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
         return their_forward(latent, context, pooled, 1000 * t, return_dict=False)[0]

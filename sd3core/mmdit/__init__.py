@@ -3,6 +3,7 @@
 from sd3core.mmdit.architectures import config_from_dict, count_parameters, make_model
 from sd3core.mmdit.backbone import Backbone
 from sd3core.mmdit.config import BackboneConfig, CrossDiTConfig, DiTConfig, MMDiTConfig, UViTConfig
+from sd3core.mmdit.lean import use_lean_steps
 from sd3core.mmdit.model import MMDiT
 from sd3core.mmdit.qk_norm import insert_qk_norm, max_attention_logit
 from sd3core.mmdit.rivals import CrossDiT, DiT, UViT
@@ -23,4 +24,5 @@ __all__ = [
     "insert_qk_norm",
     "make_model",
     "max_attention_logit",
+    "use_lean_steps",
 ]

@@ -13,12 +13,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sd3core.mmdit import lean
-from sd3core.mmdit.lean import modulate
-
-PLAIN_ATTENTION_TOKENS = 512  # up to here the CPU's fused bf16 attention loses to two matmuls
 Heads = tuple[Tensor, Tensor, Tensor]  # a stream's queries (B, n, L, d), keys and values (B, n, M, d)
 SINUSOID_CHANNELS = 256
+LAYER_NORM_EPS = 1e-6
 MLP_RATIO = 4
 
 
@@ -32,14 +29,12 @@ def timestep_sinusoid(t: Tensor) -> Tensor:
 
 def layer_norm(x: Tensor) -> Tensor:
     """(x - mean) / sqrt(variance + 1e-6) over the last dimension, without weights of its own."""
-    return F.layer_norm(x, x.shape[-1:], eps=lean.LAYER_NORM_EPS)
+    return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
 
 
-def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """x + gate * update. x, update (B, L, H); gate (B, H)."""
-    if lean.serves(x):
-        return lean.gated_add(x, gate, update)
-    return torch.addcmul(x, gate.unsqueeze(1), update)
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift. x (B, L, H); shift, scale (B, H)."""
+    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
 
 
 class PatchEmbed(nn.Module):
@@ -65,12 +60,17 @@ class VectorEmbed(nn.Module):
         return self.mlp(x)
 
 
+class GatedAdd(nn.Module):
+    """x + gate * update. x, update (B, L, H); gate (B, H). Holds no weights."""
+
+    def forward(self, x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+        return torch.addcmul(x, gate.unsqueeze(1), update)
+
+
 class ModulatedLinear(nn.Linear):
     """linear(modulate(layer_norm(x), shift, scale)). x (B, L, H); shift, scale (B, H) -> (B, L, K)."""
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        if lean.serves(x):
-            return lean.modulated_linear(x, shift, scale, self.weight, self.bias)
         return super().forward(modulate(layer_norm(x), shift, scale))
 
 
@@ -78,8 +78,6 @@ class GeluLinear(nn.Linear):
     """linear(gelu(u)), GELU in its tanh form. (B, L, K) -> (B, L, H)."""
 
     def forward(self, u: Tensor) -> Tensor:
-        if lean.serves(u):
-            return lean.gelu_linear(u, self.weight, self.bias)
         return super().forward(F.gelu(u, approximate="tanh"))
 
 
@@ -169,15 +167,7 @@ class Attention(nn.Module):
     """
 
     def forward(self, *streams: Heads) -> tuple[Tensor, ...]:
-        lengths = [q.shape[2] for q, _, _ in streams]
-        first, _, _ = streams[0]
-        bf16_on_cpu = first.device.type == "cpu" and first.dtype == torch.bfloat16
-        if bf16_on_cpu and lean.serves(first, tokens=sum(lengths)):
-            return lean.attention(*streams)
-        q, k, v = join(streams)
-        plain = bf16_on_cpu and sum(lengths) <= PLAIN_ATTENTION_TOKENS
-        attended = (plain_attention if plain else F.scaled_dot_product_attention)(q, k, v)  # (B, n, L, d)
-        return tuple(rearrange(z, "b n l d -> b l (n d)") for z in attended.split(lengths, dim=2))
+        return split(F.scaled_dot_product_attention(*join(streams)), streams)
 
 
 def join(streams: Sequence[Heads]) -> Heads:
@@ -185,10 +175,10 @@ def join(streams: Sequence[Heads]) -> Heads:
     return streams[0] if len(streams) == 1 else tuple(torch.cat(parts, dim=2) for parts in zip(*streams, strict=True))
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same written out. On a CPU in bf16 the fused kernel's backward takes 2 to 10 times as long for short sequences."""
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, n, L, L)
-    return logits.softmax(dim=-1) @ v
+def split(attended: Tensor, streams: Sequence[Heads]) -> tuple[Tensor, ...]:
+    """What all queries attended to, (B, n, L, d) -> each stream's part, (B, L, H)."""
+    parts = attended.split([q.shape[2] for q, _, _ in streams], dim=2)
+    return tuple(rearrange(part, "b n l d -> b l (n d)") for part in parts)
 
 
 class StreamBlock(nn.Module):
@@ -201,6 +191,7 @@ class StreamBlock(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: str | None, last: bool = False, dual: bool = False):
         super().__init__()
         self.last, self.dual = last, dual
+        self.gated_add = GatedAdd()
         self.attn = AttentionWeights(hidden_size, num_heads, qk_norm, output=not last)
         if dual:
             self.attn2 = AttentionWeights(hidden_size, num_heads, qk_norm)
@@ -220,7 +211,7 @@ class StreamBlock(nn.Module):
         if self.dual:
             *rest, shift_attn2, scale_attn2, gate_attn2 = rest
             (attended,) = self.attention2(self.attn2(x, shift_attn2, scale_attn2))
-            x = gated_add(x, gate_attn2, self.attn2.proj(attended))
+            x = self.gated_add(x, gate_attn2, self.attn2.proj(attended))
         return x, qkv, tuple(rest)
 
     def after_attention(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
@@ -228,11 +219,11 @@ class StreamBlock(nn.Module):
         if self.last:
             return x
         gate_attn, *modulation_mlp = modulation
-        x = gated_add(x, gate_attn, self.attn.proj(attended))
+        x = self.gated_add(x, gate_attn, self.attn.proj(attended))
         return self.add_mlp(x, *modulation_mlp)
 
     def add_mlp(self, x: Tensor, shift_mlp: Tensor, scale_mlp: Tensor, gate_mlp: Tensor) -> Tensor:
-        return gated_add(x, gate_mlp, self.mlp(x, shift_mlp, scale_mlp))
+        return self.gated_add(x, gate_mlp, self.mlp(x, shift_mlp, scale_mlp))
 
 
 class JointBlock(nn.Module):
@@ -300,7 +291,7 @@ class CrossBlock(SelfBlock):
     def forward(self, x: Tensor, c: Tensor, y: Tensor) -> Tensor:
         x, heads, (gate_attn, *modulation_mlp) = self.before_attention(x, y)
         (attended,) = self.attention(heads)
-        x = gated_add(x, gate_attn, self.attn.proj(attended))
+        x = self.gated_add(x, gate_attn, self.attn.proj(attended))
         x = x + self.cross(x, c)
         return self.add_mlp(x, *modulation_mlp)
 

@@ -4,7 +4,7 @@ What is cheap to make again is made again: the modulated input of a linear layer
 from its input, the weights of an attention from queries and keys. What is done number by number is compiled into one pass
 over its tensors, products are left to the library, and an attention's work is cut into pieces that stay in a core's cache.
 Under autocast the normalised input is rounded to bf16 before it is modulated; the plain form modulates in fp32.
-A GPU takes the plain forms, which its compiler fuses.
+A GPU takes the plain forms, which its compiler fuses. A model has them put in from outside, by `use_lean_steps`.
 
 Shapes as in `layers`: B batch, L tokens, H width, n heads, d channels of a head; S heads at a time, M keys.
 """
@@ -19,17 +19,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from sd3core.mmdit.layers import (
+    LAYER_NORM_EPS,
+    Attention,
+    GatedAdd,
+    GeluLinear,
+    Heads,
+    ModulatedLinear,
+    join,
+    modulate,
+    split,
+)
 
 log = logging.getLogger(__name__)
 
 MIN_TOKENS = 128  # shorter sequences keep little anyway, and the calls would cost more than they save
+PLAIN_ATTENTION_TOKENS = 512  # up to here the CPU's fused bf16 attention loses to two matmuls
 MIN_FUSED = 2**16  # numbers of a tensor: for fewer, compiling does not pay
 HEADS_BYTES = 2**21  # of the attention weights of the heads that are worked on at a time
 KEYS_MULTIPLE = 32  # of bf16 values in a vector register: softmax over other lengths takes half as long again
-LAYER_NORM_EPS = 1e-6
 GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 GELU_CUBIC = 0.044715
 GELU_SATURATED = 30.0  # from here on the sigmoid is 0 or 1 to the last bit, also in fp64
@@ -66,15 +78,61 @@ def _fused(plain: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift. x (B, L, H); shift, scale (B, H)."""
-    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
-
-
-def serves(x: Tensor, tokens: int | None = None) -> bool:
+def applies_to(x: Tensor, tokens: int | None = None) -> bool:
     """Whether these forms gain anything for x (B, L, ...): on a CPU, uncompiled, and with enough tokens, L or as given."""
     enough = (x.shape[1] if tokens is None else tokens) >= MIN_TOKENS
     return x.device.type == "cpu" and enough and not torch.compiler.is_compiling()
+
+
+class LeanModulatedLinear(ModulatedLinear):
+    """A modulated linear layer that takes the lean form where that gains anything."""
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        if applies_to(x):
+            return modulated_linear(x, shift, scale, self.weight, self.bias)
+        return super().forward(x, shift, scale)
+
+
+class LeanGeluLinear(GeluLinear):
+    """A linear layer after GELU that takes the lean form where that gains anything."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        return gelu_linear(u, self.weight, self.bias) if applies_to(u) else super().forward(u)
+
+
+class LeanGatedAdd(GatedAdd):
+    """A gated sum that takes the lean form where that gains anything."""
+
+    def forward(self, x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+        return gated_add(x, gate, update) if applies_to(x) else super().forward(x, gate, update)
+
+
+class LeanAttention(Attention):
+    """An attention that takes, for bf16 on a CPU, the lean form for long sequences and two products for short ones."""
+
+    def forward(self, *streams: Heads) -> tuple[Tensor, ...]:
+        first, tokens = streams[0][0], sum(q.shape[2] for q, _, _ in streams)
+        if first.device.type != "cpu" or first.dtype != torch.bfloat16:
+            return super().forward(*streams)
+        if applies_to(first, tokens):
+            return attention(*streams)
+        if tokens <= PLAIN_ATTENTION_TOKENS:
+            return split(plain_attention(*join(streams)), streams)
+        return super().forward(*streams)
+
+
+LEAN_FORMS = {
+    ModulatedLinear: LeanModulatedLinear,
+    GeluLinear: LeanGeluLinear,
+    GatedAdd: LeanGatedAdd,
+    Attention: LeanAttention,
+}
+
+
+def use_lean_steps(model: nn.Module) -> None:
+    """Has the model's blocks take the lean forms from now on. Weights, their names and hooks stay as they are."""
+    for module in model.modules():
+        module.__class__ = LEAN_FORMS.get(type(module), type(module))
 
 
 def modulated_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -92,7 +150,13 @@ def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     return _apply(_GatedAdd, x, gate, update)
 
 
-def attention(*streams: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """An attention written out. On a CPU in bf16 the fused kernel's backward takes 2 to 10 times as long for short sequences."""
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, n, L, L)
+    return logits.softmax(dim=-1) @ v
+
+
+def attention(*streams: Heads) -> tuple[Tensor, ...]:
     """softmax(q k^T / sqrt(d)) v, where each stream's queries look at the keys of all.
 
     Of each stream q (B, n, L, d); k, v (B, n, M, d) -> its (B, L, n * d).

@@ -43,7 +43,7 @@ def lean_attention(*heads: Tensor) -> Tensor:
 
 def plain_attention(*heads: Tensor) -> Tensor:
     q, k, v = (torch.cat(heads[i::3], dim=2) for i in range(3))
-    return layers.plain_attention(q, k, v).transpose(1, 2).flatten(2)
+    return lean.plain_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def linear_of(inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
@@ -180,6 +180,7 @@ def test_compiled_steps_give_what_they_are_written_as(mode, monkeypatch):
         pytest.skip("g++ is not installed")
     assert lean.can_compile()
     block = layers.JointBlock(256, 4, "rms")
+    lean.use_lean_steps(block)
     block = randomise(block).bfloat16() if mode == "bf16" else randomise(block)
     dtype = torch.bfloat16 if mode == "bf16" else torch.float32
     assert MIN_SIZE * 256 * 2 >= lean.MIN_FUSED
@@ -224,6 +225,12 @@ def test_what_all_keys_share_costs_no_precision():
     assert max(own) < 0.012 and min(plain) > 0.03, (own, plain)
 
 
+def lean_model(config) -> layers.nn.Module:
+    model = randomise(make_model(config))
+    lean.use_lean_steps(model)
+    return model
+
+
 def run_model(model: layers.nn.Module, inputs: tuple[Tensor, ...], autocast: bool = False) -> dict[str, Tensor]:
     """The velocity and the gradients of all weights."""
     model.zero_grad()
@@ -238,7 +245,7 @@ def run_model(model: layers.nn.Module, inputs: tuple[Tensor, ...], autocast: boo
 @pytest.mark.parametrize("qk_norm", [None, "rms"])
 def test_every_backbone_trains_alike_with_either(kind, qk_norm, monkeypatch):
     config = SMALL_BACKBONES[kind](qk_norm=qk_norm)
-    model, inputs = randomise(make_model(config)), small_inputs(config=config)
+    model, inputs = lean_model(config), small_inputs(config=config)
     runs = []
     for tokens in (ALL_LEAN, ALL_PLAIN):
         monkeypatch.setattr(lean, "MIN_TOKENS", tokens)
@@ -252,11 +259,11 @@ def test_every_backbone_trains_alike_with_either(kind, qk_norm, monkeypatch):
 @pytest.mark.parametrize("mode", ["bf16", "autocast"])
 def test_bf16_and_autocast_stay_as_near_to_fp32(mode, monkeypatch):
     config = SMALL_BACKBONES["mmdit-dual"]()
-    exact = run_model(randomise(make_model(config)), small_inputs(config=config))
+    exact = run_model(lean_model(config), small_inputs(config=config))
     errors = []
     for tokens in (ALL_LEAN, ALL_PLAIN):
         monkeypatch.setattr(lean, "MIN_TOKENS", tokens)
-        model = randomise(make_model(config))
+        model = lean_model(config)
         got = run_model(model.bfloat16() if mode == "bf16" else model, small_inputs(config=config), mode == "autocast")
         assert mode == "bf16" or all(got[name].dtype == torch.float32 for name, _ in model.named_parameters() if name in got)
         errors.append({name: float((got[name].float() - z).norm() / z.norm()) for name, z in exact.items() if z.norm() > 0})
@@ -286,6 +293,7 @@ def test_a_block_keeps_no_more_than_it_must(monkeypatch):
     4 and the MLP's output 1 make 12 H. (B, H) modulations and the norms' deviations are small beside them."""
     width, tokens = 128, 256
     block = layers.SelfBlock(width, 2, None).bfloat16()
+    lean.use_lean_steps(block)
     x = torch.randn(1, tokens, width, dtype=torch.bfloat16, requires_grad=True)
     y = torch.randn(1, width, dtype=torch.bfloat16)
     unit = x.nbytes
@@ -299,7 +307,7 @@ def test_a_block_keeps_no_more_than_it_must(monkeypatch):
 def test_blocks_can_be_recomputed_whole(monkeypatch):
     monkeypatch.setattr(lean, "MIN_TOKENS", ALL_LEAN)
     config = SMALL_BACKBONES["mmdit"]()
-    model, inputs = randomise(make_model(config)), small_inputs(config=config)
+    model, inputs = lean_model(config), small_inputs(config=config)
     plain = run_model(model, inputs)
     for block in model.recomputable():
         block.forward = partial(recompute, block.forward, use_reentrant=False)
@@ -307,6 +315,21 @@ def test_blocks_can_be_recomputed_whole(monkeypatch):
         assert torch.equal(value, plain[name]), name
 
 
+def test_a_model_is_plain_until_it_is_told_and_keeps_its_weights(monkeypatch):
+    monkeypatch.setattr(lean, "MIN_TOKENS", ALL_LEAN)
+    config = SMALL_BACKBONES["mmdit"]()
+    model, inputs = randomise(make_model(config)), small_inputs(config=config)
+    calls = []
+    monkeypatch.setattr(lean, "gated_add", lambda x, gate, update: calls.append(1) or torch.addcmul(x, gate.unsqueeze(1), update))
+    before, names = model(*inputs), list(model.state_dict())
+    assert not calls
+    lean.use_lean_steps(model)
+    lean.use_lean_steps(model)  # twice is once
+    after = model(*inputs)
+    assert len(calls) == 4 * config.depth - 2 and list(model.state_dict()) == names
+    torch.testing.assert_close(before, after, atol=2e-6, rtol=2e-4)
+
+
 def test_a_gpu_and_short_sequences_take_the_plain_forms():
-    assert lean.serves(torch.empty(1, lean.MIN_TOKENS, 2)) and not lean.serves(torch.empty(1, lean.MIN_TOKENS - 1, 2))
-    assert not lean.serves(torch.empty(1, lean.MIN_TOKENS, 2, device="meta"))
+    assert lean.applies_to(torch.empty(1, lean.MIN_TOKENS, 2)) and not lean.applies_to(torch.empty(1, lean.MIN_TOKENS - 1, 2))
+    assert not lean.applies_to(torch.empty(1, lean.MIN_TOKENS, 2, device="meta"))

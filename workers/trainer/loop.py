@@ -22,7 +22,7 @@ from sd3core.checkpoint import DamagedFile
 from sd3core.conditioning import TextFeatures
 from sd3core.data.store import Store, open_store
 from sd3core.formulations import Formulation, find_formulation
-from sd3core.mmdit import config_from_dict, make_model, max_attention_logit
+from sd3core.mmdit import config_from_dict, make_model, max_attention_logit, use_lean_steps
 from sd3core.precision import DTYPES, has_bf16_arithmetic
 from workers.encode_text import read_null_bytes
 from workers.trainer import engine
@@ -134,6 +134,7 @@ class PhaseTraining:
         self.loader = open_loader(job, self.store, place, self._warn)
         self.previews = Previews(job, self.store, self.null, place.device, self._shown_samples, self._warn)
         model = make_model(self.config).to(place.device)  # its weights do not matter: `_restore` sets them
+        use_lean_steps(model)
         self.trainer = ShardedTrainer(model, job.training, place.rank, place.world)
         self.peak, _ = peak_flops(place.device, DTYPES[job.training.precision])
 
