@@ -22,14 +22,18 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TWO     := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: demo test test-unit test-kills up down setup clean
+.PHONY: demo test lint test-unit test-kills up down setup clean
 
 demo: $(READY)
 	@$(BIN)/sd3 demo --recipe "$(RECIPE)" $(if $(DATA),--data "$(DATA)") $(if $(FROM),--from-stage $(FROM)) $(if $(REMAKE),--remake) $(foreach s,$(SET),--set "$(s)")
 
-test: $(READY)
+test: lint
 	@$(BIN)/python -m pytest $(TWO) -m "not slow"
 	@$(BIN)/python -m pytest $(TWO) -m "slow and not kills" --durations=20
+
+lint: $(READY)
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet || { echo "make: not formatted; run $(BIN)/ruff format"; exit 1; }
 
 test-unit: $(READY)
 	@$(BIN)/python -m pytest $(TWO) -m "not slow"

@@ -1,11 +1,8 @@
-"""Makes the small towers one by one, each committed to the store when it is finished, so that a kill costs at most one of them."""
+"""Makes a small tower: trains it on a data set's own pictures and captions, and lays out its folders."""
 
 from __future__ import annotations
 
-import tempfile
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +11,15 @@ import torch
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 from transformers.modeling_utils import PreTrainedModel
 
-from sd3core.data.store import Store
 from sd3core.errors import DataError
-from sd3core.progress import Progress, ProgressCallback, ignore_progress
+from sd3core.progress import ProgressCallback, ignore_progress
 from sd3core.recipe import SmallTowers
-from sd3core.towers.artifact import TOWER_FOLDERS, TowersManifest, commit_tower, commit_towers, finished_towers
+from sd3core.towers.artifact import TOWER_FOLDERS
 from sd3core.towers.text_encoders import without_progress_bars
 from sd3core.towers.training.clip import build_clip, train_clip
 from sd3core.towers.training.t5 import train_t5
 from sd3core.towers.training.tokenizers import make_clip_tokenizer, make_t5_tokenizer
 from sd3core.towers.training.vae import train_vae
-
-
-def make_small_towers(
-    store: Store,
-    folder: str,
-    fields: dict[str, Any],
-    small: SmallTowers,
-    images: Iterable[np.ndarray],
-    captions: Iterable[str],
-    seed: int,
-    report: ProgressCallback = ignore_progress,
-) -> TowersManifest:
-    """Trains what is missing in `folder` and commits the manifest. images: uint8 (H, W, 3) of any sizes, one caption each.
-
-    Raises DataError where there is no picture, or no caption to learn words from.
-    """
-    pictures, texts = list(images)[: small.images], list(captions)[: small.images]
-    finished = finished_towers(store, folder)
-    for position, name in enumerate(TOWER_FOLDERS, start=1):
-        if name in finished:
-            continue
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix=f"tower-{name}-") as scratch:
-            heading = f"{name} ({position} of {len(TOWER_FOLDERS)})"
-            figures = make_small_tower(name, small, pictures, texts, seed, Path(scratch), _headed(report, heading))
-            commit_tower(
-                store, folder, name, Path(scratch), figures | {"seconds": round(time.monotonic() - started, 1)}
-            )
-    return commit_towers(store, folder, fields)
 
 
 def make_small_tower(
@@ -126,10 +93,3 @@ def _side(side: PreTrainedModel, clip: PreTrainedModel) -> PreTrainedModel:
     weights = clip.state_dict()
     side.load_state_dict({key: weights[key] for key in side.state_dict()})
     return side.eval()
-
-
-def _headed(report: ProgressCallback, heading: str) -> ProgressCallback:
-    def with_heading(progress: Progress) -> None:
-        report(replace(progress, note=f"{heading}: {progress.note}"))
-
-    return with_heading
