@@ -11,13 +11,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sd3core.errors import RecipeError
-from sd3core.recipe import Recipe
+from sd3core.recipe import Recipe, Training
 from sd3core.recipe_yaml import parse_yaml
 from sd3core.shown_text import shortened
 
 NO_SPACES = "; in `make SET=...` a value has no spaces inside"
 RECIPE_ENDINGS = (".yaml", ".yml")  # of a path; anything else is a name
 LARGEST_BYTES = 1_000_000
+SHARED = "training"  # the section with what all phases share
 KEY_CHARS, VALUE_CHARS = 200, 100  # of what a message repeats
 
 
@@ -39,9 +40,36 @@ def recipe_of(fields: dict[str, Any], overrides: list[str] | None, where: str) -
     for override in overrides or []:
         _apply_override(fields, override)
     try:
-        return Recipe.model_validate(fields)
+        return Recipe.model_validate(_with_shared_training(fields, where))
     except ValidationError as error:
-        raise RecipeError(f"{where}: {_first_problem(error)}") from None
+        raise RecipeError(f"{where}: {_first_problem(error, fields)}") from None
+
+
+def _with_shared_training(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields with what `training:` says in every phase that does not say otherwise. A phase's own key replaces it whole."""
+    shared = fields.get(SHARED, {})
+    if not isinstance(shared, dict):
+        raise RecipeError(f"{where}: {SHARED}: give it as keys of a phase and their values")
+    if unknown := next((key for key in shared if key not in Training.model_fields), None):
+        raise RecipeError(f"{where}: unknown key {SHARED}.{shortened(unknown, KEY_CHARS)}{_nearest(unknown, _valid_keys((SHARED,)))}")
+    whole = {key: value for key, value in fields.items() if key != SHARED}
+    if isinstance(whole.get("pretrain", {}), dict) and shared:
+        whole["pretrain"] = shared | whole.get("pretrain", {})
+    if isinstance(whole.get("finetune"), list):
+        whole["finetune"] = [shared | phase if isinstance(phase, dict) else phase for phase in whole["finetune"]]
+    return whole
+
+
+def _as_written(location: tuple[Any, ...], fields: dict[str, Any]) -> tuple[Any, ...]:
+    """The place of a value in the file: below `training:` where its phase has it from there."""
+    match location:
+        case ("pretrain", key, *_):
+            phase, inside = fields.get("pretrain", {}), location[1:]
+        case ("finetune", int(number), key, *_):
+            phase, inside = fields["finetune"][number], location[2:]
+        case _:
+            return location
+    return (SHARED, *inside) if key not in phase and key in fields.get(SHARED, {}) else location
 
 
 def _read_yaml(name_or_path: str) -> dict[str, Any]:
@@ -126,7 +154,7 @@ def _place(target: dict | list, part: str, shown: str) -> str | int:
     raise RecipeError(f"override {shown}: {shortened(part, KEY_CHARS)!r} is {there}")
 
 
-def _first_problem(error: ValidationError) -> str:
+def _first_problem(error: ValidationError, fields: dict[str, Any]) -> str:
     """The first of pydantic's findings as one line: the key, what is wrong, the nearest valid key.
 
     Unknown keys come first, and then nothing is said to be missing: it may be what a misspelt key was meant to be.
@@ -136,7 +164,7 @@ def _first_problem(error: ValidationError) -> str:
     if unknown:
         problems = unknown + [problem for problem in problems if problem["type"] not in ("extra_forbidden", "missing")]
     problem = problems[0]
-    key = shortened(".".join(str(part) for part in problem["loc"]), KEY_CHARS)
+    key = shortened(".".join(str(part) for part in _as_written(problem["loc"], fields)), KEY_CHARS)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if problem["type"] == "extra_forbidden":
         siblings = _valid_keys(problem["loc"][:-1])
@@ -150,6 +178,8 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _valid_keys(location: tuple[Any, ...]) -> list[str]:
+    if location[:1] == (SHARED,):
+        return list(Training.model_fields)
     model: Any = Recipe
     for part in location:
         if isinstance(part, int):
@@ -157,7 +187,7 @@ def _valid_keys(location: tuple[Any, ...]) -> list[str]:
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)
+    return [*model.model_fields, *([] if location else [SHARED])]
 
 
 def _nearest(word: str, known: list[str]) -> str:

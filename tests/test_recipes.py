@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from sd3core.recipe import Buckets, Compute, Evaluate, Recipe, ReleasedTowers
 from sd3core.recipe_file import load_recipe, shipped_recipes
 from sd3core.specs import fingerprint
 
+RECIPES = Path(__file__).resolve().parent.parent / "infra/recipes"
 PAPER = {  # depth, and parameters without and with QK-norm: sd3-facts, counted on the released architecture
     "sd3-2b": (24, 2_028_328_000, 2_028_334_144),
     "sd3-8b": (38, 8_056_617_792, 8_056_627_520),
@@ -316,6 +318,45 @@ def test_overrides_reach_every_place():
     assert (changed.run, changed.store, changed.evaluate.precision) == ("2026", "s3://bucket/a=b", "fp32")
     assert changed.towers.small.vae.steps == 9
     assert load_recipe("tiny-test").finetune[0].samples == 32  # the file is read anew
+
+
+def test_what_phases_share_stands_once(tmp_path):
+    """`training:` in every phase that does not say otherwise: the same recipe as one that is written out."""
+    fields = yaml.safe_load((RECIPES / "tiny-test.yaml").read_text())
+    shared = fields.pop("training")
+    fields["finetune"].append({"side_px": 96, "samples": 8, "global_batch": 8, "micro_batch": 4, "qk_norm": "rms", "ema_decay": 0.5})
+    for phase in (fields["pretrain"], *fields["finetune"]):
+        phase |= shared | phase
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(fields))
+    for phase in (fields["pretrain"], *fields["finetune"]):
+        for key in shared:
+            if phase[key] == shared[key]:
+                del phase[key]
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(fields | {"training": shared}))
+    short, whole = (load_recipe(str(tmp_path / f"{name}.yaml")) for name in ("short", "whole"))
+    assert short == whole and [phase.ema_decay for _, phase in short.phases()] == [0.9, 0.9, 0.5]
+    assert fingerprint(short.model_dump(mode="json")) == fingerprint(whole.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(("overrides", "said"), [
+    (["training.learning_rat=1"], "unknown key training.learning_rat; did you mean 'learning_rate'?"),
+    (["trainin.learning_rate=1"], "unknown key trainin; did you mean 'training'?"),
+    (["training.ema_decay=2"], "training.ema_decay: Input should be less than 1"),
+    (["training.ema_decay=2", "pretrain.ema_decay=0.5"], "training.ema_decay: Input should be less than 1"),
+    (["training.ema_decay=0.5", "finetune.0.ema_decay=2"], "finetune.0.ema_decay: Input should be less than 1"),
+    (["training.buckets={max_ratio: 0.5}"], "training.buckets.max_ratio: Input should be greater than or equal to 1"),
+    (["training=5"], "training: give it as keys of a phase and their values"),
+])  # fmt: skip
+def test_what_is_wrong_in_the_shared_part_is_named_there(overrides, said):
+    with pytest.raises(RecipeError) as raised:
+        load_recipe("tiny-test", overrides)
+    assert said in str(raised.value)
+
+
+def test_a_phases_own_value_wins_and_an_override_reaches_all_phases():
+    recipe = load_recipe("tiny-test", ["training.learning_rate=0.5", "training.precision=fp32", "finetune.0.precision=bf16"])
+    assert [phase.precision for _, phase in recipe.phases()] == ["fp32", "bf16"]
+    assert [phase.learning_rate for _, phase in recipe.phases()] == [1e-3, 1e-4]  # the file's own stand nearer
 
 
 def test_every_formulation_of_the_paper_can_be_asked_for():
