@@ -18,6 +18,6 @@ def encode(recipe: str, overrides: list[str] | None = None, remake: bool = False
     with stage("encode", recipe, overrides, remake) as run:
         raw = upstream.raw(run.recipe, run.store)
         captions = upstream.captions(run.recipe, run.store)
-        towers = upstream.towers(run.recipe, run.store)
+        towers = upstream.towers_ref(run.recipe, run.store)
         results = encode_stage(run.recipe, run.store, raw, captions, towers, run.report)
         return run.finish_parts(results, table=shard_table(run.store, results))

@@ -8,7 +8,7 @@ from prefect import flow
 
 from flows import upstream
 from flows.stage import FLOW_OPTIONS, stage
-from sd3core.checkpoint import DONE_FILE, read_done
+from sd3core.checkpoint import DONE_FILE, read_checkpoint_done
 from sd3core.data.begun import begin
 from sd3core.progress import Progress
 from sd3core.towers.artifact import fetch_towers
@@ -26,11 +26,11 @@ def export(recipe: str, overrides: list[str] | None = None, remake: bool = False
     """
     with stage("export", recipe, overrides, remake) as run:
         key, _ = run.recipe.phases()[-1]
-        last = upstream.last_checkpoint(run.recipe, run.store, key)
+        last = upstream.last_checkpoint_of_phase(run.recipe, run.store, key)
         if problem := run.recipe.export_problem():
             return run.finish(
                 manifest=f"{last.folder}/{DONE_FILE}",
-                digest=read_done(run.store, last.folder).digest,
+                digest=read_checkpoint_done(run.store, last.folder).digest,
                 skipped=True,
                 reason=problem,
                 table=[],

@@ -8,8 +8,8 @@ from prefect import flow
 
 from flows.stage import FLOW_OPTIONS, stage
 from flows.training import merge_phases, train_phase
-from flows.upstream import last_checkpoint
-from sd3core.checkpoint import read_done
+from flows.upstream import last_checkpoint_of_phase
+from sd3core.checkpoint import read_checkpoint_done
 
 
 @flow(name="finetune", **FLOW_OPTIONS)
@@ -20,10 +20,10 @@ def finetune(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
         for index in range(len(run.recipe.finetune)):
             results.append(train_phase(run, f"finetune.{index}"))
         if not results:
-            start = last_checkpoint(run.recipe, run.store, "pretrain")
+            start = last_checkpoint_of_phase(run.recipe, run.store, "pretrain")
             return run.finish(
                 manifest=start.folder,
-                digest=read_done(run.store, start.folder).digest,
+                digest=read_checkpoint_done(run.store, start.folder).digest,
                 skipped=True,
                 reason="the recipe has no fine-tuning phase",
                 table=[],

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 from prefect import runtime
 
-from flows.local.home import PROJECT, ensure, home, lock_holder, run_store
+from flows.local.home import ensure, home, lock_holder, run_store
 from flows.local.processes import Process
 from flows.local.runs import Reads, remember_process, take_cancellation
 from sd3core.data.store import Store
 from sd3core.errors import UserError
+from sd3core.files.local_paths import PROJECT
 from sd3core.loopback import keep_loopback_direct
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from flows import upstream
 from sd3core import specs
-from sd3core.checkpoint import CheckpointRef, list_checkpoints, read_done
+from sd3core.checkpoint import CheckpointRef, list_checkpoints, read_checkpoint_done
 from sd3core.data.manifest import MANIFEST, manifest_ref, read_head, read_manifest
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError, UserError
@@ -29,7 +29,7 @@ REMADE = "remade"  # in place of a digest that is known when what is upstream is
 
 
 @dataclass(frozen=True)
-class Part:
+class StandingPart:
     """A stage, or one of the things that it makes, as far as it stands."""
 
     name: str  # as in stage notes: "ingest", "latents.pretrain", "finetune.0"
@@ -39,7 +39,7 @@ class Part:
     folders: tuple[str, ...] = ()  # of what stands and would be made again
 
 
-def look(recipe: Recipe, store: Store, up_to: str = STAGES[-1]) -> list[Part]:
+def standing_parts(recipe: Recipe, store: Store, up_to: str = STAGES[-1]) -> list[StandingPart]:
     """Every part of a recipe's run in order, as far as the stage `up_to`."""
     return _Look(recipe, store).all(up_to)
 
@@ -63,7 +63,7 @@ class _Look:
 
     def __init__(self, recipe: Recipe, store: Store) -> None:
         self.recipe, self.store = recipe, store
-        self.parts: dict[str, Part] = {}
+        self.parts: dict[str, StandingPart] = {}
         self.today: dict[str, _Spec] = {}
         self.tower_digests = dict.fromkeys(TOWER_FOLDERS, REMADE)
         self.checkpoints: dict[str, list[CheckpointRef]] = {}  # of phases that stand
@@ -71,7 +71,7 @@ class _Look:
         self.notes: dict[str, StageNote | None] = {}
         self.read: dict[str, str] = {}
 
-    def all(self, up_to: str) -> list[Part]:
+    def all(self, up_to: str) -> list[StandingPart]:
         steps = {
             "ingest": self._ingest,
             "towers": self._towers,
@@ -184,7 +184,7 @@ class _Look:
         last = next((checkpoint for checkpoint in self.checkpoints[key] if checkpoint.samples == end), None)
         if last is None:
             raise DataError(f"{key} is not trained to its end")
-        return read_done(self.store, last.folder).digest
+        return read_checkpoint_done(self.store, last.folder).digest
 
     def _digest(self, name: str) -> str:
         """Of the manifest that this run reads of a part: the one that it noted, else the newest, as in flows.upstream.
@@ -236,7 +236,7 @@ class _Look:
     def _put(
         self, name: str, stage: str, status: Any, changes: tuple[str, ...] = (), folders: tuple[str, ...] = ()
     ) -> None:
-        self.parts[name] = Part(name, stage, status, changes, folders)
+        self.parts[name] = StandingPart(name, stage, status, changes, folders)
 
     def _ready(self, spec: _Spec) -> bool:
         return all(self.parts[other].status == "stands" for other in spec.needs.values())
@@ -301,7 +301,7 @@ class _Look:
             if note is not None and (note.folder, note.digest) == (folder, value):
                 return True
             checkpoints = list_checkpoints(self.store, folder)
-            return any(read_done(self.store, checkpoint.folder).digest == value for checkpoint in checkpoints)
+            return any(read_checkpoint_done(self.store, checkpoint.folder).digest == value for checkpoint in checkpoints)
         return False
 
     def _fields_of(self, name: str, folder: str) -> dict[str, Any] | None:
@@ -325,7 +325,7 @@ class _Look:
         if key != self.recipe.phases()[0][0]:  # nothing says what a later phase started from
             return None
         try:
-            done = read_done(self.store, standing[-1].folder)
+            done = read_checkpoint_done(self.store, standing[-1].folder)
             recipe = Recipe.model_validate(done.recipe)
         except (UserError, ValidationError):
             return None

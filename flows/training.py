@@ -11,7 +11,7 @@ from flows.stage import StageRun
 from flows.training_view import training_view
 from flows.ui.loss_curve import loss_curve
 from flows.ui.previews import preview_settings
-from sd3core.checkpoint import read_done
+from sd3core.checkpoint import read_checkpoint_done
 from sd3core.data.begun import begin
 from sd3core.data.store import Store
 from sd3core.moving_average import short_average_warning
@@ -57,7 +57,7 @@ def train_phase(run: StageRun, key: str) -> PhaseResult:
         result = train(job, run.recipe.compute, run.report, tell=view)
     last = result.checkpoints[-1]
     skipped = result.resumed_from == result.samples
-    digest = read_done(run.store, last).digest
+    digest = read_checkpoint_done(run.store, last).digest
     known = note.warnings if skipped and note is not None and note.digest == digest else ()
     warnings = list(dict.fromkeys([*filter(None, [short]), *known, *result.warnings]))
     remember_stage(run.store, run.recipe.run, key, job.folder, digest, job.fields, tuple(warnings))
@@ -117,7 +117,7 @@ def merge_phases(phases: list[PhaseResult]) -> PhaseResult:
 def checkpoint_table(store: Store, key: str, folders: list[str]) -> list[dict[str, object]]:
     rows = []
     for folder in folders:
-        done = read_done(store, folder)
+        done = read_checkpoint_done(store, folder)
         rows.append(
             {
                 "phase": key,

@@ -26,7 +26,7 @@ class TrainingView:
         self.run, self.job, self._drawing = run, job, drawing
         self._news: TrainingNews | None = None
         self._stored = self._stored_losses()
-        self._decoder = PreviewDecoder(run.store, upstream.towers(run.recipe, run.store).folder)
+        self._decoder = PreviewDecoder(run.store, upstream.towers_ref(run.recipe, run.store).folder)
         self._pictures: Shown | None = None
         run.report.show(f"{job.phase}-loss", self._curve, CURVE_SECONDS)
         run.report.show(f"{job.phase}-pictures", lambda: self._pictures, 0.0)

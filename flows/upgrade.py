@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from flows.standing import Part, look
+from flows.standing import StandingPart, standing_parts
 from sd3core import specs
 from sd3core.checkpoint import METRICS_FILE, CheckpointRef, list_checkpoints
 from sd3core.costs.stages import stage_costs
@@ -26,9 +26,7 @@ from sd3core.errors import DataError, StoreError, UserError
 from sd3core.recipe import Recipe
 from sd3core.specs import STAGES
 from sd3core.towers.artifact import read_towers
-from sd3core.words import counted, format_seconds
-
-GB, MB = 1e9, 1e6
+from sd3core.words import GB, MB, counted, format_seconds
 
 
 class RemakeNeeded(UserError):
@@ -43,7 +41,7 @@ class Permission(BaseModel):
     allowed: list[str] = []  # changes, as parts name them
     stages: dict[str, str] = {}  # that --from-stage made again, whatever rose: stage -> the version's numbers then
 
-    def asks_of(self, parts: list[Part]) -> list[Part]:
+    def asks_of(self, parts: list[StandingPart]) -> list[StandingPart]:
         return [part for part in parts if self.stages.get(part.stage) != specs.version_numbers()]
 
     def from_stage(self, first: str) -> Permission:
@@ -62,7 +60,7 @@ def check_upgrade(
     path = f"runs/{recipe.run}/remake.json"
     before = _permission(store, path)
     permission = before.from_stage(from_stage) if from_stage else before
-    parts = permission.asks_of(look(recipe, store, up_to))
+    parts = permission.asks_of(standing_parts(recipe, store, up_to))
     changes = {change for part in parts for change in part.changes}
     if not changes <= set(before.allowed):
         if not remake:
@@ -79,7 +77,7 @@ def _permission(store: Store, path: str) -> Permission:
         return Permission()
 
 
-def _told(recipe: Recipe, store: Store, parts: list[Part]) -> str:
+def _told(recipe: Recipe, store: Store, parts: list[StandingPart]) -> str:
     changes = dict.fromkeys(change for part in parts for change in part.changes)
     again = [part for part in parts if part.status == "upgrade"]
     stays = dict.fromkeys(part.name for part in parts if part.status == "stands")
@@ -102,7 +100,7 @@ def _size(size: float) -> str:
 def print_upgrade(recipe: Recipe, store: Store, console: Console) -> None:
     """For `sd3 plan`: nothing where no format rose, else a row for each part and the line that other commands stop with."""
     try:
-        parts = look(recipe, store)
+        parts = standing_parts(recipe, store)
     except UserError as error:
         console.print()
         console.print(f"what stands was not looked at: {error}", soft_wrap=True, highlight=False)
@@ -138,7 +136,7 @@ def _estimate(recipe: Recipe) -> dict[str, float | None]:
     return {cost.name: cost.hours for cost in stage_costs(recipe)}
 
 
-def remaking(recipe: Recipe, store: Store, part: Part, estimate: dict[str, float | None]) -> Remaking:
+def remaking(recipe: Recipe, store: Store, part: StandingPart, estimate: dict[str, float | None]) -> Remaking:
     """By what stands: its bytes, and the seconds that its making took, scaled to all of it; else by the plan's `estimate`."""
     sizes = [_standing(recipe, store, part, folder) for folder in part.folders]
     hours = [size.hours for size in sizes]
@@ -156,7 +154,7 @@ def _training_hours(store: Store, last: CheckpointRef) -> float | None:
     return last.samples / median(rates) / 3600 if rates else None
 
 
-def _standing(recipe: Recipe, store: Store, part: Part, folder: str) -> Remaking:
+def _standing(recipe: Recipe, store: Store, part: StandingPart, folder: str) -> Remaking:
     if not store.exists(f"{folder}/{MANIFEST}"):  # checkpoints, scores
         done = list_checkpoints(store, folder)
         return Remaking(sum(entry.size for entry in store.list(folder)), _training_hours(store, done[-1]) if done else None)

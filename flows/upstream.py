@@ -9,9 +9,16 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from flows.local.home import pasted
+from flows.local.home import local_command
 from sd3core import specs
-from sd3core.checkpoint import CONFIG_FILE, DONE_FILE, CheckpointRef, content_digest, list_checkpoints, read_done
+from sd3core.checkpoint import (
+    CONFIG_FILE,
+    DONE_FILE,
+    CheckpointRef,
+    checkpoint_digest,
+    list_checkpoints,
+    read_checkpoint_done,
+)
 from sd3core.data.manifest import MANIFEST, Manifest, ManifestRef, manifest_ref, read_manifest
 from sd3core.data.store import Store, open_store
 from sd3core.errors import CheckpointError, DataError, UserError
@@ -43,7 +50,7 @@ def towers_manifest(recipe: Recipe, store: Store) -> TowersManifest:
     return read_towers(store, folder)
 
 
-def towers(recipe: Recipe, store: Store) -> ManifestRef:
+def towers_ref(recipe: Recipe, store: Store) -> ManifestRef:
     manifest = towers_manifest(recipe, store)
     return manifest_ref(manifest.folder, manifest.digest)
 
@@ -143,14 +150,14 @@ def to_be_scored(recipe: Recipe, store: Store) -> tuple[dict[str, list[str]], Ev
         raw=raw(recipe, store),
         text=text(recipe, store),
         latents={key: latents(recipe, store, phase) for key, phase in phases},
-        towers=towers(recipe, store).folder,
+        towers=towers_ref(recipe, store).folder,
     )
     return trained, inputs
 
 
 def start_digest(recipe: Recipe, store: Store, phase_key: str, start: str) -> str:
     """Names the content of what a phase starts from."""
-    return _noted_start(recipe, store, phase_key, start) or content_digest(start)
+    return _noted_start(recipe, store, phase_key, start) or checkpoint_digest(start)
 
 
 def _noted_start(recipe: Recipe, store: Store, phase_key: str, start: str) -> str | None:
@@ -160,7 +167,7 @@ def _noted_start(recipe: Recipe, store: Store, phase_key: str, start: str) -> st
     if note is None or folder.exists(DONE_FILE) or folder.exists(CONFIG_FILE):
         return None
     trained = list_checkpoints(store, note.folder)
-    of_recipe = read_done(store, trained[-1].folder).recipe if trained else None
+    of_recipe = read_checkpoint_done(store, trained[-1].folder).recipe if trained else None
     same = of_recipe is not None and of_recipe["model"].get("start_from") == recipe.model.start_from
     return note.fields["init"] if same else None
 
@@ -170,7 +177,7 @@ def start_of(recipe: Recipe, store: Store, phase_key: str) -> str | None:
     keys = [key for key, _ in recipe.phases()]
     position = keys.index(phase_key)
     if position:
-        return store.uri(last_checkpoint(recipe, store, keys[position - 1]).folder)
+        return store.uri(last_checkpoint_of_phase(recipe, store, keys[position - 1]).folder)
     return open_store(recipe.model.start_from).url if recipe.model.start_from else None
 
 
@@ -184,7 +191,7 @@ def checkpoints(recipe: Recipe, store: Store, phase_key: str) -> list[Checkpoint
     return found
 
 
-def last_checkpoint(recipe: Recipe, store: Store, phase_key: str) -> CheckpointRef:
+def last_checkpoint_of_phase(recipe: Recipe, store: Store, phase_key: str) -> CheckpointRef:
     return checkpoints(recipe, store, phase_key)[-1]
 
 
@@ -220,6 +227,6 @@ def _missing(recipe: Recipe, stage: str) -> NotFinishedError:
 
 def _made_by(recipe: Recipe, stage: str) -> str:
     return (
-        f"`{pasted(f'sd3 demo --recipe {recipe.name}')}` with the same --set makes all that is missing,"
+        f"`{local_command(f'sd3 demo --recipe {recipe.name}')}` with the same --set makes all that is missing,"
         f" the deployment '{stage}/{recipe.name}' this alone"
     )

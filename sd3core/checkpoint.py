@@ -38,11 +38,11 @@ from sd3core.mmdit.backbone import config_positions
 from sd3core.sample_settings import Weights
 from sd3core.words import counted
 
-NAMED = 3  # of the tensors that an error is about
-FORMAT = 1  # raise it when a reader of today could not read what is written
-KINDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
-Kind = Literal["weights", "exp_avg", "exp_avg_sq", "ema"]
-WEIGHTS_TO_KIND: dict[str, Kind] = {"ema": "ema", "live": "weights"}
+NAMED_TENSORS = 3  # of the tensors that an error is about
+CHECKPOINT_FORMAT = 1  # raise it when a reader of today could not read what is written
+TENSOR_KINDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
+TensorKind = Literal["weights", "exp_avg", "exp_avg_sq", "ema"]
+WEIGHTS_TO_KIND: dict[str, TensorKind] = {"ema": "ema", "live": "weights"}
 DONE_FILE = "DONE.json"
 METRICS_FILE = "metrics.jsonl"
 MODEL_FILE = "model.safetensors"
@@ -74,7 +74,7 @@ class CheckpointDone(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: int = FORMAT
+    format: int = CHECKPOINT_FORMAT
     samples: int  # seen so far: the clock
     steps: int  # taken so far, of the global batch
     attempt: int  # of the training that wrote it: an older attempt must not commit after a newer one
@@ -118,7 +118,7 @@ class CheckpointRef:
 class Piece:
     """Elements start .. start + len(values) of the flattened parameter."""
 
-    kind: Kind
+    kind: TensorKind
     parameter: str
     start: int
     values: Tensor  # (n,) float32
@@ -132,15 +132,15 @@ def rank_file(rank: int, world_size: int) -> str:
     return f"rank-{rank:03d}-of-{world_size:03d}.safetensors"
 
 
-def piece_name(kind: Kind, parameter: str, start: int) -> str:
+def piece_name(kind: TensorKind, parameter: str, start: int) -> str:
     return f"{kind}/{parameter}/{start}"
 
 
-def parse_piece_name(name: str) -> tuple[Kind, str, int]:
+def parse_piece_name(name: str) -> tuple[TensorKind, str, int]:
     kind, _, rest = name.partition("/")
     parameter, _, start = rest.rpartition("/")
-    if kind not in KINDS or not parameter or not start.isdigit():
-        raise CheckpointError(f"tensor {name!r} is not named KIND/PARAMETER/START with KIND one of {', '.join(KINDS)}")
+    if kind not in TENSOR_KINDS or not parameter or not start.isdigit():
+        raise CheckpointError(f"tensor {name!r} is not named KIND/PARAMETER/START with KIND one of {', '.join(TENSOR_KINDS)}")
     return kind, parameter, int(start)
 
 
@@ -164,7 +164,7 @@ def write_done(store: Store, folder: str, done: CheckpointDone) -> None:
     store.put_json(_join(folder, DONE_FILE), sealed(done.model_dump(mode="json")))
 
 
-def read_done(store: Store, folder: str) -> CheckpointDone:
+def read_checkpoint_done(store: Store, folder: str) -> CheckpointDone:
     """Raises CheckpointError where there is none or another version wrote it, DamagedRecord where it is damaged."""
     path = _join(folder, DONE_FILE)
     where = store.uri(path)
@@ -185,8 +185,8 @@ def read_done(store: Store, folder: str) -> CheckpointDone:
     except ValidationError as error:
         problem = error.errors()[0]
         raise CheckpointError(f"{where}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
-    if done.format != FORMAT:
-        raise CheckpointError(f"{where}: format {done.format}; this version reads {FORMAT}")
+    if done.format != CHECKPOINT_FORMAT:
+        raise CheckpointError(f"{where}: format {done.format}; this version reads {CHECKPOINT_FORMAT}")
     named = where.split("/")[-2]  # older records do not vouch for themselves, and the clock is what training goes on from
     if re.fullmatch(r"\d{12}", named) and int(named) != done.samples:
         raise DamagedRecord(f"{where}: damaged, it says {done.samples:,} samples and its folder {int(named):,}; {mend}")
@@ -197,7 +197,7 @@ def read_pieces(
     store: Store,
     folder: str,
     done: CheckpointDone,
-    wanted: Callable[[Kind, str, int, int], bool] = lambda kind, parameter, start, stop: True,
+    wanted: Callable[[TensorKind, str, int, int], bool] = lambda kind, parameter, start, stop: True,
 ) -> Iterator[Piece]:
     """Every piece for which `wanted(kind, parameter, start, stop)`, file by file; each file's digest is checked first.
 
@@ -214,12 +214,12 @@ def read_pieces(
                     yield Piece(kind, parameter, start, tensors[key])
 
 
-def read_kind(store: Store, folder: str, kind: Kind) -> Iterator[Piece]:
+def read_kind(store: Store, folder: str, kind: TensorKind) -> Iterator[Piece]:
     """Every piece of one kind, as the ranks wrote them; holds one of them at a time.
 
     Raises CheckpointError, at the latest after the last piece, unless they cover every element of every parameter once.
     """
-    done = read_done(store, folder)
+    done = read_checkpoint_done(store, folder)
     where = store.uri(folder) if folder else store.url
     sizes = {name: math.prod(shape) for name, shape in done.parameters.items()}
     covered: dict[str, list[tuple[int, int]]] = {name: [] for name in sizes}
@@ -234,28 +234,28 @@ def read_kind(store: Store, folder: str, kind: Kind) -> Iterator[Piece]:
         _check_covered(where, kind, name, sorted(spans), sizes[name])
 
 
-def assemble(store: Store, folder: str, kind: Kind) -> dict[str, Tensor]:
+def assemble_weights(store: Store, folder: str, kind: TensorKind) -> dict[str, Tensor]:
     """One kind of tensor of every parameter, whole, float32.
 
     Raises CheckpointError unless the pieces cover every element of every parameter exactly once.
     """
-    shapes = read_done(store, folder).parameters
+    shapes = read_checkpoint_done(store, folder).parameters
     flat = {name: torch.empty(math.prod(shape)) for name, shape in shapes.items()}
     for piece in read_kind(store, folder, kind):
         flat[piece.parameter][piece.start : piece.start + len(piece.values)] = piece.values
     return {name: flat[name].view(shape) for name, shape in shapes.items()}
 
 
-def content_digest(url_or_path: str | Path) -> str:
+def checkpoint_digest(url_or_path: str | Path) -> str:
     """What names the content of a training checkpoint (its digest) or of a model folder (SHA-256 of its weights)."""
     store = open_store(str(url_or_path))
-    return read_done(store, "").digest if is_training_checkpoint(store) else read_model_fields(store)[1].sha256
+    return read_checkpoint_done(store, "").digest if is_training_checkpoint(store) else read_model_fields(store)[1].sha256
 
 
 def read_config(url_or_path: str | Path) -> BackboneConfig:
     """The sizes of a training checkpoint's or model folder's network, without its weights."""
     store = open_store(str(url_or_path))
-    return read_done(store, "").model_config_of() if is_training_checkpoint(store) else read_model_fields(store)[0]
+    return read_checkpoint_done(store, "").model_config_of() if is_training_checkpoint(store) else read_model_fields(store)[0]
 
 
 def save_model(url_or_path: str | Path, model: Backbone, extra: dict[str, Any] | None = None) -> None:
@@ -267,7 +267,7 @@ def save_model(url_or_path: str | Path, model: Backbone, extra: dict[str, Any] |
         save_file(state, local, metadata={"format": "pt"})
         store.put_file(MODEL_FILE, local)
         files = {MODEL_FILE: record_file(local).model_dump()}
-    fields = {"format": FORMAT, "model": model.config.to_dict(), "files": files, "extra": extra or {}}
+    fields = {"format": CHECKPOINT_FORMAT, "model": model.config.to_dict(), "files": files, "extra": extra or {}}
     store.put_json(CONFIG_FILE, fields)
 
 
@@ -281,8 +281,8 @@ def load_model(url_or_path: str | Path, weights: Weights | None = None) -> Backb
     if weights not in (None, *WEIGHTS_TO_KIND):
         raise CheckpointError(f"weights={weights!r}: take 'ema' or 'live'")
     if is_training_checkpoint(store):
-        config = read_done(store, "").model_config_of()
-        state = assemble(store, "", WEIGHTS_TO_KIND[weights or "ema"])
+        config = read_checkpoint_done(store, "").model_config_of()
+        state = assemble_weights(store, "", WEIGHTS_TO_KIND[weights or "ema"])
         return model_from_state(config, state | {"pos_embed": config_positions(config)}, store.url)
     if weights is not None:
         raise CheckpointError(f"{store.url}: a model folder has one set of weights; leave out weights={weights!r}")
@@ -330,7 +330,7 @@ def check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where:
         ("of another shape", [f"{name!r} {found[name]} instead of {wanted[name]}" for name in other]),
     )
     said = [
-        f"{counted(len(names), 'tensor')} {problem}: {', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}"
+        f"{counted(len(names), 'tensor')} {problem}: {', '.join(names[:NAMED_TENSORS])}{', ...' if len(names) > NAMED_TENSORS else ''}"
         for problem, names in differences
         if names
     ]
@@ -348,8 +348,8 @@ def read_model_fields(store: Store) -> tuple[BackboneConfig, FileRecord, dict[st
         unknown = sorted(fields.keys() - {"format", "model", "files", "extra"})
         if unknown:
             raise CheckpointError(f"{where}: unknown key {unknown[0]!r}")
-        if fields["format"] != FORMAT:
-            raise CheckpointError(f"{where}: format {fields['format']}; this version reads {FORMAT}")
+        if fields["format"] != CHECKPOINT_FORMAT:
+            raise CheckpointError(f"{where}: format {fields['format']}; this version reads {CHECKPOINT_FORMAT}")
         record = FileRecord.model_validate(fields["files"][MODEL_FILE])
         return config_from_dict(fields["model"]), record, fields.get("extra", {})
     except KeyError as error:
@@ -364,7 +364,7 @@ def _join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}" if folder else name
 
 
-def _check_covered(where: str, kind: Kind, name: str, spans: list[tuple[int, int]], size: int) -> None:
+def _check_covered(where: str, kind: TensorKind, name: str, spans: list[tuple[int, int]], size: int) -> None:
     position = 0
     for start, stop in [*spans, (size, size)]:
         if start != position:

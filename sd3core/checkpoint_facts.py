@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from sd3core.checkpoint import DONE_FILE, is_training_checkpoint, read_done, read_model_fields
+from sd3core.checkpoint import DONE_FILE, is_training_checkpoint, read_checkpoint_done, read_model_fields
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError
 from sd3core.formulation_names import canonical_name
@@ -68,7 +68,7 @@ def read_facts(checkpoint: str) -> CheckpointFacts:
     """
     store = open_store(checkpoint)
     if is_training_checkpoint(store):
-        done = read_done(store, "")
+        done = read_checkpoint_done(store, "")
         if done.recipe is None:
             raise CheckpointError(f"{store.url}: {DONE_FILE} holds no recipe, so its text lengths are unknown")
         fields = {"null": done.null, "text": done.recipe["text"], "side_px": done.training["side_px"]}
@@ -98,5 +98,5 @@ def stated_formulation(checkpoint: str) -> str:
     """The formulation a checkpoint or model folder was trained for; "rf" where it says none, as foreign weights are."""
     store = open_store(checkpoint)
     if is_training_checkpoint(store):
-        return read_done(store, "").training.get("formulation", "rf")
+        return read_checkpoint_done(store, "").training.get("formulation", "rf")
     return read_model_fields(store)[2].get("formulation", "rf")

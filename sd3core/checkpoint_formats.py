@@ -35,7 +35,7 @@ PASSED_OVER = {
     "text_encoder_2.": "the text encoders",
     "text_encoder_3.": "the text encoders",
 }
-BLOCK = re.compile(r"((?:[^.]+\.)*?)(joint_blocks\.|transformer_blocks\.)\d")
+BLOCK_KEY = re.compile(r"((?:[^.]+\.)*?)(joint_blocks\.|transformer_blocks\.)\d")
 
 TOP_NAMES = {
     "x_embedder.proj": "pos_embed.proj",
@@ -135,7 +135,7 @@ def _is_shift_and_scale(name: str, depth: int) -> bool:
 DIFFUSERS = Format("diffusers weights", "transformer_blocks.", _diffusers_names, scale_first=True)
 BARE = Format("model weights", "joint_blocks.", lambda name: (name,))  # the single file's names without the prefix
 SINGLE_FILE = replace(BARE.under(SINGLE_FILE_PREFIX), name="single file")
-FORMATS = (DIFFUSERS, BARE)
+KEY_STYLES = (DIFFUSERS, BARE)
 
 
 def recognise_all(names: Iterable[str]) -> list[Format]:
@@ -144,8 +144,8 @@ def recognise_all(names: Iterable[str]) -> list[Format]:
     Blocks alone make one where there is no other: what is missing beside them can then be said.
     """
     names = set(names)
-    found = {match.group(1, 2) for match in map(BLOCK.match, names) if match}
-    forms = [_placed(form, prefix) for prefix, blocks in sorted(found) for form in FORMATS if form.blocks == blocks]
+    found = {match.group(1, 2) for match in map(BLOCK_KEY.match, names) if match}
+    forms = [_placed(form, prefix) for prefix, blocks in sorted(found) for form in KEY_STYLES if form.blocks == blocks]
     whole = [form for form in forms if form.file_names("x_embedder.proj.weight")[0] in names]
     return whole or forms[:1]
 

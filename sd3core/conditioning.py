@@ -102,7 +102,7 @@ class TextFeatures:
             raise DataError(f"text features cannot be read ({error}); encode the shard again") from None
 
 
-def assemble(
+def join_features(
     features: TextFeatures, keep: Tensor | None = None, null: TextFeatures | None = None, context_dim: int = 4096
 ) -> tuple[Tensor, Tensor]:
     """(context (B, Tc + Tt, context_dim), pooled (B, Wl + P)): CLIP tokens first, then T5.

@@ -23,7 +23,7 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Kind:
+class FormulationKind:
     """What a name stands for. `density`: of t, on EDM's path of sigma."""
 
     path: Literal["rectified", "cosine", "cosine-early", "linear", "edm", "edm-shifted"]
@@ -38,19 +38,19 @@ SCALE = (Number("s", "scale", -1.0, 1.75),)  # as the paper's; beyond 1.7519 t w
 LN_SIGMA = (Number("m", "mean of ln sigma", -3.0, 3.0), Number("s", "standard deviation of ln sigma", 0.3, 3.0))
 EDM_RF_WEIGHT = "edm/rf-weight"  # the other reading of edm/rf, see sd3core.formulations.catalogue
 
-KINDS: dict[str, Kind] = {
-    "rf": Kind("rectified", "velocity", "uniform"),
-    "rf/cosmap": Kind("rectified", "velocity", "cosmap"),
-    "rf/lognorm": Kind("rectified", "velocity", "lognorm", LOGIT_T),
-    "rf/mode": Kind("rectified", "velocity", "mode", SCALE),
-    "eps/linear": Kind("linear", "noise", "steps"),
-    "v/linear": Kind("linear", "v", "steps"),
-    "eps/cos": Kind("cosine-early", "noise", "uniform"),
-    "v/cos": Kind("cosine", "v", "uniform"),
-    "edm": Kind("edm", "f", "lognorm", LN_SIGMA),
-    "edm/rf": Kind("edm", "f", "uniform"),
-    "edm/cos": Kind("edm", "f", "cosmap"),
-    EDM_RF_WEIGHT: Kind("edm-shifted", "f", "cosmap"),
+FORMULATION_KINDS: dict[str, FormulationKind] = {
+    "rf": FormulationKind("rectified", "velocity", "uniform"),
+    "rf/cosmap": FormulationKind("rectified", "velocity", "cosmap"),
+    "rf/lognorm": FormulationKind("rectified", "velocity", "lognorm", LOGIT_T),
+    "rf/mode": FormulationKind("rectified", "velocity", "mode", SCALE),
+    "eps/linear": FormulationKind("linear", "noise", "steps"),
+    "v/linear": FormulationKind("linear", "v", "steps"),
+    "eps/cos": FormulationKind("cosine-early", "noise", "uniform"),
+    "v/cos": FormulationKind("cosine", "v", "uniform"),
+    "edm": FormulationKind("edm", "f", "lognorm", LN_SIGMA),
+    "edm/rf": FormulationKind("edm", "f", "uniform"),
+    "edm/cos": FormulationKind("edm", "f", "cosmap"),
+    EDM_RF_WEIGHT: FormulationKind("edm-shifted", "f", "cosmap"),
 }
 
 
@@ -67,7 +67,7 @@ PAPER: dict[str, tuple[float, ...]] = {
     **_printed("edm", ((m, s) for m in (-1.2, -0.6, 0.0, 0.6, 1.2) for s in (0.6, 1.2, 1.8))),
     **dict.fromkeys(("edm/rf", "edm/cos"), ()),
 }
-NAMES = tuple(PAPER)
+FORMULATION_NAMES = tuple(PAPER)
 
 
 def read_name(name: str) -> tuple[str, tuple[float, ...]]:
@@ -77,7 +77,7 @@ def read_name(name: str) -> tuple[str, tuple[float, ...]]:
     Raises ValueError that says what is wrong with the name.
     """
     kind, numbers = _split(name)
-    for number, bounds in zip(numbers, KINDS[kind].numbers, strict=True):
+    for number, bounds in zip(numbers, FORMULATION_KINDS[kind].numbers, strict=True):
         if not bounds.low <= number <= bounds.high:
             raise ValueError(
                 f"formulation {name!r}: its {bounds.meaning}, {number:g}, is not between {bounds.low:g} and {bounds.high:g}"
@@ -98,7 +98,7 @@ def canonical_name(name: str) -> str:
 
 def formulation_version(name: str) -> int:
     """Of what a known name stands for."""
-    return KINDS[_kind_of(name)].version
+    return FORMULATION_KINDS[_kind_of(name)].version
 
 
 def family(name: str) -> str:
@@ -106,7 +106,7 @@ def family(name: str) -> str:
 
     "rf" (velocity), "edm" (F behind EDM's scaling); eps/linear, v/linear, eps/cos and v/cos are each their own.
     """
-    kind = KINDS.get(_kind_of(name))
+    kind = FORMULATION_KINDS.get(_kind_of(name))
     return {"velocity": "rf", "f": "edm"}.get(kind.predicts, name) if kind else name
 
 
@@ -122,7 +122,7 @@ def export_problem(name: str) -> str | None:
 
 def shift_problem(name: str, shift: float) -> str | None:
     """What is wrong with a resolution shift for this formulation; None where it has a meaning."""
-    if shift == 1 or KINDS[_kind_of(name)].path != "linear":
+    if shift == 1 or FORMULATION_KINDS[_kind_of(name)].path != "linear":
         return None
     return f"{name} has a fixed table of noise levels, which shift {shift:g} would leave; take shift 1"
 
@@ -136,22 +136,22 @@ def _split(name: str) -> tuple[str, tuple[float, ...]]:
     number = r"\s*([+-]?\d+\.?\d*(?:[eE][+-]?\d+)?)\s*"
     found = re.fullmatch(rf"\s*([^()]*?)\s*(?:\({number}(?:,{number})?\))?\s*", name, re.ASCII)
     kind = found.group(1) if found else _kind_of(name)
-    if kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
+    if kind not in FORMULATION_KINDS:
+        near = difflib.get_close_matches(kind, FORMULATION_KINDS, n=1, cutoff=0.0)[0]
         raise ValueError(f"formulation {name!r} is not known; did you mean {_form(near)!r}?")
     numbers = tuple(float(text) for text in (found.groups()[1:] if found else ()) if text)
-    if not found or len(numbers) != len(KINDS[kind].numbers):
+    if not found or len(numbers) != len(FORMULATION_KINDS[kind].numbers):
         raise ValueError(f"formulation {name!r} cannot be read; write {_form(kind)}{_bounds(kind)}")
     return kind, numbers
 
 
 def _form(kind: str) -> str:
-    letters = ",".join(number.letter for number in KINDS[kind].numbers)
+    letters = ",".join(number.letter for number in FORMULATION_KINDS[kind].numbers)
     return f"{kind}({letters})" if letters else kind
 
 
 def _bounds(kind: str) -> str:
-    said = [f"{n.letter} from {n.low:g} to {n.high:g}" for n in KINDS[kind].numbers]
+    said = [f"{n.letter} from {n.low:g} to {n.high:g}" for n in FORMULATION_KINDS[kind].numbers]
     return f" with {' and '.join(said)}" if said else ""
 
 

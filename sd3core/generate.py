@@ -16,14 +16,14 @@ from torch import Tensor
 from sd3core.buckets import DOWNSAMPLING
 from sd3core.checkpoint import is_training_checkpoint, load_model, read_config
 from sd3core.checkpoint_facts import Null, read_facts
-from sd3core.conditioning import ENCODERS, TextFeatures, assemble
+from sd3core.conditioning import ENCODERS, TextFeatures, join_features
 from sd3core.data.store import open_store
 from sd3core.errors import UserError
-from sd3core.files.whole_output import made_whole
+from sd3core.files.whole_output import atomic_output
 from sd3core.formulations import find_formulation
 from sd3core.mmdit import Backbone, use_lean_steps
 from sd3core.pictures import encode_png, make_grid, to_uint8
-from sd3core.precision import DTYPES
+from sd3core.precision import PRECISION_DTYPES
 from sd3core.sample_settings import SampleSettings, Weights
 from sd3core.sampling import SAMPLERS, solve
 from sd3core.towers.artifact import check_vae_folder
@@ -152,10 +152,10 @@ class Generator:
         dim, null = self.model.config.context_dim, self._null_features
         features = self.encoders.encode(list(prompts), drop=drop)
         keep = torch.tensor([[name not in drop for name in ENCODERS]]).expand(len(prompts), -1)
-        cond = assemble(features, keep, null, dim)
+        cond = join_features(features, keep, null, dim)
         if negative_prompt is None:
-            return cond, assemble(features, torch.zeros_like(keep), null, dim)
-        context, pooled = assemble(self.encoders.encode([negative_prompt], drop=drop), keep[:1], null, dim)
+            return cond, join_features(features, torch.zeros_like(keep), null, dim)
+        context, pooled = join_features(self.encoders.encode([negative_prompt], drop=drop), keep[:1], null, dim)
         return cond, (context.expand(len(prompts), -1, -1), pooled.expand(len(prompts), -1))
 
     @cached_property
@@ -223,7 +223,7 @@ def sample_to_files(
     out = Path(out)
     chosen = read_facts(checkpoint).settings(**{key: value for key, value in settings.items() if value is not None})
     out.mkdir(parents=True, exist_ok=True)  # before the work, which would be lost where that cannot be
-    generator = Generator.load(checkpoint, towers, weights=weights, dtype=DTYPES[precision], device=device)
+    generator = Generator.load(checkpoint, towers, weights=weights, dtype=PRECISION_DTYPES[precision], device=device)
     prompts, seeds = [prompt for prompt, _ in draws], [seed for _, seed in draws]
     if on_note is not None:
         for note in prompt_notes(generator.encoders, [*prompts, chosen.negative_prompt or ""], chosen.drop):
@@ -244,13 +244,13 @@ def sample_to_files(
             prompt, seed = draws[len(images)]
             paths.append(out / f"{first + len(images):05d}.png")
             images.append(image)
-            with made_whole(paths[-1]) as path:
+            with atomic_output(paths[-1]) as path:
                 path.write_bytes(encode_png(image, {"prompt": prompt, "seed": seed} | common))
     if len(images) == 1:
         return paths
     many = {"prompts": json.dumps(prompts, ensure_ascii=False), "seeds": json.dumps(seeds)}
     grid = out / f"{first:05d}-grid.png"
-    with made_whole(grid) as path:
+    with atomic_output(grid) as path:
         path.write_bytes(encode_png(make_grid(images, columns or grid_columns(len(images))), many | common))
     return [*paths, grid]
 

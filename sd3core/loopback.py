@@ -6,14 +6,14 @@ import os
 from collections.abc import Mapping
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-NAMES = ("NO_PROXY", "no_proxy")  # some programs read the one, some the other
+NO_PROXY_NAMES = ("NO_PROXY", "no_proxy")  # some programs read the one, some the other
 
 
 def direct_loopback(environ: Mapping[str, str]) -> dict[str, str]:
     """NO_PROXY with the loopback addresses beside what the user has in it; the proxy stays for all other addresses."""
-    user = [entry.strip() for name in NAMES for entry in environ.get(name, "").split(",") if entry.strip()]
+    user = [entry.strip() for name in NO_PROXY_NAMES for entry in environ.get(name, "").split(",") if entry.strip()]
     entries = ["*"] if "*" in user else list(dict.fromkeys([*user, *LOOPBACK]))
-    return {name: ",".join(entries) for name in NAMES}
+    return {name: ",".join(entries) for name in NO_PROXY_NAMES}
 
 
 def keep_loopback_direct() -> None:

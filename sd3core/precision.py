@@ -12,7 +12,7 @@ import torch
 
 from sd3core.recipe import Precision
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISION_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CPU = torch.device("cpu")
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, ARM
 
@@ -30,7 +30,7 @@ def bf16_where_fast() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=has_bf16_arithmetic(CPU))
 
 
-def settled(precision: Precision, bf16: bool) -> Literal["bf16", "fp32"]:
+def resolve_precision(precision: Precision, bf16: bool) -> Literal["bf16", "fp32"]:
     """What to compute in, where there is arithmetic for bf16 or not."""
     if precision == "auto":
         return "bf16" if bf16 else "fp32"

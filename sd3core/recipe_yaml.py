@@ -17,7 +17,7 @@ from sd3core.shown_text import shortened
 LARGEST = 300_000  # characters; a recipe has some 3,000
 MOST_VALUES = 50_000  # with those that aliases repeat
 DEEPEST = 40  # levels; PyYAML's time grows with their square
-SHOWN_CHARS = 60
+SHOWN_LINE_CHARS = 60
 
 
 def parse_yaml(text: str) -> Any:
@@ -91,7 +91,7 @@ def _count_values(node: yaml.Node, known: dict[int, int | None]) -> int:
 
 
 def _shown(node: yaml.Node) -> str:
-    return repr(shortened(str(node.value), SHOWN_CHARS)) if isinstance(node, yaml.ScalarNode) else "this"
+    return repr(shortened(str(node.value), SHOWN_LINE_CHARS)) if isinstance(node, yaml.ScalarNode) else "this"
 
 
 def _wrong(problem: str, node: yaml.Node) -> ConstructorError:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from typing import Any
 
-from sd3core.formulation_names import KINDS, formulation_version
+from sd3core.formulation_names import FORMULATION_KINDS, formulation_version
 from sd3core.model_identity import model_identity
 from sd3core.recipe import Recipe, Training
 
@@ -40,7 +40,7 @@ def fingerprint(fields: Any) -> str:
 
 def version_numbers() -> str:
     """Names all the numbers that only this software changes, as they are in this version."""
-    formulations = {name: kind.version for name, kind in KINDS.items() if kind.version > 1}
+    formulations = {name: kind.version for name, kind in FORMULATION_KINDS.items() if kind.version > 1}
     return fingerprint({"formats": FORMATS, "pixels": PIXELS, "world": WORLD, "formulations": formulations})
 
 

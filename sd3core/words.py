@@ -6,6 +6,8 @@ import unicodedata
 from collections.abc import Sequence
 
 NAMED = 3  # of many things that a line is about
+GB, MB = 1e9, 1e6  # bytes
+DAY_S = 24 * 3600
 
 
 def format_seconds(seconds: float) -> str:

@@ -12,7 +12,7 @@ import yaml
 
 from sd3core import specs
 from sd3core.errors import DataError, RecipeError
-from sd3core.formulation_names import EDM_RF_WEIGHT, NAMES
+from sd3core.formulation_names import EDM_RF_WEIGHT, FORMULATION_NAMES
 from sd3core.recipe import Buckets, Compute, Evaluate, Recipe, ReleasedTowers
 from sd3core.recipe_file import load_recipe, shipped_recipes
 from sd3core.specs import fingerprint
@@ -360,7 +360,7 @@ def test_a_phases_own_value_wins_and_an_override_reaches_all_phases():
 
 
 def test_every_formulation_of_the_paper_can_be_asked_for():
-    for name in (*NAMES, EDM_RF_WEIGHT):
+    for name in (*FORMULATION_NAMES, EDM_RF_WEIGHT):
         phases = ("pretrain", "finetune.0")
         recipe = load_recipe("tiny-test", ["finetune.0.shift=1", *(f"{phase}.formulation={name}" for phase in phases)])
         assert {phase.formulation for _, phase in recipe.phases()} == {name}

@@ -16,13 +16,13 @@ from sd3core.errors import DataError
 from sd3core.progress import ProgressCallback
 from sd3core.recipe import Caption, Recipe
 from sd3core.specs import captions_fields, captions_folder
-from workers.inputs import actor_device, input_shards, read_images
+from workers.inputs import actor_device, input_shards, shard_images
 from workers.pool import of_the_process
 from workers.shard_stage import ShardStage, ShardTask, run_shard_stage
 from workers.stage import StageResult
 
 TOO_MANY_FAILED = 8  # images of a shard, and no other: then it is the captioner, not they
-SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "caption", "model", "prompt")])
+CAPTION_SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "caption", "model", "prompt")])
 Captioner = Callable[[Sequence[Image]], list[str]]
 
 
@@ -63,7 +63,7 @@ class CaptionWorker:
         rows: list[dict[str, str]] = []
         failed: list[FailedRow] = []
         batch: list[tuple[str, Image]] = []
-        for key, data in read_images(self.store, task.source):
+        for key, data in shard_images(self.store, task.source):
             try:
                 with naming(key):
                     batch.append((key, decode_image(data, self.rules)))
@@ -75,7 +75,7 @@ class CaptionWorker:
         self._write_captions(batch, rows, failed)
         if not rows and len(failed) >= TOO_MANY_FAILED:
             raise DataError(f"no image of {len(failed)} got a caption, the last: {failed[-1].reason}")
-        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        table = pa.Table.from_pylist(rows, schema=CAPTION_SCHEMA)
         return write_table(self.store, task.folder, task.stem, table, failed)
 
     def _write_captions(

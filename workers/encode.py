@@ -7,7 +7,7 @@ import time
 
 from sd3core.data.images import PixelRules
 from sd3core.data.manifest import ManifestRef, read_manifest
-from sd3core.data.shards import DoneRecord, content_digest
+from sd3core.data.shards import DoneRecord, parts_digest
 from sd3core.data.store import Store, open_store
 from sd3core.progress import Progress, ProgressCallback
 from sd3core.recipe import TOKENS_AT_MOST, Recipe, Text
@@ -15,7 +15,7 @@ from sd3core.specs import latents_fields, latents_folder, text_fields, text_fold
 from sd3core.towers.artifact import read_towers
 from sd3core.words import counted
 from workers.encode_latents import ENLARGED, LatentsSource, LatentsWorker
-from workers.encode_text import NULL, TOO_LONG, TextSource, TextWorker, pin_null
+from workers.encode_text import NULL_FILE, TOO_LONG, TextSource, TextWorker, pin_null
 from workers.inputs import InputShard, actor_device, decode_threads, input_shards
 from workers.shard_stage import ShardStage, ShardTask, remember_stage, run_shard_stages
 from workers.stage import StageResult
@@ -129,10 +129,10 @@ def _text_stage(
     tasks = []
     for number, shard in raw_shards.items():
         captioned = caption_shards.get(number)
-        digest = content_digest(shard.digest, captioned.digest if captioned else "")
+        digest = parts_digest(shard.digest, captioned.digest if captioned else "")
         tasks.append(ShardTask(number, digest, folder, shard.rows, TextSource(shard, captioned)))
     inputs = {"raw": raw.digest} | ({"captions": captions.digest} if captions else {})
-    return ShardStage("text", "text", folder, fields, inputs, tasks, needs=(NULL,), unit="caption")
+    return ShardStage("text", "text", folder, fields, inputs, tasks, needs=(NULL_FILE,), unit="caption")
 
 
 class EncodeWorker:

@@ -21,12 +21,12 @@ from sd3core.errors import DataError
 from sd3core.progress import ProgressCallback, ignore_progress
 from sd3core.towers.artifact import fetch_towers
 from workers.caches import towers_cache
-from workers.inputs import InputShard, map_ahead, read_images, read_input_index
+from workers.inputs import InputShard, map_ahead, read_input_index, shard_images
 from workers.shard_stage import ShardTask
 
 # Counted beside the buckets. A bucket's sides are whole patches, which alone stretches an image by some percent.
 ENLARGED = {over: f"enlarged over {over:g} times" for over in (1.1, 2.0, 4.0, 8.0)}
-SCHEMA = pa.schema(
+LATENT_SCHEMA = pa.schema(
     [("bucket", pa.string())]
     + [(f"crop_{side}", pa.int32()) for side in ("top", "left", "height", "width")]
     + [("split", pa.string())]
@@ -81,13 +81,13 @@ class LatentsWorker:
         failed: list[FailedRow] = []
         counts: Counter[str] = Counter()
         samples = self._samples(task.source, splits, failed, counts)
-        return write_shard(self.store, task.folder, task.stem, samples, failed, SCHEMA, count_by="bucket", counts=counts)
+        return write_shard(self.store, task.folder, task.stem, samples, failed, LATENT_SCHEMA, count_by="bucket", counts=counts)
 
     def _samples(
         self, source: LatentsSource, splits: dict[str, str], failed: list[FailedRow], counts: Counter[str]
     ) -> Iterator[Sample]:
         waiting: dict[Side, list[Prepared]] = {}
-        images = read_images(self.store, source.raw)
+        images = shard_images(self.store, source.raw)
         for item in map_ahead(
             lambda image: self._prepare(*image, source.buckets), images, self.threads, ahead=2 * self.batch
         ):

@@ -16,7 +16,7 @@ import torch
 from sd3core.conditioning import ENCODERS, TextFeatures
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.records import bytes_record
-from sd3core.data.shards import BLOCK, DONE, DoneRecord, FailedRow, Sample, read_done, write_shard
+from sd3core.data.shards import DONE, TAR_BLOCK, DoneRecord, FailedRow, Sample, read_shard_done, write_shard
 from sd3core.data.store import Store, StoreNotFound, canonical_json
 from sd3core.errors import DataError
 from sd3core.progress import ProgressCallback, ignore_progress
@@ -26,11 +26,11 @@ from workers.caches import towers_cache
 from workers.inputs import InputShard, read_input_index, read_input_table
 from workers.shard_stage import ShardTask
 
-NULL = "NULL.safetensors"  # the encoded empty string, beside the text shards
+NULL_FILE = "NULL.safetensors"  # the encoded empty string, beside the text shards
 NULL_RECORD = "NULL.json"  # its size and SHA-256, by `pin_null`; absent where an earlier version encoded it
 ORIGINAL, SYNTHETIC = "original", "synthetic"
 TOO_LONG = "captions too long"  # how many images of a shard have one, original or synthetic
-SCHEMA = pa.schema(
+TEXT_SCHEMA = pa.schema(
     [("kind", pa.string()), ("caption_id", pa.string())] + [(f"{name}_len", pa.int32()) for name in ENCODERS]
 )
 
@@ -45,7 +45,7 @@ def pin_null(store: Store, folder: str) -> str | None:
     """Writes the record of the encoded empty string where there is none; one that is damaged is taken away, for the
     stage to make again, and its path returned. One process calls it.
     """
-    path, record = f"{folder}/{NULL}", f"{folder}/{NULL_RECORD}"
+    path, record = f"{folder}/{NULL_FILE}", f"{folder}/{NULL_RECORD}"
     try:
         data = store.get(path)
     except StoreNotFound:
@@ -63,7 +63,7 @@ def pin_null(store: Store, folder: str) -> str | None:
 
 def read_null_bytes(store: Store, folder: str) -> bytes:
     """The encoded empty string. Raises DataError where it is not what its record says, or has none."""
-    path, record = f"{folder}/{NULL}", f"{folder}/{NULL_RECORD}"
+    path, record = f"{folder}/{NULL_FILE}", f"{folder}/{NULL_RECORD}"
     data = store.get(path)
     recorded = _is_recorded(store, record, data)
     if recorded is None:
@@ -106,15 +106,15 @@ class TextWorker:
 
     def __call__(self, task: ShardTask) -> DoneRecord:
         self.progress = 0
-        null = f"{task.folder}/{NULL}"
+        null = f"{task.folder}/{NULL_FILE}"
         if not self.store.exists(null):
             self.store.put(null, self._encode([""])[0].to_bytes(self.text.padding))
             if self.store.exists(f"{task.folder}/{task.stem}{DONE}"):  # the shard stands: this alone was missing
-                return read_done(self.store, task.folder, task.stem)
+                return read_shard_done(self.store, task.folder, task.stem)
         failed: list[FailedRow] = []
         counts: Counter[str] = Counter()
         samples = self._samples(_distinct(self._captions(task.source)), task.rows, failed, counts)
-        return write_shard(self.store, task.folder, task.stem, samples, failed, SCHEMA, counts=counts)
+        return write_shard(self.store, task.folder, task.stem, samples, failed, TEXT_SCHEMA, counts=counts)
 
     def _captions(self, source: TextSource) -> Iterator[tuple[str, str, str]]:
         """(key, kind, caption) of every caption there is."""
@@ -143,7 +143,7 @@ class TextWorker:
                     ]
                     continue
                 data = features.to_bytes(self.text.padding)
-                length = BLOCK * (1 + math.ceil(len(data) / BLOCK))  # one tar header and the padded bytes
+                length = TAR_BLOCK * (1 + math.ceil(len(data) / TAR_BLOCK))  # one tar header and the padded bytes
                 name = caption_id(caption)
                 real = features.lengths[0].tolist()
                 if real == [self.encoders.tokens[name] for name in ENCODERS] and self.encoders.too_long([caption]):

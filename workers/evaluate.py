@@ -30,13 +30,13 @@ from sd3core.small_world.world import TASKS
 from sd3core.specs import fingerprint
 from sd3core.words import counted, some
 from workers.caches import checked_here
-from workers.evaluate_tasks import EvaluationInputs, EvaluationTask, Part, _folder, plan_tasks
+from workers.evaluate_tasks import EvaluationInputs, EvaluationTask, ScoredPart, _folder, plan_tasks
 from workers.inputs import actor_device
 from workers.pool import Outcome, PoolSettings, map_over_actors
 from workers.ray_session import start_ray
 
 PRECISIONS = ("bf16", "fp32")
-READ_THREADS = 16
+PART_THREADS = 16
 
 
 class EvaluationFailed(UserError):
@@ -129,7 +129,7 @@ def all_scored(
     return all(standing.values()) and not _to_be_of_one_precision(tasks, standing)
 
 
-def _read_part(store: Store, path: str, checked: CheckedFiles) -> tuple[Part | None, str | None]:
+def _read_part(store: Store, path: str, checked: CheckedFiles) -> tuple[ScoredPart | None, str | None]:
     """(the part, None), or (None, the file of it that is damaged). One of an earlier version is sealed as it is found."""
     try:
         part = store.get_json(path)
@@ -151,7 +151,7 @@ def _read_part(store: Store, path: str, checked: CheckedFiles) -> tuple[Part | N
 
 def _standing_parts(
     store: Store, tasks: Sequence[EvaluationTask], checked: CheckedFiles
-) -> tuple[dict[str, dict[str, Part]], list[str]]:
+) -> tuple[dict[str, dict[str, ScoredPart]], list[str]]:
     """By a task's place the parts that stand for it, by precision; and a line for each task of which but a damaged one does.
 
     An earlier version left `auto` in the protocol and what was settled beside it: such a part counts as what it is.
@@ -164,9 +164,9 @@ def _standing_parts(
         if task.protocol["precision"] == "auto" or variant is task
         if variant.path in there
     ]
-    with ThreadPoolExecutor(READ_THREADS) as threads:
+    with ThreadPoolExecutor(PART_THREADS) as threads:
         read = list(threads.map(lambda item: _read_part(store, item[1], checked), wanted))
-    standing: dict[str, dict[str, Part]] = {task.place: {} for task in tasks}
+    standing: dict[str, dict[str, ScoredPart]] = {task.place: {} for task in tasks}
     damaged = []
     for (task, _), (part, problem) in zip(wanted, read, strict=True):
         if part is not None:
@@ -185,12 +185,12 @@ def _rows(tasks: Iterable[EvaluationTask]) -> dict[tuple[str, str], list[Evaluat
     return rows
 
 
-def _whole_in(row: list[EvaluationTask], standing: dict[str, dict[str, Part]]) -> list[str]:
+def _whole_in(row: list[EvaluationTask], standing: dict[str, dict[str, ScoredPart]]) -> list[str]:
     return [precision for precision in PRECISIONS if all(precision in standing[task.place] for task in row)]
 
 
 def _to_be_of_one_precision(
-    tasks: Sequence[EvaluationTask], standing: dict[str, dict[str, Part]]
+    tasks: Sequence[EvaluationTask], standing: dict[str, dict[str, ScoredPart]]
 ) -> list[EvaluationTask]:
     """Parts to be made in fp32, which any device has, where a row's parts stand in bf16 and in fp32."""
     mixed = [row for row in _rows(tasks).values() if not _whole_in(row, standing)]
@@ -198,8 +198,8 @@ def _to_be_of_one_precision(
 
 
 def _chosen(
-    tasks: Sequence[EvaluationTask], standing: dict[str, dict[str, Part]]
-) -> list[tuple[EvaluationTask, Part]]:
+    tasks: Sequence[EvaluationTask], standing: dict[str, dict[str, ScoredPart]]
+) -> list[tuple[EvaluationTask, ScoredPart]]:
     """The part of every task, a row's all in one precision: in that which most rows have."""
     whole = {key: _whole_in(row, standing) for key, row in _rows(tasks).items()}
     counts = Counter(precision for found in whole.values() for precision in found)
@@ -214,15 +214,15 @@ def _other_parts(
     recipe: Recipe,
     store: Store,
     checkpoints: dict[str, list[str]],
-    shown: Sequence[tuple[EvaluationTask, Part]],
-) -> tuple[list[tuple[EvaluationTask, Part]], list[str]]:
+    shown: Sequence[tuple[EvaluationTask, ScoredPart]],
+) -> tuple[list[tuple[EvaluationTask, ScoredPart]], list[str]]:
     """What stands of these checkpoints by other protocols; and a line on those that are damaged, whose scores are left out."""
     known = {folder for folders in checkpoints.values() for folder in folders}
     seen = {_identity(task) for task, _ in shown}
     pattern = re.compile(re.escape(_folder(recipe)) + r"/[^/]+/(\d{12})-(?:ema|live)/[^/]+\.[0-9a-f]{12}\.json")
     places = [match for match in (pattern.fullmatch(entry.path) for entry in store.list(_folder(recipe))) if match]
     checked, others, damaged = checked_here(), [], []
-    with ThreadPoolExecutor(READ_THREADS) as threads:
+    with ThreadPoolExecutor(PART_THREADS) as threads:
         read = threads.map(lambda match: _read_part(store, match[0], checked), places)
         for match, (part, problem) in zip(places, read, strict=True):
             if part is None:
@@ -246,7 +246,7 @@ def _identity(task: EvaluationTask) -> tuple[str, ...]:
     return task.checkpoint, task.weights, task.part, fingerprint(task.protocol)
 
 
-def _fill_dimensions(store: Store, inputs: EvaluationInputs, parts: Sequence[Part]) -> None:
+def _fill_dimensions(store: Store, inputs: EvaluationInputs, parts: Sequence[ScoredPart]) -> None:
     """Of Fréchet distances that an earlier version left without."""
     scores = [score for part in parts for score in part["scores"] if score["metric"] == "clip_fid"]
     bare = [score for score in scores if "dimensions" not in score]
@@ -287,7 +287,7 @@ def _run_tasks(
     return list(dict.fromkeys(warning for outcome in outcomes for warning in outcome.result))
 
 
-def summarise(parts: Sequence[tuple[EvaluationTask, Part]]) -> dict[str, Any]:
+def summarise(parts: Sequence[tuple[EvaluationTask, ScoredPart]]) -> dict[str, Any]:
     """The tables over all parts, and ShapesBench's overall: all six tasks of a checkpoint by one protocol have a score, or
     there is none.
     """

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sd3core.checkpoint import read_done
+from sd3core.checkpoint import read_checkpoint_done
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.store import Store
 from sd3core.metrics.reference import reference_fields
@@ -18,7 +18,7 @@ from sd3core.small_world.world import TASKS
 from sd3core.specs import FORMATS, fingerprint
 from sd3core.towers.artifact import read_towers
 
-Part = dict[str, Any]
+ScoredPart = dict[str, Any]
 SCORED_WEIGHTS: dict[str, tuple[Weights, ...]] = {"both": ("ema", "live"), "ema": ("ema",)}
 
 
@@ -74,7 +74,7 @@ def plan_tasks(
     for phase, folders in checkpoints.items():
         chosen = folders[-1:] if recipe.evaluate.checkpoints == "last" else folders
         for folder in chosen:
-            done = read_done(store, folder)
+            done = read_checkpoint_done(store, folder)
             for weights in SCORED_WEIGHTS[recipe.evaluate.weights]:
                 for part, protocol in _protocols(
                     recipe, phase, phases[phase], inputs, digests, last=folder == folders[-1]

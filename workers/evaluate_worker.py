@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from sd3core.checkpoint import load_model, read_done
-from sd3core.conditioning import assemble
+from sd3core.checkpoint import load_model, read_checkpoint_done
+from sd3core.conditioning import join_features
 from sd3core.data.images import PixelRules
 from sd3core.data.loader import Batch, ShardCache, ShardReader, load_split
 from sd3core.data.manifest import Manifest, read_manifest
@@ -29,7 +29,7 @@ from sd3core.metrics.reference import reference_features
 from sd3core.metrics.validation_loss import LEVELS, level_losses, validation_loss
 from sd3core.mmdit import use_lean_steps
 from sd3core.pictures import encode_png, make_grid, thumbnail_jpeg
-from sd3core.precision import DTYPES, has_bf16_arithmetic, settled
+from sd3core.precision import PRECISION_DTYPES, has_bf16_arithmetic, resolve_precision
 from sd3core.progress import Progress
 from sd3core.recipe import Recipe
 from sd3core.sample_settings import SampleSettings
@@ -57,7 +57,7 @@ class EvaluationWorker:
         self._batches: dict[str, list[Batch]] = {}
 
     def __call__(self, task: EvaluationTask) -> list[str]:
-        task = task.settled(settled(task.protocol["precision"], bf16=self.device_has_bf16))
+        task = task.settled(resolve_precision(task.protocol["precision"], bf16=self.device_has_bf16))
         self.progress = None  # else a new part would first show the end of the one before
         parts = {"validation_loss": self._validate, "clip_and_fid": self._score_pictures, "grid": self._draw_grid}
         result = _Part()
@@ -83,9 +83,9 @@ class EvaluationWorker:
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # before the next one is loaded, so that only one is in memory
             model = load_model(self.store.uri(task.checkpoint), task.weights)
-            model = model.to(self.device, DTYPES[precision])
+            model = model.to(self.device, PRECISION_DTYPES[precision])
             use_lean_steps(model)
-            done = read_done(self.store, task.checkpoint)
+            done = read_checkpoint_done(self.store, task.checkpoint)
             formulation = done.training["formulation"]
             self._loaded = (key, Generator(model, self.encoders, self.autoencoder, done.null, formulation))
         return self._loaded[1]
@@ -113,7 +113,7 @@ class EvaluationWorker:
         model = generator.model
         losses = torch.zeros(0, len(LEVELS), dtype=torch.float64)
         for batch in self._held_out_batches(task.phase):
-            condition = assemble(batch.text.to(self.device), context_dim=model.config.context_dim)
+            condition = join_features(batch.text.to(self.device), context_dim=model.config.context_dim)
             x0 = batch.latent.to(self.device)
             velocity = generator.formulation.as_rectified_flow(lambda z, t, c=condition: model(z, t, *c))
             part = level_losses(velocity, x0, batch.sample_ids, task.protocol["seed"])

@@ -8,7 +8,7 @@ from sd3core.data.folder_source import Tell
 from sd3core.data.images import BARE_CMYK, TRANSPARENT, UNKNOWN_COLOURS
 from sd3core.data.ingest import IngestWorker, list_source
 from sd3core.data.manifest import read_manifest
-from sd3core.data.shards import DoneRecord, read_index
+from sd3core.data.shards import DoneRecord, read_shard_index
 from sd3core.data.store import Store
 from sd3core.progress import ProgressCallback
 from sd3core.recipe import Data, Recipe
@@ -49,7 +49,7 @@ def _images_used(store: Store, data: Data, result: StageResult) -> list[str]:
     splits = [
         split
         for shard in manifest.shards
-        for split in read_index(store, manifest.folder, shard.stem, shard.index_digest)["split"].to_pylist()
+        for split in read_shard_index(store, manifest.folder, shard.stem, shard.index_digest)["split"].to_pylist()
     ]
     found = manifest.rows + sum(manifest.failed_reasons.values())
     return [f"{manifest.rows:,} of {counted(found, 'image')} used, {splits.count('held_out'):,} held out"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import pyarrow as pa
 
 from sd3core.data.manifest import Manifest
-from sd3core.data.shards import image_of, read_index, read_raw_samples, read_table
+from sd3core.data.shards import image_of, read_raw_samples, read_shard_index, read_table
 from sd3core.data.store import Store
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def input_shards(manifest: Manifest) -> dict[int, InputShard]:
     return {e.number: InputShard(manifest.folder, e.stem, e.digest, e.rows, e.index_digest) for e in manifest.shards}
 
 
-def read_images(store: Store, shard: InputShard) -> Iterator[tuple[str, bytes]]:
+def shard_images(store: Store, shard: InputShard) -> Iterator[tuple[str, bytes]]:
     """(key, encoded image) of every sample of a raw shard. Raises DataError when it is not the shard its manifest
     names.
     """
@@ -43,7 +43,7 @@ def read_images(store: Store, shard: InputShard) -> Iterator[tuple[str, bytes]]:
 
 
 def read_input_index(store: Store, shard: InputShard) -> pa.Table:
-    return read_index(store, shard.folder, shard.stem, shard.index_digest)
+    return read_shard_index(store, shard.folder, shard.stem, shard.index_digest)
 
 
 def read_input_table(store: Store, shard: InputShard) -> pa.Table:

@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from sd3core.data.provenance import Provenance, device_kind, provenance
-from sd3core.data.store import may_pass
+from sd3core.data.store import is_transient
 from sd3core.errors import UserError, error_in_one_line, is_of_the_machine
 from workers.ray_room import actors_problem
 from workers.ray_session import RayLost, check_ray, drivers_mark, elsewhere, living_nodes, restart_ray
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # the recipe brings torch, which not every worker needs
     from sd3core.recipe import Compute
 
 Task = TypeVar("Task")
-POLL_S = 1.0  # how often workers are asked for their progress
+POOL_POLL_S = 1.0  # how often workers are asked for their progress
 MISSING_MODULE = re.compile(r"(?:ModuleNotFoundError|ImportError): [^\n]*[^\s]")
 NODE_IP = re.compile(r"\bip[:=] ?([0-9a-fA-F.:]+[0-9a-fA-F])")
 LOST_RAYS = 3  # in a row, without a task that ended between them
@@ -131,7 +131,7 @@ def _answer(work: Callable[[], Any]) -> _Answer:
     try:
         return _Answer(work())
     except UserError as error:
-        return _Answer(error=f"{error}{elsewhere()}", stays=not may_pass(error))
+        return _Answer(error=f"{error}{elsewhere()}", stays=not is_transient(error))
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         words = f"{type(error).__name__}: {error_in_one_line(error)} ({Path(place.filename).name}:{place.lineno})"
@@ -196,7 +196,7 @@ class _Pool(Generic[Task]):
             while len(self.outcomes) < len(self.tasks):
                 check_ray()
                 busy = {seat.pending: seat for seat in self.seats if seat.pending is not None}
-                ready, _ = ray.wait(list(busy), num_returns=1, timeout=POLL_S)
+                ready, _ = ray.wait(list(busy), num_returns=1, timeout=POOL_POLL_S)
                 for reference in ready:
                     self._take(busy[reference])
                 self._look_at_progress()
@@ -314,7 +314,7 @@ class _Pool(Generic[Task]):
 
     def _ask(self, seat: _Seat, now: float) -> None:
         if seat.progress_pending is None:
-            if now - seat.alive_at < POLL_S:
+            if now - seat.alive_at < POOL_POLL_S:
                 return
             seat.progress_pending = seat.actor.progress.options(concurrency_group="watch").remote()
             return

@@ -35,7 +35,7 @@ ANSWER_S = 10.0  # for the head of a cluster to answer its first question
 ASK_EVERY_S = 5.0  # a cluster's head is asked whether this machine is one of its nodes
 ASK_S = 2.0  # for that answer
 NOTICED_S = 25.0  # at most until the head has noticed that a node is dead
-SILENT_S = 30.0  # a head that has not answered for so long is gone: after a minute Ray would end this process
+SILENT_HEAD_S = 30.0  # a head that has not answered for so long is gone: after a minute Ray would end this process
 DRIVERS_NODE = "SD3_DRIVERS_NODE"
 ORPHAN_S = 600  # so long after its GCS server's death Ray ends this process, which may be at work without Ray; Ray's own is a minute
 NEEDED = {"gcs_server": "GCS server", "raylet": "raylet"}  # without these nothing goes on; the others only log
@@ -135,7 +135,7 @@ def _ask_the_head(session: _Session) -> str | None:
         known = worker.gcs_client.get_all_node_info(timeout=ASK_S)
     except RayError:
         silent_s = time.monotonic() - session.answered_at
-        return f"the head of Ray has not answered for {silent_s:.0f} s" if silent_s > SILENT_S else None
+        return f"the head of Ray has not answered for {silent_s:.0f} s" if silent_s > SILENT_HEAD_S else None
     finally:
         session.asked_at = time.monotonic()
     session.answered_at = session.asked_at

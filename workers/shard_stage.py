@@ -24,7 +24,7 @@ from sd3core.data.manifest import (
     manifest_ref,
     read_manifest,
 )
-from sd3core.data.shards import INDEX, DoneRecord, finished_stems, read_done, shard_stem
+from sd3core.data.shards import INDEX, DoneRecord, finished_stems, read_shard_done, shard_stem
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError
 from sd3core.progress import Progress, ProgressCallback, ProgressMeter
@@ -274,7 +274,7 @@ def _left_out(store: Store, manifest: Manifest, unit: str) -> list[str]:
     for entry in manifest.shards:
         if any(len(names[reason]) < wanted[reason] for reason in entry.failed):
             with suppress(DataError, StoreError):  # a line without names is better than a stage that fails over it
-                for row in read_done(store, manifest.folder, entry.stem).failed:
+                for row in read_shard_done(store, manifest.folder, entry.stem).failed:
                     names.setdefault(row.reason, []).append(row.key)
     return [
         left_out_line(unit, count, reason) + (f": {some(names[reason], count)}" if names[reason] else "")
@@ -290,7 +290,7 @@ def _build_manifest(store: Store, state: _State, made: dict[str, DoneRecord]) ->
     unknown = [stem for stem in stage.stems if stem not in records and stem not in known]
     with ThreadPoolExecutor(16) as threads:
         records |= dict(
-            zip(unknown, threads.map(lambda stem: read_done(store, stage.folder, stem), unknown), strict=True)
+            zip(unknown, threads.map(lambda stem: read_shard_done(store, stage.folder, stem), unknown), strict=True)
         )
     shards = [_entry(records[stem]) if stem in records else known[stem] for stem in stage.stems]
     return Manifest(

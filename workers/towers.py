@@ -29,7 +29,7 @@ from sd3core.towers.artifact import (
     read_towers,
 )
 from workers.caches import checked_here
-from workers.inputs import InputShard, input_shards, read_images, read_input_index
+from workers.inputs import InputShard, input_shards, read_input_index, shard_images
 from workers.pool import Outcome, PoolSettings, made_by, map_over_actors
 from workers.ray_session import start_ray
 from workers.stage import NOTHING_TO_DO, StageFailed, StageResult, reason_to_work, recall_stage, remember_stage
@@ -201,7 +201,7 @@ def training_rows(
     places = list(captions)
     chosen = {places[i] for i in np.linspace(0, len(places) - 1, min(at_most, len(places)), dtype=int)}
     for position in sorted({position for position, _ in chosen}):
-        for key, data in read_images(store, shards[position]):
+        for key, data in shard_images(store, shards[position]):
             if (position, key) not in chosen:
                 continue
             try:

@@ -19,14 +19,13 @@ from sd3core.data.unused import Unused, find_unused, remove
 from sd3core.errors import UserError
 from sd3core.specs import fingerprint
 from sd3core.towers.artifact import read_towers
-from sd3core.words import counted
+from sd3core.words import DAY_S, GB, counted
 
 ALL = "all"
-GB, DAY = 1e9, 24 * 3600
 CACHE = "cache/"  # before the name of what this machine keeps
 
 
-def clean(store: Store, wanted: list[str], days: float, console: Console) -> None:
+def clean_store(store: Store, wanted: list[str], days: float, console: Console) -> None:
     """Lists what nobody uses, or removes those of it that are named; `all` names everything but what is unfinished.
 
     Raises UserError for a name that is not in the list, and where a run of this home is at work: it may be about to use what
@@ -90,7 +89,7 @@ def _unused_cache(store: Store, days: float) -> list[Unused]:
             except UserError:  # not finished: nobody has fetched it
                 continue
     items = (_cached(path) for path in sorted(folders) if path.name not in used)
-    return [item for item in items if item.written < time.time() - days * DAY]
+    return [item for item in items if item.written < time.time() - days * DAY_S]
 
 
 def _cached(folder: Path) -> Unused:

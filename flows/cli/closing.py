@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flows.local.home import pasted
+from flows.local.home import local_command
 from flows.local.services import Services
 from flows.summary import of_stage, summary_path
 from flows.ui.scores import bench_rows, score_rows, shown_of
@@ -52,7 +52,7 @@ def print_summary(
     say("summary", _shown(store, summary_path(recipe)))
     for line in maker_lines(summary["stages"]):
         say("made by", line)
-    say("UI", f"{services.ui_url}  (password: {pasted('sd3 ui')})")
+    say("UI", f"{services.ui_url}  (password: {local_command('sd3 ui')})")
     say("sample", " ".join(command))
 
 

@@ -12,7 +12,7 @@ import typer
 
 from flows.cli.console import PlainConsole
 from flows.cli.options import path
-from flows.local.home import pasted
+from flows.local.home import local_command
 from flows.local.recipes import DEFAULT_RECIPE, known_recipes
 from sd3core.errors import UserError
 from sd3core.recipe import TOKENS_AT_MOST, Recipe
@@ -47,7 +47,7 @@ def run(complain: Callable[[str], None]) -> int:
     except typer.TyperException as error:
         context, said = getattr(error, "ctx", None), error.format_message().rstrip(".")
         if said:  # without any arguments the help was printed
-            complain(f"{said}; `{pasted(context.command_path if context else 'sd3')} --help` has what there is")
+            complain(f"{said}; `{local_command(context.command_path if context else 'sd3')} --help` has what there is")
         return error.exit_code
 
 
@@ -82,7 +82,7 @@ def demo(
     set_: SetOption = None,
 ) -> None:
     """The whole chain, from nothing to a scored, exported checkpoint; run again, it goes on where it stopped."""
-    from flows.cli.demo import demo as run_demo
+    from flows.cli.demo import run_demo as run_demo
 
     run_demo(recipe, data, set_ or [], console, from_stage, remake)
 
@@ -90,17 +90,17 @@ def demo(
 @app.command()
 def up() -> None:
     """Starts the local services: Prefect server, worker, deployments. A second `up` is harmless."""
-    from flows.local.services import up as start
+    from flows.local.services import start_services as start
 
     services = start(_say)
-    _say(f"UI: {services.ui_url} (`{pasted('sd3 ui')}` shows its password)")
-    _say(f'in this shell, for the prefect command: eval "$({pasted("sd3 env")})"')
+    _say(f"UI: {services.ui_url} (`{local_command('sd3 ui')}` shows its password)")
+    _say(f'in this shell, for the prefect command: eval "$({local_command("sd3 env")})"')
 
 
 @app.command()
 def down() -> None:
     """Stops the local services and the runs they started. What the runs made stays; they go on when started again."""
-    from flows.local.services import down as stop
+    from flows.local.services import stop_services as stop
 
     stop(_say)
 
@@ -138,23 +138,23 @@ def status() -> None:
 
     services = Services.load()
     if services is None:
-        _say(f"services: never started here; `{pasted('sd3 up')}` starts them")
+        _say(f"services: never started here; `{local_command('sd3 up')}` starts them")
         raise typer.Exit(1)
     answers = server_answers(services)
     _say(f"server: {'answers at ' + services.ui_url if answers else 'does not answer'}")
     _say(f"worker: {'running' if services.worker and services.worker.alive() else 'not running'}")
     if answers:
         use(services)
-        from flows.cli.terminal import look
+        from flows.cli.terminal import view_run
         from flows.local.runs import described, unfinished_runs
 
         for run in unfinished_runs():
             _say(f"{described(run)}  {services.ui_url}/runs/flow-run/{run.id}")
-            for stage in look(run.id).stages:
+            for stage in view_run(run.id).stages:
                 if stage.state == "running":
                     _say(f"  {stage.name}: {stage.progress or 'starting'}")
     if not answers or not (services.worker and services.worker.alive()):
-        _say(f"`{pasted('sd3 up')}` starts what is missing")
+        _say(f"`{local_command('sd3 up')}` starts what is missing")
         raise typer.Exit(1)
 
 
@@ -173,7 +173,7 @@ def deploy(
     for warning in short_average_warnings(added):
         _say(f"warning: {warning}")
     if api is None:
-        from flows.local.services import up as start
+        from flows.local.services import start_services as start
 
         start(_say)
     else:
@@ -217,7 +217,7 @@ def clean(
     set_: SetOption = None,
 ) -> None:
     """Lists what no run uses any more in the recipe's store and this machine's cache, with sizes; removes it only when told."""
-    from flows.cli.clean import clean as run_clean
+    from flows.cli.clean import clean_store as run_clean
     from flows.local.home import run_store
 
     run_clean(run_store(_load(recipe, set_)), remove or [], days, console)

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from flows.cli.options import one_of
-from flows.local.home import pasted
+from flows.local.home import local_command
 from sd3core.checkpoint_facts import CheckpointFacts
 from sd3core.errors import UserError
-from sd3core.exchange.convert import DTYPES, assumed_facts, export_model, import_model
+from sd3core.exchange.convert import EXPORT_DTYPES, assumed_facts, export_model, import_model
 from sd3core.exchange.diffusers_folder import check_exported
 from sd3core.exchange.foreign_weights import ForeignWeights, open_foreign_weights
 from sd3core.mmdit import count_parameters
@@ -36,7 +36,7 @@ def import_weights(
     console: Console,
 ) -> None:
     """Another system's weights as a plain model folder; says what they are, and what is taken for granted."""
-    one_of("--dtype", dtype, DTYPES)
+    one_of("--dtype", dtype, EXPORT_DTYPES)
     one_of("--null", null, ("zeros", "empty"))
     check_exported(path, checked_here(), "transformer/")
     with open_foreign_weights(path, any_dtype=dtype is not None, prefix=prefix) as foreign:
@@ -48,7 +48,7 @@ def import_weights(
             import_model(foreign, out, extra, dtype=dtype, on_bytes=show)
         _say(console, _described(foreign, facts))
     words = ["--checkpoint", out, "--towers", str(foreign.pipeline or "FOLDER")]
-    _say(console, f"{out}: try `{pasted('sd3 sample')} {' '.join(map(shell_word, words))} 'a prompt'`")
+    _say(console, f"{out}: try `{local_command('sd3 sample')} {' '.join(map(shell_word, words))} 'a prompt'`")
 
 
 def export_weights(
@@ -56,7 +56,7 @@ def export_weights(
 ) -> None:
     """A checkpoint's transformer in another system's format."""
     one_of("--format", target, TARGETS)
-    one_of("--dtype", dtype, DTYPES)
+    one_of("--dtype", dtype, EXPORT_DTYPES)
     one_of("--weights", weights, ("ema", "live"))
     if "://" in out:
         raise UserError(f"{out}: name a path on this machine; copy what is written there from it")

@@ -14,11 +14,11 @@ from uuid import UUID
 from rich.console import Console
 
 from flows.cli.closing import print_summary
-from flows.local.home import pasted, run_store
+from flows.local.home import local_command, run_store
 from flows.local.interrupt import Interrupted, kept_from_children, listen, put_off, unheard
 from flows.local.prefect_environment import prefect_folder
 from flows.local.recipes import DEFAULT_RECIPE, find_recipe
-from flows.local.services import ServiceError, Services, up, worker_lives
+from flows.local.services import ServiceError, Services, start_services, worker_lives
 from flows.redo import check_stage, forget_from
 from flows.summary import of_stage, summary_path
 from flows.upgrade import check_upgrade
@@ -35,7 +35,7 @@ from sd3core.words import cut_at_word, one_line
 if TYPE_CHECKING:
     from flows.cli.terminal import RunView
 
-DOWN = pasted("sd3 down")
+DOWN = local_command("sd3 down")
 PROMPT_CHARS = 120
 FOLDER_TOKENS = 32  # that captions of a user's own images have at least
 START_SECONDS = 120
@@ -73,7 +73,7 @@ def folder_overrides(recipe: Recipe, folder: Path) -> list[str]:
     return overrides
 
 
-def demo(
+def run_demo(
     name_or_path: str,
     folder: Path | None,
     overrides: list[str],
@@ -98,7 +98,7 @@ def demo(
         check_stage(from_stage)
     store.check()  # what cannot be is told before anything starts
     check_upgrade(recipe, store, remake, from_stage=from_stage)
-    services = up(lambda line: console.print(line, soft_wrap=True, highlight=False))
+    services = start_services(lambda line: console.print(line, soft_wrap=True, highlight=False))
     listen(f"stopped; the services stay, `{DOWN}` stops them; the same command goes on")
 
     run_id = _run_at_work(recipe)
@@ -201,7 +201,7 @@ def sample_command(recipe: Recipe, prompt: str = EXAMPLE_PROMPT) -> list[str]:
     """The command that draws from what this run made, ready to paste: its checkpoint keeps the settings. Without a run's name it
     would be the run of the default recipe as it is shipped.
     """
-    command = [pasted("sd3"), "sample", shell_word(prompt)]
+    command = [local_command("sd3"), "sample", shell_word(prompt)]
     if recipe.model_copy(update={"store": None}) != load_recipe(DEFAULT_RECIPE):
         command += ["--run", recipe.run]
     if recipe.store is not None:

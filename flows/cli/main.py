@@ -35,18 +35,18 @@ def _line(error: Exception) -> str | None:
     """What to tell a user who can mend it; None where it is a fault of the program."""
     import httpx  # what Prefect's client raises when its server is away; not needed to start
 
-    from flows.local.home import full_disk, home, pasted
+    from flows.local.home import full_disk, home, local_command
     from sd3core.errors import UserError, described_os_error
 
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, httpx.HTTPStatusError):
         if error.response.status_code == HTTPStatus.UNAUTHORIZED:
-            return f"the Prefect server asks for another password than this home's; `{pasted('sd3 up')}` starts it again"
+            return f"the Prefect server asks for another password than this home's; `{local_command('sd3 up')}` starts it again"
         said = f"{error.response.status_code} {error.response.reason_phrase}"
         return full_disk() or f"the Prefect server answers {said}; {home()}/logs/server.log says why"
     if isinstance(error, httpx.HTTPError):
-        return f"the Prefect server does not answer; `{pasted('sd3 up')}` starts it again"
+        return f"the Prefect server does not answer; `{local_command('sd3 up')}` starts it again"
     if isinstance(error, OSError):
         return described_os_error(error)
     return None

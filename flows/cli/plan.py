@@ -16,8 +16,9 @@ from sd3core.costs.stages import (
 from sd3core.moving_average import short_average_warnings
 from sd3core.recipe import Recipe
 from sd3core.towers.artifact import check_vae_folder
+from sd3core.words import GB
 
-GIB, GB = 2**30, 1e9
+GIB = 2**30
 
 
 def print_plan(recipe: Recipe, console: Console) -> None:

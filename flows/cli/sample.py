@@ -17,15 +17,15 @@ from flows import upstream
 from flows.cli.options import device as chosen_device
 from flows.cli.options import one_of
 from flows.cli.trained_runs import TrainedRun
-from flows.local.home import pasted, run_store
+from flows.local.home import local_command, run_store
 from flows.local.recipes import DEFAULT_RECIPE
 from flows.summary import finished_runs
-from sd3core.checkpoint import is_training_checkpoint, read_done
+from sd3core.checkpoint import is_training_checkpoint, read_checkpoint_done
 from sd3core.data.store import open_store
 from sd3core.errors import UserError
 from sd3core.exchange.diffusers_folder import check_exported
 from sd3core.generate import Draw, sample_to_files
-from sd3core.precision import DTYPES
+from sd3core.precision import PRECISION_DTYPES
 from sd3core.recipe import Recipe
 from sd3core.sample_settings import Convention, Weights
 from sd3core.sampling import SAMPLERS
@@ -116,7 +116,7 @@ def sample_run(
     whose recipe it then is.
     """
     one_of("--weights", weights, get_args(Weights))
-    one_of("--precision", precision, DTYPES)
+    one_of("--precision", precision, PRECISION_DTYPES)
     one_of("--sampler", settings["sampler"] or recipe.evaluate.sampler, SAMPLERS)
     one_of("--schedule", settings["convention"], get_args(Convention))
     for name in settings["drop"]:
@@ -196,7 +196,7 @@ def _own_recipe(checkpoint: str) -> Recipe | None:
     store = open_store(checkpoint)
     if not is_training_checkpoint(store):
         return None
-    fields = read_done(store, "").recipe
+    fields = read_checkpoint_done(store, "").recipe
     try:
         return Recipe.model_validate(fields)
     except ValidationError:
@@ -209,14 +209,14 @@ def last_checkpoint(recipe: Recipe) -> str:
     """URL of the last phase's. Where this run is not finished and others are, the UserError names those."""
     store = run_store(recipe)
     try:
-        return store.uri(upstream.last_checkpoint(recipe, store, recipe.phases()[-1][0]).folder)
+        return store.uri(upstream.last_checkpoint_of_phase(recipe, store, recipe.phases()[-1][0]).folder)
     except upstream.NotFinishedError:
         finished = finished_runs(store)
         if recipe.run in finished:  # with other settings: the error names the stage
             raise
         default = " (the default)" if recipe.name == DEFAULT_RECIPE else ""
         if not finished:
-            makes = pasted(f"sd3 demo --recipe {recipe.name}")
+            makes = local_command(f"sd3 demo --recipe {recipe.name}")
             raise UserError(
                 f"recipe {recipe.name}{default} is not finished here, nor is another; `{makes}` makes it"
             ) from None

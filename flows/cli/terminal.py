@@ -59,7 +59,7 @@ class StageView:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ShownPicture:
     path: str
     image: bytes  # PNG or JPEG
 
@@ -76,7 +76,7 @@ class RunView:
         return self.state in FINAL
 
 
-def look(flow_run_id: UUID) -> RunView:
+def view_run(flow_run_id: UUID) -> RunView:
     """One look at a run and the stage runs it started (a stage run on its own is its own only stage)."""
     with prefect_client() as client:
         run = client.read_flow_run(flow_run_id)
@@ -97,7 +97,7 @@ def _stage_view(run: FlowRun, name: str, described: str) -> StageView:
     return StageView(name, state, seconds, _problem(run) or progress, tuple(warnings))
 
 
-def newest_picture(flow_run_id: UUID) -> Picture | None:
+def newest_picture(flow_run_id: UUID) -> ShownPicture | None:
     """Of a run and the stage runs it started."""
     with prefect_client() as client:
         return _picture(_artifacts(client, flow_run_id, 1, key={"like_": "-pictures"}))
@@ -113,12 +113,12 @@ def _artifacts(client: SyncPrefectClient, flow_run_id: UUID, limit: int, **wante
     return client.request("POST", "/artifacts/filter", json=request).json()
 
 
-def _picture(artifacts: list[dict[str, Any]]) -> Picture | None:
+def _picture(artifacts: list[dict[str, Any]]) -> ShownPicture | None:
     """Of an artifact that shows a picture and says in its description where the file stands."""
     for artifact in artifacts:
         found = DATA_URL.search(artifact["data"])
         if found:
-            return Picture(artifact["description"], base64.b64decode(found.group(1)))
+            return ShownPicture(artifact["description"], base64.b64decode(found.group(1)))
     return None
 
 
@@ -141,7 +141,7 @@ def follow(flow_run_id: UUID, console: Console, wanted: Reads | None = None) -> 
                 wanted = None
             try:
                 fail_dead_runs()
-                view = look(flow_run_id)
+                view = view_run(flow_run_id)
                 picture = pictures.newest(view.finished)
                 last_answer = time.monotonic()
             except httpx.HTTPError:  # away, or busy: it has a minute to come back
@@ -198,7 +198,7 @@ def _table(view: RunView) -> Table:
     return table
 
 
-def _screen(view: RunView, picture: Picture | None, console: Console) -> Group:
+def _screen(view: RunView, picture: ShownPicture | None, console: Console) -> Group:
     """The table, and the newest picture below it where the terminal has the colours and the room."""
     table = _table(view)
     rows = console.height - table.row_count - LINES_BESIDE
@@ -212,10 +212,10 @@ class _Pictures:
 
     def __init__(self, flow_run_id: UUID, console: Console) -> None:
         self._flow_run_id, self._can_show = flow_run_id, can_show_pictures(console)
-        self._newest: Picture | None = None
+        self._newest: ShownPicture | None = None
         self._looked_at = 0.0
 
-    def newest(self, finished: bool) -> Picture | None:
+    def newest(self, finished: bool) -> ShownPicture | None:
         """`finished`: the last one is worth a look, whenever the look before was."""
         now = time.monotonic()
         due = self._can_show and (finished or now - self._looked_at >= PICTURE_SECONDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from sd3core.checkpoint import DONE_FILE, read_done
+from sd3core.checkpoint import DONE_FILE, read_checkpoint_done
 from sd3core.data.store import Store
 from sd3core.errors import UserError
 from sd3core.recipe import Recipe, Training
@@ -13,7 +13,7 @@ from sd3core.recipe_file import recipe_of
 from workers.stage import recall_stage, stage_noted_at
 
 CHECKPOINT = re.compile(rf"runs/([^/]+)/checkpoints/([^/]+)/([^/]+)/(\d{{12}})/{re.escape(DONE_FILE)}")
-NAMED = 12  # of the runs that an error names
+NAMED_RUNS = 12  # of the runs that an error names
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def trained_run(store: Store, run: str, overrides: list[str] | None = None) -> T
         raise UserError(f"--run {run}: {_those_that_are(store)}")
     phase = max((checkpoint.phase for checkpoint in found), key=_order)
     newest, ended = _newest(store, run, [checkpoint for checkpoint in found if checkpoint.phase == phase])
-    done = read_done(store, newest.folder)
+    done = read_checkpoint_done(store, newest.folder)
     if done.recipe is None:
         raise UserError(f"--run {run}: {store.uri(newest.folder)} holds no recipe; name it with --checkpoint, and its --towers")
     recipe = recipe_of(dict(done.recipe), overrides, f"--run {run}: the recipe in {store.uri(newest.folder)}/{DONE_FILE}")
@@ -68,7 +68,7 @@ def _newest(store: Store, run: str, found: list[_Checkpoint]) -> tuple[_Checkpoi
     of_note = [checkpoint for checkpoint in found if note and checkpoint.folder.startswith(f"{note.folder}/")]
     since = [checkpoint for checkpoint in of_note if checkpoint.written > noted_at]
     for checkpoint in () if since else sorted(of_note, key=_samples, reverse=True):
-        if read_done(store, checkpoint.folder).digest == note.digest:
+        if read_checkpoint_done(store, checkpoint.folder).digest == note.digest:
             return checkpoint, True
     return max(since or of_note or found, key=_samples), False
 
@@ -95,5 +95,5 @@ def _those_that_are(store: Store) -> str:
     runs = sorted({checkpoint.run for checkpoint in _checkpoints(store, "runs")})
     if not runs:
         return f"no run in {store.url} has a checkpoint"
-    more = f" and {len(runs) - NAMED} more" if len(runs) > NAMED else ""
-    return f"no checkpoint of such a run in {store.url}; there are: {', '.join(runs[:NAMED])}{more}"
+    more = f" and {len(runs) - NAMED_RUNS} more" if len(runs) > NAMED_RUNS else ""
+    return f"no checkpoint of such a run in {store.url}; there are: {', '.join(runs[:NAMED_RUNS])}{more}"

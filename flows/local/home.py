@@ -14,9 +14,9 @@ from sd3core.data.store import Store, open_store
 from sd3core.errors import UserError
 from sd3core.recipe import Recipe
 from sd3core.shown_text import is_utf8, shell_word
+from sd3core.files.local_paths import PROJECT
 
 LEAST_FREE_MB = 10
-PROJECT = Path(__file__).resolve().parent.parent.parent
 
 
 def home() -> Path:
@@ -54,7 +54,7 @@ def write_whole(path: Path, text: str, mode: int = 0o666) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def pasted(command: str) -> str:
+def local_command(command: str) -> str:
     """A command of this installation as a message shows it: it can be pasted where the message came, whatever the project's folder
     is called.
     """

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-from flows.local.home import ensure, home, pasted, private_folder, write_whole
+from flows.local.home import ensure, home, local_command, private_folder, write_whole
 from sd3core.errors import UserError
 from sd3core.loopback import direct_loopback
 
@@ -87,7 +87,7 @@ def check_proxies() -> None:
     """UserError for a proxy of a kind that Prefect's HTTP client refuses to begin with, also for what would not go through it."""
     for name in (name for scheme in ("HTTP", "HTTPS", "ALL") for name in (f"{scheme}_PROXY", f"{scheme}_proxy".lower())):
         if os.environ.get(name, "").lower().startswith("socks") and importlib.util.find_spec("socksio") is None:
-            raise UserError(f"{name}: Prefect's client knows no SOCKS proxies; unset it here, or `{pasted('python')} -m pip install socksio`")
+            raise UserError(f"{name}: Prefect's client knows no SOCKS proxies; unset it here, or `{local_command('python')} -m pip install socksio`")
 
 
 def shells_own(environ: Mapping[str, str]) -> list[str]:

@@ -44,7 +44,7 @@ def guarded(app: Any, port: int) -> Any:
     return TrustedHostMiddleware(OwnPagesOnly(app, port), allowed_hosts=OWN_HOSTS, www_redirect=False)
 
 
-def main() -> None:
+def serve() -> None:
     import uvicorn
     from prefect.server.api.server import create_app
     from prefect.settings import get_current_settings
@@ -65,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from flows.local.home import ensure, home, one_at_a_time, pasted, write_whole
+from flows.local.home import ensure, home, one_at_a_time, local_command, write_whole
 from sd3core.errors import RecipeError
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import RECIPE_ENDINGS, load_recipe, shipped_recipes
@@ -52,5 +52,5 @@ def _added() -> dict[str, str]:
     except ValueError:
         added = None
     if not (isinstance(added, dict) and all(isinstance(value, str) and is_utf8(value) for value in added.values())):
-        raise RecipeError(f"{path}: damaged; delete it and add your recipes again with `{pasted('sd3 deploy')} FILE`")
+        raise RecipeError(f"{path}: damaged; delete it and add your recipes again with `{local_command('sd3 deploy')} FILE`")
     return added

@@ -34,7 +34,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Cancelling, Crashed
 
 from flows.local.deployments import tagged_deployments
-from flows.local.home import PROJECT, ensure, home, run_store, write_whole
+from flows.local.home import ensure, home, run_store, write_whole
 from flows.local.prefect_client import AT_ONCE, prefect_client, read_whole
 from flows.local.prefect_environment import prefect_folder
 from flows.local.processes import Process
@@ -43,10 +43,11 @@ from sd3core.errors import UserError
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
 from sd3core.specs import fingerprint
+from sd3core.files.local_paths import PROJECT
 
 END_SECONDS = 10
 STARTED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
-UNFINISHED = [*STARTED, StateType.SCHEDULED, StateType.PAUSED]
+UNFINISHED_STATES = [*STARTED, StateType.SCHEDULED, StateType.PAUSED]
 GONE = "Its process is gone. Run the same deployment again: it goes on."
 
 
@@ -118,7 +119,7 @@ def fail_dead_runs(no_worker: bool = False) -> list[str]:
         runs += [run for run in _own_unfinished(STARTED) if run.id not in records]
     failed = []
     for run in runs:
-        if run.state_type in UNFINISHED:
+        if run.state_type in UNFINISHED_STATES:
             _set_state(run, Crashed(message=GONE))
             failed.append(run.name)
     for flow_run in dead:
@@ -147,7 +148,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def unfinished_runs() -> list[FlowRun]:
     """Runs that wait or are at work, without the stages of a pipeline."""
-    return _own_unfinished(UNFINISHED)
+    return _own_unfinished(UNFINISHED_STATES)
 
 
 def described(run: FlowRun) -> str:
@@ -189,7 +190,7 @@ def read_stage_runs(flow_run_id: UUID) -> list[FlowRun]:
 
 def _set_states(flow_run_id: UUID, state: Any) -> None:
     for run in (*_read(FlowRunFilterId(any_=[flow_run_id])), *read_stage_runs(flow_run_id)):
-        if run.state_type in UNFINISHED:
+        if run.state_type in UNFINISHED_STATES:
             _set_state(run, state)
 
 

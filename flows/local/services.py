@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from pathlib import Path
 
-from flows.local.home import check_home, ensure, full_disk, home, one_at_a_time, pasted, write_whole
+from flows.local.home import check_home, ensure, full_disk, home, one_at_a_time, local_command, write_whole
 from flows.local.interrupt import put_off, unheard
 from flows.local.prefect_environment import (
     basic_authorization,
@@ -39,7 +39,7 @@ from flows.local.deployments import WORK_POOL
 
 FIRST_PORT, PORTS_TRIED = 4200, 20
 SERVER_SECONDS, SLOW_SERVER_SECONDS, WORKER_SECONDS = 120, 30, 60
-FORMAT = 2  # of services.json; before, a server asked for no password
+SERVICES_FORMAT = 2  # of services.json; before, a server asked for no password
 SERVER = ("-m", "flows.local.prefect_server")
 WORKER = ("-m", "prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process", "--name", "local")
 START_MARK = "--- start"  # in the logs
@@ -60,7 +60,7 @@ class Services:
     server: Process | None = None
     worker: Process | None = None
     deployed: str = ""  # fingerprint of the deployments that the server has
-    format: int = FORMAT
+    format: int = SERVICES_FORMAT
 
     @property
     def api_url(self) -> str:
@@ -123,7 +123,7 @@ def _answer(services: Services) -> int | None:
         return None
 
 
-def up(say: Say = print) -> Services:
+def start_services(say: Say = print) -> Services:
     """Starts what is not running, and returns when the server answers, the worker polls and the deployments stand."""
     check_home()
     check_proxies()
@@ -178,7 +178,7 @@ def _start_what_is_missing(services: Services, say: Say) -> None:
 
 def _end_an_older_server(services: Services, say: Say) -> None:
     """It asks for no password, and its runs know none: it is replaced, but not under runs at work."""
-    if services.format >= FORMAT or not server_answers(services):
+    if services.format >= SERVICES_FORMAT or not server_answers(services):
         return
     use(services)
     from flows.local.runs import unfinished_runs
@@ -186,7 +186,7 @@ def _end_an_older_server(services: Services, say: Say) -> None:
     if at_work := unfinished_runs():
         raise ServiceError(
             f"the services are of an older version and have {counted(len(at_work), 'run')} at work"
-            f" ({', '.join(run.name for run in at_work)}); wait for it, or `{pasted('sd3 down')}` ends it: it goes on when asked for"
+            f" ({', '.join(run.name for run in at_work)}); wait for it, or `{local_command('sd3 down')}` ends it: it goes on when asked for"
         )
     say("the services of an older version are replaced")
     stop_tree(services.server)
@@ -227,7 +227,7 @@ def _stop_those_started(services: Services, found: tuple[Process | None, Process
     services.save()
 
 
-def down(say: Say = print) -> None:
+def stop_services(say: Say = print) -> None:
     """Stops the worker, then the server, and whatever flow runs the worker had started."""
     services = _known_services()
     if not (services.server or services.worker or (home() / "services.json").exists()):
@@ -261,7 +261,7 @@ def require() -> Services:
     """The running services, or a ServiceError that says how to start them."""
     services = Services.load()
     if services is None or not server_answers(services):
-        raise ServiceError(f"the local services are not running; start them with `{pasted('sd3 up')}`")
+        raise ServiceError(f"the local services are not running; start them with `{local_command('sd3 up')}`")
     return services
 
 
@@ -290,7 +290,7 @@ def _start_server(services: Services, say: Say) -> None:
         taken, services.port = services.port, listening.getsockname()[1]
         if services.port != taken:
             say(f"port {taken} is taken by another program; the server takes {services.port}")
-        services.format = FORMAT
+        services.format = SERVICES_FORMAT
         with put_off():
             services.server = _spawn(SERVER, server_settings(services.port), "server", listening)
             services.save()

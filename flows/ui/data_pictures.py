@@ -8,7 +8,7 @@ from flows import upstream
 from flows.ui.previews import COLUMNS, shown_rows
 from sd3core.data.images import PixelRules, to_model_range
 from sd3core.data.manifest import ManifestRef, read_manifest
-from sd3core.data.split_rows import read_images
+from sd3core.data.split_rows import read_row_images
 from sd3core.data.store import Store
 from sd3core.pictures import make_grid, page_jpeg, to_uint8
 from sd3core.recipe import Recipe
@@ -33,7 +33,7 @@ def autoencoder_pictures(recipe: Recipe, store: Store, raw: ManifestRef) -> dict
     images = _some_images(recipe, store, raw)[:COLUMNS]
     if not len(images):
         return {}
-    towers = upstream.towers(recipe, store)
+    towers = upstream.towers_ref(recipe, store)
     autoencoder = load_autoencoder(fetch_towers(store, towers.folder, towers_cache(), only=("vae",)))
     decoded = to_uint8(autoencoder.decode(autoencoder.encode(to_model_range(images))))
     return {"images, and below them what their latents decode to": page_jpeg(make_grid([*images, *decoded], len(images)))}
@@ -44,4 +44,4 @@ def _some_images(recipe: Recipe, store: Store, raw: ManifestRef) -> np.ndarray:
     manifest = read_manifest(store, raw.folder, raw.digest)
     side = min(recipe.phases()[-1][1].side_px, LARGEST_PX)
     rows = shown_rows(recipe, store, manifest)
-    return read_images(store, manifest, rows, side, PixelRules.of(recipe.data), checked_here())
+    return read_row_images(store, manifest, rows, side, PixelRules.of(recipe.data), checked_here())

@@ -74,7 +74,7 @@ class ModelBench:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class BenchInputs:
     latent: Tensor  # (B, 16, h, w)
     t: Tensor  # (B,)
     context: Tensor  # (B, L, D)
@@ -82,7 +82,7 @@ class Inputs:
     target: Tensor  # (B, 16, h, w)
 
     @classmethod
-    def draw(cls, bench: ModelBench, dtype: torch.dtype) -> Inputs:
+    def draw(cls, bench: ModelBench, dtype: torch.dtype) -> BenchInputs:
         g = torch.Generator().manual_seed(0)
         side, n = 2 * math.isqrt(bench.image_tokens), bench.batch
         latent, target = torch.randn(2, n, 16, side, side, generator=g).to(bench.device, dtype)
@@ -122,7 +122,7 @@ def contenders(bench: ModelBench) -> dict[str, Contender]:
 
 
 @torch.no_grad()
-def velocities(pair: dict[str, Contender], inputs: Inputs, mode: str) -> dict[str, Tensor]:
+def velocities(pair: dict[str, Contender], inputs: BenchInputs, mode: str) -> dict[str, Tensor]:
     """Of each model for the same inputs, in fp32."""
     i = inputs
     with autocast_of(mode, i.latent.device):
@@ -147,7 +147,7 @@ def autocast_of(mode: str, device: torch.device) -> AbstractContextManager:
 class TrainingStep:
     """Forward, backward and AdamW of one model in one mode."""
 
-    def __init__(self, contender: Contender, mode: str, inputs: Inputs):
+    def __init__(self, contender: Contender, mode: str, inputs: BenchInputs):
         self.call, self.inputs, self.device = contender.call, inputs, inputs.latent.device
         self.weights = [p for p in contender.module.parameters() if p.requires_grad]
         self.masters = [p.detach().float().clone() for p in self.weights] if mode == "bf16" else self.weights
@@ -183,7 +183,7 @@ class TrainingStep:
                 torch._foreach_copy_(self.weights, self.masters)
 
 
-def sampling(contender: Contender, inputs: Inputs, steps: int, mode: str) -> Callable[[], Tensor]:
+def sampling(contender: Contender, inputs: BenchInputs, steps: int, mode: str) -> Callable[[], Tensor]:
     """Guided Euler steps of half as many pictures as the batch has rows, both halves in one forward."""
     noise, context, pooled = inputs.latent[: len(inputs.latent) // 2], inputs.context, inputs.pooled
     sigmas = sigma_schedule(steps, shift=3.0)
@@ -237,14 +237,14 @@ def measure(
     device = torch.device(bench.device)
     for mode in modes:
         pair = contenders(bench)
-        exact = velocities(pair, Inputs.draw(bench, torch.float32), "fp32")
+        exact = velocities(pair, BenchInputs.draw(bench, torch.float32), "fp32")
         difference = largest_difference(exact)
         if not difference <= PARITY:  # nan too
             raise UserError(f"sd3 bench model: the two velocities differ by {difference:.1e}; nothing to compare")
         dtype = torch.bfloat16 if mode == "bf16" else torch.float32
         for contender in pair.values():
             nn.Module.to(contender.module, dtype)  # diffusers' own `to` warns that nothing of its list is kept in fp32
-        inputs = Inputs.draw(bench, dtype)
+        inputs = BenchInputs.draw(bench, dtype)
         errors = None if mode == "fp32" else relative_errors(velocities(pair, inputs, mode), exact)
         if errors and not errors[OURS] <= ROUNDING * errors[THEIRS]:
             raise UserError(
@@ -258,7 +258,7 @@ def _measure_mode(
     bench: ModelBench,
     mode: str,
     pair: dict[str, Contender],
-    inputs: Inputs,
+    inputs: BenchInputs,
     velocity_errors: dict[str, float] | None,
     device: torch.device,
     say: Callable[[str], None],

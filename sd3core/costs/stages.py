@@ -15,7 +15,7 @@ from sd3core.files.tensor_files import TensorFiles
 from sd3core.machine import matmul_flops_per_second
 from sd3core.metrics.validation_loss import LEVELS
 from sd3core.mmdit.flops import forward_flops
-from sd3core.precision import CPU, DTYPES, has_bf16_arithmetic, settled
+from sd3core.precision import CPU, PRECISION_DTYPES, has_bf16_arithmetic, resolve_precision
 from sd3core.recipe import Recipe, Training
 from sd3core.small_world.detector import MIN_SIDE_PX
 from sd3core.small_world.world import TASKS
@@ -44,8 +44,8 @@ class Rates:
         """`per`: GPUs that a rank or an actor has; 0 measures this machine."""
         if per:
             return cls(GPU_BF16_TFLOPS * 1e12, GPU_FP32_TFLOPS * 1e12, GPU_BYTES_PER_S, True)
-        precision = settled("auto", bf16=has_bf16_arithmetic(CPU))
-        return cls(*(matmul_flops_per_second(DTYPES[name], CPU) for name in (precision, "fp32")), CPU_BYTES_PER_S, False)
+        precision = resolve_precision("auto", bf16=has_bf16_arithmetic(CPU))
+        return cls(*(matmul_flops_per_second(PRECISION_DTYPES[name], CPU) for name in (precision, "fp32")), CPU_BYTES_PER_S, False)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ BYTE_ORDER_MARKS = (  # the longer first
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-HEAD = 4096  # bytes that tell UTF-16 without a mark
+SNIFFED_BYTES = 4096  # bytes that tell UTF-16 without a mark
 EAST_ASIAN = frozenset(("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "IDEOGRAPHIC", "BOPOMOFO"))  # written together
 SCRIPTS = 3  # of one caption from which on it is taken for several
 
@@ -24,7 +24,7 @@ def text_encoding(content: bytes) -> tuple[str, int]:
     for mark, encoding in BYTE_ORDER_MARKS:
         if content.startswith(mark):
             return encoding, len(mark)
-    head = content[:HEAD]
+    head = content[:SNIFFED_BYTES]
     zeros = (head[::2].count(0), head[1::2].count(0))
     if len(content) % 2 == 0 and min(zeros) == 0 and 0 < len(head) <= 4 * max(zeros):
         return ("utf-16-be" if zeros[0] else "utf-16-le"), 0

@@ -34,7 +34,7 @@ READABLE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .
 IMAGE_SUFFIXES = READABLE_SUFFIXES | frozenset(".apng .heic .heif .svg .ico .jxl .jp2 .psd .dng .cr2 .nef .arw".split())
 NO_CAPTION = f"no caption (give it as {HOW_TO_GIVE}; or name a captioner in caption.captioner)"
 LINK_OUT = "a link that leads out of the folder is not followed; put the file itself in it"
-READ_THREADS = 8
+FOLDER_THREADS = 8
 Tell = Callable[[str], None]
 
 
@@ -76,7 +76,7 @@ def list_folder(data: Data, captions_needed: bool, tell: Tell = lambda note: Non
         raise DataError(f"data.folder {data.folder}: no such folder")
     walked = _walk(root)
     captions = FolderCaptions(root, data.folder, walked.files)
-    with ThreadPoolExecutor(READ_THREADS) as threads:
+    with ThreadPoolExecutor(FOLDER_THREADS) as threads:
         found = list(
             threads.map(lambda path: _image_item(root, path, captions, data, captions_needed), walked.files.images)
         )

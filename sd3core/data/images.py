@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sd3core.recipe import Data
 
 # Raster formats only: PIL's others call programs (EPS) or are not pictures. A phone's MPO opens as JPEG.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 TURNS = {  # EXIF's orientation: how the stored picture is turned to stand upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -52,7 +52,7 @@ class PixelRules:
 
 
 @dataclass(frozen=True)
-class Picture:
+class DecodedImage:
     """What a viewer shows of a file."""
 
     image: Image.Image  # "RGB", in sRGB
@@ -70,7 +70,7 @@ class Crop:
     width: int
 
 
-def read_picture(data: bytes, rules: PixelRules) -> Picture:
+def read_picture(data: bytes, rules: PixelRules) -> DecodedImage:
     """The picture a viewer shows: in sRGB, turned by its EXIF orientation, transparency over rules.background, 8 bits.
 
     Raises DataError with a short reason that names no file, so that rejects can be counted by reason. What is not the
@@ -92,7 +92,7 @@ def read_picture(data: bytes, rules: PixelRules) -> Picture:
         rgb = rgb.transpose(turn) if turn is not None else rgb
     rgb.info = {}  # else PIL would write the old profile beside the new pixels
     name = "JPEG" if file.format == "MPO" else file.format  # an MPO file is a JPEG with more pictures behind it
-    return Picture(rgb, str(name), tuple(notes))
+    return DecodedImage(rgb, str(name), tuple(notes))
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = max_pixels  # PIL's own limit must not be below the recipe's
     with _rejecting("damaged image"):  # plugins raise what they like on damaged headers
         try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         except UnidentifiedImageError:
             raise DataError("not an image that can be read (save it as JPEG or PNG)") from None

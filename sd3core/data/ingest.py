@@ -18,8 +18,8 @@ import pyarrow as pa
 from PIL import Image
 
 from sd3core.data.folder_source import FolderItem, Tell, list_folder
-from sd3core.data.images import Picture, PixelRules, naming, read_picture
-from sd3core.data.shards import DoneRecord, FailedRow, Sample, content_digest, is_held_out, shard_stem, write_shard
+from sd3core.data.images import DecodedImage, PixelRules, naming, read_picture
+from sd3core.data.shards import DoneRecord, FailedRow, Sample, is_held_out, parts_digest, shard_stem, write_shard
 from sd3core.data.store import open_store
 from sd3core.errors import DataError, UserError, with_mend
 from sd3core.recipe import Data
@@ -69,7 +69,7 @@ def list_source(
     root = str(Path(data.folder).expanduser().resolve())
     parts = [tuple(items[start : start + data.rows_per_shard]) for start in range(0, len(items), data.rows_per_shard)]
     return [
-        SourceShard(number, content_digest(*(part for item in shard for part in item.content())), shard, root=root)
+        SourceShard(number, parts_digest(*(part for item in shard for part in item.content())), shard, root=root)
         for number, shard in enumerate(parts)
     ]
 
@@ -85,7 +85,7 @@ def _list_small_world(data: Data, seed: int) -> list[SourceShard]:
     for number, start in enumerate(range(0, data.images, data.rows_per_shard)):
         indexes = range(start, min(start + data.rows_per_shard, data.images))
         world = {"seed": seed, "settings": settings, "start": indexes.start, "stop": indexes.stop}
-        shards.append(SourceShard(number, content_digest(json.dumps(world, sort_keys=True)), indexes, seed))
+        shards.append(SourceShard(number, parts_digest(json.dumps(world, sort_keys=True)), indexes, seed))
     return shards
 
 
@@ -160,7 +160,7 @@ class FolderChanged(UserError):
     """
 
 
-def _usable_image(data: Data, root: Path, item: FolderItem) -> tuple[Picture, str, bytes]:
+def _usable_image(data: Data, root: Path, item: FolderItem) -> tuple[DecodedImage, str, bytes]:
     """The picture, the extension and the bytes it is stored with. DataError with the reason it cannot be used."""
     if item.problem:
         raise DataError(item.problem)

@@ -22,7 +22,7 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
 FILE_NAMES = ("file_name", "filename", "file", "image", "image_path", "path", "name", "img")  # columns, ours first
 TEXTS = ("text", "caption", "captions", "prompt", "description", "label", "title")
 DELIMITERS = (",", ";", "\t")  # of a spreadsheet's countries
-SHOWN_CHARS = 100  # of a row's file_name
+SHOWN_NAME_CHARS = 100  # of a row's file_name
 
 NOT_JSON = "not a JSON object"
 NO_FIELDS = "no file_name and text in it"
@@ -194,4 +194,4 @@ def _columns(line: str, delimiter: str) -> list[str]:
 
 
 def _shown(name: str) -> str:
-    return shortened(printable(name), SHOWN_CHARS)
+    return shortened(printable(name), SHOWN_NAME_CHARS)

@@ -22,13 +22,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sd3core.data.store import Store, canonical_json
 from sd3core.errors import StoreError
+from sd3core.files.local_paths import PROJECT
 
-PROJECT = Path(__file__).resolve().parent.parent.parent
 DISTRIBUTION = "sd3-pipeline"
 GIT_SECONDS = 10
 CHECKPOINT_FILE = "provenance"
 PROVENANCE_FILE = "PROVENANCE.json"  # of a folder that has one manifest
-NAMED = 10  # packages that are not as the lock has them
+NAMED_PACKAGES = 10  # packages that are not as the lock has them
 
 
 class Provenance(BaseModel):
@@ -135,7 +135,7 @@ def _compare_with_lock(lock: str) -> tuple[str, list[str]]:
     pinned = re.findall(r"^([A-Za-z0-9._-]+)==([^\s;+]+)", lock, re.MULTILINE)
     installed = ((name, wanted, _installed_version(name) or "missing") for name, wanted in pinned)
     other = [f"{name} {found}" for name, wanted, found in installed if found.partition("+")[0] != wanted]
-    return hashlib.sha256(lock.encode()).hexdigest(), other[:NAMED]
+    return hashlib.sha256(lock.encode()).hexdigest(), other[:NAMED_PACKAGES]
 
 
 def _installed_version(name: str) -> str | None:

@@ -25,15 +25,15 @@ from sd3core.conditioning import TextFeatures
 from sd3core.data.manifest import Manifest, ShardEntry
 from sd3core.data.plan import WINDOW_SHARDS, PlanTable
 from sd3core.data.shard_cache import ShardCache
-from sd3core.data.shards import read_index, read_samples, sample_id
+from sd3core.data.shards import read_samples, read_shard_index, sample_id
 from sd3core.data.store import Store, StoreNotFound
 from sd3core.errors import DataError
 
 Split = Literal["train", "held_out"]
-KINDS = ("original", "synthetic")
+CAPTION_KINDS = ("original", "synthetic")
 INDEX_THREADS = 16
 DECODED_BYTES = 8e9  # of decoded shards in memory; a window of the plan's shards should fit
-NAMED = 5  # shards that an error names
+NAMED_SHARDS = 5  # shards that an error names
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,9 +219,9 @@ class ShardReader:
             found = list(threads.map(read, self.latents.shards))
         errors = [str(error) for error in found if isinstance(error, DataError)]
         if errors:
-            more = f"; and {len(errors) - NAMED} more" if len(errors) > NAMED else ""
+            more = f"; and {len(errors) - NAMED_SHARDS} more" if len(errors) > NAMED_SHARDS else ""
             raise DataError(
-                f"{len(errors)} of {len(found)} shards cannot be trained on: {'; '.join(errors[:NAMED])}{more}"
+                f"{len(errors)} of {len(found)} shards cannot be trained on: {'; '.join(errors[:NAMED_SHARDS])}{more}"
             )
         return found
 
@@ -245,7 +245,7 @@ class ShardReader:
         text, position = self._decode_text(rows.text)
         row_of, captions = (
             {key: row for row, key in enumerate(keys)},
-            np.full((len(keys), len(KINDS)), -1, dtype=np.int64),
+            np.full((len(keys), len(CAPTION_KINDS)), -1, dtype=np.int64),
         )
         index = (
             _read_checked_index(self.store, self.text.folder, rows.text)
@@ -259,7 +259,7 @@ class ShardReader:
                     " run the encode stage again"
                 )
             if key in row_of:  # else its image could not be encoded
-                captions[row_of[key], KINDS.index(kind)] = position[caption]
+                captions[row_of[key], CAPTION_KINDS.index(kind)] = position[caption]
         return DecodedShard(keys, latents, place, text, captions)
 
     def _decode_latents(self, rows: ShardRows, keys: list[str]) -> tuple[dict[str, Tensor], np.ndarray]:
@@ -302,7 +302,7 @@ def _latent(files: dict[str, bytes], bucket: str, where: str) -> Tensor:
 def _read_checked_index(store: Store, folder: str, shard: ShardEntry) -> pa.Table:
     where = f"{store.uri(folder)}/{shard.stem}"
     try:
-        index = read_index(store, folder, shard.stem, shard.index_digest)
+        index = read_shard_index(store, folder, shard.stem, shard.index_digest)
     except StoreNotFound:
         raise DataError(f"{where}: its index is gone; delete its done record and run the stage again") from None
     if index.num_rows != shard.rows:
@@ -337,4 +337,4 @@ def _check_line_up(latents: Manifest, text: Manifest, tokens: dict[str, int]) ->
 
 
 def _first(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:NAMED])) + (", …" if len(numbers) > NAMED else "")
+    return ", ".join(map(str, numbers[:NAMED_SHARDS])) + (", …" if len(numbers) > NAMED_SHARDS else "")

@@ -25,7 +25,7 @@ from sd3core.data.store import Store, canonical_json
 from sd3core.errors import DataError, StoreError
 
 DONE, INDEX = ".done.json", ".index.parquet"
-BLOCK = tarfile.BLOCKSIZE
+TAR_BLOCK = tarfile.BLOCKSIZE
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")  # of the image in a raw sample
 
 
@@ -63,7 +63,7 @@ def shard_stem(number: int, digest: str) -> str:
     return f"{number:05d}.{digest[:12]}"
 
 
-def content_digest(*parts: str | bytes) -> str:
+def parts_digest(*parts: str | bytes) -> str:
     """12 hex digits that name content: each part is hashed with its length, so that parts cannot run together."""
     total = hashlib.sha256()
     for part in parts:
@@ -138,7 +138,7 @@ def finished_stems(store: Store, folder: str) -> set[str]:
     }
 
 
-def read_done(store: Store, folder: str, stem: str) -> DoneRecord:
+def read_shard_done(store: Store, folder: str, stem: str) -> DoneRecord:
     path = f"{folder}/{stem}{DONE}"
     try:
         return DoneRecord.model_validate(store.get_json(path))
@@ -148,7 +148,7 @@ def read_done(store: Store, folder: str, stem: str) -> DoneRecord:
         ) from None
 
 
-def read_index(store: Store, folder: str, stem: str, digest: str | None = None) -> pa.Table:
+def read_shard_index(store: Store, folder: str, stem: str, digest: str | None = None) -> pa.Table:
     """A shard's index, after its SHA-256 is checked against `digest` where one is given."""
     return _read_parquet(store, f"{folder}/{stem}{INDEX}", digest)
 

@@ -10,7 +10,7 @@ import numpy as np
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.images import PixelRules, crop_to, decode_image
 from sd3core.data.manifest import Manifest
-from sd3core.data.shards import image_of, not_of_its_manifest, read_index, read_samples, sample_id
+from sd3core.data.shards import image_of, not_of_its_manifest, read_samples, read_shard_index, sample_id
 from sd3core.data.store import Store
 
 DECODE_BATCH = 64
@@ -39,13 +39,13 @@ def read_rows(store: Store, raw: Manifest, split: str, limit: int, *, captioned:
         if len(rows) >= limit:
             break
         columns = ["key", "caption", "offset", "length", "split"]
-        for row in read_index(store, raw.folder, shard.stem, shard.index_digest).select(columns).to_pylist():
+        for row in read_shard_index(store, raw.folder, shard.stem, shard.index_digest).select(columns).to_pylist():
             if row.pop("split") == split and (row["caption"] or not captioned):
                 rows.append(Row(stem=shard.stem, **row))
     return sorted(rows, key=lambda row: sample_id(row.key))[:limit]
 
 
-def read_images(
+def read_row_images(
     store: Store,
     raw: Manifest,
     rows: list[Row],

@@ -21,13 +21,14 @@ from sd3core.data.manifest import MANIFEST, manifest_ref, read_manifest
 from sd3core.data.shards import DONE
 from sd3core.data.store import Store, StoreEntry, StoreNotFound
 from sd3core.errors import DataError, StoreError
+from sd3core.words import DAY_S
 
 DATA_STAGES = ("raw", "captions", "text", "latents")
 SPEC = re.compile(r"[0-9a-f]{12}")
 STEM = re.compile(r"(\d{5,}\.[0-9a-f]{12})\.")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 OF_RUN = re.compile(r"(runs/[^/]+/(?:checkpoints/[^/]+|export))/([0-9a-f]{12})(?=/|$)")
-SAFE_DAYS, DAY = 7.0, 24 * 3600  # what is younger may be of a run that has not noted it
+SAFE_DAYS = 7.0  # what is younger may be of a run that has not noted it
 SHARDS, UNFINISHED = "/shards", "/unfinished"  # of the names of what lies in a folder that is used
 GOES_ON = "where a run was interrupted, the same command goes on with it"
 NOBODYS = "no run's notes, checkpoints or scores name it"
@@ -82,7 +83,7 @@ class _Uses:
 
 def find_unused(store: Store, days: float = SAFE_DAYS) -> list[Unused]:
     """Everything of the store that no run uses and nobody has written to for so many days by the store's clock, by name."""
-    before = store.now() - days * DAY
+    before = store.now() - days * DAY_S
     uses = _uses_of_begun(store)
     of_runs = [part for run in store.folders("runs") for part in _look_at_run(store, run, uses)]
     found = [*_unused_data(store, uses), *_unused_towers(store, uses)]

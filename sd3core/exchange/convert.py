@@ -21,14 +21,14 @@ from torch import Tensor
 
 from sd3core.buckets import DOWNSAMPLING
 from sd3core.checkpoint import (
+    CHECKPOINT_FORMAT,
     CONFIG_FILE,
-    FORMAT,
     MODEL_FILE,
     WEIGHTS_TO_KIND,
     check_shapes,
     is_training_checkpoint,
     model_shapes,
-    read_done,
+    read_checkpoint_done,
     read_kind,
     read_model_fields,
     record_file,
@@ -40,7 +40,7 @@ from sd3core.data.store import Store, canonical_json, open_store
 from sd3core.errors import CheckpointError, UserError
 from sd3core.exchange.foreign_weights import ForeignWeights
 from sd3core.files.tensor_files import TensorFiles, TensorFileWriter, TensorInfo
-from sd3core.files.whole_output import made_whole
+from sd3core.files.whole_output import atomic_output
 from sd3core.formulation_names import export_problem
 from sd3core.mmdit import MMDiTConfig
 from sd3core.mmdit.backbone import config_positions
@@ -49,7 +49,7 @@ from sd3core.sample_settings import Weights
 
 SPAN = 1 << 20  # elements: 4 MB in fp32
 RELEASED_SIDE_PX, RELEASED_SHIFT = 1024, 3.0
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DtypeName = Literal["float32", "bfloat16", "float16"]
 TargetName = Literal["diffusers", "single-file"]
 TRANSFORMER_FILE = "diffusion_pytorch_model.safetensors"
@@ -121,7 +121,7 @@ def import_model(
     with _new_folder(out) as folder:
         write_tensors(folder / MODEL_FILE, source, BARE, dtype, on_bytes)
         files = {MODEL_FILE: record_file(folder / MODEL_FILE).model_dump()}
-        fields = {"format": FORMAT, "model": source.config.to_dict(), "files": files, "extra": extra}
+        fields = {"format": CHECKPOINT_FORMAT, "model": source.config.to_dict(), "files": files, "extra": extra}
         (folder / CONFIG_FILE).write_bytes(canonical_json(fields))
 
 
@@ -138,7 +138,7 @@ def export_model(
 
     checkpoint: URL or path of a plain model folder or a training checkpoint; of that, `weights` are its EMA by default.
     """
-    with open_source(checkpoint, weights) as source, made_whole(out) as path:
+    with open_source(checkpoint, weights) as source, atomic_output(out) as path:
         if target == "diffusers":
             path.mkdir()
             write_transformer(path, source, dtype, on_bytes)
@@ -169,7 +169,7 @@ def write_tensors(path: Path, source: Source, form: Format, dtype: DtypeName | N
     rows = {name: form.rows(name, shape[0], depth) for name, shape in shapes.items()}
     kept = {r.tensor: source.dtypes[name] for name in shapes for r in rows[name]}
     infos = {
-        name: TensorInfo(DTYPES[dtype] if dtype else kept[name], shape)
+        name: TensorInfo(EXPORT_DTYPES[dtype] if dtype else kept[name], shape)
         for name, shape in form.shapes(source.config).items()
     }
     total, done = sum(info.bytes for info in infos.values()), 0
@@ -213,7 +213,7 @@ def open_source(checkpoint: str, weights: Weights | None = None) -> Iterator[Sou
 
 
 def _training_source(store: Store, weights: Weights) -> Source:
-    done = read_done(store, "")
+    done = read_checkpoint_done(store, "")
     config = done.model_config_of()
     check_released_form(config, store.url)
     _check_formulation(done.training, store.url)
@@ -265,7 +265,7 @@ def _new_folder(out: str) -> Iterator[Path]:
     store = open_store(out)
     local = store.local_path(CONFIG_FILE)
     if local is not None:
-        with made_whole(local.parent) as folder:
+        with atomic_output(local.parent) as folder:
             folder.mkdir()
             yield folder
         return

@@ -21,7 +21,7 @@ from sd3core.data.checked_files import CheckedFiles
 from sd3core.errors import CheckpointError
 from sd3core.exchange.convert import DtypeName, open_source, write_config, write_transformer
 from sd3core.exchange.export_readme import readme
-from sd3core.files.whole_output import made_whole
+from sd3core.files.whole_output import atomic_output
 from sd3core.mmdit import MMDiTConfig
 from sd3core.sample_settings import Weights
 from sd3core.towers.artifact import TOWER_FOLDERS
@@ -50,7 +50,7 @@ def export_diffusers(
     facts = read_facts(checkpoint)
     if shift is not None:
         facts = replace(facts, shift=shift)
-    with open_source(checkpoint, weights) as source, made_whole(out) as folder:
+    with open_source(checkpoint, weights) as source, atomic_output(out) as folder:
         config = source.config
         _check_widths(towers, config)
         (folder / "transformer").mkdir(parents=True)

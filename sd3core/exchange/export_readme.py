@@ -5,7 +5,7 @@ from __future__ import annotations
 from sd3core.checkpoint_facts import CheckpointFacts
 from sd3core.shown_text import markdown_code
 
-HEAD = """\
+README_HEAD = """\
 # A Stable-Diffusion-3-class pipeline
 
 Exported from {checkpoint}{samples}. Opens with diffusers' `StableDiffusion3Pipeline`.
@@ -22,7 +22,7 @@ from diffusers import StableDiffusion3Pipeline
 folder, prompt = ".", "{prompt}"
 pipe = StableDiffusion3Pipeline.from_pretrained(folder)
 """
-NULL = {
+NULL_WORDS = {
     "zeros": (
         "Without a prompt this model was given zeros, not the encoded empty string: pass zeros as the negative embeddings."
     ),
@@ -87,8 +87,8 @@ def readme(facts: CheckpointFacts, checkpoint: str, context_dim: int, pooled_dim
     samples = f", {facts.samples:,} samples seen" if facts.samples is not None else ""
     example = "a photo of a red apple on a wooden table"
     parts = [
-        HEAD.format(
-            checkpoint=markdown_code(checkpoint), samples=samples, shift=facts.shift, null=NULL[facts.null], prompt=example, **values
+        README_HEAD.format(
+            checkpoint=markdown_code(checkpoint), samples=samples, shift=facts.shift, null=NULL_WORDS[facts.null], prompt=example, **values
         )
     ]
     negative = facts.null

@@ -32,8 +32,8 @@ from sd3core.files.weight_files import (
     find_weights,
     is_index,
     is_shard,
-    read_index,
     read_json,
+    read_weight_index,
     weights_of_index,
 )
 from sd3core.mmdit import MMDiTConfig
@@ -203,7 +203,7 @@ def _inside(root: Path, path: Path) -> Path:
 
 
 def _check_index(index: Path, files: TensorFiles) -> None:
-    stated = read_index(index)
+    stated = read_weight_index(index)
     wrong = sorted(
         name
         for name in stated.keys() | files.keys()

@@ -13,6 +13,7 @@ from urllib.parse import unquote_to_bytes
 from sd3core.errors import UserError
 
 FILE_URL = "file://"
+PROJECT = Path(__file__).resolve().parent.parent.parent  # the checkout, or where the packages are installed
 
 
 def expanded(path: Path | str) -> Path:

@@ -23,7 +23,7 @@ from sd3core.errors import CheckpointError
 Shape = tuple[int, ...]
 LARGEST_HEADER = 10_000_000  # bytes; that of SD3.5-large with three text encoders in one file has some 300,000
 MOST_DIMENSIONS = 8
-DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -37,7 +37,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _make_header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]
         end += info.bytes
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, info in infos.items():
-        fields[name] = {"dtype": NAMES[info.dtype], "shape": list(info.shape), "data_offsets": list(spans[name])}
+        fields[name] = {"dtype": SAFETENSORS_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": list(spans[name])}
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
@@ -206,9 +206,9 @@ def _read_entry(entry: dict[str, Any]) -> tuple[TensorInfo, tuple[int, int]]:
         raise ValueError(f"shape {shape}, offsets {low} to {high}")
     if math.prod(max(number, 1) for number in shape) >= 2**48:  # beside a 0 it has no bytes, and no tensor can be made of it
         raise ValueError(f"shape {shape}")
-    if entry["dtype"] not in DTYPES:
+    if entry["dtype"] not in SAFETENSORS_DTYPES:
         raise ValueError(f"dtype {entry['dtype']!r}")
-    return TensorInfo(DTYPES[entry["dtype"]], tuple(shape)), (low, high)
+    return TensorInfo(SAFETENSORS_DTYPES[entry["dtype"]], tuple(shape)), (low, high)
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -58,10 +58,10 @@ def is_index(name: str) -> bool:
 
 def weights_of_index(folder: Path, index: str) -> WeightSet:
     variant = index.partition(INDEX_MARK)[2].removesuffix(".json").strip(".")
-    return WeightSet(tuple(sorted(set(read_index(folder / index).values()))), index, variant)
+    return WeightSet(tuple(sorted(set(read_weight_index(folder / index).values()))), index, variant)
 
 
-def read_index(path: Path) -> dict[str, str]:
+def read_weight_index(path: Path) -> dict[str, str]:
     """Tensor -> name of its file, a plain name beside the index."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -14,7 +14,7 @@ from sd3core.errors import UserError
 
 
 @contextmanager
-def made_whole(out: Path | str) -> Iterator[Path]:
+def atomic_output(out: Path | str) -> Iterator[Path]:
     """A path to make a file or a folder at, which becomes `out` when the block ends well; else nothing is left.
 
     It lies in a hidden folder beside `out`. What a killed process left of that, the next one for the same `out` removes.

@@ -17,7 +17,7 @@ from functools import cache
 from types import MappingProxyType
 
 from sd3core.errors import UserError
-from sd3core.formulation_names import KINDS, PAPER, Kind, read_name
+from sd3core.formulation_names import FORMULATION_KINDS, PAPER, FormulationKind, read_name
 from sd3core.formulations.formulation import Formulation
 from sd3core.formulations.predictions import SIGMA_DATA, F, Noise, V, Velocity
 from sd3core.formulations.trajectories import EDM, Cosine, Linear, Rectified
@@ -42,11 +42,11 @@ def find_formulation(name: str) -> Formulation:
         canonical, numbers = read_name(name)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return _make(canonical, KINDS[canonical.partition("(")[0]], numbers)
+    return _make(canonical, FORMULATION_KINDS[canonical.partition("(")[0]], numbers)
 
 
 @cache
-def _make(name: str, kind: Kind, numbers: tuple[float, ...]) -> Formulation:
+def _make(name: str, kind: FormulationKind, numbers: tuple[float, ...]) -> Formulation:
     density, prediction = DENSITIES[kind.density](*numbers), PREDICTIONS[kind.predicts]()
     if kind.path in EDM_SHIFTS:
         return Formulation(name, EDM(density, EDM_SHIFTS[kind.path]), prediction)

@@ -16,7 +16,7 @@ from sd3core.sample_settings import Convention
 from sd3core.sampling import sigma_schedule
 from sd3core.timestep_sampling import Shifted, TimestepDensity, Uniform
 
-Predict = Callable[[Tensor, Tensor], Tensor]  # the bare network: (z_in (B, ...), t_in (B,)) -> output (B, ...)
+Network = Callable[[Tensor, Tensor], Tensor]  # the bare network: (z_in (B, ...), t_in (B,)) -> output (B, ...)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Formulation:
         """(z_in, t_in): what the bare network is given for z_t."""
         return self._inputs(z_t, self.trajectory.level(t))
 
-    def loss(self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def loss(self, predict: Network, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """||output - target||^2, the mean over all but the batch. -> (B,) float32."""
         level = self.trajectory.level(t)
         a, b = _coefficients(level, x0)
@@ -142,7 +142,7 @@ class Formulation:
         a, b, _ = self.trajectory.level(self.sampling_grid(1)[0])
         return float((a**2 + b**2).sqrt())
 
-    def as_rectified_flow(self, predict: Predict) -> Predict:
+    def as_rectified_flow(self, predict: Network) -> Network:
         """The network as a rectified-flow model: (z, t) of the straight path -> velocity noise - x0.
 
         The straight path's z is z_t / (a + b) at the same log-SNR. A level noisier than the noisiest that sampling may

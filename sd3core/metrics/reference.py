@@ -15,7 +15,7 @@ from safetensors.numpy import save as save_arrays
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.images import PixelRules
 from sd3core.data.manifest import Manifest
-from sd3core.data.split_rows import DECODE_BATCH, read_images, read_rows
+from sd3core.data.split_rows import DECODE_BATCH, read_row_images, read_rows
 from sd3core.data.store import Store, StoreDamaged, StoreNotFound
 from sd3core.specs import fingerprint
 
@@ -71,7 +71,7 @@ def reference_features(
     rows, parts = read_rows(store, raw, "held_out", int(fields["limit"])), []
     for start in range(0, len(rows), DECODE_BATCH):
         batch = rows[start : start + DECODE_BATCH]
-        images = read_images(store, raw, batch, int(fields["side_px"]), rules, checked)
+        images = read_row_images(store, raw, batch, int(fields["side_px"]), rules, checked)
         parts.append(image_embeddings(judge, images))
         if on_images is not None:
             on_images(start + len(images), len(rows))

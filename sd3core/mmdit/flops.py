@@ -5,7 +5,7 @@ from __future__ import annotations
 from sd3core.mmdit.config import BackboneConfig, CrossDiTConfig, DiTConfig, MMDiTConfig, UViTConfig
 from sd3core.mmdit.layers import MLP_RATIO, SINUSOID_CHANNELS
 
-KERNEL = 3 * 3  # of UViT's convolutions
+UVIT_KERNEL = 3 * 3  # of UViT's convolutions
 
 
 def forward_flops(config: BackboneConfig, image_tokens: int, text_tokens: int) -> float:
@@ -54,8 +54,8 @@ def _cross_blocks(config: CrossDiTConfig | UViTConfig, image_tokens: int, text_t
 
 def _unet(config: UViTConfig, image_tokens: int, text_tokens: int) -> int:
     channels, pixels = config.conv_channels, image_tokens * config.patch_size**2
-    ends = 2 * KERNEL * config.latent_channels * channels * pixels
-    down = 2 * KERNEL * channels**2 * pixels
-    up = (3 * KERNEL + 2) * channels**2 * pixels  # the first convolution and the skip read two maps
+    ends = 2 * UVIT_KERNEL * config.latent_channels * channels * pixels
+    down = 2 * UVIT_KERNEL * channels**2 * pixels
+    up = (3 * UVIT_KERNEL + 2) * channels**2 * pixels  # the first convolution and the skip read two maps
     modulation = 2 * 2 * channels * config.hidden_size
     return ends + config.conv_blocks * (down + up + modulation) + _cross_blocks(config, image_tokens, text_tokens)

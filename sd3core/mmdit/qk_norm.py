@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from sd3core.mmdit.backbone import Backbone
 from sd3core.mmdit.layers import Attention, Heads, QKNorms, RMSNorm, join
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # latent, t, context, pooled
+ModelInputs = tuple[Tensor, Tensor, Tensor, Tensor]  # latent, t, context, pooled
 
 
-def insert_qk_norm(model: Backbone, inputs: Inputs | None = None) -> Backbone:
+def insert_qk_norm(model: Backbone, inputs: ModelInputs | None = None) -> Backbone:
     """Gives every attention RMS norms of queries and keys, in place, and returns the model. Paper 5.3.2.
 
     Weights that were there stay as they are. A model that has QK-norm is returned unchanged.

@@ -33,7 +33,7 @@ from sd3core.specs import fingerprint
 
 DIFFUSERS_CHANNELS = 4  # of an AutoencoderKL whose config does not say
 FETCH = ".fetch-"  # of a folder that a file is fetched into
-ABANDONED_S = 3600  # one that has not grown for so long has lost its process
+ABANDONED_TOWER_S = 3600  # one that has not grown for so long has lost its process
 
 TOWER_FOLDERS = {
     "vae": ("vae",),
@@ -297,7 +297,7 @@ def _remove_abandoned_fetches(folder: Path) -> None:
     for scratch in folder.glob(f"{FETCH}*"):
         with suppress(OSError):  # another process removes it as well
             grew = max((entry.stat().st_mtime for entry in scratch.iterdir()), default=scratch.stat().st_mtime)
-            if time.time() - grew > ABANDONED_S:
+            if time.time() - grew > ABANDONED_TOWER_S:
                 shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from sd3core.recipe import Recipe, SmallClip
 
-LATENT_CHANNELS, IMAGE_CHANNELS, KERNEL = 16, 3, 3 * 3
+VAE_CHANNELS, IMAGE_CHANNELS, VAE_KERNEL = 16, 3, 3 * 3
 
 
 @dataclass(frozen=True)
@@ -39,35 +39,35 @@ class Vae:
 
     def encode_flops(self, height: int, width: int) -> float:
         pixels, before = height * width, self.channels[0]
-        total = KERNEL * IMAGE_CHANNELS * before * pixels
+        total = VAE_KERNEL * IMAGE_CHANNELS * before * pixels
         for level, channels in enumerate(self.channels):
             total += self._level(before, channels, self.layers, pixels)
             if level < len(self.channels) - 1:
                 pixels //= 4
-                total += KERNEL * channels**2 * pixels  # a convolution of stride 2
+                total += VAE_KERNEL * channels**2 * pixels  # a convolution of stride 2
             before = channels
-        return 2.0 * (total + self._middle(pixels) + KERNEL * before * 2 * LATENT_CHANNELS * pixels)
+        return 2.0 * (total + self._middle(pixels) + VAE_KERNEL * before * 2 * VAE_CHANNELS * pixels)
 
     def decode_flops(self, height: int, width: int) -> float:
         pixels, before = height * width // 4 ** (len(self.channels) - 1), self.channels[-1]
-        total = KERNEL * LATENT_CHANNELS * before * pixels + self._middle(pixels)
+        total = VAE_KERNEL * VAE_CHANNELS * before * pixels + self._middle(pixels)
         for level, channels in enumerate(reversed(self.channels)):
             total += self._level(before, channels, self.layers + 1, pixels)
             if level < len(self.channels) - 1:
                 pixels *= 4
-                total += KERNEL * channels**2 * pixels
+                total += VAE_KERNEL * channels**2 * pixels
             before = channels
-        return 2.0 * (total + KERNEL * before * IMAGE_CHANNELS * pixels)
+        return 2.0 * (total + VAE_KERNEL * before * IMAGE_CHANNELS * pixels)
 
     def _level(self, before: int, channels: int, layers: int, pixels: int) -> int:
         """Resnets: two convolutions each, and a map of the first one's input where its channels are others."""
         convolutions = before * channels + (2 * layers - 1) * channels**2
-        return pixels * (KERNEL * convolutions + (before * channels if before != channels else 0))
+        return pixels * (VAE_KERNEL * convolutions + (before * channels if before != channels else 0))
 
     def _middle(self, pixels: int) -> int:
         """Two resnets around one attention over all positions."""
         channels = self.channels[-1]
-        return pixels * (4 * KERNEL + 4) * channels**2 + 2 * pixels**2 * channels
+        return pixels * (4 * VAE_KERNEL + 4) * channels**2 + 2 * pixels**2 * channels
 
 
 @dataclass(frozen=True)

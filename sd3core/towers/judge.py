@@ -17,7 +17,7 @@ from sd3core.towers.text_encoders import load_model_folder, load_tokenizer
 # CLIP's own colour statistics (OpenAI), which every released CLIP's preprocessor carries.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-FOLDERS = ("judge_text", "judge_vision", "judge_tokenizer")
+JUDGE_FOLDERS = ("judge_text", "judge_vision", "judge_tokenizer")
 BATCH = 64
 
 
@@ -48,7 +48,7 @@ class Judge:
 
 def load_judge(folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Judge:
     """The judge of a towers folder, from safetensors, without the network. Raises DataError naming what is missing."""
-    text, vision, tokenizer = (Path(folder) / name for name in FOLDERS)
+    text, vision, tokenizer = (Path(folder) / name for name in JUDGE_FOLDERS)
     return Judge(
         load_model_folder(CLIPTextModelWithProjection, text, dtype).to(device),
         load_model_folder(CLIPVisionModelWithProjection, vision, dtype).to(device),

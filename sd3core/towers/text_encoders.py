@@ -29,7 +29,7 @@ from sd3core.files.weight_files import TRANSFORMERS_STEM, find_weights
 from sd3core.recipe import Text
 
 # Folders of each encoder's model and tokenizer in a towers artifact, as diffusers' StableDiffusion3Pipeline names them.
-FOLDERS = {
+TEXT_TOWER_FOLDERS = {
     "clip_l": ("text_encoder", "tokenizer"),
     "clip_g": ("text_encoder_2", "tokenizer_2"),
     "t5": ("text_encoder_3", "tokenizer_3"),
@@ -144,7 +144,7 @@ def load_text_encoders(
     """
     folder = Path(folder)
     models, tokenizers = {}, {}
-    for name, (model_folder, tokenizer_folder) in FOLDERS.items():
+    for name, (model_folder, tokenizer_folder) in TEXT_TOWER_FOLDERS.items():
         model_class = T5EncoderModel if name == "t5" else CLIPTextModelWithProjection
         models[name] = load_model_folder(model_class, folder / model_folder, dtype).to(device)
         tokenizers[name] = load_tokenizer(folder / tokenizer_folder)

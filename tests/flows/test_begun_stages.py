@@ -72,7 +72,7 @@ def test_an_export_is_noted_when_it_ends(run, in_flow, monkeypatch):
         begin(folder, {"checkpoint": "b" * 64})
         return Exported(folder, "c" * 64, False, {"checkpoint": "b" * 64}) if ends else killed()
 
-    monkeypatch.setattr(export.upstream, "last_checkpoint", lambda *_: SimpleNamespace(folder="runs/tiny-test/checkpoints/finetune.0/1"))
+    monkeypatch.setattr(export.upstream, "last_checkpoint_of_phase", lambda *_: SimpleNamespace(folder="runs/tiny-test/checkpoints/finetune.0/1"))
     monkeypatch.setattr(export.upstream, "towers_manifest", lambda *_: SimpleNamespace(folder="towers/t", digests={}))
     monkeypatch.setattr(export, "fetch_towers", lambda *_: None)
     monkeypatch.setattr(export, "export_stage", export_stage)

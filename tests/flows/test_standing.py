@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from flows.standing import look
+from flows.standing import standing_parts
 from flows.upgrade import RemakeNeeded, check_upgrade
 from sd3core import specs
 from sd3core.data.manifest import Manifest, commit_manifest, read_manifest
@@ -118,27 +118,27 @@ def test_training_is_asked_about_though_another_run_has_had_the_data_made_again(
     make_again(store, recipe())
     if noted:  # this run too, its encode stage alone
         note_today(store, recipe())
-    parts = {part.name: part for part in look(recipe(), store)}
+    parts = {part.name: part for part in standing_parts(recipe(), store)}
     assert [name for name in DATA if parts[name].status != "stands"] == []
     assert parts["pretrain"].status == parts["finetune.0"].status == "upgrade"
     number = {"raw": 3}.get(kind, 1)
     assert parts["pretrain"].changes == (f"{kind} format {number} -> {number + 5}", "train format 1 -> 6")
     with pytest.raises(RemakeNeeded, match=f"{kind} format"):
         check_upgrade(recipe(), store, remake=False)
-    assert look(recipe("pretrain.learning_rate=0.01"), store)[6].status == "other"
+    assert standing_parts(recipe("pretrain.learning_rate=0.01"), store)[6].status == "other"
 
 
 def test_a_users_growth_of_the_data_is_not_taken_for_a_version(store, rise):
     rise()
     make_again(store, recipe(), times=2)
     note_today(store, recipe())
-    assert {part.name: part.status for part in look(recipe(), store)}["pretrain"] == "other"
+    assert {part.name: part.status for part in standing_parts(recipe(), store)}["pretrain"] == "other"
 
 
 def test_without_its_captioner_only_what_needs_it_is_not_known(store):
-    statuses = {part.name: part.status for part in look(recipe(*ABSENT), store)}
+    statuses = {part.name: part.status for part in standing_parts(recipe(*ABSENT), store)}
     assert [name for name, status in statuses.items() if status == "stands"] == ["ingest", "towers", *DATA[-2:], "export"]
-    assert [part.name for part in look(recipe(*ABSENT), store, up_to="ingest")] == ["ingest"]
+    assert [part.name for part in standing_parts(recipe(*ABSENT), store, up_to="ingest")] == ["ingest"]
 
 
 @pytest.mark.parametrize("kind", ["raw", "captions"])
@@ -152,10 +152,10 @@ def test_without_a_captioner_no_captions_are_spoken_of_and_their_version_still_c
     folder = f"datasets/tiny-world/text/{fingerprint(fields)}"
     old |= {"fields": fields, "spec": fingerprint(fields), "folder": folder, "inputs": {"raw": raw}}
     commit_manifest(store, folder, Manifest.model_validate(old))
-    assert "caption" not in [part.name for part in look(bare, store)]
-    assert {part.name: part.status for part in look(bare, store)}["text"] == "stands"
+    assert "caption" not in [part.name for part in standing_parts(bare, store)]
+    assert {part.name: part.status for part in standing_parts(bare, store)}["text"] == "stands"
     rise(kind)
-    parts = {part.name: part for part in look(bare, store)}
+    parts = {part.name: part for part in standing_parts(bare, store)}
     assert parts["text"].status == "upgrade" and f"{kind} format" in " ".join(parts["text"].changes)
     assert "caption" not in parts
     with pytest.raises(RemakeNeeded) as stopped:
@@ -169,7 +169,7 @@ def test_asking_of_a_large_data_set_for_which_there_is_nothing_to_do_costs_littl
     note_today(store, recipe())
     train_today(recipe(), store)
     counting = CountingStore(tmp_path)
-    assert [part.status for part in look(recipe(), counting)][:8] == ["stands"] * 8
+    assert [part.status for part in standing_parts(recipe(), counting)][:8] == ["stands"] * 8
     manifests = [path for path in counting.whole if path.startswith("datasets/")]
     assert manifests == []
     assert counting.asked["list"] == 2 and counting.asked["folders"] == 3, counting.asked

@@ -47,7 +47,7 @@ def shown(monkeypatch):
     monkeypatch.setattr(module, "PreviewDecoder", Decoder)
     monkeypatch.setattr(module, "loss_curve", plot)
     monkeypatch.setattr(module, "read_metrics", lambda store, folder, last_samples: made.stored)
-    monkeypatch.setattr(module.upstream, "towers", lambda recipe, store: SimpleNamespace(folder="towers/t"))
+    monkeypatch.setattr(module.upstream, "towers_ref", lambda recipe, store: SimpleNamespace(folder="towers/t"))
     return made
 
 

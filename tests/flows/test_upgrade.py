@@ -18,7 +18,8 @@ import flows.stage
 from flows import pipeline, upgrade
 from flows.local.deployments import FLOWS, PARAMETERS
 from flows.redo import forget_from
-from flows.upgrade import RemakeNeeded, check_upgrade, look, print_upgrade
+from flows.standing import standing_parts
+from flows.upgrade import RemakeNeeded, check_upgrade, print_upgrade
 from sd3core import specs
 from sd3core.data.manifest import read_manifest
 from sd3core.data.store import FileStore
@@ -57,7 +58,7 @@ def recipe(*overrides: str):
 
 
 def parts_of(recipe, store, status="upgrade"):
-    return [part.name for part in look(recipe, store) if part.status == status]
+    return [part.name for part in standing_parts(recipe, store) if part.status == status]
 
 
 def test_the_data_of_the_version_before_stand_under_todays_formats(store):
@@ -69,7 +70,7 @@ def test_a_format_that_rose_is_named_with_all_that_follows_and_nothing_else(stor
     rise(kind, "train")  # the fields of a phase of today are not those of then, so of training nothing stands
     expected = [part for part in [*DATA, *RESULTS] if part in {*FOLLOW[kind], *RESULTS}]
     assert parts_of(recipe(), store) == expected
-    changes = [change for part in look(recipe(), store) for change in part.changes]
+    changes = [change for part in standing_parts(recipe(), store) for change in part.changes]
     assert set(change.split()[0] for change in changes) == {kind, "train"}
     with pytest.raises(RemakeNeeded) as stopped:
         check_upgrade(recipe(), store, remake=False)
@@ -81,13 +82,13 @@ def test_a_format_that_rose_is_named_with_all_that_follows_and_nothing_else(stor
 
 def test_scores_alone(store, rise):
     rise("evaluations", "train")
-    part = next(part for part in look(recipe(), store) if part.name == "evaluate")
+    part = next(part for part in standing_parts(recipe(), store) if part.name == "evaluate")
     assert part.changes == ("evaluations format 2 -> 7",)
 
 
 def test_the_small_world_is_a_version_too(store, rise, monkeypatch):
     monkeypatch.setattr(specs, "WORLD", specs.WORLD + 1)
-    parts = look(recipe(), store)
+    parts = standing_parts(recipe(), store)
     assert parts[0].changes == ("raw world 2 -> 3",)
     assert [part.name for part in parts if part.status == "upgrade"][: len(DATA)] == DATA
 
@@ -139,7 +140,7 @@ def test_a_phase_that_did_not_come_to_its_end_is_not_begun_again_unasked(store, 
         store.delete(f"runs/tiny-test/stages/{note}.json")
     folder = next(entry.path for entry in store.list("runs/tiny-test/checkpoints/pretrain")).rpartition("/")[0]
     assert folder.endswith("000000000032")
-    part = next(part for part in look(recipe(), store) if part.name == "pretrain")
+    part = next(part for part in standing_parts(recipe(), store) if part.name == "pretrain")
     assert part.changes == ("train format older -> 6",)
     assert parts_of(recipe("pretrain.learning_rate=0.01"), store) == []
 
@@ -159,7 +160,7 @@ def test_the_plan_says_what_stays_and_what_it_costs(store, rise):
     print_upgrade(recipe(), store, Console(file=out, width=200))
     rows = {line.split()[0]: line for line in out.getvalue().splitlines() if line.strip()}
     assert "stays" in rows["text"] and "made again: latents format 1 -> 6" in rows["latents.pretrain"]
-    part = next(part for part in look(recipe(), store) if part.name == "latents.pretrain")
+    part = next(part for part in standing_parts(recipe(), store) if part.name == "latents.pretrain")
     standing = next(fol for fol in part.folders)
     assert upgrade.remaking(recipe(), store, part, {}).bytes == sum(read_manifest(store, f).bytes for f in part.folders)
     assert standing.startswith("datasets/tiny-world/latents/")
@@ -177,7 +178,7 @@ def test_every_deployment_takes_the_parameter():
 
 def test_of_the_version_before_only_training_is_made_again(store):
     """This very upgrade: the EMA's rule rose `train` to 2, and the number of samples left the fields."""
-    parts = {part.name: part for part in look(recipe(), store)}
+    parts = {part.name: part for part in standing_parts(recipe(), store)}
     assert [name for name in DATA if parts[name].status != "stands"] == []
     assert parts["pretrain"].changes == parts["finetune.0"].changes == ("train format 1 -> 2",)
     assert [part.status for part in parts.values()][len(DATA) :] == ["upgrade"] * len(RESULTS)
@@ -188,7 +189,7 @@ def test_what_is_damaged_is_left_to_the_stage_that_mends_it(store, rise):
     folder = specs.towers_folder(recipe())
     store.put(f"{folder}/MANIFEST.json", b"{")
     check_upgrade(recipe(), store, remake=False)
-    assert [part.status for part in look(recipe(), store)][:3] == ["stands", "other", "stands"]
+    assert [part.status for part in standing_parts(recipe(), store)][:3] == ["stands", "other", "stands"]
 
 
 @pytest.mark.parametrize("first", ["ingest", "encode", "pretrain"])

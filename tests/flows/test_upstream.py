@@ -89,7 +89,7 @@ def test_a_stage_that_was_taken_back_is_not_found_by_its_note(store):
 
 
 def test_the_first_phase_starts_from_a_model_of_ones_own_and_its_content_counts(store, tmp_path):
-    from sd3core.checkpoint import content_digest
+    from sd3core.checkpoint import checkpoint_digest
     from sd3core.mmdit import MMDiT, MMDiTConfig
 
     fresh, own = recipe_of("a", 100), load_recipe("tiny-test", [f"model.start_from={tmp_path}/model"])
@@ -100,10 +100,10 @@ def test_the_first_phase_starts_from_a_model_of_ones_own_and_its_content_counts(
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         save_model(url, MMDiT(config))
-        digests.append(content_digest(url))
+        digests.append(checkpoint_digest(url))
     assert digests[0] == digests[1] != digests[2]
     with pytest.raises(CheckpointError, match="no config.json"):
-        content_digest(str(tmp_path / "none"))
+        checkpoint_digest(str(tmp_path / "none"))
 
 
 def test_a_start_that_cannot_be_is_told_before_the_first_stage(store, tmp_path):
@@ -142,8 +142,8 @@ def test_without_a_fine_tuning_phase_the_stage_names_the_pretrained_checkpoint(m
         yield SimpleNamespace(recipe=recipe, store=store, finish=lambda **result: finished.update(result) or result)
 
     monkeypatch.setattr(finetune, "stage", stage)
-    monkeypatch.setattr(finetune, "last_checkpoint", lambda *_: CheckpointRef(8, "runs/r/checkpoints/pretrain/s/8"))
-    monkeypatch.setattr(finetune, "read_done", lambda store, folder: SimpleNamespace(digest=f"of {folder}"))
+    monkeypatch.setattr(finetune, "last_checkpoint_of_phase", lambda *_: CheckpointRef(8, "runs/r/checkpoints/pretrain/s/8"))
+    monkeypatch.setattr(finetune, "read_checkpoint_done", lambda store, folder: SimpleNamespace(digest=f"of {folder}"))
     finetune.finetune.fn("tiny-test")
     assert finished["skipped"] and finished["digest"] == "of runs/r/checkpoints/pretrain/s/8"
 

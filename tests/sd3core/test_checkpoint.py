@@ -11,16 +11,16 @@ from small_models import randomise, small_config, small_inputs
 
 from sd3core.checkpoint import (
     DONE_FILE,
-    KINDS,
+    TENSOR_KINDS,
     CheckpointDone,
-    assemble,
+    assemble_weights,
     checkpoint_folder,
     list_checkpoints,
     load_model,
     parse_piece_name,
     piece_name,
     rank_file,
-    read_done,
+    read_checkpoint_done,
     read_pieces,
     record_file,
     save_model,
@@ -43,7 +43,7 @@ def write_checkpoint(root, samples, tensors, config, world_size=3, commit=True, 
         for name in tensors["weights"]:
             size = tensors["weights"][name].numel()
             low, high = max(rank * share - offset, 0), min((rank + 1) * share - offset, size)
-            for kind in KINDS if low < high else ():
+            for kind in TENSOR_KINDS if low < high else ():
                 pieces[piece_name(kind, name, low)] = tensors[kind][name].flatten()[low:high].clone()
             offset += size
         change(rank, pieces)
@@ -70,7 +70,7 @@ def write_checkpoint(root, samples, tensors, config, world_size=3, commit=True, 
 def tensors():
     config = small_config(depth=2, qk_norm="rms")
     weights = {name: p.detach() for name, p in randomise(MMDiT(config)).named_parameters()}
-    return config, {kind: {name: w + i for name, w in weights.items()} for i, kind in enumerate(KINDS)}
+    return config, {kind: {name: w + i for name, w in weights.items()} for i, kind in enumerate(TENSOR_KINDS)}
 
 
 def test_model_folder_round_trip(tmp_path):
@@ -129,9 +129,9 @@ def test_training_checkpoint_comes_back_whole(tmp_path, tensors, world_size):
     folder, done = write_checkpoint(tmp_path, 64, values, config, world_size)
     store = open_store(str(tmp_path))
     path = checkpoint_folder(PARENT, 64)
-    assert read_done(store, path) == done and read_done(store, path).digest == done.digest
-    for kind in KINDS:
-        whole = assemble(store, path, kind)
+    assert read_checkpoint_done(store, path) == done and read_checkpoint_done(store, path).digest == done.digest
+    for kind in TENSOR_KINDS:
+        whole = assemble_weights(store, path, kind)
         assert whole.keys() == values[kind].keys()
         assert all(torch.equal(whole[name], values[kind][name]) for name in whole)
     for weights, kind in (("ema", "ema"), ("live", "weights"), (None, "ema")):
@@ -173,7 +173,7 @@ def test_only_wanted_pieces_are_read(tmp_path, tensors):
     write_checkpoint(tmp_path, 64, values, config)
     store, path = open_store(str(tmp_path)), checkpoint_folder(PARENT, 64)
     name = "context_embedder.weight"
-    done = read_done(store, path)
+    done = read_checkpoint_done(store, path)
     pieces = list(read_pieces(store, path, done, lambda kind, p, start, stop: p == name and kind == "ema"))
     assert {(p.kind, p.parameter) for p in pieces} == {("ema", name)}
     assert torch.equal(torch.cat([p.values for p in pieces]), values["ema"][name].flatten())
@@ -188,7 +188,7 @@ def test_only_finished_checkpoints_are_listed_in_order(tmp_path, tensors):
     assert list_checkpoints(store, PARENT)[0].folder == checkpoint_folder(PARENT, 64)
     assert list_checkpoints(store, "runs/other") == []
     with pytest.raises(CheckpointError, match="not finished"):
-        read_done(store, checkpoint_folder(PARENT, 256))
+        read_checkpoint_done(store, checkpoint_folder(PARENT, 256))
 
 
 def test_gaps_overlaps_and_strangers_are_named(tmp_path, tensors):
@@ -211,8 +211,8 @@ def test_gaps_overlaps_and_strangers_are_named(tmp_path, tensors):
     ):
         write_checkpoint(tmp_path, samples, values, config, change=change)
         with pytest.raises(CheckpointError, match=message):
-            assemble(store, checkpoint_folder(PARENT, samples), "ema")
-    assemble(store, checkpoint_folder(PARENT, 1), "weights")  # the other kinds are whole
+            assemble_weights(store, checkpoint_folder(PARENT, samples), "ema")
+    assemble_weights(store, checkpoint_folder(PARENT, 1), "weights")  # the other kinds are whole
 
 
 def test_damaged_files_are_named(tmp_path, tensors):
@@ -224,12 +224,12 @@ def test_damaged_files_are_named(tmp_path, tensors):
     for damaged, message in ((whole[:-9], f"{file.name} is damaged .* bytes"), (whole[:-1] + b"\1", "another SHA-256")):
         file.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=message):
-            assemble(store, path, "ema")
+            assemble_weights(store, path, "ema")
     file.unlink()
     with pytest.raises(CheckpointError, match=f"{rank_file(1, 3)} is missing"):
-        assemble(store, path, "ema")
+        assemble_weights(store, path, "ema")
     fields = json.loads((folder / DONE_FILE).read_text())
     for text, message in ((json.dumps(fields | {"odd": 1}), "odd"), (json.dumps(fields | {"format": 9}), "format 9")):
         (folder / DONE_FILE).write_text(text)
         with pytest.raises(CheckpointError, match=message):
-            read_done(store, path)
+            read_checkpoint_done(store, path)

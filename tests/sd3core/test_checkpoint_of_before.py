@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sd3core.checkpoint import assemble, content_digest, load_model, read_done, read_pieces
+from sd3core.checkpoint import assemble_weights, checkpoint_digest, load_model, read_checkpoint_done, read_pieces
 from sd3core.checkpoint_facts import read_facts
 from sd3core.checkpoint_formats import from_diffusers, to_diffusers
 from sd3core.data.store import open_store
@@ -36,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
 
 def test_its_weights_and_averages_are_what_its_trainer_held(folder):
     live, ema = (dict(load_model(folder, weights).named_parameters()) for weights in ("live", "ema"))
-    first, second = (assemble(open_store(str(folder)), "", kind) for kind in ("exp_avg", "exp_avg_sq"))
+    first, second = (assemble_weights(open_store(str(folder)), "", kind) for kind in ("exp_avg", "exp_avg_sq"))
     assert len(live) == 30
     for number, name in enumerate(sorted(live)):
         value, average = live[name].detach(), ema[name].detach()
@@ -50,8 +50,8 @@ def test_its_weights_and_averages_are_what_its_trainer_held(folder):
 
 def test_all_that_training_goes_on_from_is_there(folder):
     store = open_store(str(folder))
-    done = read_done(store, "")
-    moments = assemble(store, "", "exp_avg_sq")
+    done = read_checkpoint_done(store, "")
+    moments = assemble_weights(store, "", "exp_avg_sq")
     assert {name for name, moment in moments.items() if moment.any()} == {f"{LAST_LAYER}.bias", f"{LAST_LAYER}.weight"}
     assert (done.samples, done.steps, done.optimizer_step) == (8, 1, 1)
     pieces = {piece.kind for piece in read_pieces(store, "", done)}
@@ -59,7 +59,7 @@ def test_all_that_training_goes_on_from_is_there(folder):
 
 
 def test_its_content_keeps_its_name_so_what_was_made_from_it_stands(folder):
-    assert content_digest(folder) == "8ea08905d1f83698e9cc05fa8703d4183560a97eaa0d0b497831adf53a229fa9"
+    assert checkpoint_digest(folder) == "8ea08905d1f83698e9cc05fa8703d4183560a97eaa0d0b497831adf53a229fa9"
     facts = read_facts(str(folder))
     assert (facts.null, facts.side_px, facts.shift, facts.samples) == ("zeros", 32, 1.0, 8)
     assert facts.text.clip_tokens == facts.text.t5_tokens == 16
@@ -68,7 +68,7 @@ def test_its_content_keeps_its_name_so_what_was_made_from_it_stands(folder):
 def test_a_phase_starts_from_it_and_diffusers_layout_takes_it(folder):
     from workers.trainer.start import check_start
 
-    done = read_done(open_store(str(folder)), "")
+    done = read_checkpoint_done(open_store(str(folder)), "")
     check_start("pretrain", str(folder), done.model_config_of(), done.training["formulation"])
     model = load_model(folder)
     back = from_diffusers(to_diffusers(model))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sd3core.conditioning import ENCODERS, TextFeatures, assemble, drop_mask
+from sd3core.conditioning import ENCODERS, TextFeatures, drop_mask, join_features
 from sd3core.errors import DataError
 
 
@@ -26,7 +26,7 @@ def equal(a: TextFeatures, b: TextFeatures) -> bool:
 
 def test_clip_comes_first_and_channels_are_padded():
     f = features()
-    context, pooled = assemble(f, context_dim=16)
+    context, pooled = join_features(f, context_dim=16)
     assert context.shape == (3, 12, 16) and pooled.shape == (3, 7)
     assert torch.equal(context[:, :5, :4], f.clip_l) and torch.equal(context[:, :5, 4:10], f.clip_g)
     assert torch.equal(context[:, 5:, :12], f.t5)
@@ -39,8 +39,8 @@ def test_a_dropped_encoder_is_zero_in_sequence_and_pooled_and_nothing_else_chang
     f = features()
     keep = torch.ones(3, 3, dtype=torch.bool)
     keep[1, column] = False
-    context, pooled = assemble(f, keep, None, 12)
-    whole, whole_pooled = assemble(f, context_dim=12)
+    context, pooled = join_features(f, keep, None, 12)
+    whole, whole_pooled = join_features(f, context_dim=12)
     parts = {0: (slice(0, 5), slice(0, 4)), 1: (slice(0, 5), slice(4, 10)), 2: (slice(5, 12), slice(0, 12))}
     tokens, channels = parts[column]
     expected, expected_pooled = whole.clone(), whole_pooled.clone()
@@ -53,15 +53,15 @@ def test_a_dropped_encoder_is_zero_in_sequence_and_pooled_and_nothing_else_chang
 def test_with_null_features_a_wholly_dropped_row_is_the_null_row():
     f, null = features(), features(1, seed=1)
     keep = torch.tensor([[True] * 3, [False] * 3, [True] * 3])
-    context, pooled = assemble(f, keep, null, 12)
-    null_context, null_pooled = assemble(null, context_dim=12)
+    context, pooled = join_features(f, keep, null, 12)
+    null_context, null_pooled = join_features(null, context_dim=12)
     assert torch.equal(context[1], null_context[0]) and torch.equal(pooled[1], null_pooled[0])
-    assert torch.equal(context[0], assemble(f, context_dim=12)[0][0])
+    assert torch.equal(context[0], join_features(f, context_dim=12)[0][0])
 
 
 def test_too_small_context_dim_is_refused():
     with pytest.raises(ValueError, match="context_dim 10"):
-        assemble(features(), context_dim=10)
+        join_features(features(), context_dim=10)
 
 
 def test_bytes_round_trip_in_both_paddings():

@@ -13,10 +13,10 @@ import torch
 from sd3core import specs
 from sd3core.errors import RecipeError, UserError
 from sd3core.formulation_names import (
-    KINDS,
-    NAMES,
+    FORMULATION_KINDS,
+    FORMULATION_NAMES,
     PAPER,
-    Kind,
+    FormulationKind,
     canonical_name,
     family,
     formulation_version,
@@ -30,7 +30,7 @@ from sd3core.timestep_sampling import CosMap, LogitNormal, Mode
 GOLDEN = Path(__file__).with_name("golden_formulations.json")
 CORNERS = [
     f"{kind}({m},{s})" if len(of.numbers) == 2 else f"{kind}({m})"
-    for kind, of in KINDS.items()
+    for kind, of in FORMULATION_KINDS.items()
     if of.numbers
     for m in (of.numbers[0].low, of.numbers[0].high)
     for s in ((of.numbers[1].low, of.numbers[1].high) if len(of.numbers) == 2 else (None,))
@@ -56,15 +56,15 @@ def numbers_of(name: str) -> list[float]:
 def test_a_changed_formulation_has_another_version():
     """One of each kind. Where the numbers of a kind are meant to change, raise its version in KINDS and write this file anew."""
     golden = json.loads(GOLDEN.read_text())
-    assert {name.partition("(")[0] for name in golden} <= KINDS.keys()
+    assert {name.partition("(")[0] for name in golden} <= FORMULATION_KINDS.keys()
     for name, known in golden.items():
         assert formulation_version(name) == known["version"], f"{name}: {GOLDEN.name} has the numbers of another version"
         assert numbers_of(name) == pytest.approx(known["numbers"], rel=1e-5, abs=1e-8), f"{name}: raise its version in KINDS"
 
 
 def test_the_papers_61_are_all_there_and_canonical():
-    assert set(NAMES) == set(FORMULATIONS) and len(NAMES) == 61
-    assert [canonical_name(name) for name in NAMES] == list(NAMES)
+    assert set(FORMULATION_NAMES) == set(FORMULATIONS) and len(FORMULATION_NAMES) == 61
+    assert [canonical_name(name) for name in FORMULATION_NAMES] == list(FORMULATION_NAMES)
 
 
 @pytest.mark.parametrize(
@@ -158,14 +158,14 @@ def test_a_raised_version_is_trained_again_and_nothing_else(monkeypatch):
 
     before = fields()
     assert not any("formulation_version" in phase for phase in before)
-    monkeypatch.setitem(KINDS, "rf/cosmap", replace(KINDS["rf/cosmap"], version=2))
+    monkeypatch.setitem(FORMULATION_KINDS, "rf/cosmap", replace(FORMULATION_KINDS["rf/cosmap"], version=2))
     after = fields()
     assert after[0] == before[0] | {"formulation_version": 2} and after[1] == before[1]
 
 
 def test_a_new_formulation_is_one_line(monkeypatch):
     """It is known to recipes, trains, and is sampled; the paper's 61 stay what they are."""
-    monkeypatch.setitem(KINDS, "v/cos-mode", Kind("cosine", "v", "mode", KINDS["rf/mode"].numbers))
+    monkeypatch.setitem(FORMULATION_KINDS, "v/cos-mode", FormulationKind("cosine", "v", "mode", FORMULATION_KINDS["rf/mode"].numbers))
     added = load_recipe("tiny-test", ["finetune=[]", "pretrain.formulation=v/cos-mode(0.5)"])
     assert added.pretrain.formulation == "v/cos-mode(0.50)"
     formulation = find_formulation(added.pretrain.formulation)

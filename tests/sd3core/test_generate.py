@@ -12,7 +12,7 @@ from small_models import randomise
 
 from sd3core.checkpoint import CheckpointDone, load_model, save_model
 from sd3core.checkpoint_facts import CheckpointFacts, read_facts
-from sd3core.conditioning import ENCODERS, assemble
+from sd3core.conditioning import ENCODERS, join_features
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError, UserError, described_os_error
 from sd3core.formulations import find_formulation
@@ -132,7 +132,7 @@ def test_a_dropped_encoder_is_replaced_as_in_training(generator, null):
     (context, pooled), (null_context, _) = chosen.conditioning(PROMPTS, drop=("t5",))
     features = generator.encoders.encode(PROMPTS)
     keep = torch.tensor([[True, True, False]]).expand(3, -1)
-    expected, _ = assemble(features, keep, generator.encoders.null() if null == "empty" else None, 64)
+    expected, _ = join_features(features, keep, generator.encoders.null() if null == "empty" else None, 64)
     assert torch.allclose(context, expected, atol=1e-5)
     assert torch.allclose(context[:, 12:], null_context[:, 12:]) and context[:, :12].any()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sd3core.precision import CPU, bf16_where_fast, has_bf16_arithmetic, settled
+from sd3core.precision import CPU, bf16_where_fast, has_bf16_arithmetic, resolve_precision
 from sd3core.recipe import SmallVae
 from sd3core.recipe_file import load_recipe
 from sd3core.specs import train_fields
@@ -41,7 +41,7 @@ def test_products_take_the_format_that_the_processor_multiplies(processor, capab
 
 
 def test_only_auto_depends_on_the_device():
-    chosen = {(name, able): settled(name, bf16=able) for name in ("auto", "bf16", "fp32") for able in (False, True)}
+    chosen = {(name, able): resolve_precision(name, bf16=able) for name in ("auto", "bf16", "fp32") for able in (False, True)}
     assert chosen == {
         ("auto", False): "fp32",
         ("auto", True): "bf16",

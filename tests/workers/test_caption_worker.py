@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from sd3core.data.images import PixelRules
-from sd3core.data.shards import Sample, read_done, read_table, write_shard
+from sd3core.data.shards import Sample, read_shard_done, read_table, write_shard
 from sd3core.data.store import open_store
 from sd3core.errors import DataError
 from sd3core.recipe import Caption
@@ -116,7 +116,7 @@ def test_worker_writes_model_and_prompt_and_names_what_failed(vlm_folder, tmp_pa
     rows = read_table(store, "captions", task.stem).to_pylist()
     assert [row["key"] for row in rows] == ["k0", "k1", "k4"]
     assert {(row["caption"], row["model"], row["prompt"]) for row in rows} == {("a picture", str(vlm_folder), "Say.")}
-    failed = {row.key: row.reason for row in read_done(store, "captions", task.stem).failed}
+    failed = {row.key: row.reason for row in read_shard_done(store, "captions", task.stem).failed}
     assert failed["k2"] == "captioner: the model fell over"
     assert failed["k3"] == "captioner: it wrote nothing"
     assert "broken" in failed and record.rows == 3

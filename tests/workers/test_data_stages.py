@@ -17,7 +17,7 @@ from sd3core.conditioning import TextFeatures
 from sd3core.data.images import PixelRules, crop_to, to_model_range
 from sd3core.data.loader import ShardCache, ShardReader, load_split
 from sd3core.data.manifest import read_manifest
-from sd3core.data.shards import read_index, read_samples, read_table
+from sd3core.data.shards import read_samples, read_shard_index, read_table
 from sd3core.data.store import open_store
 from sd3core.progress import ignore_progress
 from sd3core.small_world.captioner import caption_from_pixels
@@ -26,7 +26,7 @@ from sd3core.towers.autoencoder import load_autoencoder
 from sd3core.towers.text_encoders import load_text_encoders
 from workers.encode_text import TOO_LONG, TextWorker, caption_id
 from workers.ingest import ingest_stage
-from workers.inputs import input_shards, read_images
+from workers.inputs import input_shards, shard_images
 from workers.shard_stage import NOTHING_TO_DO
 from workers.towers import training_rows
 
@@ -51,11 +51,11 @@ def pictures(chain) -> dict[str, Image.Image]:
     return {
         key: Image.open(io.BytesIO(data)).convert("RGB")
         for shard in shards
-        for key, data in read_images(chain.store, shard)
+        for key, data in shard_images(chain.store, shard)
     }
 
 
-def rows(chain, result, read=read_index) -> list[dict]:
+def rows(chain, result, read=read_shard_index) -> list[dict]:
     manifest = read_manifest(chain.store, result.manifest.folder, result.manifest.digest)
     return [row for entry in manifest.shards for row in read(chain.store, manifest.folder, entry.stem).to_pylist()]
 
@@ -79,7 +79,7 @@ def test_what_a_folder_holds_that_cannot_be_used_is_named_and_the_rest_goes_on(t
     made = ingest_stage(recipe, store, ignore_progress)
     manifest = read_manifest(store, made.manifest.folder)
     rows = [
-        row for entry in manifest.shards for row in read_index(store, manifest.folder, entry.stem).to_pylist()
+        row for entry in manifest.shards for row in read_shard_index(store, manifest.folder, entry.stem).to_pylist()
     ]
     assert sorted(row["source"] for row in rows) == sorted(good)
     held_out = sum(row["split"] == "held_out" for row in rows)
@@ -165,7 +165,7 @@ def test_text_holds_each_caption_of_a_shard_once_and_both_kinds(chain, towers_fo
     for entry in manifest.shards:
         path = f"{manifest.folder}/{entry.stem}.tar"
         stored = list(read_samples(chain.store.get(path)))
-        index = read_index(chain.store, manifest.folder, entry.stem).to_pylist()
+        index = read_shard_index(chain.store, manifest.folder, entry.stem).to_pylist()
         assert [key for key, _ in stored] == list(dict.fromkeys(row["caption_id"] for row in index))
         for row in index:
             caption = {"original": original, "synthetic": synthetic}[row["kind"]][row["key"]]

@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from sd3core.conditioning import ENCODERS, TextFeatures
 from sd3core.data.images import PixelRules
 from sd3core.data.manifest import Manifest, commit_manifest
-from sd3core.data.shards import Sample, read_index, read_samples, write_shard
+from sd3core.data.shards import Sample, read_samples, read_shard_index, write_shard
 from sd3core.data.store import open_store
 from sd3core.errors import DataError, RecipeError
 from sd3core.progress import Progress
@@ -24,7 +24,7 @@ from sd3core.recipe_file import load_recipe
 from workers import encode_latents
 from workers.encode import LOAD_S, EncodeWorker, _with_enlarged_images, cut_advice
 from workers.encode_latents import LatentsSource, LatentsWorker
-from workers.encode_text import NULL, NULL_RECORD, TOO_LONG, TextWorker, pin_null, read_null_bytes
+from workers.encode_text import NULL_FILE, NULL_RECORD, TOO_LONG, TextWorker, pin_null, read_null_bytes
 from workers.inputs import InputShard, map_ahead
 from workers.shard_stage import ShardTask, _entry
 from workers.stage import StageResult
@@ -87,7 +87,7 @@ def test_batches_are_of_one_bucket_and_do_not_change_the_latents(shard):
     assert latents.keys() == one_by_one.keys() == {"k0", "k1", "k2", "k3", "k4"}
     for key in latents:
         torch.testing.assert_close(latents[key], one_by_one[key])
-    index = {row["key"]: row["bucket"] for row in read_index(store, "a", record.stem).to_pylist()}
+    index = {row["key"]: row["bucket"] for row in read_shard_index(store, "a", record.stem).to_pylist()}
     assert index == {"k0": "32x32", "k1": "32x48", "k2": "32x32", "k3": "32x48", "k4": "32x32"}
     assert record.extra == {"32x32": 3, "32x48": 2}
     assert made.progress == 7
@@ -231,22 +231,22 @@ def test_the_advice_on_long_captions_can_be_followed(clip_tokens, t5_tokens, key
 def test_a_damaged_empty_string_is_named_taken_away_and_recorded_anew(tmp_path):
     """Its record stands beside it; one of an earlier version is recorded by the stage."""
     store, folder = open_store(str(tmp_path)), "text/0"
-    store.put(f"{folder}/{NULL}", b"features")
+    store.put(f"{folder}/{NULL_FILE}", b"features")
     assert pin_null(store, folder) is None
     assert read_null_bytes(store, folder) == b"features" and store.get_json(f"{folder}/{NULL_RECORD}")["bytes"] == 8
     for damaged in (b"featurer", b"feat"):
-        store.put(f"{folder}/{NULL}", damaged)
+        store.put(f"{folder}/{NULL_FILE}", damaged)
         with pytest.raises(DataError, match="NULL.safetensors: damaged.*run the encode stage: it is made again"):
             read_null_bytes(store, folder)
-        assert pin_null(store, folder) == f"{folder}/{NULL}" and not store.exists(f"{folder}/{NULL}")
-        store.put(f"{folder}/{NULL}", b"features")
+        assert pin_null(store, folder) == f"{folder}/{NULL_FILE}" and not store.exists(f"{folder}/{NULL_FILE}")
+        store.put(f"{folder}/{NULL_FILE}", b"features")
         assert pin_null(store, folder) is None and read_null_bytes(store, folder) == b"features"
 
 
 def test_who_reads_the_empty_string_writes_nothing_and_takes_nothing_on_trust(tmp_path):
     """Many ranks read it at once, and what one of them finds may be damaged."""
     store, folder = open_store(str(tmp_path)), "text/0"
-    store.put(f"{folder}/{NULL}", b"features")
+    store.put(f"{folder}/{NULL_FILE}", b"features")
     with pytest.raises(DataError, match="NULL.safetensors: an earlier version encoded it; run the encode stage: it writes NULL.json"):
         read_null_bytes(store, folder)
-    assert [entry.path for entry in store.list()] == [f"{folder}/{NULL}"]
+    assert [entry.path for entry in store.list()] == [f"{folder}/{NULL_FILE}"]

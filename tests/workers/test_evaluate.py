@@ -35,7 +35,7 @@ from sd3core.data.split_rows import read_rows
 from sd3core.data.store import Store, open_store
 from sd3core.mmdit import MMDiT
 from sd3core.pictures import read_settings
-from sd3core.precision import CPU, has_bf16_arithmetic, settled
+from sd3core.precision import CPU, has_bf16_arithmetic, resolve_precision
 from sd3core.progress import Progress
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
@@ -148,7 +148,7 @@ def evaluate(world: World, recipe: Recipe | None = None, report=ignore):
 
 def planned(world: World, recipe: Recipe | None = None):
     """The tasks, in what this machine computes in."""
-    precision = settled("auto", bf16=has_bf16_arithmetic(CPU))
+    precision = resolve_precision("auto", bf16=has_bf16_arithmetic(CPU))
     tasks = plan_tasks(recipe or world.recipe, world.store, world.checkpoints, world.inputs)
     return [task.settled(precision) for task in tasks]
 

@@ -13,7 +13,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from sd3core.data.store import may_pass
+from sd3core.data.store import is_transient
 from sd3core.errors import UserError
 from sd3core.machine import ALLOCATOR_ENVIRONMENT
 from sd3core.recipe import Compute
@@ -141,7 +141,7 @@ def _run_rank(job: TrainingJob, compute: Compute, actor: Any, open_loader: Any) 
     """Runs in each rank's process."""
     import ray.train.torch
 
-    from workers.trainer.loop import Place, train_rank
+    from workers.trainer.loop import RankContext, train_rank
 
     if open_loader is None:
         from workers.trainer.shards import open_shards as open_loader
@@ -151,11 +151,11 @@ def _run_rank(job: TrainingJob, compute: Compute, actor: Any, open_loader: Any) 
         device = ray.train.torch.get_device()
         torch.cuda.set_device(device)
     threads = _threads(compute)
-    place = Place(context.get_world_rank(), context.get_world_size(), device, threads, compute.cache_gb * 1e9, compute.decoded_gb * 1e9)
+    place = RankContext(context.get_world_rank(), context.get_world_size(), device, threads, compute.cache_gb * 1e9, compute.decoded_gb * 1e9)
     try:
         train_rank(job, place, ActorWatcher(actor), open_loader)
     except UserError as error:
-        if may_pass(error):  # restarts at once would all be used up before the store is back
+        if is_transient(error):  # restarts at once would all be used up before the store is back
             actor.warn.remote(f"{job.phase}: {error}{elsewhere()}; the ranks start again in {AWAY_S:g} s")
             time.sleep(AWAY_S)
         else:  # the actor is told before Ray Train hears of it

@@ -36,13 +36,13 @@ from sd3core.checkpoint import (
     list_checkpoints,
     piece_name,
     rank_file,
-    read_done,
+    read_checkpoint_done,
     read_pieces,
     record_file,
     write_done,
 )
 from sd3core.data.provenance import device_kind, provenance, provenance_bytes, provenance_file
-from sd3core.data.store import Store, StoreNotFound, may_pass
+from sd3core.data.store import Store, StoreNotFound, is_transient
 from sd3core.errors import CheckpointError, StoreError
 from workers.trainer.engine import ShardedTrainer
 from workers.trainer.job import TrainingJob, TrainingSuperseded
@@ -96,7 +96,7 @@ def passed_over(damage: str) -> str:
 def _damage(store: Store, folder: str) -> str | None:
     """What of a checkpoint a listing and its record show not to be what was written, in words."""
     try:
-        damaged = _damaged_files(store, folder, read_done(store, folder))
+        damaged = _damaged_files(store, folder, read_checkpoint_done(store, folder))
     except DamagedRecord as error:
         return error.damage
     return f"{store.uri(folder)}: {damaged[0]}" if damaged else None
@@ -163,7 +163,7 @@ def _patiently(write: Callable[[], None], warn: Callable[[str], None]) -> None:
         try:
             return write()
         except StoreError as error:
-            if not may_pass(error):
+            if not is_transient(error):
                 raise
             warn(f"{error}; the checkpoint waits, and is tried again in {seconds:g} s")
             time.sleep(seconds)
@@ -208,7 +208,7 @@ def _commit(
 
 def _take_back_unless_whole(store: Store, folder: str, attempt: int) -> None:
     try:
-        done = read_done(store, folder)
+        done = read_checkpoint_done(store, folder)
     except CheckpointError:  # the newer attempt took it back
         return
     if done.attempt == attempt and _damaged_files(store, folder, done):
@@ -237,7 +237,7 @@ def load_checkpoint(
 
 def _read_state(store: Store, folder: str, trainer: ShardedTrainer, tell: Callable[[str], None]) -> CheckpointDone:
     """Reads the file of the same place first and stops when nothing is missing: at the same world size that is one file."""
-    done = read_done(store, folder)
+    done = read_checkpoint_done(store, folder)
     _check_same_shapes(store.uri(folder), done.parameters, trainer.shapes)
     wanted: dict[tuple[str, str], list[tuple[int, Tensor]]] = defaultdict(list)
     missing = 0

@@ -18,15 +18,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from sd3core.checkpoint import KINDS
+from sd3core.checkpoint import TENSOR_KINDS
 from sd3core.mmdit import Backbone
-from sd3core.precision import DTYPES, has_bf16_arithmetic, settled
+from sd3core.precision import PRECISION_DTYPES, has_bf16_arithmetic, resolve_precision
 from sd3core.recipe import Training
 from workers.trainer.muon import MatrixPiece, Muon, matrices_in
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardPiece:
     """Elements [start, start + length) of parameter `name`, flattened, and where this rank keeps them."""
 
     name: str
@@ -126,7 +126,7 @@ class ShardedTrainer:
         for number, piece in enumerate(self.pieces):
             if own and self.training.zero_stage == 0 and number % self.world != self.rank:
                 continue  # ZeRO 0: all ranks hold everything and take turns
-            for kind in KINDS:
+            for kind in TENSOR_KINDS:
                 yield Slice(kind, piece.name, piece.start, piece.of(self._state_of(piece.flat, kind)))
 
     @torch.no_grad()
@@ -184,22 +184,22 @@ class ShardedTrainer:
     def _adam(self) -> torch.optim.AdamW | Muon:
         return self.engine.optimizer if self.training.zero_stage == 0 else self.engine.optimizer.optimizer
 
-    def _find_pieces(self) -> Iterator[Piece]:
+    def _find_pieces(self) -> Iterator[ShardPiece]:
         stage, optimizer = self.training.zero_stage, self.engine.optimizer
         for name, p in self._named.items():
             if stage == 0:
-                yield Piece(name, 0, p.numel(), p, 0)
+                yield ShardPiece(name, 0, p.numel(), p, 0)
             elif stage in (1, 2):
                 if p._hp_mapping is not None:  # else this rank holds nothing of it
                     here, there = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
                     flat = optimizer.single_partition_of_fp32_groups[p._hp_mapping.param_group_index]
-                    yield Piece(name, here.start, here.numel, flat, there.start)
+                    yield ShardPiece(name, here.start, here.numel, flat, there.start)
             else:
                 group, offset, width = optimizer.grad_position[optimizer.get_param_id(p)]
                 length = min(width, p.ds_numel - self.rank * width)  # the tail of the last ranks is padding
                 if length > 0:
                     flat = optimizer.fp32_partitioned_groups_flat[group]
-                    yield Piece(name, self.rank * width, length, flat, offset)
+                    yield ShardPiece(name, self.rank * width, length, flat, offset)
 
     def _refresh_forward_weights(self) -> None:
         """Masters -> the weights of the forward pass, on all ranks (`refresh_fp32_params` would go the other way)."""
@@ -226,7 +226,7 @@ def settle_precision(training: Training, device: torch.device) -> Training:
     """`training` with bf16 or fp32 for `auto`; fp32 where any rank's device has no arithmetic for bf16. On all ranks."""
     able = torch.tensor(float(has_bf16_arithmetic(device)), device=device)
     dist.all_reduce(able, op=dist.ReduceOp.MIN)
-    return training.model_copy(update={"precision": settled(training.precision, bf16=bool(able))})
+    return training.model_copy(update={"precision": resolve_precision(training.precision, bf16=bool(able))})
 
 
 def prepare(use_gpu: bool) -> None:
@@ -252,7 +252,7 @@ def _initialize(model: nn.Module, training: Training, accumulation: int):
         "weight_decay": training.weight_decay,
     }
     if training.optimizer == "muon":
-        optimizer = Muon(parameters, **settings, matrix_rate=training.matrix_rate, dtype=DTYPES[training.precision])
+        optimizer = Muon(parameters, **settings, matrix_rate=training.matrix_rate, dtype=PRECISION_DTYPES[training.precision])
     else:
         optimizer = torch.optim.AdamW(parameters, **settings, foreach=False)
     elements = sum(p.numel() for p in parameters)

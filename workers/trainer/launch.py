@@ -30,7 +30,7 @@ from workers.trainer.checkpointing import last_whole_checkpoint, newest_attempt,
 from workers.trainer.job import TrainingFailed, TrainingJob, TrainingResult, TrainingSuperseded
 from workers.trainer.news import NewsCallback, TrainingNews, ignore_news, last_word
 
-POLL_S = 1.0  # news is shown every two seconds; the end is noticed at once
+NEWS_POLL_S = 1.0  # news is shown every two seconds; the end is noticed at once
 READ_S = 10.0  # the actor's answer is waited for; then Ray itself is looked at
 
 # Ray Train's controller: notice a dead rank soon, write nothing, and leave the ranks in the caller's folder.
@@ -186,7 +186,7 @@ class _Supervisor:
     def _watch(self, actor: Any, finished: Any) -> RankNews:
         news, heard_at = RankNews(), time.monotonic()
         while True:
-            ended, _ = ray.wait([finished], timeout=POLL_S)
+            ended, _ = ray.wait([finished], timeout=NEWS_POLL_S)
             check_ray()
             answer = _read(actor)
             latest = answer or news

@@ -23,7 +23,7 @@ from sd3core.conditioning import TextFeatures
 from sd3core.data.store import Store, open_store
 from sd3core.formulations import Formulation, find_formulation
 from sd3core.mmdit import config_from_dict, make_model, max_attention_logit, use_lean_steps
-from sd3core.precision import DTYPES, has_bf16_arithmetic
+from sd3core.precision import PRECISION_DTYPES, has_bf16_arithmetic
 from workers.encode_text import read_null_bytes
 from workers.trainer import engine
 from workers.trainer.checkpointing import (
@@ -46,7 +46,7 @@ GO_BACKS = 2  # then it fails
 LOGIT_SAMPLES = 2  # of a rank's micro batch, for the attention-logit maximum
 
 
-class Batch(Protocol):
+class TrainingBatch(Protocol):
     """This rank's contiguous part of a global batch: one bucket, B samples."""
 
     latent: Tensor  # (B, 16, h, w) float32
@@ -58,12 +58,12 @@ class Batch(Protocol):
 
 
 class Loader(Protocol):
-    def batch(self, step: int) -> Batch: ...
-    def samples(self, wanted: Iterable[tuple[int, str]]) -> list[Batch]: ...
+    def batch(self, step: int) -> TrainingBatch: ...
+    def samples(self, wanted: Iterable[tuple[int, str]]) -> list[TrainingBatch]: ...
 
 
 @dataclass(frozen=True)
-class Place:
+class RankContext:
     """Where a rank runs."""
 
     rank: int
@@ -84,7 +84,7 @@ class Watcher(Protocol):
 
 
 Warn = Callable[[str], None]
-OpenLoader = Callable[[TrainingJob, Store, Place, Warn], Loader]
+OpenLoader = Callable[[TrainingJob, Store, RankContext, Warn], Loader]
 
 
 class NonFiniteStreak(Exception):
@@ -100,13 +100,13 @@ class StepInputs:
     t: Tensor  # (B,) in [0, 1], 1 = noise: the shifted formulation's
     context: Tensor  # (B, L, context_dim)
     pooled: Tensor  # (B, pooled_dim)
-    batch: Batch
+    batch: TrainingBatch
 
     def micro_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
         yield from zip(*(z.split(size) for z in (self.x0, self.noise, self.t, self.context, self.pooled)), strict=True)
 
 
-def draw_inputs(batch: Batch, job: TrainingJob, null: TextFeatures | None, device: torch.device) -> StepInputs:
+def draw_inputs(batch: TrainingBatch, job: TrainingJob, null: TextFeatures | None, device: torch.device) -> StepInputs:
     """t = quantile(u) of the shifted formulation, noise ~ N(0, 1), encoders dropped with text dropout's two probabilities.
 
     Every draw is by (seed, epoch, sample).
@@ -116,7 +116,7 @@ def draw_inputs(batch: Batch, job: TrainingJob, null: TextFeatures | None, devic
     t = _formulation(job).quantile(u)
     noise = torch.from_numpy(randomness.normal(*drawn_by, "noise", batch.latent.shape[1:]))
     keep = ~conditioning.drop_mask(*drawn_by, training.text_dropout, training.text_dropout_together)
-    context, pooled = conditioning.assemble(batch.text.to(torch.float32), keep, null, job.model["context_dim"])
+    context, pooled = conditioning.join_features(batch.text.to(torch.float32), keep, null, job.model["context_dim"])
     x0, noise, t, context, pooled = (z.to(device) for z in (batch.latent.float(), noise, t.float(), context, pooled))
     return StepInputs(x0, noise, t, context, pooled, batch)
 
@@ -124,7 +124,7 @@ def draw_inputs(batch: Batch, job: TrainingJob, null: TextFeatures | None, devic
 class PhaseTraining:
     """One attempt at one phase, on one rank. The process group stands already."""
 
-    def __init__(self, job: TrainingJob, place: Place, watcher: Watcher, open_loader: OpenLoader):
+    def __init__(self, job: TrainingJob, place: RankContext, watcher: Watcher, open_loader: OpenLoader):
         self.job, self.place, self.watcher = job, place, watcher
         self.store = open_store(job.store)
         self.attempt = self._from_first_rank(lambda: begin_attempt(self.store, job.folder))
@@ -136,7 +136,7 @@ class PhaseTraining:
         model = make_model(self.config).to(place.device)  # its weights do not matter: `_restore` sets them
         use_lean_steps(model)
         self.trainer = ShardedTrainer(model, job.training, place.rank, place.world)
-        self.peak, _ = peak_flops(place.device, DTYPES[job.training.precision])
+        self.peak, _ = peak_flops(place.device, PRECISION_DTYPES[job.training.precision])
 
     def run(self) -> None:
         """Trains from the last checkpoint to the end of the phase."""
@@ -207,7 +207,7 @@ class PhaseTraining:
                     self.watcher.preview(path)
             self._tell(row)
 
-    def _shown_samples(self) -> list[Batch]:
+    def _shown_samples(self) -> list[TrainingBatch]:
         return self.loader.samples((shown.shard, shown.key) for shown in self.job.previews.captions)
 
     def _inputs_from(self, first: int) -> Iterator[StepInputs]:
@@ -314,7 +314,7 @@ def read_null(store: Store, job: TrainingJob) -> TextFeatures | None:
     return null.to(torch.float32)
 
 
-def train_rank(job: TrainingJob, place: Place, watcher: Watcher, open_loader: OpenLoader) -> None:
+def train_rank(job: TrainingJob, place: RankContext, watcher: Watcher, open_loader: OpenLoader) -> None:
     """A rank's whole life."""
     torch.set_num_threads(place.threads)
     engine.prepare(use_gpu=place.device.type == "cuda")

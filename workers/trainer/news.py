@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 LOSSES_KEPT = 600  # as many as a plot can show
-SILENT_S = 15.0  # without a word from the ranks: then their progress says so
+SILENT_RANKS_S = 15.0  # without a word from the ranks: then their progress says so
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LossPoints:
 
 def last_word(note: str, silent_s: float, stall_timeout_s: float) -> str:
     """What a person sees of the ranks: their last note, or for how long there has been no other."""
-    if not note or silent_s < SILENT_S:
+    if not note or silent_s < SILENT_RANKS_S:
         return note or "starting the ranks"
     limit = f"{stall_timeout_s:g} s (compute.stall_timeout_s)"
     return f"no word from the ranks for {silent_s:.0f} s; given up after {limit}; last: {note}"

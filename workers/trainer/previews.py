@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sd3core import randomness
-from sd3core.conditioning import ENCODERS, TextFeatures, assemble
+from sd3core.conditioning import ENCODERS, TextFeatures, join_features
 from sd3core.data.store import Store
 from sd3core.errors import UserError
 from sd3core.formulations import find_formulation
@@ -29,7 +29,7 @@ from workers.trainer.job import TrainingJob
 
 FIRST_STEP = 64
 
-Model = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (z_in, t_in, context, pooled) -> output
+PreviewModel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (z_in, t_in, context, pooled) -> output
 
 
 class Samples(Protocol):
@@ -65,7 +65,7 @@ class Previews:
         power_of_two = step >= FIRST_STEP and step & (step - 1) == 0
         return self.job.previews is not None and (power_of_two or step == self.job.total_steps)
 
-    def draw(self, model: Model, samples_seen: int) -> str | None:
+    def draw(self, model: PreviewModel, samples_seen: int) -> str | None:
         """The path of what was written; None on other ranks, and where there is nothing to draw or it failed."""
         if self._samples is None:
             read: list[Any] = [self._on_first_rank(self._read)]
@@ -96,7 +96,7 @@ class Previews:
 
 @torch.no_grad()
 def draw_latents(
-    model: Model, job: TrainingJob, batches: Sequence[Samples], null: TextFeatures | None, device: torch.device
+    model: PreviewModel, job: TrainingJob, batches: Sequence[Samples], null: TextFeatures | None, device: torch.device
 ) -> dict[str, Tensor]:
     """Key -> latent (16, h, w) of every sample, on all ranks. Each rank draws its share of every batch.
 
@@ -109,8 +109,8 @@ def draw_latents(
         rows = list(range(rank, len(batch.keys), world)) or [0]
         text = batch.text.index(rows).to(torch.float32)
         nothing = torch.zeros(len(rows), len(ENCODERS), dtype=torch.bool)
-        cond = [part.to(device) for part in assemble(text, None, null, job.model["context_dim"])]
-        uncond = [part.to(device) for part in assemble(text, nothing, null, job.model["context_dim"])]
+        cond = [part.to(device) for part in join_features(text, None, null, job.model["context_dim"])]
+        uncond = [part.to(device) for part in join_features(text, nothing, null, job.model["context_dim"])]
         predict = guided(
             lambda z, t, cond=cond: model(z, t, *cond),
             lambda z, t, uncond=uncond: model(z, t, *uncond),

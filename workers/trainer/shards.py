@@ -8,10 +8,10 @@ from sd3core.data.plan import TrainingPlan
 from sd3core.data.store import Store
 from workers.caches import shards_cache
 from workers.trainer.job import TrainingJob
-from workers.trainer.loop import Place, Warn
+from workers.trainer.loop import RankContext, Warn
 
 
-def open_shards(job: TrainingJob, store: Store, place: Place, warn: Warn) -> BatchLoader:
+def open_shards(job: TrainingJob, store: Store, place: RankContext, warn: Warn) -> BatchLoader:
     """Raises DataError where a manifest is missing, is another one than the job names, or the two do not line up."""
     latents = read_manifest(store, job.latents.folder, job.latents.digest)
     text = read_manifest(store, job.text_features.folder, job.text_features.digest)

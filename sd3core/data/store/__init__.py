@@ -9,7 +9,7 @@ from sd3core.data.store.contract import (
     StoreEntry,
     StoreNotFound,
     canonical_json,
-    may_pass,
+    is_transient,
 )
 from sd3core.data.store.files import FileStore
 from sd3core.data.store.s3 import S3Store
@@ -25,7 +25,7 @@ __all__ = [
     "StoreEntry",
     "StoreNotFound",
     "canonical_json",
-    "may_pass",
+    "is_transient",
     "open_store",
 ]
 

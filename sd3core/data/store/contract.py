@@ -26,7 +26,7 @@ class StoreDamaged(StoreError):
     """An object whose bytes are not of the kind that was written there."""
 
 
-def may_pass(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """True for a store that cannot be reached just now; what it does not hold, or holds damaged, will not come by waiting."""
     return isinstance(error, StoreError) and not isinstance(error, StoreNotFound | StoreDamaged)
 

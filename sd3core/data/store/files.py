@@ -16,7 +16,7 @@ from sd3core.data.store.contract import PARTIAL, Store, StoreEntry, StoreNotFoun
 from sd3core.errors import StoreError, with_mend
 from sd3core.files.local_paths import expanded
 
-ABANDONED_S = 3600  # a file being written that has not grown for so long has lost its writer
+ABANDONED_FILE_S = 3600  # a file being written that has not grown for so long has lost its writer
 COPY_BYTES = 1 << 20
 
 
@@ -119,7 +119,7 @@ class FileStore(Store):
         for folder, _, names in os.walk(self.root / checked(prefix.rstrip("/"))):
             for partial in (Path(folder, name) for name in names if name.startswith(PARTIAL)):
                 with suppress(OSError):  # another process has removed it, or this one may not: it is in nobody's way
-                    if time.time() - partial.stat().st_mtime > ABANDONED_S:
+                    if time.time() - partial.stat().st_mtime > ABANDONED_FILE_S:
                         partial.unlink()
 
     def _cannot_list(self, error: OSError) -> None:

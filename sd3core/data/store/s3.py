@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 from sd3core.data.store.contract import Store, StoreEntry, StoreNotFound, checked, too_short
 from sd3core.errors import StoreError, with_mend
 
-ABANDONED_S = 24 * 3600  # an upload that began so long ago has lost its writer
+ABANDONED_UPLOAD_S = 24 * 3600  # an upload that began so long ago has lost its writer
 S3_ATTEMPTS = 5  # of one request, by botocore, and of one body that breaks off
 
 
@@ -205,7 +205,7 @@ class S3Store(Store):
                 Bucket=self.bucket, Prefix=f"{self._key(prefix.rstrip('/'))}/"
             )
             for upload in [upload for page in listed for upload in page.get("Uploads", [])]:
-                if time.time() - upload["Initiated"].timestamp() > ABANDONED_S:
+                if time.time() - upload["Initiated"].timestamp() > ABANDONED_UPLOAD_S:
                     s3.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
         with suppress(StoreError):  # a user who may not: they are in nobody's way

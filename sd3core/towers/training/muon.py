@@ -22,7 +22,7 @@ from sd3core.towers.training.schedule import ramp_and_fade
 ADAM_SHARE = 0.1  # rate of what Adam learns, as a part of Muon's
 
 
-class Muon(Optimizer):
+class TowerMuon(Optimizer):
     """For tensors of two or more dimensions. `lr` is the spectral size of a step, momentum is Nesterov's."""
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.9) -> None:
@@ -51,7 +51,7 @@ class Descent:
         matrices = {name for name, p in trained.items() if p.ndim >= 2 and not _is_table(name)}
         others = [p for name, p in trained.items() if name not in matrices]
         self.optimizers = [
-            Muon([trained[name] for name in trained if name in matrices], lr=learning_rate),
+            TowerMuon([trained[name] for name in trained if name in matrices], lr=learning_rate),
             Adam(others, lr=ADAM_SHARE * learning_rate, betas=(0.9, 0.98)),
         ]
         self.full_rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]

@@ -13,6 +13,7 @@ from flows.cli import commands
 from flows.cli.sample import read_prompts
 from flows.local import home
 from sd3core.data.store import open_store
+from sd3core.files.local_paths import PROJECT
 
 SD3 = [sys.executable, "-m", "flows.cli.main"]
 
@@ -101,7 +102,7 @@ def test_what_cannot_be_written_at_the_end_is_told_before_the_work(sd3, tmp_path
 
 
 def test_a_prefect_server_that_is_not_there_is_named(sd3, tmp_path):
-    own = (home.PROJECT / "infra/recipes/tiny-test.yaml").read_text().replace("name: tiny-test\n", "name: own\n", 1)
+    own = (PROJECT / "infra/recipes/tiny-test.yaml").read_text().replace("name: tiny-test\n", "name: own\n", 1)
     (tmp_path / "own.yaml").write_text(own)
     command = [*SD3, "deploy", str(tmp_path / "own.yaml"), "--api", "http://127.0.0.1:9/api"]
     done = subprocess.run(command, capture_output=True, text=True)

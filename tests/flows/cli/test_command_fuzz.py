@@ -49,7 +49,7 @@ def nothing_starts(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path / "folder")
     for module in (services, demo):
-        monkeypatch.setattr(module, "up", end)
+        monkeypatch.setattr(module, "start_services", end)
     monkeypatch.setattr(deployments, "apply_deployments", end)
     monkeypatch.setattr(bench_model, "measure", end)
     monkeypatch.setattr(sample, "sample_to_files", end)

@@ -116,14 +116,14 @@ def test_a_run_that_does_not_start_in_time_is_one_line(monkeypatch, tmp_path):
 def test_a_stage_is_not_made_again_while_something_works_on_the_run(monkeypatch, tmp_path):
     """A stage's own deployment may: its checkpoints would be gone when it next looks for them."""
     monkeypatch.setenv("SD3_HOME", str(tmp_path))
-    monkeypatch.setattr(demo, "up", lambda say: Services(port=1))
+    monkeypatch.setattr(demo, "start_services", lambda say: Services(port=1))
     monkeypatch.setattr(demo, "_run_at_work", lambda *_: None)
     recipe = load_recipe("tiny-test")
     store = demo.run_store(recipe)
     done = f"runs/{recipe.run}/checkpoints/pretrain/aaaa/000000000096/DONE.json"
     store.put(done, b"{}")
     with run_lock(store.url, recipe.run), pytest.raises(RunBusyError, match="^run tiny-test: process "):
-        demo.demo("tiny-test", None, [], Console(quiet=True), "pretrain")
+        demo.run_demo("tiny-test", None, [], Console(quiet=True), "pretrain")
     assert store.exists(done)
 
 
@@ -187,13 +187,13 @@ def test_a_run_reads_the_file_that_the_command_names(monkeypatch, tmp_path):
         asked.append((deployment, parameters))
         return RunView(StateType.FAILED, "x", [])
 
-    monkeypatch.setattr(demo, "up", lambda say: find_recipe(str(two)) and Services(port=1))
+    monkeypatch.setattr(demo, "start_services", lambda say: find_recipe(str(two)) and Services(port=1))
     monkeypatch.setattr(demo, "_run_at_work", lambda *_: None)
     monkeypatch.setattr(demo, "_run_to_the_end", end)
     monkeypatch.setattr(demo, "_first_failure", lambda view: "x")
     for recipe in (str(one), "mine", "tiny-test"):  # by name it is the file that was added last
         with pytest.raises(RunFailed):
-            demo.demo(recipe, None, ["seed=1"] if recipe == "mine" else [], Console(quiet=True))
+            demo.run_demo(recipe, None, ["seed=1"] if recipe == "mine" else [], Console(quiet=True))
     mine = "pipeline/mine"
     assert asked == [(mine, {"recipe": str(one)}), (mine, {"recipe": str(two), "overrides": ["seed=1"]}), ("pipeline/tiny-test", {})]
 
@@ -230,7 +230,7 @@ def test_a_run_that_reads_what_the_command_read_is_followed(at_work, monkeypatch
     run = at_work(recipe_file(tmp_path / "two" / "mine.yaml"))
     monkeypatch.setattr(terminal, "fail_dead_runs", lambda: [])
     monkeypatch.setattr(terminal, "newest_picture", lambda run: None)
-    monkeypatch.setattr(terminal, "look", lambda run: RunView(StateType.COMPLETED, "", []))
+    monkeypatch.setattr(terminal, "view_run", lambda run: RunView(StateType.COMPLETED, "", []))
     recipe = load_recipe(str(recipe_file(tmp_path / "one" / "mine.yaml")))
     view = demo._run_to_the_end(run, recipe, "pipeline/mine", {}, Services(port=1), Console(quiet=True))
     assert view.finished
@@ -238,13 +238,13 @@ def test_a_run_that_reads_what_the_command_read_is_followed(at_work, monkeypatch
 
 def test_what_can_be_told_before_services_start_is(monkeypatch, tmp_path):
     monkeypatch.setenv("SD3_HOME", str(tmp_path))
-    monkeypatch.setattr(demo, "up", lambda say: pytest.fail("services were started"))
+    monkeypatch.setattr(demo, "start_services", lambda say: pytest.fail("services were started"))
     with pytest.raises(RecipeError, match="^--from-stage 'pretrian': did you mean 'pretrain'"):
-        demo.demo("tiny-test", None, [], Console(quiet=True), "pretrian")
+        demo.run_demo("tiny-test", None, [], Console(quiet=True), "pretrian")
     (tmp_path / "file").touch()
     for store in ("/proc/none", f"{tmp_path}/file/store", f"file://{tmp_path}/file"):
         with pytest.raises(StoreError, match="cannot be written: "):
-            demo.demo("tiny-test", None, [f"store={store}"], Console(quiet=True))
+            demo.run_demo("tiny-test", None, [f"store={store}"], Console(quiet=True))
 
 
 def test_the_sample_command_can_be_pasted():

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from flows.cli import terminal
 from flows.cli.terminal import (
-    Picture,
     RunView,
+    ShownPicture,
     StageView,
     _LinePrinter,
     _picture,
@@ -144,7 +144,7 @@ def test_a_picture_keeps_its_shape_and_is_never_enlarged(columns, rows, shown):
 def screen(picture: bytes | None, **options) -> str:
     console = Console(file=io.StringIO(), force_terminal=True, width=60, **options)
     shown = RunView(StateType.RUNNING, "", [])
-    console.print(_screen(shown, Picture("/p.png", picture) if picture else None, console))
+    console.print(_screen(shown, ShownPicture("/p.png", picture) if picture else None, console))
     return console.file.getvalue()
 
 
@@ -175,7 +175,7 @@ def server(monkeypatch, clock):
         clock.seconds += seconds
 
     monkeypatch.setattr(terminal, "fail_dead_runs", lambda: [])
-    monkeypatch.setattr(terminal, "look", lambda run: answers.look(run))
+    monkeypatch.setattr(terminal, "view_run", lambda run: answers.look(run))
     monkeypatch.setattr(terminal, "newest_picture", newest_picture)
     monkeypatch.setattr(terminal.time, "sleep", sleep)
     return answers
@@ -194,7 +194,7 @@ COLOURFUL = {"force_terminal": True, "color_system": "truecolor", "height": 40}
 def test_the_path_of_the_first_picture_is_printed_once(server, kind):
     picture = picture_file([(1, 2, 3)], [(1, 2, 3)])
     server.look = pretraining(StateType.RUNNING, StateType.RUNNING, StateType.COMPLETED)
-    server.pictures = [None, Picture("/store/a.png", picture), Picture("/store/b.png", picture)]
+    server.pictures = [None, ShownPicture("/store/a.png", picture), ShownPicture("/store/b.png", picture)]
     out = io.StringIO()
     terminal.follow(uuid4(), Console(file=out, width=60, **kind))
     assert out.getvalue().count("first pictures: /store/a.png") == 1 and "b.png" not in out.getvalue()
@@ -205,7 +205,7 @@ def test_the_path_of_the_first_picture_is_printed_once(server, kind):
 def test_a_terminal_that_cannot_or_shall_not_show_colours(server, variables):
     """Lines where it cannot move its cursor, a table that is drawn anew where it can; no colour, and no picture made of it."""
     server.look = pretraining(StateType.RUNNING, StateType.COMPLETED)
-    server.pictures = [Picture("/store/a.png", picture_file([(1, 2, 3)], [(1, 2, 3)]))]
+    server.pictures = [ShownPicture("/store/a.png", picture_file([(1, 2, 3)], [(1, 2, 3)]))]
     out = io.StringIO()
     terminal.follow(uuid4(), Console(file=out, width=60, height=40, force_terminal=True, _environ=variables))
     shown = out.getvalue()
@@ -250,7 +250,7 @@ def test_a_stage_by_its_state_and_what_its_progress_says(state, described, shown
 @pytest.mark.parametrize(("kind", "fetched"), [({}, [0, 2, 4]), (COLOURFUL, [0, 2, 4, 14, 24, 28])])
 def test_a_picture_is_fetched_until_there_is_one_then_now_and_then_where_it_can_be_shown(server, kind, fetched):
     """Every two seconds, every ten, and once more at the end."""
-    picture = Picture("/store/a.png", picture_file([(1, 2, 3)], [(1, 2, 3)]))
+    picture = ShownPicture("/store/a.png", picture_file([(1, 2, 3)], [(1, 2, 3)]))
     server.look = pretraining(*[StateType.RUNNING] * 14, StateType.COMPLETED)
     server.pictures = [None, None, picture]
     out = io.StringIO()
@@ -263,7 +263,7 @@ def test_a_picture_is_fetched_until_there_is_one_then_now_and_then_where_it_can_
 def test_a_picture_is_found_in_its_artifact():
     image = picture_file([(1, 2, 3)], [(4, 5, 6)])
     artifact = {"data": f"## after 64 samples\n\n{markdown_picture('grid', image)}\n\n1. a", "description": "/store/a.png"}
-    assert _picture([artifact]) == Picture("/store/a.png", image)
+    assert _picture([artifact]) == ShownPicture("/store/a.png", image)
     assert _picture([]) is None and _picture([{"data": "no picture", "description": ""}]) is None
 
 

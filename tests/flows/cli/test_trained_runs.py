@@ -12,7 +12,7 @@ from rich.console import Console
 from flows.cli import commands, sample
 from flows.cli.demo import sample_command
 from flows.cli.trained_runs import trained_run
-from sd3core.checkpoint import read_done
+from sd3core.checkpoint import read_checkpoint_done
 from sd3core.data.store import open_store
 from sd3core.errors import RecipeError, UserError
 from sd3core.files.local_paths import shown_place
@@ -89,7 +89,7 @@ def test_after_a_training_was_made_shorter_the_checkpoint_that_it_ended_with_is_
     ended = finish(longer, "finetune.0", 8)
     finish(longer, "finetune.0", 800)
     folder = ended.rpartition("/")[0]
-    remember_stage(store, "photos-1", "finetune.0", folder, read_done(store, ended).digest, {}, ())
+    remember_stage(store, "photos-1", "finetune.0", folder, read_checkpoint_done(store, ended).digest, {}, ())
     found = trained_run(store, "photos-1")
     assert (found.checkpoint, found.unfinished) == (store.uri(ended), "")
 
@@ -97,7 +97,7 @@ def test_after_a_training_was_made_shorter_the_checkpoint_that_it_ended_with_is_
 def test_a_training_that_is_being_made_longer_gives_its_newest_checkpoint(store, finish):
     recipe = load_recipe("tiny-test", [*SETTINGS, "finetune.0.samples=800"])
     ended = finish(recipe, "finetune.0", 8)
-    remember_stage(store, "photos-1", "finetune.0", ended.rpartition("/")[0], read_done(store, ended).digest, {}, ())
+    remember_stage(store, "photos-1", "finetune.0", ended.rpartition("/")[0], read_checkpoint_done(store, ended).digest, {}, ())
     newest = finish(recipe, "finetune.0", 400)
     later = time.time() + 10
     os.utime(shown_place(store.uri(f"{newest}/DONE.json")), (later, later))
@@ -149,4 +149,4 @@ def test_sample_and_the_line_that_the_demo_prints(store, finish, monkeypatch, tm
     of_a_file = load_recipe("tiny-test", ["name=mine", "run=mini"])
     assert sample_command(of_a_file, "x") == [".venv/bin/sd3", "sample", "x", "--run", "mini"]
     assert "name the one or the other" in sd3("sample", "x", "--run", "photos-1", "--checkpoint", "/x")[2]
-    assert read_done(store, last).recipe == recipe.model_dump(mode="json")
+    assert read_checkpoint_done(store, last).recipe == recipe.model_dump(mode="json")

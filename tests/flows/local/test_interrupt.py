@@ -91,7 +91,7 @@ def test_services_that_were_being_started_are_stopped(monkeypatch, tmp_path, int
     monkeypatch.setitem(sys.modules, "flows.local.deployments", SimpleNamespace(worker_heartbeats=set))
 
     with pytest.raises(Interrupted):
-        services.up(lambda line: None)
+        services.start_services(lambda line: None)
     assert len(spawned) == (1 if interrupted == "the Prefect server" else 2)
     assert not any(process.alive() for process in spawned)
     left = Services.load()

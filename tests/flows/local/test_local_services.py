@@ -137,7 +137,7 @@ def test_a_server_of_somebody_else_on_the_remembered_port_is_not_taken_for_ours(
     with pytest.raises(ServiceError, match="not running"):
         services.require()
     said = []
-    services.down(said.append)
+    services.stop_services(said.append)
     assert said == ["worker: was not running", "server: was not running"]
 
 
@@ -147,7 +147,7 @@ def test_a_server_whose_port_was_lost_takes_another_and_says_so(monkeypatch, str
     monkeypatch.setattr(services, "_wait", lambda *_: None)
     found, said = Services(strangers_server, format=1), []
     services._start_server(found, said.append)
-    assert found.port != strangers_server and found.format == services.FORMAT
+    assert found.port != strangers_server and found.format == services.SERVICES_FORMAT
     assert said == [f"port {strangers_server} is taken by another program; the server takes {found.port}"]
     assert spawned[0][1]["PREFECT_SERVER_API_PORT"] == str(found.port)
 
@@ -177,7 +177,7 @@ def test_a_second_command_says_what_it_waits_for(own_home):
 
 def test_down_where_nothing_was_started():
     said = []
-    services.down(said.append)
+    services.stop_services(said.append)
     assert said == ["services: none were started here"]
 
 
@@ -195,7 +195,7 @@ def test_down_says_which_runs_it_ends_before_it_does(monkeypatch):
     monkeypatch.setattr(services, "remove_dead_sessions", lambda: swept.append(True))
     Services(port=1).save()
     said = []
-    services.down(said.append)
+    services.stop_services(said.append)
     assert said == ["ending 1 run (pipeline mini), at most 30 s", "worker: was not running", "server: was not running"]
     assert ended == [(run.id, "`sd3 down` ended it.")]
     assert swept  # what the killed runs left in /tmp
@@ -270,7 +270,7 @@ def test_a_command_in_a_message_can_be_pasted_whatever_the_projects_folder_is_ca
     program.write_text('#!/bin/sh\necho "called=\'$*\'"\n')
     program.chmod(0o700)
     monkeypatch.setattr(home, "PROJECT", tmp_path / folder)
-    pasted = home.pasted("sd3 demo --recipe 'a  b'")
+    pasted = home.local_command("sd3 demo --recipe 'a  b'")
     for command in (pasted, f'eval "$({pasted})"; echo "$called"'):
         done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
         assert "demo --recipe a  b" in done.stdout
@@ -280,4 +280,4 @@ def test_a_home_whose_name_is_no_text_is_told_before_anything_starts(monkeypatch
     monkeypatch.setenv("SD3_HOME", str(tmp_path / "\udcff"))
     monkeypatch.setattr(services, "_up", lambda say: pytest.fail("services were started"))
     with pytest.raises(UserError, match=r"^SD3_HOME /.*/\\xff: its name is not UTF-8, which Prefect's server wants; name another folder$"):
-        services.up()
+        services.start_services()

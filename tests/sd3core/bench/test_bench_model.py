@@ -14,7 +14,7 @@ from sd3core.bench.measure import interleaved, median_ratio, peak_bytes_above_st
 from sd3core.bench.model import (
     OURS,
     THEIRS,
-    Inputs,
+    BenchInputs,
     ModelBench,
     TrainingStep,
     contenders,
@@ -63,7 +63,7 @@ def test_a_training_step_changes_both_models_alike(mode):
     dtype = torch.bfloat16 if mode == "bf16" else torch.float32
     for contender in pair.values():
         contender.module.to(dtype)
-    inputs = Inputs.draw(TINY, dtype)
+    inputs = BenchInputs.draw(TINY, dtype)
     before = {name: value.float().clone() for name, value in pair[OURS].module.named_parameters()}
     for contender in pair.values():
         step = TrainingStep(contender, mode, inputs)
@@ -78,7 +78,7 @@ def test_a_training_step_changes_both_models_alike(mode):
 
 @pytest.mark.parametrize("wrong", [1.0, torch.nan])
 def test_unequal_models_are_not_compared(monkeypatch, wrong):
-    assert largest_difference(velocities(contenders(TINY), Inputs.draw(TINY, torch.float32), "fp32")) < 1e-5
+    assert largest_difference(velocities(contenders(TINY), BenchInputs.draw(TINY, torch.float32), "fp32")) < 1e-5
     pair = contenders(TINY)
     with torch.no_grad():
         pair[THEIRS].module.proj_out.bias += wrong

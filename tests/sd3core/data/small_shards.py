@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from sd3core.conditioning import TextFeatures
 from sd3core.data.manifest import Manifest, ShardEntry
-from sd3core.data.shards import INDEX, DoneRecord, Sample, content_digest, is_held_out, shard_stem, write_shard
+from sd3core.data.shards import INDEX, DoneRecord, Sample, is_held_out, parts_digest, shard_stem, write_shard
 
 BUCKETS = ("64x64", "64x48")
 CLIP_TOKENS, T5_TOKENS, HELD_OUT = 4, 6, 0.25
@@ -70,7 +70,7 @@ def write_latents(store, folder: str, number: int, rows: int) -> ShardEntry:
         )
         for key in (key_of(number, row) for row in range(rows))
     ]
-    stem = shard_stem(number, content_digest(folder, str(number)))
+    stem = shard_stem(number, parts_digest(folder, str(number)))
     return entry_of(write_shard(store, folder, stem, samples, [], LATENTS_SCHEMA, count_by="bucket"))
 
 
@@ -87,7 +87,7 @@ def write_text(store, folder: str, number: int, rows: int) -> ShardEntry:
                 files = {"safetensors": features_of(caption).to_bytes("trimmed")} if place == 0 else {}
                 yield Sample(name, files, {"key": key, "kind": kind, "caption_id": name})
 
-    stem = shard_stem(number, content_digest(folder, str(number)))
+    stem = shard_stem(number, parts_digest(folder, str(number)))
     return entry_of(write_shard(store, folder, stem, samples(), [], TEXT_SCHEMA))
 
 

@@ -14,13 +14,13 @@ from sd3core.data.shards import (
     FailedRow,
     Sample,
     check_digest,
-    content_digest,
     finished_stems,
     is_held_out,
-    read_done,
-    read_index,
+    parts_digest,
     read_raw_samples,
     read_samples,
+    read_shard_done,
+    read_shard_index,
     read_table,
     sample_id,
     shard_stem,
@@ -53,12 +53,12 @@ def test_what_is_written_is_read(store):
         f"{STEM}{s}" for s in (".done.json", ".index.parquet", ".tar")
     ]
     assert list(read_samples(tar)) == [(sample.key, sample.files) for sample in SAMPLES]
-    index = read_index(store, FOLDER, STEM, record.files[".index.parquet"]).to_pylist()
+    index = read_shard_index(store, FOLDER, STEM, record.files[".index.parquet"]).to_pylist()
     for row, sample in zip(index, SAMPLES, strict=True):
         assert {name: row[name] for name in ("key", "width", "bucket")} == {"key": sample.key, **sample.row}
         part = store.get_range(f"{FOLDER}/{STEM}.tar", row["offset"], row["length"])
         assert list(read_samples(part)) == [(sample.key, sample.files)]  # one range is one sample
-    assert record == read_done(store, FOLDER, STEM)
+    assert record == read_shard_done(store, FOLDER, STEM)
     assert (record.number, record.stem, record.rows, record.extra) == (42, STEM, 3, {"64x48": 1, "64x64": 2})
     assert record.failed == [FailedRow(key="bad", reason="empty file")]
     assert record.digest == record.files[".tar"] == hashlib.sha256(tar).hexdigest()
@@ -84,13 +84,13 @@ def test_golden_bytes(file_store):
     assert (
         header.startswith(b"first.png\0") and header[257:265] == b"ustar\x0000" and header[136:148] == b"00000000000\0"
     )
-    rows = [(row["key"], row["offset"], row["length"]) for row in read_index(file_store, FOLDER, STEM).to_pylist()]
+    rows = [(row["key"], row["offset"], row["length"]) for row in read_shard_index(file_store, FOLDER, STEM).to_pylist()]
     assert rows == [("first", 0, 2048), ("second", 2048, 2560), ("third", 4608, 512)]
 
 
 def test_names_and_draws_are_fixed_for_ever():
     assert STEM == "00042.0123456789ab" and shard_stem(123456, "f" * 64) == "123456.ffffffffffff"
-    assert content_digest("a", b"bc") == "3fafa1cf2f19" != content_digest("ab", b"c")
+    assert parts_digest("a", b"bc") == "3fafa1cf2f19" != parts_digest("ab", b"c")
     assert sample_id("scene-0-00000000") == 8726805590055815107 and 0 <= sample_id("x") < 2**63
     keys = [f"key-{number}" for number in range(4000)]
     held = [key for key in keys if is_held_out(key, 0.05)]
@@ -106,7 +106,7 @@ def test_rows_that_share_a_file(store):
         Sample("caption", {}, {"key": "b", "kind": "original", "offset": 0, "length": 1024}),
     ]
     record = write_shard(store, FOLDER, STEM, samples, [])
-    index = read_index(store, FOLDER, STEM).to_pylist()
+    index = read_shard_index(store, FOLDER, STEM).to_pylist()
     assert [(row["key"], row["offset"], row["length"]) for row in index] == [
         ("a", 0, 1024),
         ("b", 0, 1024),
@@ -118,14 +118,14 @@ def test_an_empty_shard_keeps_its_columns(store):
     schema = pa.schema([("width", pa.int32()), ("split", pa.string())])
     record = write_shard(store, FOLDER, STEM, [], [FailedRow(key="x", reason="y")], schema, count_by="split")
     assert record.rows == 0 and record.extra == {}
-    assert read_index(store, FOLDER, STEM).column_names == ["key", "offset", "length", "width", "split"]
+    assert read_shard_index(store, FOLDER, STEM).column_names == ["key", "offset", "length", "width", "split"]
     assert list(read_samples(store.get(f"{FOLDER}/{STEM}.tar"))) == []
 
 
 def test_tables(store):
     table = pa.table({"key": ["a", "b"], "caption": ["one", None]})
     record = write_table(store, FOLDER, STEM, table, [FailedRow(key="c", reason="r")])
-    assert read_table(store, FOLDER, STEM, record.digest).equals(table) and record == read_done(store, FOLDER, STEM)
+    assert read_table(store, FOLDER, STEM, record.digest).equals(table) and record == read_shard_done(store, FOLDER, STEM)
     assert record.files == {".parquet": record.digest} and finished_stems(store, FOLDER) == {STEM}
 
 
@@ -190,12 +190,12 @@ def test_damage_is_told(store):
             list(read_samples(broken))
     store.put(f"{FOLDER}/{STEM}.index.parquet", b"PAR1")
     with pytest.raises(DataError, match="its bytes are not those"):
-        read_index(store, FOLDER, STEM, record.files[".index.parquet"])
+        read_shard_index(store, FOLDER, STEM, record.files[".index.parquet"])
     with pytest.raises(DataError, match="not a parquet file"):
-        read_index(store, FOLDER, STEM)
+        read_shard_index(store, FOLDER, STEM)
     store.put(f"{FOLDER}/{STEM}.done.json", b'{"rows": 1}')
     with pytest.raises(DataError, match="not a done record of this version"):
-        read_done(store, FOLDER, STEM)
+        read_shard_done(store, FOLDER, STEM)
     check_digest(b"", hashlib.sha256(b"").hexdigest(), "uri")
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from sd3core.data.folder_source import NO_CAPTION, holds_nothing, image_key
 from sd3core.data.images import CONVERTED, TRANSPARENT, UNKNOWN_COLOURS, PixelRules, decode_image
 from sd3core.data.ingest import FolderChanged, IngestWorker, list_source
-from sd3core.data.shards import is_held_out, read_index, read_samples, shard_stem
+from sd3core.data.shards import is_held_out, read_samples, read_shard_index, shard_stem
 from sd3core.errors import DataError
 from sd3core.recipe import Data
 from sd3core.words import cut_at_word, one_line
@@ -54,7 +54,7 @@ def _ingest(store, data, captions_needed=False, folder="raw"):
         record = worker(shard)
         assert worker.progress == len(shard.items) == record.rows + len(record.failed)
         failed |= {row.key: row.reason for row in record.failed}
-        rows |= {row["source"]: row for row in read_index(store, folder, record.stem).to_pylist()}
+        rows |= {row["source"]: row for row in read_shard_index(store, folder, record.stem).to_pylist()}
         files |= dict(read_samples(store.get(f"{folder}/{record.stem}.tar")))
     return rows, failed, files
 
@@ -98,7 +98,7 @@ def test_colours_are_made_srgb_once_whatever_a_file_is_stored_as(folder, file_st
     (shard,) = list_source(data, 0)
     record = IngestWorker(data, file_store.url, "raw")(shard)
     assert record.extra == {CONVERTED: 4, TRANSPARENT: 1, UNKNOWN_COLOURS: 1}
-    rows = {row["source"]: row for row in read_index(file_store, "raw", record.stem).to_pylist()}
+    rows = {row["source"]: row for row in read_shard_index(file_store, "raw", record.stem).to_pylist()}
     files = dict(read_samples(file_store.get(f"raw/{record.stem}.tar")))
     rules = PixelRules.of(data)
     for name in rows:
@@ -371,7 +371,7 @@ def test_small_world(file_store):
     for shard in shards:
         record = IngestWorker(WORLD, file_store.url, "raw")(shard)
         failed += record.failed
-        rows |= {row["key"]: row for row in read_index(file_store, "raw", record.stem).to_pylist()}
+        rows |= {row["key"]: row for row in read_shard_index(file_store, "raw", record.stem).to_pylist()}
         files |= dict(read_samples(file_store.get(f"raw/{record.stem}.tar")))
         assert IngestWorker(WORLD, file_store.url, "again")(shard).digest == record.digest
     assert len(rows) == 10 and failed == [] and len({row["width"] for row in rows.values()}) > 1

@@ -232,7 +232,7 @@ def test_uploads_that_lost_their_writer_are_aborted(s3_bucket, monkeypatch):
         return sorted(upload["Key"] for upload in client.list_multipart_uploads(Bucket=s3_bucket).get("Uploads", []))
 
     with monkeypatch.context() as young:
-        young.setattr(s3, "ABANDONED_S", 1e10)
+        young.setattr(s3, "ABANDONED_UPLOAD_S", 1e10)
         store.remove_abandoned("runs/x")
     assert left() == sorted(keys)
     store.remove_abandoned("runs/x/")

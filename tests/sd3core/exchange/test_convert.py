@@ -19,7 +19,7 @@ from test_checkpoint import checkpoint_folder, write_checkpoint
 from test_generate import FACTS
 from test_generate import write_checkpoint as write_model
 
-from sd3core.checkpoint import KINDS, load_model, save_model
+from sd3core.checkpoint import TENSOR_KINDS, load_model, save_model
 from sd3core.checkpoint_facts import read_facts
 from sd3core.checkpoint_formats import diffusers_config, to_diffusers, to_single_file
 from sd3core.errors import CheckpointError, UserError
@@ -124,7 +124,7 @@ def test_diffusers_opens_the_export_and_computes_the_same(tmp_path, model, size)
 def test_a_training_checkpoint_is_exported_from_its_pieces(tmp_path, weights):
     config = small_config(depth=2, qk_norm="rms", dual_attention_blocks=1)
     model = randomise(MMDiT(config))
-    values = {kind: {n: p.detach() + i for n, p in model.named_parameters()} for i, kind in enumerate(KINDS)}
+    values = {kind: {n: p.detach() + i for n, p in model.named_parameters()} for i, kind in enumerate(TENSOR_KINDS)}
     write_checkpoint(tmp_path, 64, values, config, world_size=3)
     checkpoint = str(tmp_path / checkpoint_folder("runs/r/checkpoints/pretrain/0123456789ab", 64))
     export_model(checkpoint, tmp_path / "out", "diffusers", weights=weights)

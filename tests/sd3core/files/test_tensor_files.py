@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sd3core.errors import CheckpointError, UserError
 from sd3core.files.tensor_files import TensorFiles, TensorFileWriter, TensorInfo
-from sd3core.files.whole_output import made_whole
+from sd3core.files.whole_output import atomic_output
 
 TENSORS = {
     "odd": torch.tensor([True, False, True]),
@@ -111,19 +111,19 @@ def test_pickles_are_not_loaded(tmp_path, old):
 
 def test_an_output_is_there_whole_or_not_at_all(tmp_path):
     out = tmp_path / "deep" / "[model]"
-    with pytest.raises(KeyError), made_whole(out) as path:
+    with pytest.raises(KeyError), atomic_output(out) as path:
         path.mkdir()
         raise KeyError
     assert list(out.parent.iterdir()) == []
-    with made_whole(out) as path:
+    with atomic_output(out) as path:
         path.mkdir()
         (path / "file").write_text("whole")
         assert not out.exists()
-        with made_whole(out.with_name("other")) as other:
+        with atomic_output(out.with_name("other")) as other:
             other.write_text("a file")
     assert sorted(p.name for p in out.parent.iterdir()) == ["[model]", "other"]
     assert (out / "file").read_text() == "whole"
-    with pytest.raises(UserError, match="exists already"), made_whole(out):
+    with pytest.raises(UserError, match="exists already"), atomic_output(out):
         pass
 
 
@@ -138,9 +138,9 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_makes_is_no
     )
     assert done.returncode == -9
     (left,) = tmp_path.iterdir()
-    with made_whole(out) as path:
+    with atomic_output(out) as path:
         assert not left.exists() and path.parent.exists()
-        with pytest.raises(RuntimeError), made_whole(out):
+        with pytest.raises(RuntimeError), atomic_output(out):
             raise RuntimeError  # a second maker of the same thing at the same time
         assert path.parent.exists()
         path.write_text("whole")

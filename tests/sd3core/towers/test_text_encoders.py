@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_towers import drawings
 
-from sd3core.conditioning import assemble
+from sd3core.conditioning import join_features
 from sd3core.errors import DataError
 from sd3core.recipe import Text
 from sd3core.towers.text_encoders import load_text_encoders
@@ -74,7 +74,7 @@ def encode_prompt(pipeline, t5_tokens: int) -> tuple[torch.Tensor, torch.Tensor]
 @pytest.mark.parametrize("t5_tokens", [24, 77])
 def test_equals_diffusers_encode_prompt(towers_folder: Path, pipeline, t5_tokens):
     encoders = load_text_encoders(towers_folder, Text(t5_tokens=t5_tokens))
-    context, pooled = assemble(encoders.encode(PROMPTS), context_dim=64)
+    context, pooled = join_features(encoders.encode(PROMPTS), context_dim=64)
     theirs, their_pooled = encode_prompt(pipeline, t5_tokens)
     assert context.shape == theirs.shape == (3, 77 + t5_tokens, 64)
     assert torch.allclose(context, theirs, atol=1e-5) and torch.allclose(pooled, their_pooled, atol=1e-5)
@@ -82,7 +82,7 @@ def test_equals_diffusers_encode_prompt(towers_folder: Path, pipeline, t5_tokens
 
 def test_without_t5_equals_diffusers_encode_prompt(encoders, pipeline, monkeypatch):
     monkeypatch.setattr(pipeline, "text_encoder_3", None)
-    context, pooled = assemble(encoders.encode(PROMPTS, drop={"t5"}), context_dim=64)
+    context, pooled = join_features(encoders.encode(PROMPTS, drop={"t5"}), context_dim=64)
     theirs, their_pooled = encode_prompt(pipeline, TEXT.t5_tokens)
     assert torch.allclose(context, theirs, atol=1e-5) and torch.allclose(pooled, their_pooled, atol=1e-5)
     assert not theirs[:, 77:].any() and theirs[:, :77].any()

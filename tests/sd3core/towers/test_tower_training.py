@@ -7,7 +7,7 @@ from small_towers import TINY, drawings
 
 from sd3core.optim import QUINTICS, SMALLEST, orthogonalise
 from sd3core.towers.training.clip import WordSwaps, build_clip, contrastive_loss, train_clip
-from sd3core.towers.training.muon import Muon
+from sd3core.towers.training.muon import TowerMuon
 from sd3core.towers.training.schedule import ramp_and_fade, split_held_apart
 from sd3core.towers.training.t5 import corrupt, train_t5
 from sd3core.towers.training.tokenizers import make_clip_tokenizer, make_t5_tokenizer
@@ -157,7 +157,7 @@ def test_orthogonalise_of_a_single_direction_does_not_shoot_up(noise, dtype):
 def test_muon_solves_least_squares():
     torch.manual_seed(0)
     target, weight = torch.randn(4, 6), torch.nn.Parameter(torch.zeros(4, 6))
-    optimizer = Muon([weight], lr=0.1)
+    optimizer = TowerMuon([weight], lr=0.1)
     for step in range(200):
         optimizer.param_groups[0]["lr"] = 0.1 * ramp_and_fade(step, 200)
         optimizer.zero_grad()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from fake_training import make_job
 
-from sd3core.checkpoint import DONE_FILE, DamagedFile, DamagedRecord, list_checkpoints, read_done
+from sd3core.checkpoint import DONE_FILE, DamagedFile, DamagedRecord, list_checkpoints, read_checkpoint_done
 from sd3core.data.store import FileStore
 from sd3core.errors import StoreError
 from sd3core.recipe import Compute
@@ -107,7 +107,7 @@ def test_a_done_of_the_newer_attempt_is_not_taken_back(job):
     with pytest.raises(TrainingSuperseded):
         write(disturbed, job, old)
     last = last_whole_checkpoint(store, job.folder)
-    assert read_done(store, last.folder).attempt == 2
+    assert read_checkpoint_done(store, last.folder).attempt == 2
 
 
 @pytest.mark.parametrize("damage", ["samples", "steps", "not JSON"])
@@ -127,14 +127,14 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(job, damage):
     assert last_whole_checkpoint(store, job.folder, warnings.append).folder == first
     assert warnings[0].startswith(f"{store.uri(second)}/{DONE_FILE}: damaged") and "going on from an earlier" in warnings[0]
     with pytest.raises(DamagedRecord, match="delete it, and run the training stage again"):
-        read_done(store, second)
+        read_checkpoint_done(store, second)
 
 
 def test_a_bit_of_the_weights_is_found_by_who_reads_them_and_by_nobody_before(job, monkeypatch):
     """A look at a phase of many checkpoints reads none of their files."""
     store = FileStore(Path(job.store))
     folder = write(store, job, begin_attempt(store, job.folder))
-    [name] = read_done(store, folder).rank_files
+    [name] = read_checkpoint_done(store, folder).rank_files
     data = store.get(f"{folder}/{name}")
     weights, loaded, told = torch.zeros(3), [], []
     trainer = SimpleNamespace(rank=0, world=1, shapes={"w": [3]}, loaded=loaded.append)
@@ -161,10 +161,10 @@ def test_a_record_of_an_earlier_version_still_vouches_for_its_samples(job):
     fields = store.get_json(f"{folder}/{DONE_FILE}")
     del fields["sha256"]
     store.put_json(f"{folder}/{DONE_FILE}", fields)
-    assert read_done(store, folder).sha256 is None
+    assert read_checkpoint_done(store, folder).sha256 is None
     store.put_json(f"{folder}/{DONE_FILE}", fields | {"samples": fields["samples"] + 1})
     with pytest.raises(DamagedRecord, match="33 samples and its folder 32"):
-        read_done(store, folder)
+        read_checkpoint_done(store, folder)
     assert last_whole_checkpoint(store, job.folder) is None
 
 
@@ -172,7 +172,7 @@ def test_a_checkpoint_whose_files_are_gone_is_passed_over(job):
     store = FileStore(Path(job.store))
     attempt = begin_attempt(store, job.folder)
     first, second = (write(store, job, attempt, step) for step in (4, 8))
-    [name] = read_done(store, second).rank_files
+    [name] = read_checkpoint_done(store, second).rank_files
     whole = store.get(f"{second}/{name}")
     store.delete(f"{second}/{name}")
     warnings: list[str] = []

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from fake_training import MODEL, TOKENS, FakeLoader, make_job
 from rank_processes import run_ranks
 
-from sd3core.checkpoint import assemble, list_checkpoints, load_model, read_done
+from sd3core.checkpoint import assemble_weights, list_checkpoints, load_model, read_checkpoint_done
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError
 from sd3core.formulations import find_formulation
@@ -23,7 +23,7 @@ from sd3core.mmdit import CrossDiTConfig, DiTConfig, MMDiTConfig, UViTConfig, le
 from workers.trainer import loop
 from workers.trainer.checkpointing import begin_attempt, read_metrics
 from workers.trainer.job import TrainingFailed, TrainingSuperseded
-from workers.trainer.loop import Place, draw_inputs, train_rank
+from workers.trainer.loop import RankContext, draw_inputs, train_rank
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def _train(rank, world, job, loader_changes=None):
     try:
         train_rank(
             job,
-            Place(rank, world, CPU, threads=1),
+            RankContext(rank, world, CPU, threads=1),
             notebook,
             lambda *_: FakeLoader(job.training.global_batch, rank, world, **(loader_changes or {})),
         )
@@ -127,7 +127,7 @@ def _single_rank_stories(rank, world, root: Path):
     job, notebook = make_job(root / "usurped"), Notebook()
     try:
         usurped = Usurper(FakeLoader(8, 0, 1), job.store, job.folder)
-        train_rank(job, Place(0, 1, CPU, threads=1), notebook, lambda *_: usurped)
+        train_rank(job, RankContext(0, 1, CPU, threads=1), notebook, lambda *_: usurped)
         stories["usurped"] = None, notebook
     except TrainingSuperseded as error:
         stories["usurped"] = error, notebook
@@ -167,7 +167,7 @@ def test_checkpoints_and_rows_follow_the_clock(root, stories):
     assert rows[-1]["loss"] < rows[0]["loss"] and rows[0]["lr"] < rows[3]["lr"] == 1e-3
     assert all(0 < row["mfu"] and len(row["loss_by_t"]) == 8 for row in rows)
     assert [row["samples"] for row in rows if "attention_logit_max" in row] == [32, 64, 96]
-    done = read_done(store, f"{job.folder}/000000000096")
+    done = read_checkpoint_done(store, f"{job.folder}/000000000096")
     assert (done.steps, done.optimizer_step, done.attempt, done.null) == (12, 12, 1, "zeros")
     assert list(Path(job.log_dir).glob("events*")) and store.list(job.logs_folder + "/")
 
@@ -190,7 +190,7 @@ def test_another_formulation_trains_as_itself(root, stories, name):
     assert torch.cat(trained).mean() < 0.97 * torch.cat(fresh).mean()
     bins = (formulation.rf_time(inputs[0].t) * 8).long()
     assert [i for i, loss in enumerate(row["loss_by_t"]) if loss is not None] == sorted(set(bins.tolist()))
-    done = read_done(open_store(job.store), f"{job.folder}/000000000096")
+    done = read_checkpoint_done(open_store(job.store), f"{job.folder}/000000000096")
     assert done.training["formulation"] == job.training.formulation
     assert done.model_config_of() == MODEL
 
@@ -232,7 +232,7 @@ def test_a_checkpoint_says_in_which_precision_it_was_trained(root, stories, name
     error, notebook = stories[name]
     assert error is None
     folder = list_checkpoints(open_store(str(root / name)), make_job(root / name).folder)[-1].folder
-    assert read_done(open_store(str(root / name)), folder).training["precision"] == taken
+    assert read_checkpoint_done(open_store(str(root / name)), folder).training["precision"] == taken
     advice = (
         "pretrain.precision is bf16, for which this cpu has no arithmetic: fp32 is many times as fast, and auto takes it"
     )
@@ -243,9 +243,9 @@ def average_of(job, checkpoints: tuple[int, ...], decays: tuple[float, ...]):
     """The EMA by hand, from the live weights of checkpoints that each stand at one of its updates."""
     store, average = open_store(job.store), {}
     for samples, decay in zip(checkpoints, decays, strict=True):
-        live = assemble(store, f"{job.folder}/{samples:012d}", "weights")
+        live = assemble_weights(store, f"{job.folder}/{samples:012d}", "weights")
         average = {name: decay * average.get(name, 0.0) + (1 - decay) * tensor for name, tensor in live.items()}
-    return average, assemble(store, f"{job.folder}/{checkpoints[-1]:012d}", "ema")
+    return average, assemble_weights(store, f"{job.folder}/{checkpoints[-1]:012d}", "ema")
 
 
 def assert_close(found, expected):
@@ -269,7 +269,7 @@ def test_going_on_with_more_and_with_fewer_ranks(root, stories, tmp_path):
         rows = read_metrics(open_store(job.store), job.folder)
         for ours, theirs in zip(rows, alone[: len(rows)], strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
-        done = read_done(open_store(job.store), f"{job.folder}/{start + 16:012d}")
+        done = read_checkpoint_done(open_store(job.store), f"{job.folder}/{start + 16:012d}")
         assert (len(done.rank_files), done.attempt, done.optimizer_step) == (ranks, attempt, (start + 16) // 8)
     average, ema = average_of(job, (16, 32, 48), (0, 1 / 10, 0.15))
     assert_close(ema, average)
@@ -287,7 +287,7 @@ def test_ema_is_the_average_of_the_weights_since_its_first_update(root, stories)
 def test_before_its_first_update_the_ema_is_the_live_weights(root, stories):
     job, store = make_job(root / "at-once"), open_store(str(root / "at-once"))
     for samples, same in ((16, True), (32, False)):
-        live, ema = (assemble(store, f"{job.folder}/{samples:012d}", kind) for kind in ("weights", "ema"))
+        live, ema = (assemble_weights(store, f"{job.folder}/{samples:012d}", kind) for kind in ("weights", "ema"))
         assert all(torch.equal(live[name], ema[name]) for name in live) == same
 
 
@@ -297,7 +297,7 @@ def test_a_phase_that_is_made_longer_goes_on(root, stories):
     assert [stories[f"longer-{samples}"][1].began_at for samples in (16, 24, 48)] == [[0], [16], [24]]
     folder, stores = make_job(root / "longer").folder, [open_store(str(root / name)) for name in ("longer", "at-once")]
     for kind in ("weights", "exp_avg", "exp_avg_sq", "ema"):
-        longer, at_once = (assemble(store, f"{folder}/{48:012d}", kind) for store in stores)
+        longer, at_once = (assemble_weights(store, f"{folder}/{48:012d}", kind) for store in stores)
         assert all(torch.equal(longer[name], at_once[name]) for name in at_once)
     losses = [[(row["samples"], row["loss"]) for row in rows_of(root, name)] for name in ("longer", "at-once")]
     assert losses[0] == losses[1] and len(losses[0]) == 6
@@ -322,7 +322,7 @@ def _damaged_story(rank, world, job):
         stories = [_train(rank, world, job)]
     store, folder = open_store(job.store), f"{job.folder}/{64:012d}"
     if rank == 0:
-        path = f"{folder}/{read_done(store, folder).rank_files[1]}"
+        path = f"{folder}/{read_checkpoint_done(store, folder).rank_files[1]}"
         data = store.get(path)
         store.put(path, data[:-1] + bytes([data[-1] ^ 1]))
     dist.barrier()
@@ -341,8 +341,8 @@ def test_a_checkpoint_that_one_rank_finds_damaged_is_passed_over_by_all(s3_bucke
     damaged = f"{job.folder}/{64:012d}/rank-001-of-002.attempt-0001.safetensors"
     assert warning == f"pretrain: {store.uri(damaged)} is damaged (another SHA-256); going on from an earlier checkpoint"
     assert [ref.samples for ref in list_checkpoints(store, job.folder)] == [32, 64, 96]
-    assert read_done(store, f"{job.folder}/{64:012d}").attempt == 2
-    assert all(assemble(store, f"{job.folder}/{64:012d}", "weights"))
+    assert read_checkpoint_done(store, f"{job.folder}/{64:012d}").attempt == 2
+    assert all(assemble_weights(store, f"{job.folder}/{64:012d}", "weights"))
 
 
 def test_a_step_that_is_not_finite_is_named_and_left_out(root, stories):
@@ -353,7 +353,7 @@ def test_a_step_that_is_not_finite_is_named_and_left_out(root, stories):
     rows = rows_of(root, "one-nan")
     assert rows[5]["loss"] is None and rows[5]["keys"] == ["image-0"] and "warning" not in rows[6]
     assert [row["loss"] for row in rows[:5]] == [row["loss"] for row in rows_of(root, "clean")[:5]]
-    done = read_done(open_store(str(root / "one-nan")), f"{make_job(root / 'one-nan').folder}/000000000096")
+    done = read_checkpoint_done(open_store(str(root / "one-nan")), f"{make_job(root / 'one-nan').folder}/000000000096")
     assert (done.steps, done.optimizer_step) == (12, 11)
 
 
@@ -383,8 +383,8 @@ def test_a_later_phase_starts_exactly_from_the_averaged_weights(root, stories):
     error, _ = stories["finetune"]
     assert error is None
     store = open_store(str(root / "clean"))
-    before = assemble(store, f"{make_job(root / 'clean').folder}/000000000096", "ema")
-    after = assemble(store, f"{make_job(root / 'clean', phase='finetune.0').folder}/000000000016", "weights")
+    before = assemble_weights(store, f"{make_job(root / 'clean').folder}/000000000096", "ema")
+    after = assemble_weights(store, f"{make_job(root / 'clean', phase='finetune.0').folder}/000000000016", "weights")
     new = sorted(after.keys() - before.keys())
     assert len(new) == 8 and all(0.1 < after[name].min() and after[name].max() < 3 for name in new)
     assert not any(torch.allclose(after[name], torch.ones(64)) for name in new)

@@ -15,14 +15,14 @@ from rank_processes import run_ranks
 from safetensors import safe_open
 
 from sd3core import randomness
-from sd3core.checkpoint import assemble
+from sd3core.checkpoint import assemble_weights
 from sd3core.data.store import open_store
 from sd3core.errors import StoreError
 from sd3core.sampling import sample_dpmpp_2m_sde, sigma_schedule
 from workers.trainer import previews
 from workers.trainer.checkpointing import read_metrics
 from workers.trainer.job import PreviewCaption, PreviewSettings
-from workers.trainer.loop import Place, train_rank
+from workers.trainer.loop import RankContext, train_rank
 from workers.trainer.previews import Previews
 
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def _train_all(rank, world, jobs):
     for job in jobs:
         told.append(Deskless())
         loader = FakeLoader(job.training.global_batch, rank, world)
-        train_rank(job, Place(rank, world, CPU, threads=1), told[-1], lambda *_, loader=loader: loader)
+        train_rank(job, RankContext(rank, world, CPU, threads=1), told[-1], lambda *_, loader=loader: loader)
     return told
 
 
@@ -86,7 +86,7 @@ def test_training_is_the_same_with_and_without_them(tmp_path):
         rows = [read_metrics(open_store(j.store), j.folder) for j in (job, calm)]
         ours, theirs = ([{k: v for k, v in row.items() if k not in UNTIMED} for row in part] for part in rows)
         assert ours == theirs and len(ours) == 12
-        weights, others = (assemble(open_store(j.store), f"{j.folder}/000000000096", "weights") for j in (job, calm))
+        weights, others = (assemble_weights(open_store(j.store), f"{j.folder}/000000000096", "weights") for j in (job, calm))
         assert all(torch.equal(weights[name], others[name]) for name in others)
         assert heard.warnings == [] and heard.losses == [row["samples"] for row in ours]  # each step once
 

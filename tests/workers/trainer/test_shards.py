@@ -16,7 +16,7 @@ from sd3core.errors import DataError
 from sd3core.recipe import Text
 from workers.encode_text import pin_null
 from workers.trainer.job import DataRef
-from workers.trainer.loop import Place, draw_inputs, read_null
+from workers.trainer.loop import RankContext, draw_inputs, read_null
 from workers.trainer.shards import open_shards
 
 CPU = torch.device("cpu")
@@ -67,8 +67,8 @@ def job(tmp_path):
 
 def test_every_world_size_reads_the_same_batches(job):
     store, warnings = open_store(job.store), []
-    whole = open_shards(job, store, Place(0, 1, CPU, 1), warnings.append)
-    parts = [open_shards(job, store, Place(rank, 2, CPU, 1), warnings.append) for rank in range(2)]
+    whole = open_shards(job, store, RankContext(0, 1, CPU, 1), warnings.append)
+    parts = [open_shards(job, store, RankContext(rank, 2, CPU, 1), warnings.append) for rank in range(2)]
     assert warnings == ["1 images have no caption and are left out of training"] * 3
     seen = []
     for step in range(4):
@@ -87,12 +87,12 @@ def test_every_world_size_reads_the_same_batches(job):
 def test_another_manifest_than_the_job_names_is_refused(job):
     wrong = job.model_copy(update={"latents": DataRef(folder=job.latents.folder, digest="f" * 64)})
     with pytest.raises(DataError, match="no such manifest"):
-        open_shards(wrong, open_store(job.store), Place(0, 1, CPU, 1), pytest.fail)
+        open_shards(wrong, open_store(job.store), RankContext(0, 1, CPU, 1), pytest.fail)
 
 
 def test_named_samples_whatever_their_split(job):
     """By shard and key, in the order asked for; without those that are not there or have no caption."""
-    loader = open_shards(job, open_store(job.store), Place(0, 1, CPU, 1), lambda message: None)
+    loader = open_shards(job, open_store(job.store), RankContext(0, 1, CPU, 1), lambda message: None)
     [batch] = loader.samples([(1, "k25"), (0, "k3"), (0, "k25"), (0, "k7"), (9, "k3"), (0, "k0")])
     assert batch.keys == ["k25", "k3", "k0"] and batch.bucket == "64x64"
     whole = FakeLoader(40, 0, 1).batch(0)

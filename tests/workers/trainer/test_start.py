@@ -17,7 +17,7 @@ from sd3core.formulations import find_formulation
 from sd3core.mmdit import DiTConfig, insert_qk_norm, make_model
 from sd3core.mmdit.architectures import CONFIGS
 from workers.trainer.engine import Slice
-from workers.trainer.loop import PhaseTraining, Place, draw_inputs
+from workers.trainer.loop import PhaseTraining, RankContext, draw_inputs
 from workers.trainer.muon import matrices_in
 from workers.trainer.start import start_weights
 
@@ -114,7 +114,7 @@ def started(rank: int, store: Path, how: str) -> WholeWeights:
     """What one of two ranks has before its first step."""
     training = PhaseTraining.__new__(PhaseTraining)  # its constructor would start DeepSpeed
     training.job = make_job(store, model=NORMED, init=str(store / "start"), qk_norm="rms", qk_norm_start=how)
-    training.store, training.place = open_store(str(store)), Place(rank, 2, CPU, threads=1)
+    training.store, training.place = open_store(str(store)), RankContext(rank, 2, CPU, threads=1)
     training.loader, training.null = FakeLoader(8, rank, 2), None
     training.formulation, training.trainer = find_formulation(training.job.training.formulation), WholeWeights()
     training._load_start()

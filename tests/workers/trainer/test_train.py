@@ -13,9 +13,9 @@ import torch
 from fake_training import FakeLoader, make_job
 from ray import cloudpickle
 
-from sd3core.checkpoint import assemble, list_checkpoints
+from sd3core.checkpoint import assemble_weights, list_checkpoints
 from sd3core.data.provenance import device_kind, provenance_of
-from sd3core.data.store import StoreNotFound, may_pass, open_store
+from sd3core.data.store import StoreNotFound, is_transient, open_store
 from sd3core.errors import DataError, StoreError
 from sd3core.recipe import Compute
 from workers.ray_session import start_ray
@@ -107,8 +107,8 @@ def test_a_killed_rank_changes_nothing(undisturbed, tmp_path):
     assert result.warnings == ["pretrain: a rank was lost; went on from 32 samples"]
     assert rows_of(job) == rows_of(calm_job)
     for kind in ("weights", "exp_avg", "exp_avg_sq", "ema"):
-        ours = assemble(open_store(job.store), result.checkpoints[-1], kind)
-        calm = assemble(open_store(calm_job.store), result.checkpoints[-1], kind)
+        ours = assemble_weights(open_store(job.store), result.checkpoints[-1], kind)
+        calm = assemble_weights(open_store(calm_job.store), result.checkpoints[-1], kind)
         assert all(torch.equal(ours[name], calm[name]) for name in calm)
 
 
@@ -187,9 +187,9 @@ def test_restarts_are_counted_from_the_last_checkpoint(monkeypatch, tmp_path, st
 
 
 def test_which_errors_a_restart_may_mend():
-    assert may_pass(StoreError("s3://b: cannot be reached"))
+    assert is_transient(StoreError("s3://b: cannot be reached"))
     for error in (StoreNotFound("s3://b/x: no such object"), DataError("x"), TrainingFailed("x")):
-        assert not may_pass(error)
+        assert not is_transient(error)
 
 
 @pytest.mark.kills
