@@ -82,7 +82,7 @@ def demo(
     set_: SetOption = None,
 ) -> None:
     """The whole chain, from nothing to a scored, exported checkpoint; run again, it goes on where it stopped."""
-    from flows.cli.demo import run_demo as run_demo
+    from flows.cli.demo import run_demo
 
     run_demo(recipe, data, set_ or [], console, from_stage, remake)
 
@@ -90,9 +90,9 @@ def demo(
 @app.command()
 def up() -> None:
     """Starts the local services: Prefect server, worker, deployments. A second `up` is harmless."""
-    from flows.local.services import start_services as start
+    from flows.local.services import start_services
 
-    services = start(_say)
+    services = start_services(_say)
     _say(f"UI: {services.ui_url} (`{local_command('sd3 ui')}` shows its password)")
     _say(f'in this shell, for the prefect command: eval "$({local_command("sd3 env")})"')
 
@@ -100,9 +100,9 @@ def up() -> None:
 @app.command()
 def down() -> None:
     """Stops the local services and the runs they started. What the runs made stays; they go on when started again."""
-    from flows.local.services import stop_services as stop
+    from flows.local.services import stop_services
 
-    stop(_say)
+    stop_services(_say)
 
 
 @app.command()
@@ -173,9 +173,9 @@ def deploy(
     for warning in short_average_warnings(added):
         _say(f"warning: {warning}")
     if api is None:
-        from flows.local.services import start_services as start
+        from flows.local.services import start_services
 
-        start(_say)
+        start_services(_say)
     else:
         from flows.local.prefect_environment import password
 
@@ -217,10 +217,10 @@ def clean(
     set_: SetOption = None,
 ) -> None:
     """Lists what no run uses any more in the recipe's store and this machine's cache, with sizes; removes it only when told."""
-    from flows.cli.clean import clean_store as run_clean
+    from flows.cli.clean import clean_store
     from flows.local.home import run_store
 
-    run_clean(run_store(_load(recipe, set_)), remove or [], days, console)
+    clean_store(run_store(_load(recipe, set_)), remove or [], days, console)
 
 
 @app.command()
@@ -355,8 +355,8 @@ def import_(
     )
 
 
-@app.command()
-def export(
+@app.command("export")
+def export_(
     checkpoint: Annotated[
         Optional[list[str]],
         typer.Argument(help="A model folder or training checkpoint, by path or URL; without it a run's last."),
