@@ -1,0 +1,1 @@
+"""Prefect flows, one page each, and the `sd3` command."""

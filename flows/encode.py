@@ -1,4 +1,7 @@
-"""Stage 4, encode: text features of every caption once, VAE latents once a resolution. Paper appendix E.1."""
+"""Stage 4, encode: text features of every caption, VAE latents for every phase.
+
+Text is encoded once for all resolutions. Paper appendix E.1.
+"""
 
 from __future__ import annotations
 

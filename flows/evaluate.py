@@ -1,4 +1,7 @@
-"""Stage 7, evaluate: every checkpoint kept, live and EMA weights, scored on workers beside training. Paper section 5, App. B.3."""
+"""Stage 7, evaluate: scores of every checkpoint, with live and EMA weights.
+
+Paper section 5, App. B.3.
+"""
 
 from __future__ import annotations
 

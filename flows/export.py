@@ -1,4 +1,7 @@
-"""Stage 8, export: the last checkpoint's EMA weights as a folder that StableDiffusion3Pipeline.from_pretrained opens."""
+"""Stage 8, export: the last checkpoint as a folder that diffusers opens.
+
+Its EMA weights, for StableDiffusion3Pipeline.from_pretrained.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Stage 6, finetune: higher resolutions, aspect buckets, QK-norm, shifted timesteps. Paper section 5.3.2."""
+"""Stage 6, finetune: higher resolution, aspect buckets, QK-norm, shifted time.
+
+Paper section 5.3.2.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 1, ingest: a folder of images, or the small world, into WebDataset shards with a held-out part."""
+"""Stage 1, ingest: images into WebDataset shards, a part of them held out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`--from-stage S`: takes back the word that S and the stages after it are done, so that the next run of the pipeline makes them again.
+"""`--from-stage S` takes back that S and the stages after it are done.
+
+The next run of the pipeline makes them again.
 
 Only markers go (manifests, done records, scores), and only those of what this recipe makes with this version: what other settings
 or a version before made stays done. The bytes stay until the same names are written anew. Shards and towers are shared by every

@@ -1,4 +1,7 @@
-"""What every flow run stands on: the recipe, the store, one lock a run, one Ray session, a record that the process lives."""
+"""Opens what a flow run stands on: recipe, store, the run's lock, Ray.
+
+A record says that the process lives.
+"""
 
 from __future__ import annotations
 

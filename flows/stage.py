@@ -1,4 +1,7 @@
-"""One stage's run: opens the session, reports progress, ends with an outcome that the pipeline and the summary read."""
+"""Runs one stage: opens the session, reports progress, ends with an outcome.
+
+The pipeline and the summary read that.
+"""
 
 from __future__ import annotations
 

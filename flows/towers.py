@@ -1,4 +1,7 @@
-"""Stage 2, towers: the VAE, the text encoders and the judging CLIP; small ones are made, released ones are checked."""
+"""Stage 2, towers: the VAE, the text encoders and the judging CLIP.
+
+Small ones are made, released ones are checked.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training phase as the two training flows run it: the job from the recipe, the curve and the checkpoints as its result."""
+"""A training phase for both training flows: its job, curve and checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training phase shows while it works: its warnings in the log, the loss curve and the newest pictures in the UI."""
+"""Shows a training phase at work: warnings, the loss curve, newest pictures."""
 
 from __future__ import annotations
 

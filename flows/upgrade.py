@@ -1,4 +1,4 @@
-"""The upgrade guard: what stands for a recipe and would be made again only because a format rose with this version.
+"""The upgrade guard: names what would be made again because a format rose.
 
 Whatever a user changed is made again without a question, and so is what was never made. What a version would make again
 is told first, and waits for `--remake` (a deployment's parameter `remake`): runs/RUN/remake.json keeps the word, so that a

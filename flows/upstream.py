@@ -1,4 +1,6 @@
-"""What the stages before left in the store, found from the recipe alone: so any stage can be started on its own.
+"""Finds what the stages before left in the store, from the recipe alone.
+
+So any stage can be started on its own.
 
 A stage that is missing, or stands behind the one before it, is a DataError that names the deployment to run.
 """

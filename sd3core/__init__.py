@@ -1,0 +1,1 @@
+"""The library: the maths, the model, the frozen networks, data and metrics."""

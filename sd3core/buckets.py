@@ -1,5 +1,6 @@
-"""Aspect buckets: sides whose product is near a target area, both multiples of what a patch covers. Paper section
-5.3.2.
+"""Aspect buckets: sides whose product is near a target area.
+
+Both are multiples of what a patch covers. Paper section 5.3.2.
 """
 
 from __future__ import annotations

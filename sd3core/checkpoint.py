@@ -1,4 +1,4 @@
-"""Checkpoints: a plain model folder, and the training checkpoint that every rank writes its pieces of.
+"""Reads and writes checkpoints: a model folder, and the pieces of all ranks.
 
 Plain folder:         model.safetensors, then config.json (sizes, digest) last.
 Training checkpoint:  FOLDER/000000012800/ (samples seen)

@@ -1,4 +1,4 @@
-"""What the MM-DiT is told about a caption: the encoders' outputs, how they are joined, and which of them are left out.
+"""What the MM-DiT is told about a caption, and how encoders are left out.
 
 Paper App. B.2: context = [pad(clip_l | clip_g), pad(t5)] along tokens, CLIP first, padded with zeros on channels;
 pooled = clip_l_pooled | clip_g_pooled. App. B.3: in training each encoder's outputs are dropped on their own.

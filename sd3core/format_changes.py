@@ -1,4 +1,4 @@
-"""What sets two specs apart: a version of this software, which made a format rise, or a user, who changed the recipe."""
+"""Says what sets two specs apart: a format that rose, or the recipe."""
 
 from __future__ import annotations
 

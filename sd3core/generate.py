@@ -1,4 +1,4 @@
-"""From prompts to pictures: a checkpoint, the towers, and the sampler of its formulation put together once."""
+"""From prompts to pictures: checkpoint, towers and sampler put together once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keeps talks between processes of one machine off a user's HTTP proxy, which cannot know them."""
+"""Keeps talks between processes of one machine off a user's HTTP proxy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a machine gives: its rate of matrix products, the seconds of work, and memory that stays after it is freed.
+"""Measures a machine's rate of matrix products, and keeps freed memory.
 
 By default glibc gives freed blocks back to the system: a training step allocates the same large ones again and again, and
 faulting them in costs a fifth of it. Other C libraries know nothing of these settings and lose nothing by them.

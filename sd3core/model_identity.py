@@ -1,4 +1,4 @@
-"""Which model a local folder holds: a digest that follows the content and not the path."""
+"""Says which model a local folder holds, by its content and not its path."""
 
 from __future__ import annotations
 

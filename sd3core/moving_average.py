@@ -1,4 +1,4 @@
-"""The EMA of the weights in a training phase: its decay, which grows to the recipe's, and what a short phase's export holds.
+"""The EMA of the weights in a phase: its decay, and what a short phase exports.
 
 Until its first update the EMA is the live weights. Update n + 1 keeps min(ema_decay, n / (n + 9)) of it: the first one nothing,
 the next 1 / 10, 2 / 11, ...; 0.99 stands from update 892 on. So no weight that the phase started from is in it, be it

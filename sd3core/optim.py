@@ -1,4 +1,4 @@
-"""Orthogonal directions for Muon's steps: a matrix with all its singular values near one."""
+"""Makes a matrix orthogonal for Muon's steps: all singular values near one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures for people: grids, PNG files that carry their settings, small JPEG thumbnails for pages."""
+"""Pictures for people: grids, PNG files with their settings, thumbnails."""
 
 from __future__ import annotations
 

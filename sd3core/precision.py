@@ -1,4 +1,4 @@
-"""The number format of a forward pass, and what `precision: auto` means on a device.
+"""The number format of a forward pass, and what `precision: auto` means.
 
 A processor without bf16 instructions emulates them: on one with AVX2 alone a training step takes 13 times as long in bf16
 as in fp32, a small autoencoder's 15 times.

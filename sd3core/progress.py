@@ -1,4 +1,4 @@
-"""How far a piece of work has come: the one value that workers report and that terminals and UIs draw."""
+"""How far a piece of work has come: what workers report and terminals draw."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counter-based random draws: each is a pure function of (seed, epoch, sample, purpose).
+"""Counter-based random draws: functions of (seed, epoch, sample, purpose).
 
 So neither the number of ranks, nor a restart, nor the order of samples changes any of them. Philox4x64-10 (Salmon et
 al. 2011, as in numpy) with the key made from (seed, purpose) and the counter from (epoch, sample id). Held by golden

@@ -1,4 +1,4 @@
-"""The typed recipe: one YAML file is one run, validated as a whole before anything starts.
+"""The typed recipe: one YAML file is one run, validated before it starts.
 
 Every value has its unit in its name or its comment. Sections under `compute` and the run's name never change the bytes
 that a stage makes, so `sd3core.specs` leaves them out of every fingerprint.

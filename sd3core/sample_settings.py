@@ -1,4 +1,4 @@
-"""The settings of one drawing of pictures: also the sampler's part of a score's protocol."""
+"""The settings of one drawing: also the sampler's part of a score's protocol."""
 
 from __future__ import annotations
 

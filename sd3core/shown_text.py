@@ -1,7 +1,9 @@
-"""Text from outside (file names, captions, recipe keys) as people are shown it: in terminals and logs, in Markdown, in commands.
+"""Shows text from outside without harm: in terminals, Markdown, commands.
+
+File names, captions, recipe keys.
 
 A control character could move the cursor or recolour the screen, a mark of direction could reorder a line, a line break could fake a
-second one. They are shown as a programming language writes them: `\\x1b`, `\\u202e`, `\\n`.
+second one. They are shown as a programming language writes them: `\x1b`, `\u202e`, `\n`.
 """
 
 from __future__ import annotations

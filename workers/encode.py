@@ -1,4 +1,7 @@
-"""Encoding: text features of every caption (once for all resolutions) and VAE latents of every image for each phase."""
+"""The encode stage: text features of captions, and VAE latents of images.
+
+Text once for all resolutions, latents for each phase.
+"""
 
 from __future__ import annotations
 

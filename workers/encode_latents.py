@@ -1,4 +1,7 @@
-"""VAE latents of one shard, in batches of one bucket; threads decode ahead of the encoding."""
+"""Encodes the images of one shard into VAE latents, a bucket at a time.
+
+Threads decode ahead of the encoding.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text features of one shard: each distinct caption once, through CLIP-L, CLIP-G and T5."""
+"""Encodes each distinct caption of one shard through CLIP-L, CLIP-G and T5."""
 
 from __future__ import annotations
 

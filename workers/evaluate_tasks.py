@@ -1,4 +1,4 @@
-"""What is scored: each checkpoint's parts with their protocols, and the records that they leave."""
+"""Plans what is scored: each checkpoint's parts, with their protocols."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The evaluation worker: one part of one checkpoint's scores at a time, with towers and model loaded once and kept."""
+"""Scores one part of a checkpoint at a time.
+
+Towers and model are loaded once and kept.
+"""
 
 from __future__ import annotations
 

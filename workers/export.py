@@ -1,4 +1,4 @@
-"""The export stage: a run's last checkpoint as a folder that diffusers opens, made once."""
+"""The export stage: a run's last checkpoint as a diffusers folder, made once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Ingest: the recipe's images into raw WebDataset shards with sizes and captions, a held-out part marked."""
+"""The ingest stage: images into raw WebDataset shards, a part held out.
+
+Sizes and captions stand beside them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a shard is made from: a shard of an earlier stage, named by its manifest and checked against it."""
+"""Names the shard that a shard is made from, and checks it when it is read.
+
+By the manifest of the earlier stage.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What the nodes of Ray have room for, against what the recipe asks: Ray itself would wait for ever, in silence."""
+"""Compares what a recipe asks with what Ray's nodes have.
+
+Ray itself would wait for ever, in silence.
+"""
 
 from __future__ import annotations
 

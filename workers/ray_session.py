@@ -1,4 +1,7 @@
-"""This process's Ray: started on this machine or joined at compute.ray_address, watched while it works, started again where it died."""
+"""Starts or joins this process's Ray, watches it, and starts it again.
+
+It is joined at compute.ray_address, and started again where it died.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A stage that makes one shard from one shard: what is missing is made on actors, then the manifest is committed.
+"""Runs a stage that makes one shard from one shard, on actors.
+
+What is missing is made, then the manifest is committed.
 
 The store decides what is done: a stage whose manifest stands and matches is skipped, on any machine and in any run;
 otherwise one listing tells which shards are missing, and only those are made.

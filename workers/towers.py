@@ -1,4 +1,7 @@
-"""Towers: the small stand-ins trained from the raw data's training part, or released weights checked and taken over."""
+"""The towers stage: trains small stand-ins, or checks released weights.
+
+Small ones learn from the raw data's training part.
+"""
 
 from __future__ import annotations
 

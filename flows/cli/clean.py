@@ -1,4 +1,7 @@
-"""`sd3 clean`: what no run uses any more, in the store and in this machine's cache, with sizes; removed only when it is named."""
+"""`sd3 clean` lists what no run uses any more, and removes what is named.
+
+The store and this machine's cache are looked through; sizes are shown.
+"""
 
 from __future__ import annotations
 

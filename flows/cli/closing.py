@@ -1,4 +1,4 @@
-"""What a run's end looks like in the terminal: its stages, scores and pictures, and what to do next."""
+"""Prints the end of a run: its stages, scores, pictures and the next command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The `sd3` command: exit code 0 only when the thing was done, 130 after Ctrl-C; an error a user can cause is one line."""
+"""The `sd3` command: its exit codes, and errors of one line.
+
+0 only when the thing was done, 130 after Ctrl-C.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sd3 plan`: what a recipe will cost, from its numbers alone, before anything starts."""
+"""`sd3 plan` prints what a recipe will cost before anything starts."""
 
 from __future__ import annotations
 

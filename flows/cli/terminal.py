@@ -1,4 +1,6 @@
-"""The live view of a run: its stages with state, progress, rate and time left, and pictures. Reads Prefect's API and nothing else.
+"""Draws the live view of a run: stages, progress, time left and pictures.
+
+Reads Prefect's API and nothing else.
 
 On a terminal one table is redrawn, with the newest picture below it where there are colours; elsewhere (a log, CI) a line is
 printed when something changes, at most one a stage every twenty seconds. Warnings that come while a stage works, and the path of

@@ -1,4 +1,7 @@
-"""Runs by their names alone: what a run's checkpoints say of it, without the file and the settings that it was started with."""
+"""Finds a run by its name alone: its checkpoints keep its recipe.
+
+The file and the settings it was started with are not needed.
+"""
 
 from __future__ import annotations
 

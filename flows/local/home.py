@@ -1,4 +1,7 @@
-"""Where this machine keeps its own: the local store, Prefect's database, logs, caches, the records of live runs."""
+"""Says where this machine keeps what is its own: `SD3_HOME`, or `local/`.
+
+The store, Prefect's database, logs, caches, the records of live runs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The client of Prefect's server, for the many short talks of a follower and of a stage that tells its progress."""
+"""Opens the client of Prefect's server, for many short talks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in the environment of every process that talks to this home's Prefect, and what must not.
+"""Settings of Prefect for this home's processes, and which must not reach them.
 
 Prefect takes settings from the environment, from `.env`, `prefect.toml` and `pyproject.toml` in the current folder, and from a
 profile. A user's own Prefect may be named in any of them: the services are started without the shell's, in a folder of their own.

@@ -1,4 +1,6 @@
-"""The Prefect server of this home: `python -m flows.local.prefect_server FD`, with a socket that listens already.
+"""Runs this home's Prefect server on a socket that listens already.
+
+`python -m flows.local.prefect_server FD`.
 
 Whoever starts it has taken the port, so that no two servers can both believe to have it. Prefect's own app is kept as it is;
 around it stands a guard, since pages of the internet reach loopback through a user's browser, under names of their own choice.

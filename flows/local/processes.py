@@ -1,4 +1,7 @@
-"""Processes of this machine: told apart by their birth, found by how they were started, ended with all below them."""
+"""Finds, tells apart and ends processes of this machine.
+
+They are told apart by their birth, and ended with all below them.
+"""
 
 from __future__ import annotations
 

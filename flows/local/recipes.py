@@ -1,4 +1,7 @@
-"""Recipes by name: the shipped ones, and the files that were added with `sd3 deploy` or run with `sd3 demo --recipe FILE`."""
+"""Finds recipes by name: the shipped ones, and files that were added.
+
+`sd3 deploy` and `sd3 demo --recipe FILE` add one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The local services: a Prefect server (SQLite), one process worker, the deployments. Up, down, status.
+"""Starts and stops the local services: Prefect's server, worker, deployments.
+
+Up, down, status.
 
 Everything lies under `home()`, so a user's own Prefect stays untouched (flows.local.prefect_environment). The server binds to loopback,
 on a port that is taken before it starts. A second `up` changes nothing that is well, and replaces what has died; every wait is

@@ -1,4 +1,4 @@
-"""What a stage shows in Prefect's UI: its progress while it works, a table and small pictures at the end."""
+"""Writes a stage's progress, table and small pictures into Prefect's UI."""
 
 from __future__ import annotations
 

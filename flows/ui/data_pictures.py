@@ -1,4 +1,4 @@
-"""Pictures at the end of the first stages: some of the images, and what the autoencoder makes of them."""
+"""Draws some of the images, and what the autoencoder makes of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures while a phase trains: which captions the ranks draw, and their latents decoded into a grid beside them."""
+"""Draws pictures while a phase trains: a grid beside the latents of the ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores as tables: a row for each checkpoint and kind of weights, a column for each metric."""
+"""Lays out scores as tables: a row a checkpoint and weights, a column a metric."""
 
 from __future__ import annotations
 

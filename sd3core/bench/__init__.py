@@ -1,4 +1,4 @@
-"""What things cost on this machine, against an independent implementation and against the machine's own limit.
+"""Speed on this machine, against diffusers and the machine's own limit.
 
 measure.py   interleaved timing, peak memory
 model.py     MM-DiT against diffusers' SD3Transformer2DModel: training step and sampling

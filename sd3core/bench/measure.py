@@ -1,4 +1,7 @@
-"""Measuring on a machine that is never quiet: contenders in turn, ratios within one process, medians."""
+"""Measures on a machine that is never quiet: contenders in turn, medians of ratios.
+
+All within one process.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""MM-DiT against diffusers' SD3Transformer2DModel: the same weights, inputs, optimizer and batch, one process.
+"""MM-DiT against diffusers' SD3Transformer2DModel, side by side.
+
+The same weights, inputs, optimizer and batch, one process.
 
 A training step is forward, backward and AdamW. Three ways to compute it:
 

@@ -1,4 +1,7 @@
-"""The figures of a bench as a table: seconds, ratios, memory, and how far the machine's own limit is."""
+"""Lays out the figures of a bench as a table.
+
+Seconds, ratios, memory, and how far the machine's own limit is.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,4 @@
-"""What a recipe will cost, from its numbers alone: phases in memory and FLOPs, stages in hours."""
+"""What a recipe will cost, from its numbers alone.
+
+Phases in memory and FLOPs, stages in hours.
+"""

@@ -1,4 +1,7 @@
-"""What a training phase costs in memory, storage and FLOPs, from the recipe's numbers alone."""
+"""What a training phase costs in memory, storage and FLOPs.
+
+From the recipe's numbers alone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What captioning, encoding, training and evaluation cost: FLOPs from the recipe's numbers, and hours by stated rates.
+"""What the stages cost: FLOPs by the recipe's numbers, hours by stated rates.
 
 Rates are of one device. On a GPU they are assumed: training and drawing in bf16, towers in fp32. On a CPU they are measured: no
 work here is faster than plain matrix products, so its hours are at least these.

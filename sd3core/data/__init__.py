@@ -1,0 +1,1 @@
+"""Images, shards, manifests and batches: everything between a folder and a step."""

@@ -1,4 +1,6 @@
-"""What runs have begun and not ended, at begun/RUN/STAGE.HOME.json: written before a stage's first byte, removed after its last.
+"""Records what runs have begun and not ended: begun/RUN/STAGE.HOME.json.
+
+It is written before a stage's first byte, and removed after its last.
 
 A run that was killed leaves it behind: so `sd3 clean` keeps what the same command goes on with, and what that starts from, also
 where it was another home or machine. It decides nothing else. A home works on a run once at a time, so what it begins takes the

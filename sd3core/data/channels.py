@@ -1,4 +1,4 @@
-"""The colour and the transparency of a loaded image, apart, in few modes and with all the bits that the file has."""
+"""Splits a loaded image into colour and transparency, with all its bits."""
 
 from __future__ import annotations
 

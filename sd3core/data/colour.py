@@ -1,4 +1,6 @@
-"""Colours as sRGB: what an image's profile, or its file's own numbers, say they are. LittleCMS does the arithmetic.
+"""Converts colours to sRGB by what an image's profile or file says of them.
+
+LittleCMS does the arithmetic.
 
 Relative colorimetric with black point compensation, as editors and browsers show pictures. A profile whose effect is
 sRGB's, whatever it is called, changes nothing and costs nothing.

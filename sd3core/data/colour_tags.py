@@ -1,4 +1,6 @@
-"""What an image file says of its colours beside its pixels, and a PNG without the chunks that no picture needs.
+"""Reads what an image file says of its colours beside its pixels.
+
+And takes from a PNG the chunks that no picture needs.
 
 PNG, third edition: cICP before iCCP before sRGB before gAMA with cHRM (section 4.3); tRNS in the file's own bits (11.3.1).
 """

@@ -1,4 +1,4 @@
-"""Finds the image of a folder that a name means, also where it is spelled otherwise than the file's.
+"""Finds the image that a name means, also where it is spelled otherwise.
 
 Other case, other accents, backslashes, percent signs, an absolute path of this or another machine: taken where exactly one image
 fits. All lookups are in tables that are built once.

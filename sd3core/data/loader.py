@@ -1,4 +1,6 @@
-"""From the plan to batches: each rank's slice of every step, made ahead while training runs; and the held-out part.
+"""From the plan to batches: each rank's slice of every step, made ahead.
+
+And the held-out part.
 
 A batch is gathered from decoded shards by row numbers; nothing is parsed in the training loop.
 """

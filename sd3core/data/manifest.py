@@ -1,4 +1,6 @@
-"""MANIFEST.json: the word that a stage is done, what it was made from, and what it holds.
+"""MANIFEST.json: the word that a stage is done, and what it holds.
+
+It says what it was made from, too.
 
 Where it stands and matches, the stage is skipped. Beside the newest manifest every one that was ever committed stays
 under its digest, so that a reader that was told a digest reads just that one, whatever has been added since.

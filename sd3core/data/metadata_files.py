@@ -1,4 +1,4 @@
-"""Reads metadata.jsonl, metadata.csv and metadata.tsv: a row an image, with its file_name and text."""
+"""Reads metadata.jsonl, metadata.csv and metadata.tsv: a row an image."""
 
 from __future__ import annotations
 

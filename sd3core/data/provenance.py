@@ -1,4 +1,4 @@
-"""Provenance: by which version, of which packages and on what a stored object was made.
+"""Provenance: by which version, packages and machine an object was made.
 
 It stands beside the object or in a part that no fingerprint and no digest covers: the same bytes made elsewhere stay the
 same. It names no host, no path and no user.

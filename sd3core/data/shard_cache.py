@@ -1,4 +1,7 @@
-"""Whole shards on this machine's disk: checked, bounded, and shared by the ranks of the machine."""
+"""Keeps whole shards on this machine's disk: checked, bounded, shared.
+
+All ranks of the machine read them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Joins latents and text shard by shard: indexes checked, tensors decoded once, rows gathered into batches.
+"""Joins latents and text shard by shard, and gathers rows into batches.
+
+Indexes are checked, tensors decoded once.
 
 Every file is checked against the digest in its manifest before it is used.
 """

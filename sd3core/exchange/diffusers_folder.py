@@ -1,4 +1,6 @@
-"""A checkpoint as a folder that diffusers' StableDiffusion3Pipeline.from_pretrained opens, with a README for its use.
+"""Writes a checkpoint as a folder that diffusers' SD3 pipeline opens.
+
+StableDiffusion3Pipeline.from_pretrained reads it; a README says how.
 
     model_index.json  scheduler/  transformer/  vae/  text_encoder{,_2,_3}/  tokenizer{,_2,_3}/  README.md
 

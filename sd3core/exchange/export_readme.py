@@ -1,4 +1,7 @@
-"""The README of an exported folder: the call of the diffusers pipeline that fits how this checkpoint was trained."""
+"""Writes the README of an exported folder.
+
+It shows the call of the diffusers pipeline that fits how this checkpoint was trained.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Files of this machine: weights read a span at a time, outputs whole or absent, paths as users write them."""
+"""Files of this machine: weights, outputs that are whole or absent, paths."""

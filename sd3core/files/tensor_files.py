@@ -1,4 +1,6 @@
-"""safetensors files a span at a time: read without holding them in memory, written from spans that come in any order.
+"""safetensors files a span at a time, larger than memory.
+
+They are read and written in any order.
 
 The format: 8 bytes N, little end first; N bytes of JSON, name -> {dtype, shape, data_offsets}; the data without gaps.
 Such files come from outside, so all that a header says is checked before a byte of data is read.

@@ -1,4 +1,7 @@
-"""The paper's formulations in one form: z_t = a_t x0 + b_t noise, what the network predicts, how t is drawn."""
+"""The paper's formulations in one form: path, prediction, timestep density.
+
+z_t = a_t x0 + b_t noise, what the network predicts, how t is drawn.
+"""
 
 from sd3core.formulations.catalogue import FORMULATIONS, find_formulation
 from sd3core.formulations.formulation import Formulation

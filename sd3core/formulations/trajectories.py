@@ -1,4 +1,6 @@
-"""Paths from data (t = 0) to noise (t = 1): a_t and b_t of z_t = a_t x0 + b_t noise. Paper section 3.
+"""Paths from data to noise: a_t and b_t of z_t = a_t x0 + b_t noise.
+
+t = 0 is the data, t = 1 noise. Paper section 3.
 
 A level of noise is the ratio b / a, whatever the path; the log-SNR is lambda = -2 ln(b / a). Levels are compared by "rf
 time", the time at which rectified flow has them: b / (a + b), from 0 (data) to 1 (noise).

@@ -1,4 +1,7 @@
-"""Fréchet distance between two sets of features, each taken as a Gaussian (Heusel et al. 2017), in float64."""
+"""Fréchet distance between two sets of features, each taken as a Gaussian.
+
+2017), in float64.
+"""
 
 from __future__ import annotations
 

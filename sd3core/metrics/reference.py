@@ -1,4 +1,7 @@
-"""The judge's features of held-out images, which FID compares pictures with: made once, kept with their digest."""
+"""The judge's features of held-out images, which FID compares pictures with.
+
+Made once, kept with their digest.
+"""
 
 from __future__ import annotations
 

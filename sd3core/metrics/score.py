@@ -1,4 +1,4 @@
-"""What a metric gives: a number with the size of its sample, or the reason why there is none."""
+"""What a metric gives: a number with its count, or why there is none."""
 
 from __future__ import annotations
 

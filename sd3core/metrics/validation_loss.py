@@ -1,4 +1,6 @@
-"""Validation loss: the plain velocity error at fixed noise levels on held-out samples. Paper 5.3.3 and App. B.3.
+"""Validation loss: the velocity error at fixed noise levels, held-out samples.
+
+Paper 5.3.3 and App. B.3.
 
 It compares formulations, whose own losses have different units: each network is asked at the same log-SNRs, and what it
 predicts is turned into the velocity noise - x0 of rectified flow (Formulation.as_rectified_flow).

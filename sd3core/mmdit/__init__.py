@@ -1,4 +1,7 @@
-"""The MM-DiT of Stable Diffusion 3, a diffusion transformer with separate weights for image and text, and its rivals."""
+"""The MM-DiT of Stable Diffusion 3, and the backbones it is compared with.
+
+A diffusion transformer with separate weights for image and text.
+"""
 
 from sd3core.mmdit.architectures import config_from_dict, count_parameters, make_model
 from sd3core.mmdit.backbone import Backbone

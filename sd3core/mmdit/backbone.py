@@ -1,4 +1,4 @@
-"""What MM-DiT and its rivals share: the embedding of latent, time and text, positions, output, initial weights."""
+"""What MM-DiT and its rivals share: embeddings, positions, output, start."""
 
 from __future__ import annotations
 

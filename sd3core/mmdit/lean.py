@@ -1,4 +1,4 @@
-"""The heavy steps of a block for a CPU: the same numbers as their plain forms, less kept for the backward pass, less time.
+"""The heavy steps of a block for a CPU: the same numbers, less memory and time.
 
 What is cheap to make again is made again: the modulated input of a linear layer from its normalised one, GELU's output
 from its input, the weights of an attention from queries and keys. What is done number by number is compiled into one pass

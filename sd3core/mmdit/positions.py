@@ -1,4 +1,7 @@
-"""Positions of image patches: sine-cosine codes of coordinates that resolution only makes denser (paper 5.3.2)."""
+"""Positions of patches: sine-cosine codes that resolution only makes denser.
+
+Paper 5.3.2.
+"""
 
 from __future__ import annotations
 

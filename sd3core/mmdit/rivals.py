@@ -1,4 +1,6 @@
-"""The backbones that the paper compares MM-DiT with (5.2.3, figure 4): DiT, CrossDiT, UViT.
+"""The backbones that the paper compares MM-DiT with: DiT, CrossDiT, UViT.
+
+Section 5.2.3, figure 4.
 
 Same call, embedding, positions, modulation and start as MM-DiT; they differ in how text meets the image. The paper gives
 none of their sizes. Here all have MM-DiT's depth and width; `sd3 plan` shows parameters and FLOPs of each side by side.

@@ -1,4 +1,6 @@
-"""Drawn, captioned scenes that stand in for a data set, and ShapesBench, which scores a model on them.
+"""Drawn, captioned scenes, and ShapesBench, which scores a model on them.
+
+They stand in for a data set.
 
 world.py         the colours, shapes, relations, counts and reserved combinations
 scenes.py        draw_scene, render, describe

@@ -1,4 +1,6 @@
-"""The synthetic captioner of the small world: it sees pixels only, through the detector, and leaves nothing out.
+"""Captions a drawn scene from its pixels alone, and leaves nothing out.
+
+It looks through the detector.
 
 It plays the part that a vision-language model has on real data: counts, colours, shapes and the relation, in one short
 sentence.

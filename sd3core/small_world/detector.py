@@ -1,4 +1,4 @@
-"""The exact detector: which shapes in which colours stand where in a picture of the small world.
+"""The exact detector: which shapes in which colours stand where in a picture.
 
 Backgrounds are near grey, so objects are the pixels with chroma. Pixels are labelled by the nearest hue, connected
 pixels of one hue form a blob, and the blob's soft coverage is compared with each shape drawn at the blob's own area and

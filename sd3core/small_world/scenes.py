@@ -1,4 +1,4 @@
-"""Scenes of the small world: drawn, rendered and described as pure functions of (seed, index).
+"""Draws and describes scenes as pure functions of (seed, index).
 
 The six GenEval tasks are covered evenly. Objects stand on a loose grid: a lone one near the middle, two side by side or
 one above the other, three or four near the corners of a square; where exactly, and how large, varies. So a model of a

@@ -1,4 +1,6 @@
-"""What the small world is made of: colours, shapes, relations, counts, and the combinations reserved for the bench.
+"""What the small world is made of: colours, shapes, relations, counts.
+
+And the combinations reserved for the bench.
 
 Lengths of shapes are in units of the shape's width (its size); x points right, y points down, the origin is the centre
 of the shape's box.

@@ -1,1 +1,1 @@
-"""The frozen networks beside the model: autoencoder, text encoders, judge and captioner."""
+"""The frozen networks beside the model: VAE, text encoders, judge, captioner."""

@@ -1,4 +1,6 @@
-"""Towers as a pinned artifact: the frozen networks around the diffusion model, named by the digests of their files.
+"""Towers as a pinned artifact, named by the digests of their files.
+
+They are the frozen networks around the diffusion model.
 
 FOLDER/vae/... text_encoder/... tokenizer/...       the files, as diffusers' StableDiffusion3Pipeline lays them out
 FOLDER/TOWER.done.json                              a tower's files with sha256, and its training figures; written last

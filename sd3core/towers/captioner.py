@@ -1,4 +1,7 @@
-"""A vision-language model as a captioner: any transformers image-text-to-text model in a local folder."""
+"""A vision-language model as a captioner, from a local folder.
+
+Any image-text-to-text model of transformers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What the towers cost, from their sizes alone: FLOPs of one image or caption, 2 per multiply-add.
+"""What the towers cost, from their sizes alone: FLOPs of an image or caption.
+
+2 per multiply-add.
 
 Counts linear maps, convolutions, q k^T and its product with v, as sd3core.mmdit.flops does; no norms, no activations.
 """

@@ -1,4 +1,7 @@
-"""The actor in which Ray Train runs a phase and at which its ranks report, and what runs in each rank's process."""
+"""The actor in which Ray Train runs a phase and to which its ranks report.
+
+And what runs in each rank's process.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a training phase is asked to do and what it hands back: plain JSON values that travel to any machine."""
+"""What a training phase is asked to do, and what it hands back.
+
+Plain JSON values that travel to any machine.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training step is measured by: loss by timestep, learning rate, FLOPs and the share of the machine's peak."""
+"""Measures a training step: loss by timestep, rate, FLOPs and MFU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a phase tells while it trains, besides its progress: losses, warnings, pictures."""
+"""What a phase tells while it trains: losses, warnings, pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loader of a training rank: the phase's two manifests, the plan over their rows, a local cache of shards."""
+"""Opens the loader of a rank: two manifests, the plan, a local cache of shards."""
 
 from __future__ import annotations
 

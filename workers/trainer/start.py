@@ -1,4 +1,7 @@
-"""The weights a phase starts from: fresh, or a checkpoint's with QK-norm inserted where the phase is the first to have it."""
+"""The weights a phase starts from: fresh, or a checkpoint's.
+
+QK-norm is inserted where the phase is the first to have it.
+"""
 
 from __future__ import annotations
 

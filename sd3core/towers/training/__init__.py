@@ -1,0 +1,1 @@
+"""How the small towers are made."""

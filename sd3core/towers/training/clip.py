@@ -1,4 +1,4 @@
-"""A small CLIP: two towers trained to agree on which caption belongs to which picture.
+"""A small CLIP: two towers trained to agree on captions and pictures.
 
 Loss: the symmetric contrastive one, where pairs that carry the very same caption do not count against each other. Every caption
 also gets a rival of its own in which two words of one kind have changed places ("a red circle and a blue square" against "a blue

@@ -1,4 +1,4 @@
-"""Makes a small tower: trains it on a data set's own pictures and captions, and lays out its folders."""
+"""Makes a small tower from a data set's own pictures and captions."""
 
 from __future__ import annotations
 

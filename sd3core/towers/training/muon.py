@@ -1,4 +1,6 @@
-"""Muon: momentum whose direction is made orthogonal, so that every direction of a weight matrix learns at the same pace.
+"""Muon for the small towers: momentum whose direction is made orthogonal.
+
+So every direction of a weight matrix learns at the same pace.
 
 For a gradient momentum G = U S V^T the step is nearly U V^T (Jordan et al. 2024), by three odd polynomials of degree
 five, each the best for what the one before it gives (Amsel et al. 2025, arXiv:2505.16932). Five iterations of Jordan's

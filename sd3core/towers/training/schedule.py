@@ -1,4 +1,7 @@
-"""What the small towers' trainings have in common: the learning rate's course and the pictures held apart for their figures."""
+"""What the small towers' trainings share: the rate's course, rows held apart.
+
+Those are for their figures.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small tokenizers made from a data set's captions, of the classes that open the released ones.
+"""Makes small tokenizers from captions, of the released ones' classes.
 
 CLIP: byte-level BPE laid out as OpenAI's (256 bytes, the same 256 at a word's end, merges, begin mark, end mark), so that any
 text has tokens. T5: a unigram model with <pad> 0, </s> 1, <unk> 2 and the sentinels <extra_id_0> ... at the very end.

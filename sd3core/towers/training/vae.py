@@ -1,4 +1,4 @@
-"""A small f8 16-channel autoencoder, trained from scratch on a data set's own pictures.
+"""A small f8 16-channel autoencoder, trained on a data set's own pictures.
 
 Loss: mean |x - x'| + mean (x - x')^2 + kl_weight * KL per latent number. The pictures are seen at two scales (shorter side one
 and two crops), as pretraining and fine-tuning will encode them. The draw from the posterior is what makes the decoder forgive
