@@ -24,8 +24,14 @@ def evaluate(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
     with stage("evaluate", recipe, overrides, remake) as run:
         checkpoints, inputs = upstream.to_be_scored(run.recipe, run.store)
         folder = f"runs/{run.recipe.run}/evaluations"
-        digests = {"raw": inputs.raw.digest, "text": inputs.text.digest} | {key: ref.digest for key, ref in inputs.latents.items()}
-        needs = [f"references/{run.recipe.data.name}", inputs.towers, *(path for paths in checkpoints.values() for path in paths)]
+        digests = {"raw": inputs.raw.digest, "text": inputs.text.digest} | {
+            key: ref.digest for key, ref in inputs.latents.items()
+        }
+        needs = [
+            f"references/{run.recipe.data.name}",
+            inputs.towers,
+            *(path for paths in checkpoints.values() for path in paths),
+        ]
         begin(run.store, run.recipe.run, "evaluate", folder, digests, needs)
         result = evaluate_stage(run.recipe, run.store, checkpoints, inputs, run.report)
         end(run.store, run.recipe.run, "evaluate", folder)

@@ -58,6 +58,8 @@ def export(recipe: str, overrides: list[str] | None = None, remake: bool = False
             digest=exported.digest,
             skipped=exported.skipped,
             reason=NOTHING_TO_DO if exported.skipped else f"from {last.folder}",
-            warnings=[f"{run.store.uri(exported.damaged)} was damaged: the folder is made again"] if exported.damaged else [],
+            warnings=[f"{run.store.uri(exported.damaged)} was damaged: the folder is made again"]
+            if exported.damaged
+            else [],
             table=[{"folder": run.store.uri(exported.folder), "checkpoint": last.folder}],
         )

@@ -44,7 +44,9 @@ def pipeline(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
             get_run_logger().warning(warning)
         outcomes: list[dict[str, Any]] = []
         for stage_flow in STAGE_FLOWS:
-            if outcomes and outcomes[-1]["state"] == "done":  # now that it stands, what follows it may show another version's
+            if (
+                outcomes and outcomes[-1]["state"] == "done"
+            ):  # now that it stands, what follows it may show another version's
                 check_upgrade(opened.recipe, opened.store, remake)
             outcomes.append(stage_flow(recipe, overrides))
         scores = opened.store.get_json(f"{folder}/evaluations/scores.json")

@@ -92,4 +92,6 @@ def _folders(recipe: Recipe, store: Store, stage: str, trained: dict[str, str]) 
         ]
     if stage in ("pretrain", "finetune"):
         return [folder for key, folder in trained.items() if key.partition(".")[0] == stage]
-    return [{"ingest": specs.raw_folder, "towers": specs.towers_folder, "caption": specs.captions_folder}[stage](recipe)]
+    return [
+        {"ingest": specs.raw_folder, "towers": specs.towers_folder, "caption": specs.captions_folder}[stage](recipe)
+    ]

@@ -90,7 +90,9 @@ class _Look:
         return [part for name, part in self.parts.items() if name not in hidden]
 
     def _ingest(self) -> None:
-        self._data("ingest", "ingest", "raw", f"datasets/{self.recipe.data.name}/raw", specs.raw_fields(self.recipe), {})
+        self._data(
+            "ingest", "ingest", "raw", f"datasets/{self.recipe.data.name}/raw", specs.raw_fields(self.recipe), {}
+        )
 
     def _towers(self) -> None:
         recipe = self.recipe
@@ -138,7 +140,9 @@ class _Look:
             needs = {"vae": "towers", "raw": "ingest"}
             self._data(f"latents.{key}", "encode", "latents", f"{parent}/latents", latents, needs)
 
-    def _data(self, name: str, stage: str, kind: str, parent: str, fields: dict[str, Any], needs: dict[str, str]) -> None:
+    def _data(
+        self, name: str, stage: str, kind: str, parent: str, fields: dict[str, Any], needs: dict[str, str]
+    ) -> None:
         """A part whose specs are folders side by side, whoever made them."""
         spec = self.today[name] = _Spec(kind, parent, fields, needs)
         if self._ready(spec) and self.store.exists(f"{spec.folder}/{MANIFEST}"):
@@ -194,7 +198,9 @@ class _Look:
         DataError where what it was made from is not what the run reads of that.
         """
         folder = self.today[name].folder
-        first = next(other for other, spec in self.today.items() if spec.folder == folder)  # of phases that share latents
+        first = next(
+            other for other, spec in self.today.items() if spec.folder == folder
+        )  # of phases that share latents
         if first in self.read:
             return self.read[first]
         note = self._note(first)
@@ -278,14 +284,18 @@ class _Look:
                         return None
                     remade = True
                     told += changes if self.parts[other].status == "stands" else ()
-        own = format_changes(*({key: side[key] for key in side if key not in spec.needs} for side in (old, spec.fields)))
+        own = format_changes(
+            *({key: side[key] for key in side if key not in spec.needs} for side in (old, spec.fields))
+        )
         if own is None or not (own or remade):
             return None
         return tuple(dict.fromkeys([*told, *(f"{spec.kind} {change}" for change in own)]))
 
     def _led_here(self, name: str, value: Any) -> tuple[str, ...] | None:
         """The changes since the version whose result of a part `value` names; None where it names none of them."""
-        return next((changes for folder, changes in self._older(name).items() if self._is_of(name, folder, value)), None)
+        return next(
+            (changes for folder, changes in self._older(name).items() if self._is_of(name, folder, value)), None
+        )
 
     def _is_of(self, name: str, folder: str, value: Any) -> bool:
         """Whether `value`, a fingerprint or a digest, is how later stages name what stands in a part's folder."""
@@ -303,7 +313,9 @@ class _Look:
             if note is not None and (note.folder, note.digest) == (folder, value):
                 return True
             checkpoints = list_checkpoints(self.store, folder)
-            return any(read_checkpoint_done(self.store, checkpoint.folder).digest == value for checkpoint in checkpoints)
+            return any(
+                read_checkpoint_done(self.store, checkpoint.folder).digest == value for checkpoint in checkpoints
+            )
         return False
 
     def _fields_of(self, name: str, folder: str) -> dict[str, Any] | None:

@@ -40,7 +40,11 @@ def finished_runs(store: Store) -> dict[str, str]:
 
 
 def write_summary(
-    store: Store, recipe: Recipe, stages: list[dict[str, Any]], scores: dict[str, Any], overrides: list[str] | None = None
+    store: Store,
+    recipe: Recipe,
+    stages: list[dict[str, Any]],
+    scores: dict[str, Any],
+    overrides: list[str] | None = None,
 ) -> dict[str, Any]:
     """`stages`: name, manifest, digest, seconds, state (done or skipped), reason. `scores`: as in evaluations/scores.json."""
     summary = {
@@ -64,5 +68,3 @@ def write_summary(
 def _makers(store: Store, manifest: str) -> list[dict[str, Any]]:
     found = provenance_of(store, manifest.removeprefix(f"{store.url}/"))
     return [maker.model_dump(mode="json", exclude_none=True) for maker in found]
-
-

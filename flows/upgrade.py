@@ -157,7 +157,9 @@ def _training_hours(store: Store, last: CheckpointRef) -> float | None:
 def _standing(recipe: Recipe, store: Store, part: StandingPart, folder: str) -> Remaking:
     if not store.exists(f"{folder}/{MANIFEST}"):  # checkpoints, scores
         done = list_checkpoints(store, folder)
-        return Remaking(sum(entry.size for entry in store.list(folder)), _training_hours(store, done[-1]) if done else None)
+        return Remaking(
+            sum(entry.size for entry in store.list(folder)), _training_hours(store, done[-1]) if done else None
+        )
     try:
         manifest = read_towers(store, folder) if part.stage == "towers" else read_manifest(store, folder)
     except DataError:

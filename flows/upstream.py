@@ -92,7 +92,11 @@ class PhaseInputs:
 def phase_inputs(recipe: Recipe, store: Store, phase_key: str) -> PhaseInputs:
     """Finding them needs the phase before to be finished."""
     phase = dict(recipe.phases())[phase_key]
-    its_latents, its_text, start = latents(recipe, store, phase), text(recipe, store), start_of(recipe, store, phase_key)
+    its_latents, its_text, start = (
+        latents(recipe, store, phase),
+        text(recipe, store),
+        start_of(recipe, store, phase_key),
+    )
     fields = specs.train_fields(
         recipe,
         phase,
@@ -132,9 +136,8 @@ def check_room(recipe: Recipe, store: Store, nodes: Sequence[Node]) -> None:
     if problem := actors_problem(recipe.compute, nodes):
         if not _stands(lambda: all_scored(recipe, store, *to_be_scored(recipe, store))):
             raise NoRoomError(problem)
-    if problem := ranks_problem(recipe.compute, nodes):
-        if not _stands(lambda: checkpoints(recipe, store, last)):
-            raise NoRoomError(problem)
+    if (problem := ranks_problem(recipe.compute, nodes)) and not _stands(lambda: checkpoints(recipe, store, last)):
+        raise NoRoomError(problem)
 
 
 def _stands(found: Callable[[], object]) -> bool:

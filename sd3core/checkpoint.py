@@ -140,7 +140,9 @@ def parse_piece_name(name: str) -> tuple[TensorKind, str, int]:
     kind, _, rest = name.partition("/")
     parameter, _, start = rest.rpartition("/")
     if kind not in TENSOR_KINDS or not parameter or not start.isdigit():
-        raise CheckpointError(f"tensor {name!r} is not named KIND/PARAMETER/START with KIND one of {', '.join(TENSOR_KINDS)}")
+        raise CheckpointError(
+            f"tensor {name!r} is not named KIND/PARAMETER/START with KIND one of {', '.join(TENSOR_KINDS)}"
+        )
     return kind, parameter, int(start)
 
 
@@ -156,7 +158,9 @@ def list_checkpoints(store: Store, parent: str, last_samples: int | None = None)
     pattern = re.compile(re.escape(parent.rstrip("/")) + rf"/(\d{{12}})/{DONE_FILE}")
     matches = (pattern.fullmatch(entry.path) for entry in store.list(parent.rstrip("/") + "/"))
     samples = sorted(int(match.group(1)) for match in matches if match)
-    return [CheckpointRef(n, checkpoint_folder(parent, n)) for n in samples if last_samples is None or n <= last_samples]
+    return [
+        CheckpointRef(n, checkpoint_folder(parent, n)) for n in samples if last_samples is None or n <= last_samples
+    ]
 
 
 def write_done(store: Store, folder: str, done: CheckpointDone) -> None:
@@ -187,7 +191,9 @@ def read_checkpoint_done(store: Store, folder: str) -> CheckpointDone:
         raise CheckpointError(f"{where}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
     if done.format != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{where}: format {done.format}; this version reads {CHECKPOINT_FORMAT}")
-    named = where.split("/")[-2]  # older records do not vouch for themselves, and the clock is what training goes on from
+    named = where.split("/")[
+        -2
+    ]  # older records do not vouch for themselves, and the clock is what training goes on from
     if re.fullmatch(r"\d{12}", named) and int(named) != done.samples:
         raise DamagedRecord(f"{where}: damaged, it says {done.samples:,} samples and its folder {int(named):,}; {mend}")
     return done
@@ -204,7 +210,9 @@ def read_pieces(
     Other pieces are not read from the file. Raises DamagedFile, or CheckpointError that names a tensor.
     """
     record = store.uri(_join(folder, DONE_FILE))
-    mend = f"take another checkpoint, or delete {record} and run the training stage again: it goes on from an earlier one"
+    mend = (
+        f"take another checkpoint, or delete {record} and run the training stage again: it goes on from an earlier one"
+    )
     for name in done.rank_files:
         verified = verified_local_file(store, _join(folder, name), done.files[name], mend)
         with verified as path, TensorFiles([path]) as tensors:
@@ -249,13 +257,19 @@ def assemble_weights(store: Store, folder: str, kind: TensorKind) -> dict[str, T
 def checkpoint_digest(url_or_path: str | Path) -> str:
     """What names the content of a training checkpoint (its digest) or of a model folder (SHA-256 of its weights)."""
     store = open_store(str(url_or_path))
-    return read_checkpoint_done(store, "").digest if is_training_checkpoint(store) else read_model_fields(store)[1].sha256
+    return (
+        read_checkpoint_done(store, "").digest if is_training_checkpoint(store) else read_model_fields(store)[1].sha256
+    )
 
 
 def read_config(url_or_path: str | Path) -> BackboneConfig:
     """The sizes of a training checkpoint's or model folder's network, without its weights."""
     store = open_store(str(url_or_path))
-    return read_checkpoint_done(store, "").model_config_of() if is_training_checkpoint(store) else read_model_fields(store)[0]
+    return (
+        read_checkpoint_done(store, "").model_config_of()
+        if is_training_checkpoint(store)
+        else read_model_fields(store)[0]
+    )
 
 
 def save_model(url_or_path: str | Path, model: Backbone, extra: dict[str, Any] | None = None) -> None:

@@ -229,7 +229,9 @@ def passed_over_in(names: Iterable[str], form: Format) -> str:
     known = {prefix for name in outside for prefix in PASSED_OVER if name.startswith(prefix)}
     others = [name for name in outside if not name.startswith(tuple(PASSED_OVER))]
     said = sorted({PASSED_OVER[prefix] for prefix in known})
-    said += [f"{counted(len(others), 'tensor')} not under {form.prefix!r} ({some(others, len(others))})"] if others else []
+    said += (
+        [f"{counted(len(others), 'tensor')} not under {form.prefix!r} ({some(others, len(others))})"] if others else []
+    )
     return " and ".join(said)
 
 

@@ -175,7 +175,9 @@ class Generator:
         if settings.negative_prompt is not None and settings.guidance_scale == 1:
             raise UserError("a negative prompt does nothing at guidance scale 1; take another scale, or leave it out")
         if settings.convention == "textbook" and not self.formulation.is_rectified_flow:
-            raise UserError(f"schedule textbook is rectified flow's; {self.formulation.name} has one of its own: leave it out")
+            raise UserError(
+                f"schedule textbook is rectified flow's; {self.formulation.name} has one of its own: leave it out"
+            )
         step = DOWNSAMPLING * self.model.config.patch_size
         largest = self.model.config.position_max * step
         for side, px in (("height", settings.height), ("width", settings.width)):

@@ -82,5 +82,3 @@ class ProgressMeter:
     def _rate_since(self, point: tuple[int, float] | None, now: float) -> float | None:
         count, when = point or (self.done, now)
         return (self.done - count) / (now - when) if self.done > count and now > when else None
-
-

@@ -35,7 +35,9 @@ def _colour(text: str) -> str:
     """A colour under one name only, so that a fingerprint has one for it."""
     colour = NAMED_COLOURS.get(text.lower(), text.lower())
     if colour not in NAMED_COLOURS.values() and not re.fullmatch("#[0-9a-f]{6}", colour):
-        raise ValueError(f"{text!r} is no colour here; give white, black, grey, or #rrggbb in hexadecimal digits, in quotes")
+        raise ValueError(
+            f"{text!r} is no colour here; give white, black, grey, or #rrggbb in hexadecimal digits, in quotes"
+        )
     return colour
 
 
@@ -75,7 +77,9 @@ class Data(Section):
     folder: str | None = None  # a local folder: name.jpg with name.txt, or a metadata.jsonl with file_name and text
     caption: Literal["whole", "first_line"] = "whole"  # folder only: what a caption file holds, or its first line
     images: int = Field(4096, ge=1, le=100_000_000)  # small world only: how many scenes
-    image_side_px: int = Field(128, ge=16, le=LARGEST_SIDE_PX)  # small world only: side of the square whose area each scene has
+    image_side_px: int = Field(
+        128, ge=16, le=LARGEST_SIDE_PX
+    )  # small world only: side of the square whose area each scene has
     aspect_ratios: AspectRatios = (1.0,)  # small world only: drawn evenly
     max_objects: int = Field(4, ge=1, le=4)  # small world only
     min_side_px: int = Field(32, ge=1)  # smaller images are rejected
@@ -175,7 +179,9 @@ def _check_whole_path(key: str, path: str | None, schemes: tuple[str, ...] = STO
         return
     url = URL.match(path)
     if url and url.group(1) not in schemes:
-        raise ValueError(f"{key} {path} is a URL of another kind: take a whole path, {' or '.join(f'{s}://' for s in schemes)}")
+        raise ValueError(
+            f"{key} {path} is a URL of another kind: take a whole path, {' or '.join(f'{s}://' for s in schemes)}"
+        )
     if not url and not path.startswith("/"):
         raise ValueError(f"{key} {path} is relative, and workers run in folders of their own: give the whole path")
 
@@ -267,8 +273,12 @@ class Encode(Section):
 
 class Model(Section):
     depth: int = Field(24, ge=1, le=256)  # blocks; width 64 * depth, heads = depth
-    base_side_px: int = Field(256, ge=16, le=LARGEST_SIDE_PX)  # the side whose positions are 0, 1, 2, ... (256 in the paper)
-    max_side_px: int = Field(2048, ge=16, le=LARGEST_SIDE_PX)  # longest side of any bucket: the size of the position table
+    base_side_px: int = Field(
+        256, ge=16, le=LARGEST_SIDE_PX
+    )  # the side whose positions are 0, 1, 2, ... (256 in the paper)
+    max_side_px: int = Field(
+        2048, ge=16, le=LARGEST_SIDE_PX
+    )  # longest side of any bucket: the size of the position table
     architecture: Literal["mmdit", "dit", "cross_dit", "uvit"] = "mmdit"  # or a rival of the paper's figure 4
     streams: Literal[2, 3] = 2  # mmdit: sets of weights, for text and image or for CLIP, T5 and image
     dual_attention_blocks: int = Field(0, ge=0)  # mmdit: the first n blocks have SD3.5-medium's second attention
@@ -302,7 +312,9 @@ class Training(Section):
     aspect_ratios: AspectRatios = (1.0,)  # more than one makes aspect buckets
     buckets: Buckets | None = None  # in place of aspect_ratios: all sizes by a rule
     samples: int = Field(ge=1)
-    seed: Seed | None = None  # of weights, batches, timesteps and noise; None: the phase before's, of pretrain the recipe's
+    seed: Seed | None = (
+        None  # of weights, batches, timesteps and noise; None: the phase before's, of pretrain the recipe's
+    )
     global_batch: int = Field(ge=1)
     micro_batch: int = Field(ge=1)  # per rank and forward
     learning_rate: float = Field(1e-4, gt=0)
@@ -314,7 +326,9 @@ class Training(Section):
     adam_eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float = Field(1.0, gt=0)
-    formulation: str = "rf/lognorm(0.00,1.00)"  # as sd3core.formulation_names has them, with any numbers in their bounds
+    formulation: str = (
+        "rf/lognorm(0.00,1.00)"  # as sd3core.formulation_names has them, with any numbers in their bounds
+    )
     shift: float = Field(1.0, gt=0)  # alpha of the resolution shift, in training and sampling: log-SNR - 2 ln(alpha)
     qk_norm: Literal["rms"] | None = None
     qk_norm_start: Literal["fitted", "one"] = "fitted"  # scales where a phase inserts it: from its first batch, or one
@@ -399,7 +413,9 @@ class Evaluate(Section):
     batch: int = Field(64, ge=1)
     precision: Precision = "auto"  # of the transformer; the towers run in fp32
     checkpoints: Literal["all", "last"] = "all"  # score every checkpoint kept, or the last of each phase
-    weights: Literal["both", "ema"] = "both"  # score the EMA's and the live weights, or in half the time the EMA's alone
+    weights: Literal["both", "ema"] = (
+        "both"  # score the EMA's and the live weights, or in half the time the EMA's alone
+    )
     seed: Seed = 0
 
     def shift_for(self, phase: Training) -> float:
@@ -411,7 +427,9 @@ class Compute(Section):
     """How many processes on what; never changes the bytes that are made."""
 
     ray_address: str | None = None  # None starts Ray on this machine
-    autoscaling: bool = False  # the cluster adds nodes when asked: what its nodes of now lack is waited for, not refused
+    autoscaling: bool = (
+        False  # the cluster adds nodes when asked: what its nodes of now lack is waited for, not refused
+    )
     actors: int = Field(2, ge=1)  # for ingest, caption, encode, evaluate
     cpus_per_actor: float = Field(1.0, gt=0)
     gpus_per_actor: float = Field(0.0, ge=0)
@@ -422,7 +440,9 @@ class Compute(Section):
     stall_timeout_s: float = Field(600.0, gt=0)  # no progress for so long is a failure
     object_store_mb: int = Field(200, ge=80)  # local Ray only
     cache_gb: float = Field(2.0, gt=0)  # local shard cache of a training rank
-    decoded_gb: float = Field(8.0, gt=0)  # decoded shards in a training rank's memory: the nine that a step draws from should fit
+    decoded_gb: float = Field(
+        8.0, gt=0
+    )  # decoded shards in a training rank's memory: the nine that a step draws from should fit
 
     @field_validator("gpus_per_actor", "gpus_per_rank")
     @classmethod

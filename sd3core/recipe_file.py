@@ -51,7 +51,9 @@ def _with_shared_training(fields: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(shared, dict):
         raise RecipeError(f"{where}: {SHARED}: give it as keys of a phase and their values")
     if unknown := next((key for key in shared if key not in Training.model_fields), None):
-        raise RecipeError(f"{where}: unknown key {SHARED}.{shortened(unknown, KEY_CHARS)}{_nearest(unknown, _valid_keys((SHARED,)))}")
+        raise RecipeError(
+            f"{where}: unknown key {SHARED}.{shortened(unknown, KEY_CHARS)}{_nearest(unknown, _valid_keys((SHARED,)))}"
+        )
     whole = {key: value for key, value in fields.items() if key != SHARED}
     if isinstance(whole.get("pretrain", {}), dict) and shared:
         whole["pretrain"] = shared | whole.get("pretrain", {})
@@ -91,7 +93,9 @@ def _read_file(path: str) -> str:
         if "\0" in path or not Path(path).is_file():
             raise RecipeError(f"recipe {path}: no such file; shipped: {', '.join(shipped_recipes())}")
         if Path(path).stat().st_size > LARGEST_BYTES:
-            raise RecipeError(f"recipe {path}: larger than {LARGEST_BYTES:,} bytes, so it is no recipe; name another file")
+            raise RecipeError(
+                f"recipe {path}: larger than {LARGEST_BYTES:,} bytes, so it is no recipe; name another file"
+            )
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"recipe {path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
@@ -141,7 +145,9 @@ def _apply_override(fields: dict[str, Any], override: str) -> None:
     try:
         target[_place(target, last, shown)] = parse_yaml(value)
     except yaml.YAMLError as error:
-        raise RecipeError(f"override {shown}: the value is not YAML ({_yaml_problem(error)}); put it in quotes{NO_SPACES}") from None
+        raise RecipeError(
+            f"override {shown}: the value is not YAML ({_yaml_problem(error)}); put it in quotes{NO_SPACES}"
+        ) from None
 
 
 def _place(target: dict | list, part: str, shown: str) -> str | int:

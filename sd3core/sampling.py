@@ -115,9 +115,7 @@ def sample_dpmpp_2m_sde(
     return _dpmpp_2m(predict, noise, sigmas, fresh, on_step)
 
 
-def _dpmpp_2m(
-    predict: Predict, noise: Tensor, sigmas: Tensor, fresh: Fresh | None, on_step: OnStep | None
-) -> Tensor:
+def _dpmpp_2m(predict: Predict, noise: Tensor, sigmas: Tensor, fresh: Fresh | None, on_step: OnStep | None) -> Tensor:
     sigma_before = x0_before = None
 
     def step(z: Tensor, sigma: float, next_sigma: float) -> Tensor:

@@ -28,8 +28,12 @@ FORMATS = {
     "evaluations": 2,
     "export": 2,
 }
-PIXELS = 2  # how image files become pixels (1 stood in no fingerprint): with their colour profiles, transparency, all bits
-WORLD = 2  # the small world's scenes, pictures and captions (1 stood in no fingerprint); raise it when any of them changes
+PIXELS = (
+    2  # how image files become pixels (1 stood in no fingerprint): with their colour profiles, transparency, all bits
+)
+WORLD = (
+    2  # the small world's scenes, pictures and captions (1 stood in no fingerprint); raise it when any of them changes
+)
 
 
 def fingerprint(fields: Any) -> str:
@@ -47,7 +51,10 @@ def version_numbers() -> str:
 def raw_fields(recipe: Recipe) -> dict[str, Any]:
     """How images are read and kept. The number of images is content, not spec: a data set that grows keeps its shards."""
     left_out, drawn = {"name", "images", "folder"}, recipe.data.source == "small_world"
-    for later, plain in (("caption", "whole"), ("background", "white")):  # of files; from before them fingerprints are good
+    for later, plain in (
+        ("caption", "whole"),
+        ("background", "white"),
+    ):  # of files; from before them fingerprints are good
         if drawn or getattr(recipe.data, later) == plain:
             left_out.add(later)
     fields = {"format": FORMATS["raw"], "data": recipe.data.model_dump(mode="json", exclude=left_out)}
@@ -97,14 +104,18 @@ def text_fields(recipe: Recipe, tower_digests: dict[str, str]) -> dict[str, Any]
 def latents_fields(recipe: Recipe, phase: Training, tower_digests: dict[str, str]) -> dict[str, Any]:
     """`buckets` stands there only where the phase has a rule: fingerprints from before it are good."""
     rule = {"buckets": phase.buckets.model_dump(mode="json")} if phase.buckets is not None else {}
-    return rule | _pixels(recipe) | {
-        "format": FORMATS["latents"],
-        "side_px": phase.side_px,
-        "aspect_ratios": list(phase.aspect_ratios),
-        "dtype": recipe.encode.latent_dtype,
-        "vae": tower_digests["vae"],
-        "raw": fingerprint(raw_fields(recipe)),
-    }
+    return (
+        rule
+        | _pixels(recipe)
+        | {
+            "format": FORMATS["latents"],
+            "side_px": phase.side_px,
+            "aspect_ratios": list(phase.aspect_ratios),
+            "dtype": recipe.encode.latent_dtype,
+            "vae": tower_digests["vae"],
+            "raw": fingerprint(raw_fields(recipe)),
+        }
+    )
 
 
 def train_fields(recipe: Recipe, phase: Training, *, latents: str, text: str, init: str | None) -> dict[str, Any]:

@@ -77,7 +77,9 @@ def test_the_python_that_runs_here_is_taken(machine, have, taken):
 
 
 def test_torch_comes_from_the_index_of_cpu_builds_else_from_pips_own(machine):
-    torch = next(line for line in (PROJECT / "infra/locks/cpu.txt").read_text().splitlines() if line.startswith("torch=="))
+    torch = next(
+        line for line in (PROJECT / "infra/locks/cpu.txt").read_text().splitlines() if line.startswith("torch==")
+    )
     code, output, calls = machine("python3.11", "git", "g++", NO_CPU_INDEX="1")
     first, whole, own = downloads(calls)
     assert code == 0 and first.endswith(f"--index-url https://download.pytorch.org/whl/cpu {torch}")

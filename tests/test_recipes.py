@@ -207,17 +207,26 @@ def test_the_papers_models(name):
             "finetune.0={side_px: 96, buckets: {}, samples: 32, global_batch: 4, micro_batch: 2, checkpoint_every_samples: 32}",
             "recipe tiny-test: finetune.0: its bucket 192x48 px is longer than model.max_side_px 128; raise that, or lower buckets.max_ratio",
         ),
-        ("model.depth=100000", "recipe tiny-test: model.depth: Input should be less than or equal to 256 (it is 100000)"),
+        (
+            "model.depth=100000",
+            "recipe tiny-test: model.depth: Input should be less than or equal to 256 (it is 100000)",
+        ),
         ("towers.small.clip_l.heads=3", "recipe tiny-test: towers.small.clip_l: width 32 is not a multiple of heads 3"),
         ("towers.small.t5.heads=3", "recipe tiny-test: towers.small.t5: width 64 is not a multiple of heads 3"),
         (
             "towers.small.judge.patch_px=64",
             "recipe tiny-test: towers.small.judge: image_px 32 is not a multiple of patch_px 64",
         ),
-        ("pretrain", "override 'pretrain': write it as section.key=value; in `make SET=...` a value has no spaces inside"),
+        (
+            "pretrain",
+            "override 'pretrain': write it as section.key=value; in `make SET=...` a value has no spaces inside",
+        ),
         ("finetune.1.samples=8", "override 'finetune.1.samples=8': '1' is not one of the positions 0 to 0"),
         ("finetune.first.samples=8", "override 'finetune.first.samples=8': 'first' is not one of the positions 0 to 0"),
-        ("run=[a", "override 'run=[a': the value is not YAML (line 1, column 3: expected ',' or ']', but got '<stream end>'); put it in quotes; in `make SET=...` a value has no spaces inside"),
+        (
+            "run=[a",
+            "override 'run=[a': the value is not YAML (line 1, column 3: expected ',' or ']', but got '<stream end>'); put it in quotes; in `make SET=...` a value has no spaces inside",
+        ),
     ],
 )
 def test_errors_name_the_key_and_the_mend(override, message):
@@ -231,7 +240,10 @@ def test_errors_of_the_file_itself(tmp_path):
     missing = tmp_path / "mine.yaml"
     assert problem(str(missing)).startswith(f"recipe {missing}: no such file; shipped: mini, ")
     missing.write_text("a: [1\n")
-    assert problem(str(missing)) == f"recipe {missing}: not YAML: line 2, column 1: expected ',' or ']', but got '<stream end>'"
+    assert (
+        problem(str(missing))
+        == f"recipe {missing}: not YAML: line 2, column 1: expected ',' or ']', but got '<stream end>'"
+    )
     missing.write_text("- a\n")
     assert problem(str(missing)) == f"recipe {missing}: a recipe is a mapping of sections, this file is not"
     missing.write_bytes(b"name: \xff\n")
@@ -244,7 +256,9 @@ def test_errors_of_the_file_itself(tmp_path):
 def test_a_file_that_is_named_without_its_ending(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-recipe.yaml").write_text("")
-    assert problem("my-recipe").startswith("recipe 'my-recipe': no recipe of that name; for the file write my-recipe.yaml; ")
+    assert problem("my-recipe").startswith(
+        "recipe 'my-recipe': no recipe of that name; for the file write my-recipe.yaml; "
+    )
 
 
 def test_a_misspelt_key_is_named_before_the_one_that_is_missing_for_it(tmp_path):
@@ -269,7 +283,9 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
 
 
 def test_reading_a_recipe_loads_no_torch():
-    script = "import sys; from sd3core.recipe_file import load_recipe; load_recipe('mini'); sys.exit('torch' in sys.modules)"
+    script = (
+        "import sys; from sd3core.recipe_file import load_recipe; load_recipe('mini'); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
@@ -324,7 +340,9 @@ def test_what_phases_share_stands_once(tmp_path):
     """`training:` in every phase that does not say otherwise: the same recipe as one that is written out."""
     fields = yaml.safe_load((RECIPES / "tiny-test.yaml").read_text())
     shared = fields.pop("training")
-    fields["finetune"].append({"side_px": 96, "samples": 8, "global_batch": 8, "micro_batch": 4, "qk_norm": "rms", "ema_decay": 0.5})
+    fields["finetune"].append(
+        {"side_px": 96, "samples": 8, "global_batch": 8, "micro_batch": 4, "qk_norm": "rms", "ema_decay": 0.5}
+    )
     for phase in (fields["pretrain"], *fields["finetune"]):
         phase |= shared | phase
     (tmp_path / "whole.yaml").write_text(yaml.safe_dump(fields))
@@ -354,7 +372,9 @@ def test_what_is_wrong_in_the_shared_part_is_named_there(overrides, said):
 
 
 def test_a_phases_own_value_wins_and_an_override_reaches_all_phases():
-    recipe = load_recipe("tiny-test", ["training.learning_rate=0.5", "training.precision=fp32", "finetune.0.precision=bf16"])
+    recipe = load_recipe(
+        "tiny-test", ["training.learning_rate=0.5", "training.precision=fp32", "finetune.0.precision=bf16"]
+    )
     assert [phase.precision for _, phase in recipe.phases()] == ["fp32", "bf16"]
     assert [phase.learning_rate for _, phase in recipe.phases()] == [1e-3, 1e-4]  # the file's own stand nearer
 
@@ -372,7 +392,9 @@ def test_pictures_may_be_drawn_at_another_shift_where_the_formulation_has_one():
     evaluate = load_recipe("tiny-test", ["evaluate.shift=3"]).evaluate
     assert {evaluate.shift_for(phase) for _, phase in load_recipe("tiny-test").phases()} == {3}
     fixed = ["finetune.0.shift=1", "pretrain.formulation=eps/linear", "finetune.0.formulation=eps/linear"]
-    with pytest.raises(RecipeError, match="evaluate.shift: eps/linear has a fixed table of noise levels, which shift 3"):
+    with pytest.raises(
+        RecipeError, match="evaluate.shift: eps/linear has a fixed table of noise levels, which shift 3"
+    ):
         load_recipe("tiny-test", [*fixed, "evaluate.shift=3"])
 
 
@@ -437,14 +459,23 @@ LEARNED = {
     "ema_every_steps": 2,
     "precision": "fp32",
 }
-HOW = {"micro_batch": 1, "checkpoint_every_samples": 16, "activation_checkpointing": True, "zero_stage": 1}  # never what comes out
+HOW = {
+    "micro_batch": 1,
+    "checkpoint_every_samples": 16,
+    "activation_checkpointing": True,
+    "zero_stage": 1,
+}  # never what comes out
 EVALUATE = dict.fromkeys(Evaluate.model_fields, 3) | {
     "sampler": "heun",
     "precision": "fp32",
     "checkpoints": "last",
     "weights": "ema",
 }
-COMPUTE = dict.fromkeys(Compute.model_fields, 3) | {"ray_address": "ray.internal:6379", "autoscaling": True, "train_ranks": 1}
+COMPUTE = dict.fromkeys(Compute.model_fields, 3) | {
+    "ray_address": "ray.internal:6379",
+    "autoscaling": True,
+    "train_ranks": 1,
+}
 CHANGES: list[tuple[set[str], dict[str, Any]]] = [
     (EVERYTHING, {"seed": 1, **under("data", **READ)}),
     ({"towers", *LATENTS, *TRAINED}, under("towers.small.vae", **VAE)),
@@ -471,7 +502,10 @@ CHANGES: list[tuple[set[str], dict[str, Any]]] = [
     (TRAINED, under("model", start_from="models/sd3")),
     (TRAINED, under("pretrain", qk_norm="rms", **LEARNED)),
     ({"finetune"}, under("finetune.0", qk_norm=None, **LEARNED)),
-    ({"finetune"}, under("pretrain", samples=192)),  # it goes on under its constant rate, and the next phase starts later
+    (
+        {"finetune"},
+        under("pretrain", samples=192),
+    ),  # it goes on under its constant rate, and the next phase starts later
     (set(), under("finetune.0", samples=192)),
     (set(), {"name": "other", "run": "other", "store": "s3://bucket/x"}),
     (set(), under("data", folder="/other", images=960)),  # more shards of the same kind
@@ -584,7 +618,9 @@ def test_fields_that_came_later_leave_fingerprints_as_they_were(monkeypatch):
 
 def test_a_folders_first_lines_are_another_data_set_and_whole_captions_are_the_one_from_before():
     folder = ["data.source=folder", "data.folder=/photos", "caption.captioner=none"]
-    fields = [specs.raw_fields(load_recipe("tiny-test", [*folder, *more])) for more in ([], ["data.caption=first_line"])]
+    fields = [
+        specs.raw_fields(load_recipe("tiny-test", [*folder, *more])) for more in ([], ["data.caption=first_line"])
+    ]
     assert "caption" not in fields[0]["data"] and fields[1]["data"]["caption"] == "first_line"
 
 
@@ -672,7 +708,10 @@ def test_a_fingerprint_is_of_the_values_and_not_of_their_order():
 @pytest.mark.parametrize(
     "override, said",
     [
-        ("data.folder=https://host/images", "folder https://host/images is a URL, and folder is a folder of this machine: download"),
+        (
+            "data.folder=https://host/images",
+            "folder https://host/images is a URL, and folder is a folder of this machine: download",
+        ),
         ("data.folder=s3://bucket/images", "data: folder s3://bucket/images is a URL"),
         ("data.folder=hf://datasets/x", "data: folder hf://datasets/x is a URL"),
         ("data.folder=file:///images", "give the path alone"),
@@ -708,7 +747,9 @@ def test_how_files_become_pixels_stands_in_what_is_made_from_files_alone(monkeyp
 
 def test_the_background_counts_where_it_is_another_and_a_colour_has_one_name():
     def spec(background: str) -> str:
-        return fingerprint(specs.raw_fields(load_recipe("tiny-test", [*OF_A_FOLDER, f"data.background='{background}'"])))
+        return fingerprint(
+            specs.raw_fields(load_recipe("tiny-test", [*OF_A_FOLDER, f"data.background='{background}'"]))
+        )
 
     usual = fingerprint(specs.raw_fields(load_recipe("tiny-test", OF_A_FOLDER)))
     assert spec("white") == spec("#FFFFFF") == spec("White") == usual

@@ -35,9 +35,7 @@ def caption_stage(recipe: Recipe, store: Store, raw: ManifestRef, report: Progre
         ShardTask(number, shard.digest[:12], folder, shard.rows, shard)
         for number, shard in input_shards(read_manifest(store, raw.folder, raw.digest)).items()
     ]
-    stage = ShardStage(
-        "caption", "captions", folder, captions_fields(recipe), {"raw": raw.digest}, tasks, unit="image"
-    )
+    stage = ShardStage("caption", "captions", folder, captions_fields(recipe), {"raw": raw.digest}, tasks, unit="image")
     worker = {
         "store_url": store.url,
         "caption": recipe.caption,

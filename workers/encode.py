@@ -54,9 +54,7 @@ def encode_stage(
                 ShardTask(number, shard.digest[:12], folder, shard.rows, LatentsSource(shard, buckets))
                 for number, shard in raw_shards.items()
             ]
-            stages[name] = ShardStage(
-                name, "latents", folder, fields, {"raw": raw.digest}, tasks, unit="image"
-            )
+            stages[name] = ShardStage(name, "latents", folder, fields, {"raw": raw.digest}, tasks, unit="image")
     damaged = pin_null(store, stages["text"].folder)
     worker = {
         "store_url": store.url,

@@ -84,7 +84,9 @@ class LatentsWorker:
         failed: list[FailedRow] = []
         counts: Counter[str] = Counter()
         samples = self._samples(task.source, splits, failed, counts)
-        return write_shard(self.store, task.folder, task.stem, samples, failed, LATENT_SCHEMA, count_by="bucket", counts=counts)
+        return write_shard(
+            self.store, task.folder, task.stem, samples, failed, LATENT_SCHEMA, count_by="bucket", counts=counts
+        )
 
     def _samples(
         self, source: LatentsSource, splits: dict[str, str], failed: list[FailedRow], counts: Counter[str]

@@ -67,7 +67,9 @@ def read_null_bytes(store: Store, folder: str) -> bytes:
     data = store.get(path)
     recorded = _is_recorded(store, record, data)
     if recorded is None:
-        raise DataError(f"{store.uri(path)}: an earlier version encoded it; run the encode stage: it writes {NULL_RECORD} beside it")
+        raise DataError(
+            f"{store.uri(path)}: an earlier version encoded it; run the encode stage: it writes {NULL_RECORD} beside it"
+        )
     if not recorded:
         raise DataError(f"{store.uri(path)}: damaged, not what was encoded; run the encode stage: it is made again")
     return data

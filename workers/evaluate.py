@@ -96,8 +96,10 @@ def evaluate_stage(
                 warnings += _run_tasks(recipe, store, inputs, missing, meter)
                 standing, _ = _standing_parts(store, tasks, checked_here())
             if other := _to_be_of_one_precision(tasks, standing):  # also of a run that ended before it made them
-                warnings.append(f"actors settled bf16 and fp32: {counted(len(other), 'part')} scored in fp32 as well, so that"
-                                " a checkpoint's scores are of one precision")
+                warnings.append(
+                    f"actors settled bf16 and fp32: {counted(len(other), 'part')} scored in fp32 as well, so that"
+                    " a checkpoint's scores are of one precision"
+                )
                 made += len(other)
                 warnings += _run_tasks(recipe, store, inputs, other, meter)
                 standing, _ = _standing_parts(store, tasks, checked_here())
@@ -122,9 +124,7 @@ def evaluate_stage(
     )
 
 
-def all_scored(
-    recipe: Recipe, store: Store, checkpoints: dict[str, list[str]], inputs: EvaluationInputs
-) -> bool:
+def all_scored(recipe: Recipe, store: Store, checkpoints: dict[str, list[str]], inputs: EvaluationInputs) -> bool:
     """Whether `evaluate_stage` has no part to make."""
     tasks = plan_tasks(recipe, store, checkpoints, inputs)
     standing, _ = _standing_parts(store, tasks, checked_here())
@@ -327,5 +327,3 @@ def _makers(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the parts were made with, each once; every part's own stands in its record."""
     makers = [part["made_by"] for part in parts if "made_by" in part]
     return [maker for place, maker in enumerate(makers) if maker not in makers[:place]]
-
-

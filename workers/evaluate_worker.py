@@ -152,7 +152,9 @@ class EvaluationWorker:
             self.store, name, self.raw, self.judge, protocol["reference"], rules, self._show_images, checked_here()
         )
         if reference.damaged:
-            result.warnings.append(f"{self.store.uri(reference.damaged)} was damaged: the reference features are made again")
+            result.warnings.append(
+                f"{self.store.uri(reference.damaged)} was damaged: the reference features are made again"
+            )
         result.add("clip_score", clip_score(features, texts, reference.of([row.key for row in rows])))
         result.add("clip_fid", frechet_score(features, reference.features))
         result.details["reference_images"] = len(reference.features)

@@ -76,9 +76,7 @@ def export_stage(
     return Exported(folder, fingerprint(store.get_json(manifest_path)), skipped, fields, damaged)
 
 
-def _look(
-    store: Store, folder: str, standing: dict[str, Any], checked: CheckedFiles | None
-) -> tuple[bool, str | None]:
+def _look(store: Store, folder: str, standing: dict[str, Any], checked: CheckedFiles | None) -> tuple[bool, str | None]:
     """(whether the export is there as its manifest says, the file that is not)."""
     checked = checked or CheckedFiles(Path(os.devnull))  # which keeps no notes
     path = f"{folder}/{MANIFEST_FILE}"

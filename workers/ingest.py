@@ -21,9 +21,7 @@ from workers.shard_stage import ShardStage, ShardTask, run_shard_stage
 from workers.stage import StageResult
 
 
-def ingest_stage(
-    recipe: Recipe, store: Store, report: ProgressCallback, tell: Tell = lambda note: None
-) -> StageResult:
+def ingest_stage(recipe: Recipe, store: Store, report: ProgressCallback, tell: Tell = lambda note: None) -> StageResult:
     """Rejected images are counted by reason in the result's warnings with the first names; the done records have all.
 
     What is odd about a folder's captions is among them, and told before any shard is made.

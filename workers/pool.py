@@ -259,7 +259,11 @@ class _Pool(Generic[Task]):
         if loading:
             seat.failed_loads, seat.device = 0, answer.result
         elif answer.error is None:
-            how = {"attempts": self.attempts[position], "device": seat.device, "seconds": time.monotonic() - seat.began_at}
+            how = {
+                "attempts": self.attempts[position],
+                "device": seat.device,
+                "seconds": time.monotonic() - seat.began_at,
+            }
             self._finish(position, Outcome(self.tasks[position], answer.result, **how))
         else:
             self._failed(position, answer.error)

@@ -24,9 +24,7 @@ class Node:
 
     def holds(self, cpus: float, gpus: float) -> float:
         """How many processes that want so much it has room for."""
-        counts = [
-            (have + SLACK) // want for have, want in ((self.cpus, cpus), (self.gpus, gpus)) if want > 0
-        ]
+        counts = [(have + SLACK) // want for have, want in ((self.cpus, cpus), (self.gpus, gpus)) if want > 0]
         return min(counts, default=math.inf)
 
 

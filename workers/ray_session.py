@@ -143,7 +143,11 @@ def _ask_the_head(session: _Session) -> str | None:
         session.asked_at = time.monotonic()
     session.answered_at = session.asked_at
     alive = any(node_id == own and info.state == 0 for node_id, info in known.items())
-    return None if alive else f"this machine's node ({own.hex()[:12]}) is no living node of Ray any more: its raylet has died"
+    return (
+        None
+        if alive
+        else f"this machine's node ({own.hex()[:12]}) is no living node of Ray any more: its raylet has died"
+    )
 
 
 def on_this_node() -> NodeAffinitySchedulingStrategy | None:
@@ -242,10 +246,14 @@ def _knock(address: str) -> None:
     try:
         found = address.partition("://")[2] or services.canonicalize_bootstrap_address_or_die(address)
         host, port = services.parse_address(found) or ("", "")
-        where += f" ({found})" if found != address else ""  # "auto" finds one, and Ray turns 127.0.0.1 into this machine's address
+        where += (
+            f" ({found})" if found != address else ""
+        )  # "auto" finds one, and Ray turns 127.0.0.1 into this machine's address
         socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
     except (OSError, ValueError) as error:
-        raise RayFailed(f"{where} does not answer: {error_in_one_line(error)}; start it there, or correct the address") from None
+        raise RayFailed(
+            f"{where} does not answer: {error_in_one_line(error)}; start it there, or correct the address"
+        ) from None
     if "://" in address:
         return
     mode = os.environ.get("RAY_AUTH_MODE")

@@ -49,7 +49,9 @@ def scratch_folder() -> Iterator[Path]:
 
 def remove_dead_sessions() -> None:
     """What is left of this user's sessions whose driver has ended."""
-    of_before = [parent.with_name(f"sd3-ray-{os.getuid()}") for parent in _parents()]  # of versions without a parent of their own
+    of_before = [
+        parent.with_name(f"sd3-ray-{os.getuid()}") for parent in _parents()
+    ]  # of versions without a parent of their own
     roots = [parent / "ray" for parent in _parents() if _is_own(parent)] + [root for root in of_before if _is_own(root)]
     for root in roots:
         for folder in [found for pattern in OF_SESSIONS for found in root.glob(pattern)]:

@@ -250,7 +250,9 @@ def _conclude(
     else:
         reason = reason_to_work(state.note, stage.folder, stage.fields, len(made_here), len(stage.tasks), "shard")
         if state.damaged:
-            reason = f"{state.damaged} or its copy was damaged, and is written again" + (f"; {reason}" if made_here else "")
+            reason = f"{state.damaged} or its copy was damaged, and is written again" + (
+                f"; {reason}" if made_here else ""
+            )
         manifest = _build_manifest(store, state, {outcome.task.stem: outcome.result for outcome in made_here})
         reference = commit_manifest(store, stage.folder, manifest, made_by(made_here, actors))
         store.remove_abandoned(stage.folder)

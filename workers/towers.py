@@ -228,7 +228,7 @@ class ReleasedTowerWorker:
             local = Path(scratch)
             sources = lay_out_released(name, self.released, local)
             origin = {"released": {part: str(path) for part, path in sources.items()}}
-            show = lambda progress: setattr(self, "progress", progress)  # noqa: E731
+            show = lambda progress: setattr(self, "progress", progress)
             return commit_tower(self.store, self.folder, name, local, origin, show, self.pinned.get(name))
 
 

@@ -43,7 +43,9 @@ def clean_store(store: Store, wanted: list[str], days: float, console: Console) 
         return _print(store, [item for item, _ in found.values()], days, console)
     for name in wanted:
         if name != ALL and name not in found:
-            raise UserError(f"--remove {name}: not in the list that `sd3 clean` prints; it is in use, younger than {days:g} days, or not there")
+            raise UserError(
+                f"--remove {name}: not in the list that `sd3 clean` prints; it is in use, younger than {days:g} days, or not there"
+            )
     if busy := _run_at_work():
         raise UserError(f"{busy} is at work; wait for it, or end it, and remove then")
     chosen = [found[name] for name in found if ALL in wanted or name in wanted]
@@ -100,8 +102,12 @@ def _cached(folder: Path) -> Unused:
     for path in (folder, *folder.rglob("*")):
         status = path.lstat()
         size = status.st_size if path.is_file() else 0
-        entries.append(StoreEntry(f"{CACHE}{path.name}", size, max(status.st_atime, status.st_mtime) if size else status.st_mtime))
-    return Unused(f"{CACHE}{folder.name}", "no towers of this store; fetched again where they are needed", tuple(entries))
+        entries.append(
+            StoreEntry(f"{CACHE}{path.name}", size, max(status.st_atime, status.st_mtime) if size else status.st_mtime)
+        )
+    return Unused(
+        f"{CACHE}{folder.name}", "no towers of this store; fetched again where they are needed", tuple(entries)
+    )
 
 
 def _run_at_work() -> str | None:

@@ -41,8 +41,12 @@ def print_summary(
     _print_scores(score_rows(shown_of(summary["scores"], shown)), console)
     _print_scores(bench_rows(shown_of(summary["bench"], shown)), console)
     console.print()
-    say = lambda label, text: console.print(f"{label:<10}{text}", soft_wrap=True, highlight=False)  # noqa: E731
-    newest = {(picture["phase"], picture["name"]): picture for picture in shown_of(summary["pictures"], shown) if picture["weights"] == "ema"}
+    say = lambda label, text: console.print(f"{label:<10}{text}", soft_wrap=True, highlight=False)
+    newest = {
+        (picture["phase"], picture["name"]): picture
+        for picture in shown_of(summary["pictures"], shown)
+        if picture["weights"] == "ema"
+    }
     for (phase, size), picture in [*newest.items()][-PICTURES_NAMED:]:
         height, _, width = size.partition("x")
         say("pictures", f"{_shown(store, picture['path'])}  {phase} {height if height == width else size} px")

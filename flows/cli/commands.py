@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -34,10 +34,10 @@ RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="A shipped recipe's name, or a path that ends in .yaml.")
 ]
 SetOption = Annotated[
-    Optional[list[str]], typer.Option("--set", "-s", help="Changes one field: section.key=value. Repeatable.")
+    list[str] | None, typer.Option("--set", "-s", help="Changes one field: section.key=value. Repeatable.")
 ]
-WeightsOption = Annotated[Optional[str], typer.Option(help="ema (the default) or live, of a training checkpoint.")]
-DtypeOption = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; default: as it is stored.")]
+WeightsOption = Annotated[str | None, typer.Option(help="ema (the default) or live, of a training checkpoint.")]
+DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as it is stored.")]
 
 
 def run(complain: Callable[[str], None]) -> int:
@@ -71,13 +71,15 @@ def _trained(name_or_path: str, run: str, set_: list[str] | None) -> TrainedRun:
 def demo(
     recipe: RecipeOption = DEFAULT_RECIPE,
     data: Annotated[
-        Optional[Path], typer.Option("--data", parser=path, help="A folder of images: name.jpg with name.txt, or a metadata.jsonl.")
+        Path | None,
+        typer.Option("--data", parser=path, help="A folder of images: name.jpg with name.txt, or a metadata.jsonl."),
     ] = None,
     from_stage: Annotated[
-        Optional[str], typer.Option(help="Makes this stage and those after it again, finished or not.")
+        str | None, typer.Option(help="Makes this stage and those after it again, finished or not.")
     ] = None,
     remake: Annotated[
-        bool, typer.Option("--remake", help="Makes again what this version makes otherwise than the one it stands from.")
+        bool,
+        typer.Option("--remake", help="Makes again what this version makes otherwise than the one it stands from."),
     ] = False,
     set_: SetOption = None,
 ) -> None:
@@ -161,7 +163,7 @@ def status() -> None:
 @app.command()
 def deploy(
     recipe: Annotated[Path, typer.Argument(parser=path, help="A recipe file; its deployments get the recipe's name.")],
-    api: Annotated[Optional[str], typer.Option(help="Another Prefect server's API, as in PREFECT_API_URL.")] = None,
+    api: Annotated[str | None, typer.Option(help="Another Prefect server's API, as in PREFECT_API_URL.")] = None,
     pool: Annotated[str, typer.Option(help="The work pool there; its workers run in a checkout at this path.")] = "sd3",
 ) -> None:
     """Adds deployments of a recipe of your own: `prefect deployment run 'pipeline/NAME'`."""
@@ -209,10 +211,11 @@ def plan(recipe: RecipeOption = DEFAULT_RECIPE, set_: SetOption = None) -> None:
 def clean(
     recipe: RecipeOption = DEFAULT_RECIPE,
     remove: Annotated[
-        Optional[list[str]], typer.Option(help="What to remove, by its name in the list; all for everything. Repeatable.")
+        list[str] | None, typer.Option(help="What to remove, by its name in the list; all for everything. Repeatable.")
     ] = None,
     days: Annotated[
-        float, typer.Option(min=1.0, help="What was written to in so many days is left alone: a run may be at work on it.")
+        float,
+        typer.Option(min=1.0, help="What was written to in so many days is left alone: a run may be at work on it."),
     ] = 7.0,
     set_: SetOption = None,
 ) -> None:
@@ -225,52 +228,65 @@ def clean(
 
 @app.command()
 def sample(
-    prompt: Annotated[Optional[list[str]], typer.Argument(help="One or more prompts.")] = None,
+    prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts.")] = None,
     file: Annotated[
-        Optional[Path], typer.Option("--file", "-f", parser=path, help="A text file with a prompt on each line.")
+        Path | None, typer.Option("--file", "-f", parser=path, help="A text file with a prompt on each line.")
     ] = None,
     recipe: RecipeOption = DEFAULT_RECIPE,
-    run: Annotated[Optional[str], typer.Option(help="A run by its name, with the settings that its checkpoint keeps; default: the recipe's.")] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(help="A run by its name, with the settings that its checkpoint keeps; default: the recipe's."),
+    ] = None,
     checkpoint: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="A model folder or training checkpoint, by path or URL, instead of a run's last."),
     ] = None,
     towers: Annotated[
-        Optional[Path], typer.Option(parser=path, help="A folder with VAE and text encoders, as diffusers' pipelines have them.")
+        Path | None,
+        typer.Option(parser=path, help="A folder with VAE and text encoders, as diffusers' pipelines have them."),
     ] = None,
     out: Annotated[Path, typer.Option(parser=path, help="Folder for the pictures.")] = Path("samples"),
-    height: Annotated[Optional[int], typer.Option(help="px; default: the last phase's side.")] = None,
-    width: Annotated[Optional[int], typer.Option(help="px; default: the last phase's side.")] = None,
+    height: Annotated[int | None, typer.Option(help="px; default: the last phase's side.")] = None,
+    width: Annotated[int | None, typer.Option(help="px; default: the last phase's side.")] = None,
     seed: Annotated[
-        Optional[int],
+        int | None,
         typer.Option(min=0, max=2**63 - 1, help="The first picture's; the next take the numbers after it; default: 0."),
     ] = None,
-    images: Annotated[Optional[int], typer.Option(min=1, help="Pictures per prompt; default: 1.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Pictures per prompt; default: 1.")] = None,
     seeds: Annotated[
-        Optional[str], typer.Option(help="Draws every prompt with each of these, as 3,17,4; for --seed and --images.")
+        str | None, typer.Option(help="Draws every prompt with each of these, as 3,17,4; for --seed and --images.")
     ] = None,
     negative: Annotated[
-        Optional[str], typer.Option(help="Guidance leads away from this prompt; default: from none, as in training.")
+        str | None, typer.Option(help="Guidance leads away from this prompt; default: from none, as in training.")
     ] = None,
-    guidance: Annotated[Optional[float], typer.Option(min=0.0, max=1000.0, help="1 = no guidance; default: the recipe's.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0.0, max=1000.0, help="1 = no guidance; default: the recipe's.")
+    ] = None,
     without: Annotated[
-        Optional[list[str]], typer.Option(help="Leaves an encoder out: clip_l, clip_g or t5. Repeatable.")
+        list[str] | None, typer.Option(help="Leaves an encoder out: clip_l, clip_g or t5. Repeatable.")
     ] = None,
-    sampler: Annotated[Optional[str], typer.Option(help="euler, heun, dpm++2m or dpm++2m-sde; default: the recipe's.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="euler, heun, dpm++2m or dpm++2m-sde; default: the recipe's.")
+    ] = None,
     steps: Annotated[
-        Optional[int],
-        typer.Option(min=1, max=10_000, help="Of the sampler; heun calls the model twice in each. Default: the recipe's."),
+        int | None,
+        typer.Option(
+            min=1, max=10_000, help="Of the sampler; heun calls the model twice in each. Default: the recipe's."
+        ),
     ] = None,
     schedule: Annotated[
-        Optional[str],
-        typer.Option(help="reference (the released code's sigmas) or textbook (an even grid, shifted); default: the sampler's."),
+        str | None,
+        typer.Option(
+            help="reference (the released code's sigmas) or textbook (an even grid, shifted); default: the sampler's."
+        ),
     ] = None,
     shift: Annotated[
-        Optional[float], typer.Option(min=0.01, max=1000.0, help="Alpha of the resolution shift; default: the last phase's.")
+        float | None,
+        typer.Option(min=0.01, max=1000.0, help="Alpha of the resolution shift; default: the last phase's."),
     ] = None,
     weights: WeightsOption = None,
     precision: Annotated[str, typer.Option(help="Of the model: fp32 or bf16; its towers run in fp32.")] = "fp32",
-    device: Annotated[Optional[str], typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once, as memory allows.")] = 64,
     set_: SetOption = None,
 ) -> None:
@@ -317,25 +333,25 @@ def import_(
         typer.Argument(
             parser=path,
             help="A .safetensors file, the index of a sharded one, or a folder: accelerate's, or diffusers' of a transformer or"
-            " of a whole pipeline."
+            " of a whole pipeline.",
         ),
     ],
     out: Annotated[str, typer.Argument(help="The model folder to make: a path, or a store's URL.")],
     dtype: DtypeOption = None,
     null: Annotated[
-        Optional[str], typer.Option(help='What it knows as "no prompt": empty (the default) or zeros.')
+        str | None, typer.Option(help='What it knows as "no prompt": empty (the default) or zeros.')
     ] = None,
     t5_tokens: Annotated[
-        Optional[int], typer.Option(min=4, max=TOKENS_AT_MOST["t5_tokens"], help="T5 tokens; default: 77.")
+        int | None, typer.Option(min=4, max=TOKENS_AT_MOST["t5_tokens"], help="T5 tokens; default: 77.")
     ] = None,
     shift: Annotated[
-        Optional[float], typer.Option(min=0.01, max=1000.0, help="Of the schedule; default: the pipeline's, or 3.")
+        float | None, typer.Option(min=0.01, max=1000.0, help="Of the schedule; default: the pipeline's, or 3.")
     ] = None,
     side: Annotated[
-        Optional[int], typer.Option(min=16, help="px of the square it makes best; default: as it says.")
+        int | None, typer.Option(min=16, help="px of the square it makes best; default: as it says.")
     ] = None,
     prefix: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="What its tensors' names begin with, where a file holds several sets: as ema. or model."),
     ] = None,
 ) -> None:
@@ -358,7 +374,7 @@ def import_(
 @app.command("export")
 def export_(
     checkpoint: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Argument(help="A model folder or training checkpoint, by path or URL; without it a run's last."),
     ] = None,
     out: Annotated[str, typer.Argument(help="The folder or .safetensors file to make.")] = ...,
@@ -366,7 +382,7 @@ def export_(
         str, typer.Option("--format", help="diffusers (a transformer folder) or single-file.")
     ] = "diffusers",
     recipe: RecipeOption = DEFAULT_RECIPE,
-    run: Annotated[Optional[str], typer.Option(help="The run whose last checkpoint; default: the recipe's.")] = None,
+    run: Annotated[str | None, typer.Option(help="The run whose last checkpoint; default: the recipe's.")] = None,
     weights: WeightsOption = None,
     dtype: DtypeOption = None,
     set_: SetOption = None,
@@ -403,19 +419,26 @@ def photographs(folder: Annotated[Path, typer.Argument(parser=path, help="Where 
 @bench.command("model")
 def bench_model(
     depth: Annotated[int, typer.Option(min=1, max=256, help="Blocks; the width is 64 times as much.")] = 6,
-    image_tokens: Annotated[int, typer.Option(min=1, max=2**20, help="A square number: 256 is a picture of 256 px.")] = 256,
+    image_tokens: Annotated[
+        int, typer.Option(min=1, max=2**20, help="A square number: 256 is a picture of 256 px.")
+    ] = 256,
     text_tokens: Annotated[int, typer.Option(min=1, max=2**20)] = 154,
     batch: Annotated[int, typer.Option(min=2, max=2**20, help="Even: sampling takes half of it, with guidance.")] = 4,
     qk_norm: Annotated[bool, typer.Option("--qk-norm", help="With RMS norms of queries and keys.")] = False,
     mode: Annotated[
-        Optional[list[str]], typer.Option(help="fp32, bf16 (fp32 master) or autocast. Repeatable; default: those the device has arithmetic for.")
+        list[str] | None,
+        typer.Option(
+            help="fp32, bf16 (fp32 master) or autocast. Repeatable; default: those the device has arithmetic for."
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, max=10_000, help="Euler steps of a sampling.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Each measures both models once, in turn.")] = 7,
-    threads: Annotated[Optional[int], typer.Option(min=1, max=1024, help="Of the CPU; default: PyTorch's.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Of the CPU; default: PyTorch's.")] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile on both sides.")] = False,
-    device: Annotated[Optional[str], typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
-    json_out: Annotated[Optional[Path], typer.Option("--json", parser=path, help="Also writes the figures to this file.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", parser=path, help="Also writes the figures to this file.")
+    ] = None,
 ) -> None:
     """Training step, sampling and activation memory of the MM-DiT against diffusers' SD3 transformer, same weights."""
     import json

@@ -123,7 +123,12 @@ def run_demo(
 
 
 def _run_to_the_end(
-    joined: UUID | None, recipe: Recipe, deployment: str, parameters: dict[str, Any], services: Services, console: Console
+    joined: UUID | None,
+    recipe: Recipe,
+    deployment: str,
+    parameters: dict[str, Any],
+    services: Services,
+    console: Console,
 ) -> RunView:
     """Follows the run that is joined, or starts one. After Ctrl-C the one that it started is ended, one that it joined goes on; so
     too where its process has read another recipe.

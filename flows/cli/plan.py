@@ -109,7 +109,9 @@ def _print_time(recipe: Recipe, phases: list[PhaseCost], console: Console) -> No
         table.add_row(cost.name, cost.work, f"{cost.flops:.2e}" if cost.flops else "-", hours)
     console.print(table)
     flops, hours = (sum(getattr(cost, name) for cost in costs if cost.name in keys) for name in ("flops", "hours"))
-    recomputed = ", activations computed again" if any(phase.activation_checkpointing for _, phase in recipe.phases()) else ""
+    recomputed = (
+        ", activations computed again" if any(phase.activation_checkpointing for _, phase in recipe.phases()) else ""
+    )
     if compute.gpus_per_rank:
         gpus = compute.train_ranks * compute.gpus_per_rank
         how = f"about {hours:,.0f} h on {gpus:,.0f} GPUs ({hours * gpus:,.0f} GPU hours)"
@@ -123,11 +125,15 @@ def _print_time(recipe: Recipe, phases: list[PhaseCost], console: Console) -> No
 def _assumed(recipe: Recipe) -> str:
     compute, said = recipe.compute, []
     if compute.gpus_per_rank or compute.gpus_per_actor:
-        said.append(f"a GPU does {GPU_BF16_TFLOPS:.0f} TFLOP/s of the model's arithmetic and {GPU_FP32_TFLOPS:.0f} of the towers' fp32")
+        said.append(
+            f"a GPU does {GPU_BF16_TFLOPS:.0f} TFLOP/s of the model's arithmetic and {GPU_FP32_TFLOPS:.0f} of the towers' fp32"
+        )
     if not (compute.gpus_per_rank and compute.gpus_per_actor):
         said.append("a CPU does what plain matrix products reach here, measured now: real work takes longer")
     if recipe.caption.captioner == "small_world":
         said.append(f"the drawn world's captioner writes {SMALL_CAPTIONS_PER_S:.0f} captions/s an actor")
     elif recipe.caption.captioner == "vision_language_model":
-        said.append(f"the captioner reads {CAPTION_CONTEXT_TOKENS:,} tokens an image in fp32, and its weights once for each token of a batch")
+        said.append(
+            f"the captioner reads {CAPTION_CONTEXT_TOKENS:,} tokens an image in fp32, and its weights once for each token of a batch"
+        )
     return f"assumed: {'; '.join(said)}; every image is as large as the largest bucket"

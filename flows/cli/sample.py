@@ -75,7 +75,9 @@ def draws_of(
         if count > MOST_PICTURES:
             raise UserError(f"--images {images}: {count:,} pictures; one command draws at most {MOST_PICTURES:,}")
         if first + count - 1 > LARGEST_SEED:
-            raise UserError(f"--seed {first}: with {count:,} pictures the last seed is above {LARGEST_SEED}; take a lower one")
+            raise UserError(
+                f"--seed {first}: with {count:,} pictures the last seed is above {LARGEST_SEED}; take a lower one"
+            )
         repeated = [prompt for prompt in prompts for _ in range(images or 1)]
         return [(prompt, own) for own, prompt in enumerate(repeated, start=first)]
     if seed is not None or images is not None:
@@ -84,7 +86,9 @@ def draws_of(
     if not all(part.isdecimal() and len(part) < 20 and int(part) <= LARGEST_SEED for part in numbers):
         raise UserError(f"--seeds {seeds}: give whole numbers from 0 to {LARGEST_SEED} with commas between, as 3,17,4")
     if len(prompts) * len(numbers) > MOST_PICTURES:
-        raise UserError(f"--seeds: {len(prompts) * len(numbers):,} pictures; one command draws at most {MOST_PICTURES:,}")
+        raise UserError(
+            f"--seeds: {len(prompts) * len(numbers):,} pictures; one command draws at most {MOST_PICTURES:,}"
+        )
     return [(prompt, int(part)) for prompt in prompts for part in numbers]
 
 

@@ -34,7 +34,11 @@ from sd3core.specs import STAGES
 from sd3core.words import format_seconds
 
 POLL_SECONDS, PICTURE_SECONDS, LINE_SECONDS, SERVER_AWAY_SECONDS = 2.0, 10.0, 20.0, 60.0
-PICTURE_COLUMNS, PICTURE_MIN_ROWS, LINES_BESIDE = 80, 6, 4  # beside table and picture: headings, what is above, the cursor
+PICTURE_COLUMNS, PICTURE_MIN_ROWS, LINES_BESIDE = (
+    80,
+    6,
+    4,
+)  # beside table and picture: headings, what is above, the cursor
 DATA_URL = re.compile(r"\(data:image/\w+;base64,([^)]+)\)")
 EXCEPTION = re.compile(r"^Flow run encountered an exception: (?:([\w.]+): )?")  # Prefect's words before an error's own
 FINAL = {StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
@@ -154,7 +158,9 @@ def follow(flow_run_id: UUID, console: Console, wanted: Reads | None = None) -> 
                 time.sleep(POLL_SECONDS)
                 continue
             if view.state in (StateType.SCHEDULED, StateType.PENDING) and not worker_lives():
-                raise ServiceError("the Prefect worker has ended before it began the run; the same command goes on with it")
+                raise ServiceError(
+                    "the Prefect worker has ended before it began the run; the same command goes on with it"
+                )
             if picture and not picture_seen:
                 console.print(f"first pictures: {picture.path}", soft_wrap=True, highlight=False)
                 picture_seen = True

@@ -42,8 +42,12 @@ def trained_run(store: Store, run: str, overrides: list[str] | None = None) -> T
     newest, ended = _newest(store, run, [checkpoint for checkpoint in found if checkpoint.phase == phase])
     done = read_checkpoint_done(store, newest.folder)
     if done.recipe is None:
-        raise UserError(f"--run {run}: {store.uri(newest.folder)} holds no recipe; name it with --checkpoint, and its --towers")
-    recipe = recipe_of(dict(done.recipe), overrides, f"--run {run}: the recipe in {store.uri(newest.folder)}/{DONE_FILE}")
+        raise UserError(
+            f"--run {run}: {store.uri(newest.folder)} holds no recipe; name it with --checkpoint, and its --towers"
+        )
+    recipe = recipe_of(
+        dict(done.recipe), overrides, f"--run {run}: the recipe in {store.uri(newest.folder)}/{DONE_FILE}"
+    )
     recipe = recipe.model_copy(update={"store": store.url})
     phases = dict(recipe.phases())
     unfinished = ""
@@ -82,7 +86,11 @@ def _samples(checkpoint: _Checkpoint) -> int:
 
 def _checkpoints(store: Store, prefix: str) -> list[_Checkpoint]:
     entries = [(entry, CHECKPOINT.fullmatch(entry.path)) for entry in store.list(prefix)]
-    return [_Checkpoint(m[1], m[2], int(m[4]), m[0].removesuffix(f"/{DONE_FILE}"), entry.modified) for entry, m in entries if m]
+    return [
+        _Checkpoint(m[1], m[2], int(m[4]), m[0].removesuffix(f"/{DONE_FILE}"), entry.modified)
+        for entry, m in entries
+        if m
+    ]
 
 
 def _order(phase: str) -> tuple[int, ...]:

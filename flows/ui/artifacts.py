@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 from uuid import UUID
 
 import httpx
@@ -103,7 +103,7 @@ class StageReporter:
         """Keeps a markdown artifact up to date; `look` is called on the posting thread."""
         self._show(key, "markdown", look, seconds)
 
-    def __enter__(self) -> StageReporter:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -136,7 +136,10 @@ class StageReporter:
             except Exception as error:  # what cannot be drawn costs its own artifact, never the others or the work
                 self._artifacts = [other for other in self._artifacts if other is not artifact]
                 self._log.warning(
-                    "%s is no longer shown in the UI (%s: %s)", artifact.key, type(error).__name__, printable(str(error))
+                    "%s is no longer shown in the UI (%s: %s)",
+                    artifact.key,
+                    type(error).__name__,
+                    printable(str(error)),
                 )
 
 

@@ -36,7 +36,9 @@ def autoencoder_pictures(recipe: Recipe, store: Store, raw: ManifestRef) -> dict
     towers = upstream.towers_ref(recipe, store)
     autoencoder = load_autoencoder(fetch_towers(store, towers.folder, towers_cache(), only=("vae",)))
     decoded = to_uint8(autoencoder.decode(autoencoder.encode(to_model_range(images))))
-    return {"images, and below them what their latents decode to": page_jpeg(make_grid([*images, *decoded], len(images)))}
+    return {
+        "images, and below them what their latents decode to": page_jpeg(make_grid([*images, *decoded], len(images)))
+    }
 
 
 def _some_images(recipe: Recipe, store: Store, raw: ManifestRef) -> np.ndarray:

@@ -62,7 +62,11 @@ def _synthetic_captions(recipe: Recipe, store: Store, numbers: set[int]) -> dict
     if reference is None:
         return {}
     manifest = read_manifest(store, reference.folder, reference.digest)
-    tables = [read_table(store, manifest.folder, shard.stem, shard.digest) for shard in manifest.shards if shard.number in numbers]
+    tables = [
+        read_table(store, manifest.folder, shard.stem, shard.digest)
+        for shard in manifest.shards
+        if shard.number in numbers
+    ]
     return {row["key"]: row["caption"] for table in tables for row in table.select(["key", "caption"]).to_pylist()}
 
 

@@ -57,7 +57,9 @@ def score_notes(
             notes.append(head + (f"ranks nothing: {of}" if row["ranks_nothing"] else of) + _real(row))
         elif row["metric"] == "clip_score" and "real" in row:
             real = row["real"]
-            notes.append(f"{row['phase']} clip_score: the real pictures of {real['count']} prompts score {real['value']:.3f}")
+            notes.append(
+                f"{row['phase']} clip_score: the real pictures of {real['count']} prompts score {real['value']:.3f}"
+            )
     return list(dict.fromkeys(notes))
 
 
@@ -113,7 +115,7 @@ def _mean_share(tallies: list[dict[str, int]]) -> str:
 
 
 def _share(tally: dict[str, int]) -> str:
-    """"0.900 (54 of 60)"; a dash where the task has no such prompt."""
+    """ "0.900 (54 of 60)"; a dash where the task has no such prompt."""
     right, pictures = tally["right"], tally["pictures"]
     return f"{right / pictures:.3f} ({right} of {pictures})" if pictures else "-"
 

@@ -70,9 +70,7 @@ class ModelBench:
     def config(self) -> MMDiTConfig:
         side = math.isqrt(self.image_tokens)
         widths = {"context_dim": self.context_dim, "pooled_dim": self.pooled_dim, "qk_norm": self.qk_norm}
-        return MMDiTConfig.from_depth(
-            self.depth, position_base=side, position_side=side, position_max=side, **widths
-        )
+        return MMDiTConfig.from_depth(self.depth, position_base=side, position_side=side, position_max=side, **widths)
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,9 @@ def contenders(bench: ModelBench) -> dict[str, Contender]:
     try:
         from diffusers import SD3Transformer2DModel
     except ImportError:
-        raise UserError("sd3 bench model: diffusers, the yardstick, is not installed here: pip install diffusers") from None
+        raise UserError(
+            "sd3 bench model: diffusers, the yardstick, is not installed here: pip install diffusers"
+        ) from None
     torch.manual_seed(0)
     ours = MMDiT(bench.config())
     with torch.no_grad():  # the start gives zero everywhere, and two zeros say nothing about parity

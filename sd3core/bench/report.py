@@ -35,7 +35,10 @@ def result_table(results: Sequence[ModeResult]) -> Table:
             shown = (f"{1e3 * seconds[name]:,.1f} ms" for name in (OURS, THEIRS))
             table.add_row(rate, what, *shown, f"{ratio:.2f}", *(f"{fraction[name]:.2f}" for name in (OURS, THEIRS)))
             rate = ""
-        parts = {"matrix products (fused attention whole)": result.train_product_seconds, "AdamW": result.optimizer_seconds}
+        parts = {
+            "matrix products (fused attention whole)": result.train_product_seconds,
+            "AdamW": result.optimizer_seconds,
+        }
         for part, seconds in parts.items():
             if seconds is not None:
                 shown = (f"{1e3 * seconds[name]:,.1f} ms" for name in (OURS, THEIRS))
@@ -44,5 +47,7 @@ def result_table(results: Sequence[ModeResult]) -> Table:
         held = (f"{result.activation_bytes[name] / 2**20:,.0f} MiB" for name in (OURS, THEIRS))
         table.add_row("", "peak activation memory", *held, f"{result.activation_ratio:.2f}", "", "")
         if (errors := result.velocity_errors) is not None:
-            table.add_row("", "error of the velocity by rounding", *(f"{errors[name]:.2%}" for name in (OURS, THEIRS)), "", "", "")
+            table.add_row(
+                "", "error of the velocity by rounding", *(f"{errors[name]:.2%}" for name in (OURS, THEIRS)), "", "", ""
+            )
     return table

@@ -45,7 +45,11 @@ class Rates:
         if per:
             return cls(GPU_BF16_TFLOPS * 1e12, GPU_FP32_TFLOPS * 1e12, GPU_BYTES_PER_S, True)
         precision = resolve_precision("auto", bf16=has_bf16_arithmetic(CPU))
-        return cls(*(matmul_flops_per_second(PRECISION_DTYPES[name], CPU) for name in (precision, "fp32")), CPU_BYTES_PER_S, False)
+        return cls(
+            *(matmul_flops_per_second(PRECISION_DTYPES[name], CPU) for name in (precision, "fp32")),
+            CPU_BYTES_PER_S,
+            False,
+        )
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,9 @@ def _captioning(recipe: Recipe, rows: int, shown: str, rates: Rates, devices: fl
     """A model reads image and prompt at the rate of its arithmetic, then writes token by token, its weights read once a batch."""
     caption = recipe.caption
     if caption.captioner == "small_world":
-        return StageCost("caption", shown, 0.0, rows / (SMALL_CAPTIONS_PER_S * recipe.compute.actors) / 3600, recipe.compute.actors)
+        return StageCost(
+            "caption", shown, 0.0, rows / (SMALL_CAPTIONS_PER_S * recipe.compute.actors) / 3600, recipe.compute.actors
+        )
     parameters = _parameters(caption.model)
     if parameters is None:
         return StageCost("caption", f"{shown}; {caption.model} is not on this machine", 0.0, None, devices)

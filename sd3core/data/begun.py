@@ -42,10 +42,23 @@ class Begun:
         return f"{self.stage} of run {self.run} {since} and has not ended: the same command goes on"
 
 
-def begin(store: Store, run: str, stage: str, folder: str, fields: dict[str, Any] | None = None, needs: Iterable[str | None] = ()) -> None:
+def begin(
+    store: Store,
+    run: str,
+    stage: str,
+    folder: str,
+    fields: dict[str, Any] | None = None,
+    needs: Iterable[str | None] = (),
+) -> None:
     """Called before the stage looks at what stands: what it finds, nobody removes then."""
     began = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    record = {"folder": folder, "fields": fields or {}, "needs": [need for need in needs if need], "host": socket.gethostname(), "began": began}
+    record = {
+        "folder": folder,
+        "fields": fields or {},
+        "needs": [need for need in needs if need],
+        "host": socket.gethostname(),
+        "began": began,
+    }
     store.put_json(_own(run, stage), record)
 
 
@@ -55,7 +68,9 @@ def end(store: Store, run: str, stage: str, folder: str) -> None:
     for entry in store.list(f"{BEGUN}/{run}"):
         name = RECORD.fullmatch(entry.path)
         if name and name[2] == stage:
-            with suppress(StoreNotFound, StoreDamaged, DataError):  # another home's: it ended just now, or `sd3 clean` names the damage
+            with suppress(
+                StoreNotFound, StoreDamaged, DataError
+            ):  # another home's: it ended just now, or `sd3 clean` names the damage
                 if entry.path == own or _read(store, entry).folder == folder:
                     store.delete(entry.path)
 

@@ -42,5 +42,3 @@ def mixes_languages(line: str) -> bool:
         return False
     scripts = {unicodedata.name(c, "").partition(" ")[0] for c in set(line) if c.isalpha()}
     return len({"EAST ASIAN" if script in EAST_ASIAN else script for script in scripts}) >= SCRIPTS
-
-

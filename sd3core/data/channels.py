@@ -37,7 +37,7 @@ def split_channels(image: Image.Image, png: Png | None, reopen: Callable[[], Ima
         return _deep_grey(image, png)
     if image.mode in ("I", "F"):
         raise DataError("32-bit pixels, whose range is not known; save it with 8 or 16 bits")
-    deep = lambda: _deep_colour(image, png, reopen)  # noqa: E731
+    deep = lambda: _deep_colour(image, png, reopen)
     if image.mode == "La":
         image = image.convert("LA")
     if image.mode in WITH_ALPHA or "transparency" in image.info:

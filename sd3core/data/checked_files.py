@@ -37,7 +37,9 @@ class CheckedFiles:
         local = store.local_path(path)
         if local is not None:
             return self.is_whole(local, sha256, size)
-        return self._compare(partial(_of_object, store, path), partial(_sha256_of_object, store, path, size), sha256, size)
+        return self._compare(
+            partial(_of_object, store, path), partial(_sha256_of_object, store, path, size), sha256, size
+        )
 
     def fetch(self, store: Store, path: str, target: Path, sha256: str, size: int) -> bool:
         """Fetches an object of a store elsewhere; says whether it came with these bytes, and notes it of both."""

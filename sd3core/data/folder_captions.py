@@ -26,8 +26,31 @@ HOW_TO_GIVE = (
 )
 # What else may hold captions and is not read. It is named where images lack theirs.
 UNREAD_SUFFIXES = frozenset(
-    ".json .jsonl .csv .tsv .parquet .arrow .xml .xmp .yaml .yml .md .text .tags .cap .prompt .html .rtf .doc .docx .xls"
-    " .xlsx .zip .tar".split()
+    [
+        ".json",
+        ".jsonl",
+        ".csv",
+        ".tsv",
+        ".parquet",
+        ".arrow",
+        ".xml",
+        ".xmp",
+        ".yaml",
+        ".yml",
+        ".md",
+        ".text",
+        ".tags",
+        ".cap",
+        ".prompt",
+        ".html",
+        ".rtf",
+        ".doc",
+        ".docx",
+        ".xls",
+        ".xlsx",
+        ".zip",
+        ".tar",
+    ]
 )
 
 

@@ -31,9 +31,13 @@ from sd3core.errors import DataError, is_of_the_machine, with_mend
 from sd3core.recipe import Data
 from sd3core.words import counted, cut_at_word, one_line, some
 
-READABLE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .ppm".split())
+READABLE_SUFFIXES = frozenset(
+    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm"]
+)
 # What else a person calls an image is rejected with a reason, not passed over.
-IMAGE_SUFFIXES = READABLE_SUFFIXES | frozenset(".apng .heic .heif .svg .ico .jxl .jp2 .psd .dng .cr2 .nef .arw".split())
+IMAGE_SUFFIXES = READABLE_SUFFIXES | frozenset(
+    [".apng", ".heic", ".heif", ".svg", ".ico", ".jxl", ".jp2", ".psd", ".dng", ".cr2", ".nef", ".arw"]
+)
 NO_CAPTION = f"no caption (give it as {HOW_TO_GIVE}; or name a captioner in caption.captioner)"
 LINK_OUT = "a link that leads out of the folder is not followed; put the file itself in it"
 FOLDER_THREADS = 8

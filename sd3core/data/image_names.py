@@ -32,7 +32,9 @@ class Found(NamedTuple):
 
     images: list[str]
     exact: bool = False  # spelled as the file is
-    by_file_name_only: bool = False  # an absolute path of which no folder was found here: another's 0001.jpg has that end too
+    by_file_name_only: bool = (
+        False  # an absolute path of which no folder was found here: another's 0001.jpg has that end too
+    )
 
 
 class ImageNames:

@@ -102,10 +102,7 @@ def _check_usable(data: Data, items: list[FolderItem], notes: list[str]) -> None
         f"{count} rejected: {reason}" for reason, count in sorted(reasons.items(), key=lambda kv: -kv[1])[:5]
     )
     why = "; ".join([why or "it holds no image file", *notes[:NAMED]])
-    raise DataError(
-        f"data.folder {data.folder}: no usable image ({why});"
-        " name another folder, or mend that"
-    )
+    raise DataError(f"data.folder {data.folder}: no usable image ({why}); name another folder, or mend that")
 
 
 class IngestWorker:

@@ -22,7 +22,11 @@ from sd3core.errors import DataError, StoreError
 
 MANIFEST = "MANIFEST.json"
 UNSET = "unset"
-FIELDS_KEY, INPUTS_KEY, HEAD_BYTES = '"fields": ', '"inputs": ', 1 << 16  # keys are sorted: both stand before the shards
+FIELDS_KEY, INPUTS_KEY, HEAD_BYTES = (
+    '"fields": ',
+    '"inputs": ',
+    1 << 16,
+)  # keys are sorted: both stand before the shards
 
 
 class ShardEntry(BaseModel):
@@ -81,9 +85,7 @@ class ManifestRef:
     digest: str
 
 
-def commit_manifest(
-    store: Store, folder: str, manifest: Manifest, made_by: Provenance | None = None
-) -> ManifestRef:
+def commit_manifest(store: Store, folder: str, manifest: Manifest, made_by: Provenance | None = None) -> ManifestRef:
     """Writes the immutable copy, then MANIFEST.json. One writer a stage commits (design, section 5).
 
     `made_by` goes beside them, first of all; None leaves what stands there.
@@ -118,7 +120,9 @@ def read_manifest(store: Store, folder_or_path: str, digest: str | None = None) 
             with suppress(StoreError):  # a reader may not be allowed to write
                 store.put(path, data)
     if data is None:
-        raise DataError(f"{store.uri(path)}: no such manifest; the stage that makes it is not finished, or to be run again")
+        raise DataError(
+            f"{store.uri(path)}: no such manifest; the stage that makes it is not finished, or to be run again"
+        )
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError:
@@ -130,7 +134,9 @@ def read_manifest(store: Store, folder_or_path: str, digest: str | None = None) 
     if path.endswith(f"/{MANIFEST}"):  # its copy, written before it, has its digest in the name
         copy = manifest_ref(path.rpartition("/")[0], hashlib.sha256(data).hexdigest()).path
         if not store.exists(copy):
-            raise DataError(f"{store.uri(path)}: not a manifest that was committed, {copy} is not there; run the stage again")
+            raise DataError(
+                f"{store.uri(path)}: not a manifest that was committed, {copy} is not there; run the stage again"
+            )
     return manifest
 
 

@@ -55,7 +55,9 @@ class Provenance(BaseModel):
         return f"{self.version}{at}{lock}, {self.devices} x {self.device}"
 
 
-def provenance(device: str | None = None, devices: int = 1, *, made: int | None = None, seconds: float | None = None) -> Provenance:
+def provenance(
+    device: str | None = None, devices: int = 1, *, made: int | None = None, seconds: float | None = None
+) -> Provenance:
     """What this process makes things with. `device`: from `device_kind`, where others than this process did the work."""
     rounded = None if seconds is None else round(seconds, 1)
     return Provenance(**_of_this_process(), device=device or device_kind(), devices=devices, made=made, seconds=rounded)

@@ -64,7 +64,9 @@ class _Uses:
     digests: set[str] = field(default_factory=set)  # of manifests
     specs: set[str] = field(default_factory=set)  # of references
     texts: list[str] = field(default_factory=list)  # starts, needs and exports, as URLs or paths
-    begun: dict[str, list[Begun]] = field(default_factory=lambda: defaultdict(list))  # by folder, until an item names them
+    begun: dict[str, list[Begun]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # by folder, until an item names them
     written: dict[str, float] = field(default_factory=dict)  # by run: when anything of it was
 
     def names(self, folder: str) -> bool:
@@ -155,13 +157,19 @@ def _look_at_run(store: Store, run: str, uses: _Uses) -> list[tuple[str, str, li
         phase = "" if parent.endswith("/export") else parent.rpartition("/")[2]
         done = f"{phase} was trained again" if phase else "the model was exported again"
         since, last = _newest(inside), last.rpartition("/")[2]
-        why = f"{done} since, in {last}" if since < when else f"written to after {last}, which is the last that is noted; {GOES_ON}"
+        why = (
+            f"{done} since, in {last}"
+            if since < when
+            else f"written to after {last}, which is the last that is noted; {GOES_ON}"
+        )
         at_work = f"runs/{run}" in uses.begun  # of which home, and with which settings, is not known
         why += "; a pipeline of this run has begun and not ended" if at_work else ""
         beside = (f"runs/{run}/logs/{phase}-{spec}/", f"runs/{run}/previews/{phase}-{spec}/")
         inside += [entry for entry in entries if phase and entry.path.startswith(beside)]
         found.append((folder, why, inside, at_work or since >= when))
-    ends = tuple(f"runs/{run}/{name}" for name in ("stages/", "checkpoints/", "evaluations/", "export/", "summary.json"))
+    ends = tuple(
+        f"runs/{run}/{name}" for name in ("stages/", "checkpoints/", "evaluations/", "export/", "summary.json")
+    )
     if not any(entry.path.startswith(ends) for entry in entries):
         begun = any(each.run == run for several in uses.begun.values() for each in several)
         found.append((f"runs/{run}", "nothing of it came to an end", entries, begun))
@@ -184,7 +192,9 @@ def _gather_records(store: Store, run: str, entries: list[StoreEntry], uses: _Us
         uses.texts += manifests
         for part in filter(None, map(OF_RUN.search, [folder, *manifests])):
             newer = entry.modified >= noted.get(part[1], ("", 0.0))[1]
-            if newer and (is_note or part[1].endswith("/export")):  # a summary is written again where nothing was trained
+            if newer and (
+                is_note or part[1].endswith("/export")
+            ):  # a summary is written again where nothing was trained
                 noted[part[1]] = (part[0], entry.modified)
     return noted
 
@@ -234,7 +244,9 @@ def _unused_data(store: Store, uses: _Uses) -> Iterator[Unused]:
 
 def _unused_in(store: Store, folder: str, uses: _Uses) -> Iterator[Unused]:
     entries = store.list(folder)
-    standing = {entry.path: entry.modified for entry in entries if entry.path.rpartition("/")[2].startswith("MANIFEST.")}
+    standing = {
+        entry.path: entry.modified for entry in entries if entry.path.rpartition("/")[2].startswith("MANIFEST.")
+    }
     named = standing.keys() & uses.copies(folder)
     if not named and not uses.names(folder):
         committed = max(standing.values(), default=0.0)
@@ -250,13 +262,23 @@ def _unused_in(store: Store, folder: str, uses: _Uses) -> Iterator[Unused]:
     if not manifests:
         return  # taken back by --from-stage, or its first run is at work
     stems = {shard.stem for manifest in manifests for shard in manifest.shards}
-    others = [(stem[1], entry) for entry in entries if (stem := STEM.match(entry.path[len(folder) + 1 :])) and stem[1] not in stems]
+    others = [
+        (stem[1], entry)
+        for entry in entries
+        if (stem := STEM.match(entry.path[len(folder) + 1 :])) and stem[1] not in stems
+    ]
     older = set()
     if folder not in uses.begun:  # else the run may go back to them
         older = _stems_named(store, sorted(standing.keys() - named), {stem for stem, _ in others})
-    yield Unused(f"{folder}{SHARDS}", "shards that no manifest in use names", tuple(entry for stem, entry in others if stem in older))
+    yield Unused(
+        f"{folder}{SHARDS}",
+        "shards that no manifest in use names",
+        tuple(entry for stem, entry in others if stem in older),
+    )
     if unknown := [entry for stem, entry in others if stem not in older]:
-        yield uses.item(f"{folder}{UNFINISHED}", f"shards that no manifest names; {GOES_ON}", unknown, doubt=True, folder=folder)
+        yield uses.item(
+            f"{folder}{UNFINISHED}", f"shards that no manifest names; {GOES_ON}", unknown, doubt=True, folder=folder
+        )
 
 
 def _stems_named(store: Store, manifests: Iterable[str], wanted: set[str]) -> set[str]:
@@ -275,7 +297,9 @@ def _unused_towers(store: Store, uses: _Uses) -> Iterator[Unused]:
         entries = store.list(folder)
         whole = any(entry.path.startswith(f"{folder}/MANIFEST.") for entry in entries)
         if not uses.names(folder) and not _tower_digests(store, folder) & uses.digests:
-            yield uses.item(folder, NOBODYS if whole else f"towers without a manifest; {GOES_ON}", entries, doubt=not whole)
+            yield uses.item(
+                folder, NOBODYS if whole else f"towers without a manifest; {GOES_ON}", entries, doubt=not whole
+            )
     for folder in _spec_folders(store, "references"):
         if folder.rpartition("/")[2] not in uses.specs:
             begun = folder.rpartition("/")[0] in uses.texts

@@ -78,10 +78,14 @@ def check_exported(folder: Path, checked: CheckedFiles, part: str = "") -> None:
             return
         records = {name: (record["sha256"], record["bytes"]) for name, record in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path}: damaged; run the export stage again, or delete it to take the files as they are") from None
+        raise CheckpointError(
+            f"{path}: damaged; run the export stage again, or delete it to take the files as they are"
+        ) from None
     for name, record in sorted(records.items()):
         if name.startswith(part) and not checked.is_whole(folder / name, *record):
-            raise CheckpointError(f"{folder / name}: damaged, not the file that was exported; run the export stage again")
+            raise CheckpointError(
+                f"{folder / name}: damaged, not the file that was exported; run the export stage again"
+            )
 
 
 def _check_widths(towers: Path, config: MMDiTConfig) -> None:

@@ -91,7 +91,12 @@ def readme(facts: CheckpointFacts, checkpoint: str, context_dim: int, pooled_dim
     example = "a photo of a red apple on a wooden table"
     parts = [
         README_HEAD.format(
-            checkpoint=markdown_code(checkpoint), samples=samples, shift=facts.shift, null=NULL_WORDS[facts.null], prompt=example, **values
+            checkpoint=markdown_code(checkpoint),
+            samples=samples,
+            shift=facts.shift,
+            null=NULL_WORDS[facts.null],
+            prompt=example,
+            **values,
         )
     ]
     negative = facts.null

@@ -167,7 +167,9 @@ def _find_by_file(path: Path) -> _Found:
     if path.suffix == ".json":
         raise CheckpointError(f"{path}: name the folder that it is in, or a .safetensors file")
     if is_shard(path.name):
-        raise CheckpointError(f"{path}: one of several files of a model; name the folder that they are in, {path.parent}")
+        raise CheckpointError(
+            f"{path}: one of several files of a model; name the folder that they are in, {path.parent}"
+        )
     beside = path.name.startswith(DIFFUSERS_STEM) and (path.parent / "config.json").is_file()
     return _Found(path.parent, path.parent if beside else None, None, WeightSet((path.name,)))
 

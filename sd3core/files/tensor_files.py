@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ class TensorFiles(Mapping[str, Tensor]):
     def close(self) -> None:
         self._opened.close()
 
-    def __enter__(self) -> TensorFiles:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -143,7 +143,7 @@ class TensorFileWriter:
         self._file.seek(self._offsets[name] + start * info.dtype.itemsize)
         self._file.write(values.detach().to(info.dtype).contiguous().view(torch.uint8).numpy())
 
-    def __enter__(self) -> TensorFileWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, failed: object, *_: object) -> None:
@@ -167,7 +167,11 @@ def _make_header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]
         end += info.bytes
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, info in infos.items():
-        fields[name] = {"dtype": SAFETENSORS_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": list(spans[name])}
+        fields[name] = {
+            "dtype": SAFETENSORS_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": list(spans[name]),
+        }
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
@@ -206,7 +210,9 @@ def _read_entry(entry: dict[str, Any]) -> tuple[TensorInfo, tuple[int, int]]:
         raise ValueError(f"{len(shape)} dimensions")
     if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, low, high)):
         raise ValueError(f"shape {shape}, offsets {low} to {high}")
-    if math.prod(max(number, 1) for number in shape) >= 2**48:  # beside a 0 it has no bytes, and no tensor can be made of it
+    if (
+        math.prod(max(number, 1) for number in shape) >= 2**48
+    ):  # beside a 0 it has no bytes, and no tensor can be made of it
         raise ValueError(f"shape {shape}")
     if entry["dtype"] not in SAFETENSORS_DTYPES:
         raise ValueError(f"dtype {entry['dtype']!r}")

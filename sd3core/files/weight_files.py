@@ -46,7 +46,9 @@ def find_weights(folder: Path, stems: Iterable[str]) -> WeightSet | None:
     chosen = [weights for weights in sets if not weights.variant] or sets
     if len(chosen) > 1:
         names = " and ".join(weights.name for weights in chosen)
-        raise CheckpointError(f"{folder}: {names} are both there and may differ; take one away, or name the one you mean")
+        raise CheckpointError(
+            f"{folder}: {names} are both there and may differ; take one away, or name the one you mean"
+        )
     return chosen[0] if chosen else None
 
 
@@ -91,7 +93,9 @@ def _sets_of(folder: Path, stem: str) -> list[WeightSet]:
     indexes = [name for name in names if name.startswith(stem + INDEX_MARK) and is_index(name)]
     sets = [weights_of_index(folder, index) for index in indexes]
     indexed = {file for weights in sets for file in weights.files}
-    pattern = re.compile(re.escape(stem) + r"(?:\.([A-Za-z0-9_]+))?(-\d{5}-of-\d{5})?(?:\.([A-Za-z0-9_]+))?\.safetensors")
+    pattern = re.compile(
+        re.escape(stem) + r"(?:\.([A-Za-z0-9_]+))?(-\d{5}-of-\d{5})?(?:\.([A-Za-z0-9_]+))?\.safetensors"
+    )
     shards: dict[tuple[str, str], list[str]] = {}
     for name, found in ((name, pattern.fullmatch(name)) for name in names):
         if found is None or name in indexed:

@@ -40,12 +40,16 @@ class BackboneConfig:
     position_max: int = 192
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # sizes; the annotations are strings, and 0 is allowed where it is the default
+        for field in dataclasses.fields(
+            self
+        ):  # sizes; the annotations are strings, and 0 is allowed where it is the default
             value, least = getattr(self, field.name), 0 if field.default == 0 else 1
             unset = field.type == "int | None" and value is None
             most = MOST_BLOCKS if field.name in ("depth", "conv_blocks") else MOST
             if field.type.startswith("int") and not unset and (type(value) is not int or not least <= value <= most):
-                raise CheckpointError(f"model config: {field.name} is {value!r}; it is a whole number from {least} to {most}")
+                raise CheckpointError(
+                    f"model config: {field.name} is {value!r}; it is a whole number from {least} to {most}"
+                )
         if self.qk_norm not in (None, "rms"):
             raise CheckpointError(f"model config: qk_norm is {self.qk_norm!r}; it is null or 'rms'")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:

@@ -151,7 +151,9 @@ def _read_entry(store: Store, folder: str, name: str) -> TowerEntry:
     try:
         entry = read_towers(store, folder).towers[name]
     except (DataError, KeyError):
-        raise DataError(f"{store.uri(path)}: damaged, or not of this version; delete it: the tower is made again") from None
+        raise DataError(
+            f"{store.uri(path)}: damaged, or not of this version; delete it: the tower is made again"
+        ) from None
     store.put(path, canonical_json(entry.model_dump(mode="json")))
     return entry
 
@@ -273,9 +275,7 @@ def checked_files(local_cache: Path | str) -> CheckedFiles:
     return CheckedFiles(Path(local_cache) / "checked")
 
 
-def _fetch_file(
-    store: Store, path: str, target: Path, file: TowerFile, done: str, checked: CheckedFiles
-) -> None:
+def _fetch_file(store: Store, path: str, target: Path, file: TowerFile, done: str, checked: CheckedFiles) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned_fetches(target.parent)
     with tempfile.TemporaryDirectory(prefix=FETCH, dir=target.parent) as scratch:

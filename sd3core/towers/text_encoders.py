@@ -88,7 +88,9 @@ class TextEncoders:
     def too_long(self, prompts: Sequence[str], drop: Collection[str] = ()) -> list[str]:
         """Prompts whose end no encoder in use reads, since they have more tokens than each takes; each once, in order."""
         used = [name for name in ENCODERS if name not in drop]
-        return [prompt for prompt in dict.fromkeys(prompts) if used and all(self._is_cut(name, prompt) for name in used)]
+        return [
+            prompt for prompt in dict.fromkeys(prompts) if used and all(self._is_cut(name, prompt) for name in used)
+        ]
 
     def _is_cut(self, name: str, prompt: str) -> bool:
         ids = self.tokenizers[name](prompt, verbose=False).input_ids  # it would warn of a length that is not used
@@ -176,7 +178,7 @@ def load_model_folder(model_class: type[PreTrainedModel], folder: Path, dtype: t
     if info["missing_keys"]:
         raise DataError(
             f"{folder}: {len(info['missing_keys'])} weights of {model_class.__name__} are missing,"
-            f" {sorted(info['missing_keys'])[0]} among them; save the model again with that class"
+            f" {min(info['missing_keys'])} among them; save the model again with that class"
         )
     return model.eval().requires_grad_(False)
 

@@ -156,7 +156,9 @@ class Installation:
         return RUN_ID.search(printed).group(0)
 
     def api(self, path: str, /, **body: Any) -> Any:
-        answer = httpx.post(f"{self.ui}/api/{path}", json=body, headers=self.authorization() | self.csrf_token(), timeout=30)
+        answer = httpx.post(
+            f"{self.ui}/api/{path}", json=body, headers=self.authorization() | self.csrf_token(), timeout=30
+        )
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
@@ -170,7 +172,9 @@ class Installation:
     def csrf_token(self) -> dict[str, str]:
         """The headers that let a client write."""
         client = str(uuid4())
-        answer = httpx.get(f"{self.ui}/api/csrf-token", params={"client": client}, headers=self.authorization(), timeout=30)
+        answer = httpx.get(
+            f"{self.ui}/api/csrf-token", params={"client": client}, headers=self.authorization(), timeout=30
+        )
         answer.raise_for_status()
         return {"Prefect-Csrf-Client": client, "Prefect-Csrf-Token": answer.json()["token"]}
 

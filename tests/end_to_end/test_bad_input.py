@@ -71,7 +71,9 @@ def test_the_rest_of_a_folder_goes_on_to_the_end(installation, tmp_path):
     short = ("pretrain.samples=32", "pretrain.checkpoint_every_samples=32", "compute.actors=1")
     printed = installation.command(*demo_command(*short), "--data", str(folder), seconds=420)
 
-    told = [line.removeprefix("warning: ingest: ") for line in printed.splitlines() if line.startswith("warning: ingest: ")]
+    told = [
+        line.removeprefix("warning: ingest: ") for line in printed.splitlines() if line.startswith("warning: ingest: ")
+    ]
     endings = ("half.webp", "empty.jpg", "text.png", "moving.gif", "untold.jpg", "0.jpg")
     assert len(told) == len(endings) and all(any(line.endswith(name) for line in told) for name in endings), printed
     assert re.search(r"^ingest +done .* 40 of 45 images used", printed, re.MULTILINE), printed

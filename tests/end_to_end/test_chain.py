@@ -87,7 +87,7 @@ def test_every_checkpoint_is_scored_with_live_and_ema_weights(resumed):
     assert [
         row for row in resumed.summary["left_out"] if row["metric"] == "clip_fid" and row["reason"]
     ]  # 8 pictures are too few
-    assert all((row["reason"] for row in resumed.summary["left_out"]))
+    assert all(row["reason"] for row in resumed.summary["left_out"])
 
 
 def test_the_terminal_ends_with_scores_pictures_ui_and_a_command(installation, resumed, tmp_path):

@@ -30,12 +30,19 @@ PATHS = ("flow_runs/", "deployments/", "flow_runs/filter", "work_pools/filter")
         ({"Origin": "null"}, 403),  # a sandboxed frame, a file
         ({"Origin": "http://127.0.0.1:1"}, 403),  # another program of this machine
         ({"Host": "page.example"}, 400),
-        ({"Host": "page.example", "Origin": "http://page.example"}, 400),  # a name that was bound to 127.0.0.1 meanwhile
+        (
+            {"Host": "page.example", "Origin": "http://page.example"},
+            400,
+        ),  # a name that was bound to 127.0.0.1 meanwhile
         ({"Authorization": None}, 401),  # another user
         ({"Authorization": "Basic YWRtaW46cGFzcw=="}, 401),
         ({"Prefect-Csrf-Token": None}, 403),
         ({"Prefect-Csrf-Token": "guessed"}, 403),
-        ({name: None for name in ("Authorization", "Prefect-Csrf-Token", "Prefect-Csrf-Client")} | {"Content-Type": "text/plain"}, 403),
+        (
+            {name: None for name in ("Authorization", "Prefect-Csrf-Token", "Prefect-Csrf-Client")}
+            | {"Content-Type": "text/plain"},
+            403,
+        ),
     ],
 )
 def test_the_api_refuses(installation, changed, status):
@@ -90,15 +97,17 @@ def test_two_homes_that_start_at_once_have_servers_of_their_own(fresh, second):
     """Both look for the same port first."""
     port = free_port()
     for home in (fresh, second):
-        (home.home / "services.json").write_text(json.dumps({"port": port, "server": None, "worker": None, "deployed": ""}))
+        (home.home / "services.json").write_text(
+            json.dumps({"port": port, "server": None, "worker": None, "deployed": ""})
+        )
     with ThreadPoolExecutor() as both:
         list(both.map(lambda home: home.command("sd3", "up", seconds=400), (fresh, second)))
     for home, other in ((fresh, second), (second, fresh)):
         assert home.services["port"] != other.services["port"]
         assert home.server_process().environ()["SD3_HOME"] == str(home.home)
-        assert {c.laddr.port for c in home.server_process().net_connections("inet") if c.status == psutil.CONN_LISTEN} == {
-            home.services["port"]
-        }
+        assert {
+            c.laddr.port for c in home.server_process().net_connections("inet") if c.status == psutil.CONN_LISTEN
+        } == {home.services["port"]}
         assert home.api("work_pools/filter")  # it takes this home's password
         assert httpx.get(f"{home.ui}/api/version", headers=other.authorization()).status_code == 401
     assert port in (fresh.services["port"], second.services["port"])
@@ -119,7 +128,13 @@ def test_a_users_own_prefect_and_other_runs_of_the_server_are_left_alone(fresh, 
 
     def sd3(*arguments: str) -> str:
         done = subprocess.run(
-            ["sd3", *arguments], cwd=tmp_path, env=fresh.environment, capture_output=True, text=True, timeout=400, check=False
+            ["sd3", *arguments],
+            cwd=tmp_path,
+            env=fresh.environment,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
         )
         assert done.returncode == 0, fresh.story(f"{arguments} ended with {done.returncode}", done.stdout + done.stderr)
         return done.stdout
@@ -133,7 +148,9 @@ def test_a_users_own_prefect_and_other_runs_of_the_server_are_left_alone(fresh, 
     flow = fresh.api("flows/", name="pipeline")["id"]
     fresh.api("work_pools/", name="theirs", type="process")
     deployments = [
-        fresh.api("deployments/", flow_id=flow, name=name, tags=["sd3"], path=path, entrypoint="a.py:b", work_pool_name=pool)["id"]
+        fresh.api(
+            "deployments/", flow_id=flow, name=name, tags=["sd3"], path=path, entrypoint="a.py:b", work_pool_name=pool
+        )["id"]
         for name, path, pool in (("a", "/elsewhere", "local"), ("b", str(fresh.home / "prefect"), "theirs"))
     ]
     runs = {}
@@ -174,4 +191,6 @@ def test_a_database_that_is_damaged_is_named(fresh):
     (fresh.home / "prefect" / "prefect.db").write_bytes(b"no database" * 1000)
     code, printed = fresh.ends("sd3", "up", seconds=200)
     assert code == 1 and "Traceback" not in printed
-    assert re.search(r"ended while starting: .*file is not a database \(all of it: .*/server.log\)$", printed.strip()), printed
+    assert re.search(
+        r"ended while starting: .*file is not a database \(all of it: .*/server.log\)$", printed.strip()
+    ), printed

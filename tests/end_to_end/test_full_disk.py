@@ -38,7 +38,9 @@ def test_the_same_command_goes_on_with_more_room(installation: Installation, dis
         resize(disk, room_kb)
         code, printed = installation.ends(*command, seconds=420)
         last = printed.splitlines()[-1]
-        assert code == 1 and re.match(f"sd3: {stage}: .*No space left on device; make room there, and the same command goes on", last), printed
+        assert code == 1 and re.match(
+            f"sd3: {stage}: .*No space left on device; make room there, and the same command goes on", last
+        ), printed
         assert "Traceback" not in printed
         now = finished_files(disk)
         assert {name: now.get(name) for name in kept} == kept
@@ -52,4 +54,7 @@ def test_the_same_command_goes_on_with_more_room(installation: Installation, dis
     assert "a rank was lost" not in printed
     now = finished_files(disk)
     assert {name: now.get(name) for name in kept} == kept
-    assert [path.parent.name for path in sorted(disk.glob("runs/full/checkpoints/pretrain/*/*/DONE.json"))][0] == f"{FIRST:012d}"
+    assert (
+        next(path.parent.name for path in sorted(disk.glob("runs/full/checkpoints/pretrain/*/*/DONE.json")))
+        == f"{FIRST:012d}"
+    )

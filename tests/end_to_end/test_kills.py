@@ -47,7 +47,14 @@ KEPT = ("datasets/", "towers/", f"runs/{RUN}/checkpoints/")
 AT_WORK = "ray::_ActorHost.call"  # Ray names a process by what it executes
 RANK = "ray::RayTrainWorker"
 VICTIMS = ("flow", "ray worker", "server")
-RAYS_OWN = ("raylet/raylet", "gcs_server", "ray::RuntimeEnvAgent", "ray::DashboardAgent", "log_monitor.py", "dashboard/dashboard.py")
+RAYS_OWN = (
+    "raylet/raylet",
+    "gcs_server",
+    "ray::RuntimeEnvAgent",
+    "ray::DashboardAgent",
+    "log_monitor.py",
+    "dashboard/dashboard.py",
+)
 RAY_TRAINS_OWN = ("ray::TrainingActor", "ray::TrainController")
 TRAINING_STAGES = ("pretrain", "finetune")
 
@@ -81,7 +88,9 @@ def test_a_run_goes_on_by_itself_after_a_kill_of_rays_own_processes(complete: In
 
 @pytest.mark.parametrize("victim", RAY_TRAINS_OWN)
 @pytest.mark.parametrize("stage", TRAINING_STAGES)
-def test_a_run_goes_on_by_itself_after_a_kill_of_ray_trains_own_processes(complete: Installation, stage: str, victim: str):
+def test_a_run_goes_on_by_itself_after_a_kill_of_ray_trains_own_processes(
+    complete: Installation, stage: str, victim: str
+):
     assert_goes_on(complete, stage, victim)
 
 
@@ -102,9 +111,11 @@ def at_work(installation: Installation, stage: str) -> tuple[str, psutil.Process
     for folder in RESULTS[stage]:
         shutil.rmtree(installation.store / folder)
     flow_run_id = installation.start("pipeline/tiny-test", OVERRIDES)
-    runs = lambda: installation.stages_of(flow_run_id).get(stage) == "RUNNING" or ended(installation, flow_run_id)  # noqa: E731
+    runs = lambda: installation.stages_of(flow_run_id).get(stage) == "RUNNING" or ended(installation, flow_run_id)
     installation.wait(f"{stage} to run", runs, seconds=300)
-    return flow_run_id, installation.wait(f"a worker of {stage}", lambda: worker_of(installation, stage), seconds=120, poll=0.01)
+    return flow_run_id, installation.wait(
+        f"a worker of {stage}", lambda: worker_of(installation, stage), seconds=120, poll=0.01
+    )
 
 
 def assert_whole(installation: Installation, stage: str, finished: dict) -> None:

@@ -47,7 +47,9 @@ def page(tmp_path_factory, installation) -> Iterator[Page]:
         opened = browser.new_page()
         opened.goto(f"{installation.ui}/runs")
         asked = opened.locator("input[type=password]")
-        asked.fill(re.search(r"^password: (\S+)$", installation.command("sd3", "ui", seconds=60), re.MULTILINE).group(1))
+        asked.fill(
+            re.search(r"^password: (\S+)$", installation.command("sd3", "ui", seconds=60), re.MULTILINE).group(1)
+        )
         asked.press("Enter")
         expect(asked).to_have_count(0)
         yield opened
@@ -90,7 +92,9 @@ def expect_pictures(shown: Locator) -> None:
 
 def test_a_stage_at_work_shows_its_progress(killed):
     """Read from the server while pretraining worked, just before its process was killed."""
-    assert re.match(rf"\d+/{LAST} samples, [\d.,]+ samples/s, \d.* left, .*\bloss \d\.\d+", killed.shown["pretrain-progress"])
+    assert re.match(
+        rf"\d+/{LAST} samples, [\d.,]+ samples/s, \d.* left, .*\bloss \d\.\d+", killed.shown["pretrain-progress"]
+    )
     assert killed.shown["encode-progress"].startswith("288/288 rows")
 
 

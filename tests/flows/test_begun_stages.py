@@ -29,7 +29,12 @@ class Killed(StoreError):
 def run(tmp_path):
     recipe = load_recipe("tiny-test", [f"model.start_from={START}"])
     return SimpleNamespace(
-        recipe=recipe, store=open_store(str(tmp_path)), report=lambda progress: None, warn=print, log=logging.getLogger(), finish=lambda **shown: shown
+        recipe=recipe,
+        store=open_store(str(tmp_path)),
+        report=lambda progress: None,
+        warn=print,
+        log=logging.getLogger(),
+        finish=lambda **shown: shown,
     )
 
 
@@ -54,7 +59,14 @@ def killed(*_, **__):
 
 def test_a_training_says_its_folder_and_its_start(run, monkeypatch):
     folder = "runs/tiny-test/checkpoints/pretrain/222222222222"
-    job = SimpleNamespace(folder=folder, fields={"training": {}, "latents": "a" * 64}, init=START, last_samples=8, training=run.recipe.pretrain, phase="pretrain")
+    job = SimpleNamespace(
+        folder=folder,
+        fields={"training": {}, "latents": "a" * 64},
+        init=START,
+        last_samples=8,
+        training=run.recipe.pretrain,
+        phase="pretrain",
+    )
     monkeypatch.setattr(training, "phase_job", lambda run, key: job)
     monkeypatch.setattr(training, "training_view", lambda run, job: nullcontext())
     monkeypatch.setattr(training, "train", killed)
@@ -72,14 +84,22 @@ def test_an_export_is_noted_when_it_ends(run, in_flow, monkeypatch):
         begin(folder, {"checkpoint": "b" * 64})
         return Exported(folder, "c" * 64, False, {"checkpoint": "b" * 64}) if ends else killed()
 
-    monkeypatch.setattr(export.upstream, "last_checkpoint_of_phase", lambda *_: SimpleNamespace(folder="runs/tiny-test/checkpoints/finetune.0/1"))
+    monkeypatch.setattr(
+        export.upstream,
+        "last_checkpoint_of_phase",
+        lambda *_: SimpleNamespace(folder="runs/tiny-test/checkpoints/finetune.0/1"),
+    )
     monkeypatch.setattr(export.upstream, "towers_manifest", lambda *_: SimpleNamespace(folder="towers/t", digests={}))
     monkeypatch.setattr(export, "fetch_towers", lambda *_: None)
     monkeypatch.setattr(export, "export_stage", export_stage)
     with pytest.raises(Killed):
         in_flow(export, export.export)
     (begun,) = all_begun(run.store)
-    assert (begun.stage, begun.folder, begun.record["needs"]) == ("export", folder, ["runs/tiny-test/checkpoints/finetune.0/1"])
+    assert (begun.stage, begun.folder, begun.record["needs"]) == (
+        "export",
+        folder,
+        ["runs/tiny-test/checkpoints/finetune.0/1"],
+    )
     ends = True
     in_flow(export, export.export)
     assert not all_begun(run.store) and recall_stage(run.store, "tiny-test", "export").folder == folder

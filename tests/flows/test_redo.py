@@ -88,5 +88,7 @@ def test_only_markers_go(finished):
 
 
 def test_an_unknown_stage_names_those_that_are(finished):
-    with pytest.raises(RecipeError, match=r"--from-stage 'train': did you mean 'pretrain'\? the stages are ingest, towers"):
+    with pytest.raises(
+        RecipeError, match=r"--from-stage 'train': did you mean 'pretrain'\? the stages are ingest, towers"
+    ):
         forget_from(*finished, "train")

@@ -137,7 +137,12 @@ def test_a_users_growth_of_the_data_is_not_taken_for_a_version(store, rise):
 
 def test_without_its_captioner_only_what_needs_it_is_not_known(store):
     statuses = {part.name: part.status for part in standing_parts(recipe(*ABSENT), store)}
-    assert [name for name, status in statuses.items() if status == "stands"] == ["ingest", "towers", *DATA[-2:], "export"]
+    assert [name for name, status in statuses.items() if status == "stands"] == [
+        "ingest",
+        "towers",
+        *DATA[-2:],
+        "export",
+    ]
     assert [part.name for part in standing_parts(recipe(*ABSENT), store, up_to="ingest")] == ["ingest"]
 
 

@@ -13,7 +13,13 @@ from sd3core.recipe_file import load_recipe
 
 
 def picture(phase: str, samples: int, name: str, weights: str = "ema") -> dict[str, object]:
-    return {"phase": phase, "samples": samples, "name": name, "weights": weights, "path": f"{phase}-{samples}-{name}.png"}
+    return {
+        "phase": phase,
+        "samples": samples,
+        "name": name,
+        "weights": weights,
+        "path": f"{phase}-{samples}-{name}.png",
+    }
 
 
 def test_no_folder_is_named_that_the_export_stage_did_not_make(tmp_path):
@@ -33,7 +39,14 @@ def test_the_newest_pictures_of_each_phase_and_size_are_named_and_warnings_with_
         picture("finetune.0", 8, "112x80"),
     ]
     lost = "pretrain: a rank was lost; went on from 3,000 samples"
-    stage = {"name": "pretrain", "state": "skipped", "seconds": 0.0, "digest": "", "reason": "", "warnings": [lost, "x"]}
+    stage = {
+        "name": "pretrain",
+        "state": "skipped",
+        "seconds": 0.0,
+        "digest": "",
+        "reason": "",
+        "warnings": [lost, "x"],
+    }
     summary = {"stages": [stage], "scores": [], "bench": [], "pictures": pictures, "export": "e"}
     out = io.StringIO()
     store = open_store(str(tmp_path))

@@ -29,7 +29,9 @@ class Run:
 @pytest.fixture
 def shown(monkeypatch):
     """The run, the rows that stand in the store, and the rows of every curve that was plotted."""
-    made = SimpleNamespace(run=Run(), stored=[], plotted=[], job=SimpleNamespace(phase="pretrain", folder="x", last_samples=40))
+    made = SimpleNamespace(
+        run=Run(), stored=[], plotted=[], job=SimpleNamespace(phase="pretrain", folder="x", last_samples=40)
+    )
 
     class Decoder:
         def __init__(self, store, towers):
@@ -60,7 +62,11 @@ def test_the_curve_goes_on_where_the_checkpoints_end(shown):
         _, description = look()
         shown.stored = [*shown.stored, {"samples": 32, "loss": 1.5}, {"samples": 40, "loss": 1.25}]
     look()
-    assert shown.plotted == [[(8, 3.0), (24, 2.0)], [(8, 3.0), (24, 2.0), (32, 1.5)], [(8, 3.0), (24, 2.0), (32, 1.5), (40, 1.25)]]
+    assert shown.plotted == [
+        [(8, 3.0), (24, 2.0)],
+        [(8, 3.0), (24, 2.0), (32, 1.5)],
+        [(8, 3.0), (24, 2.0), (32, 1.5), (40, 1.25)],
+    ]
     assert description == "pretrain: loss 1.500 after 32 samples"
 
 

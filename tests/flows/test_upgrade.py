@@ -71,7 +71,7 @@ def test_a_format_that_rose_is_named_with_all_that_follows_and_nothing_else(stor
     expected = [part for part in [*DATA, *RESULTS] if part in {*FOLLOW[kind], *RESULTS}]
     assert parts_of(recipe(), store) == expected
     changes = [change for part in standing_parts(recipe(), store) for change in part.changes]
-    assert set(change.split()[0] for change in changes) == {kind, "train"}
+    assert {change.split()[0] for change in changes} == {kind, "train"}
     with pytest.raises(RemakeNeeded) as stopped:
         check_upgrade(recipe(), store, remake=False)
     said = str(stopped.value)
@@ -105,7 +105,8 @@ def test_the_word_is_kept_for_the_run_and_for_those_formats_only(store, rise):
 
 
 @pytest.mark.parametrize(
-    "override", ["data.held_out_fraction=0.3", "data.name=other", "towers.name=other", "seed=1", "data.aspect_ratios=[1.0]"]
+    "override",
+    ["data.held_out_fraction=0.3", "data.name=other", "towers.name=other", "seed=1", "data.aspect_ratios=[1.0]"],
 )
 def test_a_users_change_of_the_data_is_never_asked_about(store, rise, override):
     rise("raw", "towers", "captions", "text", "latents", "train")
@@ -264,7 +265,9 @@ def test_a_pipeline_asks_first_and_after_each_stage_that_made_something(monkeypa
     monkeypatch.setattr(pipeline, "session", opened)
     monkeypatch.setattr(pipeline, "get_run_logger", lambda: SimpleNamespace(warning=lambda line: None))
     monkeypatch.setattr(pipeline, "check_upgrade", lambda *_: said.append("asked"))
-    monkeypatch.setattr(pipeline, "STAGE_FLOWS", (stage_flow("a", "done"), stage_flow("b", "skipped"), stage_flow("c", "done")))
+    monkeypatch.setattr(
+        pipeline, "STAGE_FLOWS", (stage_flow("a", "done"), stage_flow("b", "skipped"), stage_flow("c", "done"))
+    )
     monkeypatch.setattr(pipeline, "write_summary", lambda store, recipe, outcomes, *_: outcomes)
     assert len(pipeline.pipeline.fn("tiny-test")) == 3
     assert said == ["asked", "a", "asked", "b", "c"]

@@ -114,7 +114,9 @@ def test_a_start_that_cannot_be_is_told_before_the_first_stage(store, tmp_path):
     save_model(tmp_path / "model", make_model(config))
     upstream.check_start_from(own, store)
     save_model(tmp_path / "model", make_model(type(config).from_depth(1, position_base=config.position_base)))
-    with pytest.raises(CheckpointError, match="^pretrain starts from .*model: context_embedder.weight is .64, 4096. there"):
+    with pytest.raises(
+        CheckpointError, match="^pretrain starts from .*model: context_embedder.weight is .64, 4096. there"
+    ):
         upstream.check_start_from(own, store)
     upstream.check_start_from(recipe_of("a", 100), store)  # fresh weights
 
@@ -142,15 +144,23 @@ def test_without_a_fine_tuning_phase_the_stage_names_the_pretrained_checkpoint(m
         yield SimpleNamespace(recipe=recipe, store=store, finish=lambda **result: finished.update(result) or result)
 
     monkeypatch.setattr(finetune, "stage", stage)
-    monkeypatch.setattr(finetune, "last_checkpoint_of_phase", lambda *_: CheckpointRef(8, "runs/r/checkpoints/pretrain/s/8"))
+    monkeypatch.setattr(
+        finetune, "last_checkpoint_of_phase", lambda *_: CheckpointRef(8, "runs/r/checkpoints/pretrain/s/8")
+    )
     monkeypatch.setattr(finetune, "read_checkpoint_done", lambda store, folder: SimpleNamespace(digest=f"of {folder}"))
     finetune.finetune.fn("tiny-test")
     assert finished["skipped"] and finished["digest"] == "of runs/r/checkpoints/pretrain/s/8"
 
 
-def test_what_no_node_holds_is_said_before_the_first_stage_but_not_of_work_that_is_done(store, write_records, train_today):
+def test_what_no_node_holds_is_said_before_the_first_stage_but_not_of_work_that_is_done(
+    store, write_records, train_today
+):
     """A finished run, or one whose training ran elsewhere, goes on a machine without a GPU."""
-    laptop, no_ranks, no_actors = [Node("127.0.0.1", 8, 0)], "^compute.train_ranks 2 x .* the 0 GPUs", "^compute.gpus_per_actor 1 "
+    laptop, no_ranks, no_actors = (
+        [Node("127.0.0.1", 8, 0)],
+        "^compute.train_ranks 2 x .* the 0 GPUs",
+        "^compute.gpus_per_actor 1 ",
+    )
     recipe = load_recipe("tiny-test")
     trains, encodes = (load_recipe("tiny-test", [f"compute.gpus_per_{process}=1"]) for process in ("rank", "actor"))
     write_records(store)  # a run that was trained, with scores and notes, by other fields than today's

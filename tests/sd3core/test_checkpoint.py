@@ -155,7 +155,7 @@ def test_object_storage(tmp_path, tensors, monkeypatch):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
-    folder, done = write_checkpoint(tmp_path, 64, values, config, world_size=2)
+    folder, _done = write_checkpoint(tmp_path, 64, values, config, world_size=2)
     with mock_aws():
         boto3.client("s3").create_bucket(Bucket="pictures")
         store, path = open_store("s3://pictures/here"), checkpoint_folder(PARENT, 64)

@@ -58,8 +58,12 @@ def test_a_changed_formulation_has_another_version():
     golden = json.loads(GOLDEN.read_text())
     assert {name.partition("(")[0] for name in golden} <= FORMULATION_KINDS.keys()
     for name, known in golden.items():
-        assert formulation_version(name) == known["version"], f"{name}: {GOLDEN.name} has the numbers of another version"
-        assert numbers_of(name) == pytest.approx(known["numbers"], rel=1e-5, abs=1e-8), f"{name}: raise its version in KINDS"
+        assert formulation_version(name) == known["version"], (
+            f"{name}: {GOLDEN.name} has the numbers of another version"
+        )
+        assert numbers_of(name) == pytest.approx(known["numbers"], rel=1e-5, abs=1e-8), (
+            f"{name}: raise its version in KINDS"
+        )
 
 
 def test_the_papers_61_are_all_there_and_canonical():
@@ -85,7 +89,9 @@ def test_the_papers_61_are_all_there_and_canonical():
 )
 def test_equal_formulations_have_one_name(written, canonical, density):
     if canonical is None:
-        with pytest.raises(ValueError, match="cannot be read; write rf/lognorm.m,s. with m from -5 to 5 and s from 0.05 to 5"):
+        with pytest.raises(
+            ValueError, match="cannot be read; write rf/lognorm.m,s. with m from -5 to 5 and s from 0.05 to 5"
+        ):
             canonical_name(written)
         return
     assert canonical_name(written) == canonical
@@ -107,10 +113,16 @@ def test_numbers_of_edm_are_those_of_ln_sigma():
         ("rf/mode(1.76)", "formulation 'rf/mode(1.76)': its scale, 1.76, is not between -1 and 1.75"),
         ("edm(0,0)", "formulation 'edm(0,0)': its standard deviation of ln sigma, 0, is not between 0.3 and 3"),
         ("edm(1e999,1)", "formulation 'edm(1e999,1)': its mean of ln sigma, inf, is not between -3 and 3"),
-        ("edm(nan,1)", "formulation 'edm(nan,1)' cannot be read; write edm(m,s) with m from -3 to 3 and s from 0.3 to 3"),
+        (
+            "edm(nan,1)",
+            "formulation 'edm(nan,1)' cannot be read; write edm(m,s) with m from -3 to 3 and s from 0.3 to 3",
+        ),
         ("rf/mode", "formulation 'rf/mode' cannot be read; write rf/mode(s) with s from -1 to 1.75"),
         ("rf(1)", "formulation 'rf(1)' cannot be read; write rf"),
-        ("rf/lognorm(0,1", "formulation 'rf/lognorm(0,1' cannot be read; write rf/lognorm(m,s) with m from -5 to 5 and s from 0.05 to 5"),
+        (
+            "rf/lognorm(0,1",
+            "formulation 'rf/lognorm(0,1' cannot be read; write rf/lognorm(m,s) with m from -5 to 5 and s from 0.05 to 5",
+        ),
         ("rf/lognrm(0,1)", "formulation 'rf/lognrm(0,1)' is not known; did you mean 'rf/lognorm(m,s)'?"),
         ("v/cosine", "formulation 'v/cosine' is not known; did you mean 'v/cos'?"),
     ],
@@ -165,7 +177,9 @@ def test_a_raised_version_is_trained_again_and_nothing_else(monkeypatch):
 
 def test_a_new_formulation_is_one_line(monkeypatch):
     """It is known to recipes, trains, and is sampled; the paper's 61 stay what they are."""
-    monkeypatch.setitem(FORMULATION_KINDS, "v/cos-mode", FormulationKind("cosine", "v", "mode", FORMULATION_KINDS["rf/mode"].numbers))
+    monkeypatch.setitem(
+        FORMULATION_KINDS, "v/cos-mode", FormulationKind("cosine", "v", "mode", FORMULATION_KINDS["rf/mode"].numbers)
+    )
     added = load_recipe("tiny-test", ["finetune=[]", "pretrain.formulation=v/cos-mode(0.5)"])
     assert added.pretrain.formulation == "v/cos-mode(0.50)"
     formulation = find_formulation(added.pretrain.formulation)

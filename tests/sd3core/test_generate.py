@@ -74,7 +74,9 @@ def test_a_training_checkpoint_is_sampled_at_its_recipes_shift(tmp_path, evaluat
 def test_every_architecture_draws(architecture, generator, tmp_path):
     sizes = {"hidden_size": 64, "num_heads": 1, "context_dim": 64, "pooled_dim": 80, "position_max": 4}
     streams = {"clip_tokens": FACTS.text.clip_tokens} if architecture == "mmdit" else {}
-    save_model(tmp_path, randomise(make_model(CONFIGS[architecture].from_depth(1, **sizes, **streams))), FACTS.to_extra())
+    save_model(
+        tmp_path, randomise(make_model(CONFIGS[architecture].from_depth(1, **sizes, **streams))), FACTS.to_extra()
+    )
     drawer = Generator(load_model(tmp_path), generator.encoders, generator.autoencoder, "zeros")
     pictures = drawer.sample(PROMPTS[:2], [5, 5], SETTINGS)
     assert pictures.shape == (2, 32, 48, 3) and (pictures[0] != pictures[1]).any()
@@ -129,7 +131,7 @@ def test_no_prompt_is_what_the_checkpoint_says(checkpoint, towers_folder):
 @pytest.mark.parametrize("null", ["zeros", "empty"])
 def test_a_dropped_encoder_is_replaced_as_in_training(generator, null):
     chosen = Generator(generator.model, generator.encoders, generator.autoencoder, null)
-    (context, pooled), (null_context, _) = chosen.conditioning(PROMPTS, drop=("t5",))
+    (context, _pooled), (null_context, _) = chosen.conditioning(PROMPTS, drop=("t5",))
     features = generator.encoders.encode(PROMPTS)
     keep = torch.tensor([[True, True, False]]).expand(3, -1)
     expected, _ = join_features(features, keep, generator.encoders.null() if null == "empty" else None, 64)

@@ -66,7 +66,11 @@ CASES = {
     "attention": (lean_attention, plain_attention, heads()),
     "attention, more keys": (lean_attention, plain_attention, heads(keys=33)),
     "attention, no padding": (lean_attention, plain_attention, heads(keys=32)),
-    "attention, three streams": (lean_attention, plain_attention, [*heads(2, 2), *heads(3, 17, seed=3), *heads(2, 6, seed=6)]),
+    "attention, three streams": (
+        lean_attention,
+        plain_attention,
+        [*heads(2, 2), *heads(3, 17, seed=3), *heads(2, 6, seed=6)],
+    ),
 }
 
 
@@ -253,7 +257,9 @@ def test_every_backbone_trains_alike_with_either(kind, qk_norm, monkeypatch):
     own, plain = runs
     assert own.keys() == plain.keys()
     for name in own:
-        torch.testing.assert_close(own[name], plain[name], atol=2e-6, rtol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            own[name], plain[name], atol=2e-6, rtol=2e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("mode", ["bf16", "autocast"])
@@ -265,8 +271,12 @@ def test_bf16_and_autocast_stay_as_near_to_fp32(mode, monkeypatch):
         monkeypatch.setattr(lean, "MIN_TOKENS", tokens)
         model = lean_model(config)
         got = run_model(model.bfloat16() if mode == "bf16" else model, small_inputs(config=config), mode == "autocast")
-        assert mode == "bf16" or all(got[name].dtype == torch.float32 for name, _ in model.named_parameters() if name in got)
-        errors.append({name: float((got[name].float() - z).norm() / z.norm()) for name, z in exact.items() if z.norm() > 0})
+        assert mode == "bf16" or all(
+            got[name].dtype == torch.float32 for name, _ in model.named_parameters() if name in got
+        )
+        errors.append(
+            {name: float((got[name].float() - z).norm() / z.norm()) for name, z in exact.items() if z.norm() > 0}
+        )
     own, plain = errors
     assert own["velocity"] < 1.3 * plain["velocity"] < 0.05
     # Under autocast the plain form modulates in fp32, the lean one in bf16, as both do where all is bf16.
@@ -320,7 +330,9 @@ def test_a_model_is_plain_until_it_is_told_and_keeps_its_weights(monkeypatch):
     config = SMALL_BACKBONES["mmdit"]()
     model, inputs = randomise(make_model(config)), small_inputs(config=config)
     calls = []
-    monkeypatch.setattr(lean, "gated_add", lambda x, gate, update: calls.append(1) or torch.addcmul(x, gate.unsqueeze(1), update))
+    monkeypatch.setattr(
+        lean, "gated_add", lambda x, gate, update: calls.append(1) or torch.addcmul(x, gate.unsqueeze(1), update)
+    )
     before, names = model(*inputs), list(model.state_dict())
     assert not calls
     lean.use_lean_steps(model)
@@ -331,5 +343,7 @@ def test_a_model_is_plain_until_it_is_told_and_keeps_its_weights(monkeypatch):
 
 
 def test_a_gpu_and_short_sequences_take_the_plain_forms():
-    assert lean.applies_to(torch.empty(1, lean.MIN_TOKENS, 2)) and not lean.applies_to(torch.empty(1, lean.MIN_TOKENS - 1, 2))
+    assert lean.applies_to(torch.empty(1, lean.MIN_TOKENS, 2)) and not lean.applies_to(
+        torch.empty(1, lean.MIN_TOKENS - 1, 2)
+    )
     assert not lean.applies_to(torch.empty(1, lean.MIN_TOKENS, 2, device="meta"))

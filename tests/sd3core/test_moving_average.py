@@ -47,7 +47,9 @@ def test_the_papers_decay_stands_from_892_updates_on():
 
 
 def test_the_decay_does_not_depend_on_the_length():
-    assert [decay_at(phase(10), step) for step in range(1, 11)] == [decay_at(phase(10_000), step) for step in range(1, 11)]
+    assert [decay_at(phase(10), step) for step in range(1, 11)] == [
+        decay_at(phase(10_000), step) for step in range(1, 11)
+    ]
 
 
 @pytest.mark.parametrize("steps", [1, 6])
@@ -65,7 +67,9 @@ def test_a_phase_of_few_updates_is_told():
         "finetune.0: its 190 steps have 1 update of the EMA (finetune.0.ema_every_steps 100): 100% of an export are the"
         " weights after step 100; for an average lower finetune.0.ema_every_steps"
     )
-    assert ": 10% of an export are the weights after step 100;" in short_average_warning("pretrain", phase(299, every=100))
+    assert ": 10% of an export are the weights after step 100;" in short_average_warning(
+        "pretrain", phase(299, every=100)
+    )
     assert short_average_warning("pretrain", phase(299, every=100, decay=0.04)) is None  # 4 % by the recipe's own decay
     assert short_average_warning("pretrain", phase(300, every=100)) is None  # 2 %
 

@@ -41,7 +41,9 @@ def test_products_take_the_format_that_the_processor_multiplies(processor, capab
 
 
 def test_only_auto_depends_on_the_device():
-    chosen = {(name, able): resolve_precision(name, bf16=able) for name in ("auto", "bf16", "fp32") for able in (False, True)}
+    chosen = {
+        (name, able): resolve_precision(name, bf16=able) for name in ("auto", "bf16", "fp32") for able in (False, True)
+    }
     assert chosen == {
         ("auto", False): "fp32",
         ("auto", True): "bf16",

@@ -40,7 +40,7 @@ KEYS = [
 
 
 def loads_or_is_one_line(name: str, overrides: list[str] | None = None) -> str:
-    """"" for a recipe that loads, else the line."""
+    """ "" for a recipe that loads, else the line."""
     begun = time.monotonic()
     try:
         load_recipe(name, overrides)
@@ -79,7 +79,22 @@ def test_damaged_files(tmp_path, seed):
         data = bytearray(TINY.encode())
         for _ in range(rng.randrange(1, 6)):
             at = rng.randrange(len(data))
-            part = rng.choice([b"", bytes([rng.randrange(256)]), b"&a ", b"*a", b"<<: ", b"\n", b": ", b"- ", b"'", b"{", b"]", b"!!int "])
+            part = rng.choice(
+                [
+                    b"",
+                    bytes([rng.randrange(256)]),
+                    b"&a ",
+                    b"*a",
+                    b"<<: ",
+                    b"\n",
+                    b": ",
+                    b"- ",
+                    b"'",
+                    b"{",
+                    b"]",
+                    b"!!int ",
+                ]
+            )
             data[at : at + rng.randrange(3)] = part
         path.write_bytes(data)
         loads_or_is_one_line(str(path))
@@ -148,7 +163,15 @@ def test_an_alias_may_repeat_a_section(tmp_path):
 
 
 def test_a_recipe_that_is_no_file(tmp_path):
-    for name in ("\x00.yaml", "x" * 5000 + ".yaml", "/dev/zero.yaml", "x" * 5000, "\x1b[2J", "", str(tmp_path / ("x" * 300 + ".yaml"))):
+    for name in (
+        "\x00.yaml",
+        "x" * 5000 + ".yaml",
+        "/dev/zero.yaml",
+        "x" * 5000,
+        "\x1b[2J",
+        "",
+        str(tmp_path / ("x" * 300 + ".yaml")),
+    ):
         assert loads_or_is_one_line(name)
     (tmp_path / "folder.yaml").mkdir()
     assert loads_or_is_one_line(str(tmp_path / "folder.yaml"))

@@ -29,5 +29,7 @@ def test_resolution_shift(alpha, shifted, log_snr_change):
     t = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
     moved = resolution_shift(t, alpha)
     torch.testing.assert_close(moved, torch.tensor(shifted, dtype=torch.float64), atol=1e-6, rtol=0)
-    torch.testing.assert_close(-2 * (torch.logit(moved) - torch.logit(t)), torch.full_like(t, log_snr_change), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        -2 * (torch.logit(moved) - torch.logit(t)), torch.full_like(t, log_snr_change), atol=1e-5, rtol=0
+    )
     assert resolution_shift(0.0, alpha) == 0 and resolution_shift(1.0, alpha) == 1

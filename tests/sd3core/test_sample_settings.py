@@ -19,7 +19,9 @@ def test_scores_made_with_euler_keep_their_fingerprint():
     assert fingerprint(FULL.to_dict()) == "44f8f6499fa3"
 
 
-@pytest.mark.parametrize("change", [{"sampler": "heun"}, {"sampler": "dpm++2m"}, {"sampler": "dpm++2m-sde"}, {"negative_prompt": ""}])
+@pytest.mark.parametrize(
+    "change", [{"sampler": "heun"}, {"sampler": "dpm++2m"}, {"sampler": "dpm++2m-sde"}, {"negative_prompt": ""}]
+)
 def test_another_way_to_draw_is_another_protocol(change):
     changed = replace(FULL, **change)
     assert fingerprint(changed.to_dict()) != fingerprint(FULL.to_dict())

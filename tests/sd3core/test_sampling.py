@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
@@ -115,7 +117,7 @@ def test_order_of_convergence(name, order, largest):
         gaussian_error(SAMPLERS[name], torch.linspace(0.9, 0.1, steps + 1, dtype=torch.float64))
         for steps in (32, 64, 128)
     ]
-    for coarse, fine in zip(errors[:-1], errors[1:], strict=True):
+    for coarse, fine in itertools.pairwise(errors):
         assert coarse / fine == pytest.approx(2**order, rel=0.05)
     assert errors[-1] < largest
 
@@ -145,7 +147,7 @@ def test_the_sde_has_the_marginals_of_the_flow():
     exact = gaussian_std(torch.tensor(0.1, dtype=torch.float64)).item()
     errors = [abs(sde_std(steps, gaussian_std(torch.tensor(0.9)).item()) / exact - 1) for steps in (32, 64, 128)]
     assert errors[-1] < 5e-4
-    for coarse, fine in zip(errors[:-1], errors[1:], strict=True):
+    for coarse, fine in itertools.pairwise(errors):
         assert coarse / fine == pytest.approx(4, rel=0.05)
 
 
@@ -225,7 +227,12 @@ def test_heun_is_diffusers(steps):
 
 @pytest.mark.parametrize(
     ("name", "levels"),
-    [("euler", [1, 2 / 3, 1 / 3]), ("heun", [1, 2 / 3, 2 / 3, 1 / 3, 1 / 3]), ("dpm++2m", [1, 2 / 3, 1 / 3]), ("dpm++2m-sde", [1, 2 / 3, 1 / 3])],
+    [
+        ("euler", [1, 2 / 3, 1 / 3]),
+        ("heun", [1, 2 / 3, 2 / 3, 1 / 3, 1 / 3]),
+        ("dpm++2m", [1, 2 / 3, 1 / 3]),
+        ("dpm++2m-sde", [1, 2 / 3, 1 / 3]),
+    ],
 )
 def test_steps_are_reported_t_is_per_sample_and_the_dtype_is_kept(name, levels):
     steps, times = [], []

@@ -81,10 +81,15 @@ def test_markdown_shows_the_text_and_nothing_else(text):
     assert [child.type for child in code] == ["text", "code_inline", "text"] and code[1].content == printable(text)
 
 
-@pytest.mark.parametrize("word", ["plain", "two words", "it's", "$(id)", "a\\b", "é😀𠮷", "\x1b[2J", "a\nb'c\\", "\u202e", "\udcff", "%20#?", ""])
+@pytest.mark.parametrize(
+    "word",
+    ["plain", "two words", "it's", "$(id)", "a\\b", "é😀𠮷", "\x1b[2J", "a\nb'c\\", "\u202e", "\udcff", "%20#?", ""],
+)
 def test_a_shell_reads_the_word_again(word):
     shown = shell_word(word)
     assert printable(shown) == shown
     script = f"printf %s {shown}"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, check=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, check=True, env={**os.environ, "LC_ALL": "C.UTF-8"}
+    )
     assert done.stdout == os.fsencode(word)

@@ -144,7 +144,11 @@ def test_a_captioner_that_fails_on_every_image_is_an_error_and_no_shard(vlm_fold
     monkeypatch.setattr(worker, "captioner", without_memory)
     with pytest.raises(RuntimeError, match="^CUDA out of memory"):  # not the image's fault: another worker tries
         worker(raw_shard(store, {"one": png(noise_images(1)[0])}))
-    for error in (MemoryError(), OSError(24, "Too many open files"), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+    for error in (
+        MemoryError(),
+        OSError(24, "Too many open files"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ):
 
         def runs_out(batch, error=error):
             raise error

@@ -247,6 +247,8 @@ def test_who_reads_the_empty_string_writes_nothing_and_takes_nothing_on_trust(tm
     """Many ranks read it at once, and what one of them finds may be damaged."""
     store, folder = open_store(str(tmp_path)), "text/0"
     store.put(f"{folder}/{NULL_FILE}", b"features")
-    with pytest.raises(DataError, match="NULL.safetensors: an earlier version encoded it; run the encode stage: it writes NULL.json"):
+    with pytest.raises(
+        DataError, match="NULL.safetensors: an earlier version encoded it; run the encode stage: it writes NULL.json"
+    ):
         read_null_bytes(store, folder)
     assert [entry.path for entry in store.list()] == [f"{folder}/{NULL_FILE}"]

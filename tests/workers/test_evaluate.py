@@ -331,7 +331,9 @@ def test_a_part_that_fails_is_named_and_the_others_stay(world, result):
 def test_a_damaged_part_or_picture_is_named_and_made_again(world, result, damage):
     task = next(task for task in planned(world) if task.part == "grid-80x48" and task.weights == "ema")
     part = world.store.get_json(task.path)
-    path = {"picture": part["pictures"][0]["path"], "thumbnail": part["pictures"][0]["thumbnail"]}.get(damage, task.path)
+    path = {"picture": part["pictures"][0]["path"], "thumbnail": part["pictures"][0]["thumbnail"]}.get(
+        damage, task.path
+    )
     before = world.store.get(path)
     data = bytearray(before)
     if damage == "truncated":
@@ -367,7 +369,13 @@ def test_a_damaged_picture_of_a_store_elsewhere_is_found(s3_bucket, tmp_path):
 
 def test_a_damaged_part_of_another_protocol_is_named_once_and_left_out(world, result):
     """Its scores would leave the table without a word."""
-    settings = {"bench_prompts_per_task": 0, "checkpoints": "last", "weights": "ema", "seed": 99, "bucket_grid_prompts": 0}
+    settings = {
+        "bench_prompts_per_task": 0,
+        "checkpoints": "last",
+        "weights": "ema",
+        "seed": 99,
+        "bucket_grid_prompts": 0,
+    }
     recipe = world.recipe.model_copy(update={"evaluate": world.recipe.evaluate.model_copy(update=settings)})
     there = evaluate(world, recipe)
     others = {fingerprint(task.protocol): task for task in planned(world, recipe)}
@@ -377,7 +385,9 @@ def test_a_damaged_part_of_another_protocol_is_named_once_and_left_out(world, re
     world.store.put(task.path, whole[:-30])
     again = evaluate(world)
     [line] = again.warnings
-    assert again.skipped and line.startswith(f"1 part by other settings damaged, whose scores are left out: {world.store.uri(task.path)};")
+    assert again.skipped and line.startswith(
+        f"1 part by other settings damaged, whose scores are left out: {world.store.uri(task.path)};"
+    )
     assert others.keys() - again.protocols.keys() == {fingerprint(task.protocol)}
     mended = evaluate(world, recipe)
     assert mended.made == 1 and any(f"{world.store.uri(task.path)} was damaged" in line for line in mended.warnings)
@@ -406,7 +416,9 @@ def test_a_part_of_an_earlier_version_counts_as_what_it_was_computed_in(world, r
     """`auto` stood in its place and its protocol, what was settled beside it, and no digest."""
     [task] = [t for t in planned(world) if t.part == "validation" and t.phase == "finetune.0" and t.weights == "ema"]
     part = world.store.get_json(task.path)
-    old = {key: value for key, value in part.items() if key != "sha256"} | {"protocol": task.protocol | {"precision": "auto"}}
+    old = {key: value for key, value in part.items() if key != "sha256"} | {
+        "protocol": task.protocol | {"precision": "auto"}
+    }
     world.store.put_json(task.settled("auto").path, old)
     world.store.delete(task.path)
     again = evaluate(world)
@@ -455,15 +467,17 @@ def test_scores_in_another_precision_are_of_another_protocol_and_stay(world, res
     back = evaluate(world)
     assert back.skipped and back.shown == result.shown and set(there.protocols) == set(back.protocols)
     for path in {entry.path for entry in world.store.list("runs/tiny-test/evaluations")}:  # as the other tests found it
-        if path.endswith(".json") and not path.endswith("scores.json"):
-            if world.store.get_json(path)["protocol"]["precision"] == other:
-                world.store.delete(path)
+        is_part = path.endswith(".json") and not path.endswith("scores.json")
+        if is_part and world.store.get_json(path)["protocol"]["precision"] == other:
+            world.store.delete(path)
     assert evaluate(world).digest == result.digest
 
 
 def test_a_rows_parts_in_two_precisions_are_completed_in_fp32(world, result, monkeypatch):
     """As where some of the actors have arithmetic for bf16: no mean is taken over both."""
-    tasks = [task for task in plan_tasks(world.recipe, world.store, world.checkpoints, world.inputs) if task.weights == "ema"]
+    tasks = [
+        task for task in plan_tasks(world.recipe, world.store, world.checkpoints, world.inputs) if task.weights == "ema"
+    ]
     row = [task for task in tasks if task.checkpoint == tasks[-1].checkpoint]
     mixed = {task.place: {"fp32" if place == 0 else "bf16": {}} for place, task in enumerate(row)}
     assert _to_be_of_one_precision(row, mixed) == [task.settled("fp32") for task in row[1:]]

@@ -183,7 +183,9 @@ def test_a_ray_that_does_not_come_in_time_is_told_in_plain_words(monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", late)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    with pytest.raises(RayFailed, match="^Ray did not start within its half minute, tried 3 times: other work keeps this machine busy$"):
+    with pytest.raises(
+        RayFailed, match="^Ray did not start within its half minute, tried 3 times: other work keeps this machine busy$"
+    ):
         with start_ray(Compute()):
             pass
 
@@ -198,7 +200,10 @@ def test_local_ray_listens_on_loopback_only():
 
 
 def test_actors_that_no_machine_has_room_for_are_refused_at_once(tmp_path):
-    with pytest.raises(PoolFailed, match=r"^compute.cpus_per_actor 64 is more than the 2 CPUs that the largest node of Ray has \(127.0.0.1\)"):
+    with pytest.raises(
+        PoolFailed,
+        match=r"^compute.cpus_per_actor 64 is more than the 2 CPUs that the largest node of Ray has \(127.0.0.1\)",
+    ):
         run(tmp_path, [("a", "")], PoolSettings(actors=1, cpus_per_actor=64))
 
 
@@ -213,7 +218,13 @@ def test_actors_that_the_cluster_does_not_come_to_hold_end_in_an_error_that_says
 
 @pytest.mark.parametrize(
     "victim",
-    ["raylet/raylet", *(pytest.param(name, marks=pytest.mark.kills) for name in ("gcs_server", "ray::RuntimeEnvAgent", "ray::DashboardAgent"))],
+    [
+        "raylet/raylet",
+        *(
+            pytest.param(name, marks=pytest.mark.kills)
+            for name in ("gcs_server", "ray::RuntimeEnvAgent", "ray::DashboardAgent")
+        ),
+    ],
 )
 def test_when_ray_itself_dies_it_is_started_again_and_what_was_at_work_too(tmp_path, victim):
     """Ray waits for ever for a dead raylet; and a raylet whose agent has died ends itself."""
@@ -230,7 +241,10 @@ def test_when_ray_itself_dies_it_is_started_again_and_what_was_at_work_too(tmp_p
     assert [o.result for o in outcomes] == ["A1", "B1", "C1"]
     assert attempts(tmp_path, "a") == 1 and outcomes[1].attempts == 2
     [line] = told
-    assert re.fullmatch(r"Ray's (raylet|GCS server) on this machine has died; Ray was started again, and what was at work begins anew", line)
+    assert re.fullmatch(
+        r"Ray's (raylet|GCS server) on this machine has died; Ray was started again, and what was at work begins anew",
+        line,
+    )
 
 
 def named(what: str) -> psutil.Process:

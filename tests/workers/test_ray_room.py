@@ -22,7 +22,11 @@ GROWS = "set compute.autoscaling where the cluster adds nodes by itself"
         ({"cpus_per_actor": 0.1}, [Node("a", 0.1, 0)], None),
         ({"gpus_per_actor": 0.3, "cpus_per_actor": 1}, [Node("a", 1, 0.3)], None),
         ({"gpus_per_actor": 8, "cpus_per_actor": 32}, CLUSTER, None),
-        ({"gpus_per_actor": 1}, LAPTOP, f"compute.gpus_per_actor 1 is more than the 0 GPUs that the largest node of Ray has; lower it, or {GROWS}"),
+        (
+            {"gpus_per_actor": 1},
+            LAPTOP,
+            f"compute.gpus_per_actor 1 is more than the 0 GPUs that the largest node of Ray has; lower it, or {GROWS}",
+        ),
         (
             {"cpus_per_actor": 33},
             CLUSTER,
@@ -33,7 +37,11 @@ GROWS = "set compute.autoscaling where the cluster adds nodes by itself"
             HEAD_AND_ONE,
             f"compute.cpus_per_actor 4 and compute.gpus_per_actor 1: no single node of Ray has both; lower one of them, or {GROWS}",
         ),
-        ({"cpus_per_actor": 1}, [], f"compute.cpus_per_actor 1 is more than the 0 CPUs that the largest node of Ray has; lower it, or {GROWS}"),
+        (
+            {"cpus_per_actor": 1},
+            [],
+            f"compute.cpus_per_actor 1 is more than the 0 CPUs that the largest node of Ray has; lower it, or {GROWS}",
+        ),
         ({"gpus_per_actor": 9, "autoscaling": True}, CLUSTER, None),
     ],
 )

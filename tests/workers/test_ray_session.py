@@ -39,7 +39,7 @@ def own_environment(monkeypatch):
 
 
 def test_an_address_where_nobody_listens_is_told_in_seconds(listener):
-    host, _, port = listener.partition(":")
+    host, _, _port = listener.partition(":")
     with socket.create_server((host, 0)) as gone:
         free = gone.getsockname()[1]
     began = time.monotonic()
@@ -47,7 +47,9 @@ def test_an_address_where_nobody_listens_is_told_in_seconds(listener):
         f"Ray at compute.ray_address '{host}:{free}' does not answer: [Errno 111] Connection refused; start it there, or correct the address"
     )
     told = refused(f"127.0.0.1:{free}")
-    assert told.startswith(f"Ray at compute.ray_address '127.0.0.1:{free}' ({host}:{free}) does not answer")  # as Ray reads it
+    assert told.startswith(
+        f"Ray at compute.ray_address '127.0.0.1:{free}' ({host}:{free}) does not answer"
+    )  # as Ray reads it
     assert refused(f"ray://{host}:{free}").startswith(f"Ray at compute.ray_address 'ray://{host}:{free}'")
     assert time.monotonic() - began < 10
 
@@ -57,7 +59,9 @@ def test_a_host_that_swallows_packets_is_not_waited_for(monkeypatch):
         raise TimeoutError("timed out")
 
     monkeypatch.setattr(socket, "create_connection", slow)
-    assert refused("10.255.255.1:6379").startswith("Ray at compute.ray_address '10.255.255.1:6379' does not answer: timed out;")
+    assert refused("10.255.255.1:6379").startswith(
+        "Ray at compute.ray_address '10.255.255.1:6379' does not answer: timed out;"
+    )
 
 
 @pytest.mark.parametrize("address", ["nonsense", "host:", "host:x", ":6379"])
@@ -73,7 +77,9 @@ def test_what_listens_and_is_no_ray_is_told(listener, monkeypatch, own_environme
     )
 
 
-@pytest.mark.parametrize("mode, mend", [(None, "the head's `ray get-auth-token` prints it"), ("disabled", "RAY_AUTH_MODE is disabled here")])
+@pytest.mark.parametrize(
+    "mode, mend", [(None, "the head's `ray get-auth-token` prints it"), ("disabled", "RAY_AUTH_MODE is disabled here")]
+)
 def test_a_token_that_ray_does_not_take_is_named_with_its_reason(listener, monkeypatch, own_environment, mode, mend):
     def wrong_token(address):
         raise AuthenticationError("RPC error: InvalidAuthToken: Authentication token is missing or incorrect")
@@ -97,7 +103,9 @@ def test_a_token_that_ray_does_not_take_is_named_with_its_reason(listener, monke
         (False, True, "token", ["token"]),
     ],
 )
-def test_a_token_that_is_here_is_sent_where_it_is_asked_for(listener, monkeypatch, own_environment, wants, has, mode, sent):
+def test_a_token_that_is_here_is_sent_where_it_is_asked_for(
+    listener, monkeypatch, own_environment, wants, has, mode, sent
+):
     seen = []
 
     def head(address: str) -> None:
@@ -209,4 +217,6 @@ def test_an_actor_that_lacks_a_module_says_so():
         " at the same versions"
     )
     assert why_it_died(Died("Worker exit type: SYSTEM_ERROR")) == "the worker process died"
-    assert why_it_died(Died("killed due to the node running low on memory")) == "the worker process died (out of memory)"
+    assert (
+        why_it_died(Died("killed due to the node running low on memory")) == "the worker process died (out of memory)"
+    )

@@ -27,7 +27,14 @@ def root(tmp_path, monkeypatch):
 def test_what_dead_sessions_left_is_removed_and_nothing_else(root):
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
-    names = [f"{NAME}{ended.pid}", f"scratch_{ended.pid}", f"{NAME}{os.getpid()}", f"scratch_{os.getpid()}", "scratch_x", "mine"]
+    names = [
+        f"{NAME}{ended.pid}",
+        f"scratch_{ended.pid}",
+        f"{NAME}{os.getpid()}",
+        f"scratch_{os.getpid()}",
+        "scratch_x",
+        "mine",
+    ]
     for name in names:
         (root / name / "logs").mkdir(parents=True)
     (root / "session_latest").symlink_to(root / names[0])
@@ -39,7 +46,10 @@ def test_temporary_files_of_processes_that_are_started_inside_lie_in_the_session
     monkeypatch.setenv("TMPDIR", "/var/tmp")
     with scratch_folder() as scratch:
         asked = subprocess.run(
-            [sys.executable, "-c", "import tempfile; print(tempfile.gettempdir())"], capture_output=True, text=True, check=True
+            [sys.executable, "-c", "import tempfile; print(tempfile.gettempdir())"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
     assert asked.stdout.strip() == str(scratch) == f"{root}/scratch_{os.getpid()}"
     assert os.environ["TMPDIR"] == "/var/tmp"

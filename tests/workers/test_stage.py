@@ -43,15 +43,21 @@ def stop(*_, **__):
 def test_a_stage_says_what_it_begins_before_it_looks_and_takes_it_back_at_its_end(tmp_path, monkeypatch):
     store = open_store(str(tmp_path))
     stages = [
-        ShardStage(f"latents.{phase}", "latents", f"datasets/d/latents/{phase}", {"vae": "b" * 64}, {"raw": "a" * 64}, ())
+        ShardStage(
+            f"latents.{phase}", "latents", f"datasets/d/latents/{phase}", {"vae": "b" * 64}, {"raw": "a" * 64}, ()
+        )
         for phase in ("pretrain", "finetune.0")
     ]
     looked = []
-    monkeypatch.setattr(shard_stage, "finished_stems", lambda store, folder: looked.append(len(all_begun(store))) or set())
+    monkeypatch.setattr(
+        shard_stage, "finished_stems", lambda store, folder: looked.append(len(all_begun(store))) or set()
+    )
     with monkeypatch.context() as killed, pytest.raises(StoreError):
         killed.setattr(shard_stage, "remember_stage", stop)
         run_shard_stages(store, "r", stages, object, {}, Compute(), lambda progress: None)
-    assert looked == [2, 2] and {each.stage: each.folder for each in all_begun(store)} == {stage.name: stage.folder for stage in stages}
+    assert looked == [2, 2] and {each.stage: each.folder for each in all_begun(store)} == {
+        stage.name: stage.folder for stage in stages
+    }
     assert all_begun(store)[0].record["fields"] == {"vae": "b" * 64, "inputs": {"raw": "a" * 64}}
     run_shard_stages(store, "r", stages, object, {}, Compute(), lambda progress: None)
     assert not all_begun(store) and len(store.list("runs/r/stages")) == 2

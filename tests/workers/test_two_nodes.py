@@ -58,12 +58,16 @@ def test_an_error_of_another_machine_names_it():
 @pytest.mark.usefixtures("cluster")
 def test_an_actor_must_fit_one_node_not_all_of_them_together():
     assert sorted(node.cpus for node in living_nodes()) == [0, 2]
-    with pytest.raises(PoolFailed, match="^compute.cpus_per_actor 3 is more than the 2 CPUs that the largest node of Ray has"):
+    with pytest.raises(
+        PoolFailed, match="^compute.cpus_per_actor 3 is more than the 2 CPUs that the largest node of Ray has"
+    ):
         map_over_actors(Refuses, {}, ["a"], PoolSettings(actors=1, cpus_per_actor=3))
 
 
 def test_the_session_is_lost_with_the_drivers_node_only(cluster):
-    cluster.remove_node(next(node for node in cluster.list_all_nodes() if node is not cluster.head_node), allow_graceful=False)
+    cluster.remove_node(
+        next(node for node in cluster.list_all_nodes() if node is not cluster.head_node), allow_graceful=False
+    )
     assert loss_of_ray(patient=False) is None
     cluster.head_node.kill_raylet()
     assert "is no living node of Ray any more: its raylet has died" in loss_of_ray(patient=True)

@@ -154,7 +154,14 @@ def _run_rank(job: TrainingJob, compute: Compute, actor: Any, open_loader: Any) 
         device = ray.train.torch.get_device()
         torch.cuda.set_device(device)
     threads = _threads(compute)
-    place = RankContext(context.get_world_rank(), context.get_world_size(), device, threads, compute.cache_gb * 1e9, compute.decoded_gb * 1e9)
+    place = RankContext(
+        context.get_world_rank(),
+        context.get_world_size(),
+        device,
+        threads,
+        compute.cache_gb * 1e9,
+        compute.decoded_gb * 1e9,
+    )
     try:
         train_rank(job, place, ActorWatcher(actor), open_loader)
     except UserError as error:

@@ -47,7 +47,13 @@ from sd3core.errors import CheckpointError, StoreError
 from workers.trainer.engine import ShardedTrainer
 from workers.trainer.job import TrainingJob, TrainingSuperseded
 
-PATIENCE_S = (10.0, 20.0, 30.0, 60.0, 60.0)  # between the tries of a write; the ranks that wait for it are silent so long
+PATIENCE_S = (
+    10.0,
+    20.0,
+    30.0,
+    60.0,
+    60.0,
+)  # between the tries of a write; the ranks that wait for it are silent so long
 
 
 def begin_attempt(store: Store, folder: str) -> int:

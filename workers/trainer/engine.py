@@ -254,7 +254,9 @@ def _initialize(model: nn.Module, training: Training, accumulation: int):
         "weight_decay": training.weight_decay,
     }
     if training.optimizer == "muon":
-        optimizer = Muon(parameters, **settings, matrix_rate=training.matrix_rate, dtype=PRECISION_DTYPES[training.precision])
+        optimizer = Muon(
+            parameters, **settings, matrix_rate=training.matrix_rate, dtype=PRECISION_DTYPES[training.precision]
+        )
     else:
         optimizer = torch.optim.AdamW(parameters, **settings, foreach=False)
     elements = sum(p.numel() for p in parameters)

@@ -203,7 +203,9 @@ class _Supervisor:
                 superseded, message = news.fatal
                 raise (TrainingSuperseded if superseded else TrainingFailed)(message)
             silent_s = time.monotonic() - heard_at
-            self.meter.update(news.samples or self.meter.done, last_word(news.note, silent_s, self.compute.stall_timeout_s))
+            self.meter.update(
+                news.samples or self.meter.done, last_word(news.note, silent_s, self.compute.stall_timeout_s)
+            )
             if ended and answer:
                 return news
 
@@ -234,5 +236,3 @@ def _end(actor: Any, finished: Any, label: str) -> None:
     for group in ray.util.placement_group_table().values():
         if group["name"].startswith(label) and group["state"] != "REMOVED":
             ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
-
-

@@ -198,7 +198,9 @@ class PhaseTraining:
             if ends_here:
                 self._tell(row, ", writing a checkpoint")
                 rows = self.records.since_checkpoint
-                save_checkpoint(self.store, job, self.trainer, attempt=self.attempt, step=step, rows=rows, warn=self._warn)
+                save_checkpoint(
+                    self.store, job, self.trainer, attempt=self.attempt, step=step, rows=rows, warn=self._warn
+                )
                 self.records.checkpoint_stands()
                 checkpoint_due = False
             if self.previews.due(step):

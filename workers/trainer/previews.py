@@ -83,7 +83,9 @@ class Previews:
         facts = {"phase": job.phase, "samples": samples_seen, "weights": "live"}
         captions = [caption.caption for caption in shown]
         path = f"{job.previews_folder}/{samples_seen:012d}.safetensors"
-        self.store.put(path, save(tensors, {"captions": json.dumps(captions), "settings": json.dumps(facts | settings)}))
+        self.store.put(
+            path, save(tensors, {"captions": json.dumps(captions), "settings": json.dumps(facts | settings)})
+        )
         return path
 
     def _on_first_rank(self, call: Callable[[], Any]) -> Any:

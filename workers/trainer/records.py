@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from sd3core.data.store import Store
 from sd3core.shown_text import markdown_text
@@ -27,7 +27,7 @@ class Records:
                 str(self._folder), purge_step=step + 1 if step else None, filename_suffix=f".attempt-{attempt:04d}"
             )
 
-    def __enter__(self) -> Records:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -74,9 +74,7 @@ class S3Store(Store):
         except (BotoCoreError, ValueError) as error:  # ValueError: an endpoint that is no URL
             raise self._unreachable(error) from None
         except OSError as error:
-            raise StoreError(
-                f"{self.url}/{path}: {error.filename or 'local disk'}: {with_mend(error)}"
-            ) from None
+            raise StoreError(f"{self.url}/{path}: {error.filename or 'local disk'}: {with_mend(error)}") from None
 
     def _unreachable(self, error: BaseException) -> StoreError:
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the default endpoint"
@@ -166,9 +164,7 @@ class S3Store(Store):
         cut = len(self.prefix) + 1 if self.prefix else 0
 
         def pages(s3: Any) -> list[StoreEntry]:
-            found = s3.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=folder
-            )
+            found = s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder)
             objects = (item for page in found for item in page.get("Contents", []))
             # A key that ends in "/" is what consoles and file gateways put for a folder.
             return [

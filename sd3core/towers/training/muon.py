@@ -74,5 +74,3 @@ class Descent:
 def _is_table(name: str) -> bool:
     """Rows of these are looked up or scored one by one, so that no direction of the whole matrix means anything."""
     return any(part in name for part in ("embedding", "shared", "lm_head", "relative_attention_bias"))
-
-

@@ -20,7 +20,9 @@ def store(tmp_path, monkeypatch):
     store = open_store(str(tmp_path / "home" / "store"))
     for spec in "12":
         folder = f"datasets/d/raw/{spec * 12}"
-        ref = commit_manifest(store, folder, Manifest(stage="raw", spec=spec * 12, fields={}, inputs={}, folder=folder, shards=[]))
+        ref = commit_manifest(
+            store, folder, Manifest(stage="raw", spec=spec * 12, fields={}, inputs={}, folder=folder, shards=[])
+        )
     store.put_json("runs/r/stages/ingest.json", {"folder": ref.folder, "digest": ref.digest, "fields": {}})
     (tmp_path / "home" / "cache" / "towers-0123").mkdir(parents=True)
     (tmp_path / "home" / "cache" / "towers-0123" / "model.safetensors").write_bytes(b"12345")
@@ -50,7 +52,10 @@ def test_it_removes_what_is_named_and_refuses_what_is_in_use(sd3, store):
 def test_nothing_goes_while_a_run_is_at_work(sd3, store):
     with run_lock(store.url, "tiny_test", seconds=0):
         code, _, said = sd3("clean", "--remove", "all")
-        with pytest.raises(RunBusyError, match=f"run tiny_test: process {os.getpid()} works on it"), run_lock(store.url, "tiny_test", seconds=0):
+        with (
+            pytest.raises(RunBusyError, match=f"run tiny_test: process {os.getpid()} works on it"),
+            run_lock(store.url, "tiny_test", seconds=0),
+        ):
             pass
     assert code == 1 and f"run tiny_test (process {os.getpid()}) is at work" in said and store.list(UNUSED)
 
@@ -66,6 +71,10 @@ def test_what_is_unfinished_goes_by_its_own_name_alone(sd3, store, monkeypatch):
     out = " ".join(sd3("clean")[1].split())
     assert begun in out and "unfinished:" in out and "`--remove all` all that is not unfinished" in out
     said = sd3("clean", "--remove", "all")[1]
-    assert f"removed {UNUSED}" in said and f"kept {begun} (0.000 GB): unfinished: latents.pretrain of run r began" in said
+    assert (
+        f"removed {UNUSED}" in said and f"kept {begun} (0.000 GB): unfinished: latents.pretrain of run r began" in said
+    )
     assert "on another-machine and has not ended" in said and store.list(begun)
-    assert f"removed {begun}" in sd3("clean", "--remove", begun)[1] and not store.list(begun) and not store.list("begun")
+    assert (
+        f"removed {begun}" in sd3("clean", "--remove", begun)[1] and not store.list(begun) and not store.list("begun")
+    )

@@ -39,7 +39,10 @@ def own_home(tmp_path, monkeypatch):
             "sd3: --without clip: take one of clip_l, clip_g, t5",
         ),
         (["sample", "a circle", "-r", "tiny-test", "--weights", "best"], "sd3: --weights best: take one of ema, live"),
-        (["sample", "a circle", "--sampler", "ddim"], "sd3: --sampler ddim: take one of euler, heun, dpm++2m, dpm++2m-sde"),
+        (
+            ["sample", "a circle", "--sampler", "ddim"],
+            "sd3: --sampler ddim: take one of euler, heun, dpm++2m, dpm++2m-sde",
+        ),
         (["sample", "a circle", "--schedule", "karras"], "sd3: --schedule karras: take one of reference, textbook"),
         (["sample", "a circle", "--precision", "fp16"], "sd3: --precision fp16: take one of bf16, fp32"),
         (["sample", "a circle", "--device", "tpu"], "sd3: --device tpu: PyTorch has no such device here; take cpu"),
@@ -96,18 +99,26 @@ def test_brackets_in_what_is_printed_are_no_markup(capsys):
 
 def test_what_cannot_be_written_at_the_end_is_told_before_the_work(sd3, tmp_path):
     for wrong in (tmp_path, tmp_path / "none" / "x.json"):
-        assert sd3("bench", "model", "--json", str(wrong))[2] == f"sd3: --json {wrong}: name a file in a folder that exists\n"
+        assert (
+            sd3("bench", "model", "--json", str(wrong))[2]
+            == f"sd3: --json {wrong}: name a file in a folder that exists\n"
+        )
     (tmp_path / "file").write_text("")
-    assert sd3("photographs", str(tmp_path / "file"))[2] == f"sd3: {tmp_path}/file: File exists; name another, or move what is there\n"
+    assert (
+        sd3("photographs", str(tmp_path / "file"))[2]
+        == f"sd3: {tmp_path}/file: File exists; name another, or move what is there\n"
+    )
 
 
 def test_a_prefect_server_that_is_not_there_is_named(sd3, tmp_path):
     own = (PROJECT / "infra/recipes/tiny-test.yaml").read_text().replace("name: tiny-test\n", "name: own\n", 1)
     (tmp_path / "own.yaml").write_text(own)
     command = [*SD3, "deploy", str(tmp_path / "own.yaml"), "--api", "http://127.0.0.1:9/api"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith("sd3: --api http://127.0.0.1:9/api: no Prefect server that takes deployments answers there (")
+    assert done.stderr.startswith(
+        "sd3: --api http://127.0.0.1:9/api: no Prefect server that takes deployments answers there ("
+    )
 
 
 def test_a_file_of_prompts_has_one_on_each_line(tmp_path):
@@ -130,7 +141,10 @@ def test_where_other_runs_are_finished_they_are_named(sd3, tmp_path):
     assert sd3("sample", "a circle", "-r", "small")[2] == f"sd3: recipe small is not finished here; {finished}"
     _, _, err = sd3("sample", "a circle", "-r", "tiny-test")  # its data are gone, or its settings changed
     makes = "`.venv/bin/sd3 demo --recipe tiny-test` with the same --set makes all that is missing"
-    assert f"towers is not finished for this recipe and its settings; {makes}, the deployment 'towers/tiny-test' this alone" in err
+    assert (
+        f"towers is not finished for this recipe and its settings; {makes}, the deployment 'towers/tiny-test' this alone"
+        in err
+    )
 
 
 @pytest.mark.parametrize(

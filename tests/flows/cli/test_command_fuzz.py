@@ -21,13 +21,52 @@ from sd3core.errors import UserError
 
 SECONDS = 20.0  # of one command, on a machine that has other work
 COMMANDS = typer.main.get_command(commands.app)
-NUMBERS = ["0", "-1", "-4", "1", "7", "1e9", "10**18", "1000000000000000000", str(2**63), str(2**63 - 1), "9" * 400, "inf", "-inf", "nan", "0x10", "²", "1_0", ""]
+NUMBERS = [
+    "0",
+    "-1",
+    "-4",
+    "1",
+    "7",
+    "1e9",
+    "10**18",
+    "1000000000000000000",
+    str(2**63),
+    str(2**63 - 1),
+    "9" * 400,
+    "inf",
+    "-inf",
+    "nan",
+    "0x10",
+    "²",
+    "1_0",
+    "",
+]
 PATHS = [
     "", "~nobody-of-that-name/x", "~", "/proc/none/x", "/proc/self/mem", "/dev/null", "/dev/full", "/dev/null/x", "/sys/x", "x" * 300, "x\x00y",
     "\udcff", "a b", "%20", "%zz", "#", "?", "\n", "\x1b[2J", "\u202e", "😀", "s3://", "s3://b", "s3://b/../x", "s3:///x", "file://", "file://x/y",
     "file:///%00", "file:///%ff", "http://127.0.0.1:9/x", "://", ":", "..", "-",
 ]  # fmt: skip
-WORDS = ["", " ", "x" * 100_000, "\x00", "\x1b]0;title\x07", "\u202e", "\udcff", "[/]", "[bold]", ":smile:", "{}", "%s", "'", '"', "$(x)", "😀", "\n\n", "=", "a=b=c"]
+WORDS = [
+    "",
+    " ",
+    "x" * 100_000,
+    "\x00",
+    "\x1b]0;title\x07",
+    "\u202e",
+    "\udcff",
+    "[/]",
+    "[bold]",
+    ":smile:",
+    "{}",
+    "%s",
+    "'",
+    '"',
+    "$(x)",
+    "😀",
+    "\n\n",
+    "=",
+    "a=b=c",
+]
 HOSTILE = [*NUMBERS, *PATHS, *WORDS]
 
 
@@ -95,13 +134,17 @@ def needed(name: tuple[str, ...], command) -> list[str]:
 OPTIONS = list(parameters("option"))
 
 
-@pytest.mark.parametrize(("name", "option"), OPTIONS, ids=[" ".join((*name, option.opts[0])) for name, option in OPTIONS])
+@pytest.mark.parametrize(
+    ("name", "option"), OPTIONS, ids=[" ".join((*name, option.opts[0])) for name, option in OPTIONS]
+)
 def test_every_option(sd3, name, option):
     command = dict(all_commands())[name]
     rng = random.Random(f"{name} {option.opts[0]}")
     values = [None] if option.is_flag else [*rng.sample(NUMBERS, 3), *rng.sample(PATHS, 3), *rng.sample(WORDS, 2)]
     for value in values:
-        ends_well(sd3, *name, *needed(name, command), *([option.opts[0]] if value is None else [f"{option.opts[0]}={value}"]))
+        ends_well(
+            sd3, *name, *needed(name, command), *([option.opts[0]] if value is None else [f"{option.opts[0]}={value}"])
+        )
 
 
 @pytest.mark.parametrize("name", [name for name, _ in all_commands()], ids=" ".join)
@@ -115,11 +158,15 @@ def test_every_argument(sd3, name):
 @pytest.mark.parametrize("seed", range(3))
 def test_several_at_once(sd3, seed):
     rng = random.Random(seed)
-    by_command = {name: [option for _, option in found] for name, found in itertools.groupby(OPTIONS, key=lambda pair: pair[0])}
+    by_command = {
+        name: [option for _, option in found] for name, found in itertools.groupby(OPTIONS, key=lambda pair: pair[0])
+    }
     for _ in range(25):
         name = rng.choice(list(by_command))
         options = rng.sample(by_command[name], rng.randrange(1, 1 + min(4, len(by_command[name]))))
-        words = [f"{option.opts[0]}" if option.is_flag else f"{option.opts[0]}={rng.choice(HOSTILE)}" for option in options]
+        words = [
+            f"{option.opts[0]}" if option.is_flag else f"{option.opts[0]}={rng.choice(HOSTILE)}" for option in options
+        ]
         ends_well(sd3, *name, *words, *(rng.choice(HOSTILE) for _ in range(rng.randrange(2))))
 
 
@@ -138,9 +185,18 @@ def test_plan_of_numbers_out_of_measure(sd3, field):
 
 
 def test_plan_of_buckets_out_of_measure(sd3):
-    for buckets in ("{max_ratio: 1e308}", "{multiple_px: 16, min_area: 0.5, max_ratio: 64}", "{multiple_px: 1000000000}"):
+    for buckets in (
+        "{max_ratio: 1e308}",
+        "{multiple_px: 16, min_area: 0.5, max_ratio: 64}",
+        "{multiple_px: 1000000000}",
+    ):
         for side in ("64", "65536", "1000000000"):
-            settings = (f"finetune.0.buckets={buckets}", f"finetune.0.side_px={side}", "finetune.0.aspect_ratios=[1.0]", "model.max_side_px=65536")
+            settings = (
+                f"finetune.0.buckets={buckets}",
+                f"finetune.0.side_px={side}",
+                "finetune.0.aspect_ratios=[1.0]",
+                "model.max_side_px=65536",
+            )
             ends_well(sd3, "plan", "-r", "tiny-test", *(word for setting in settings for word in ("-s", setting)))
 
 
@@ -161,7 +217,10 @@ def test_what_an_empty_path_would_be(sd3):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["sample", "x", "--images", "1000000000000000000"], "--images 1000000000000000000: 1,000,000,000,000,000,000 pictures;"),
+        (
+            ["sample", "x", "--images", "1000000000000000000"],
+            "--images 1000000000000000000: 1,000,000,000,000,000,000 pictures;",
+        ),
         (["sample", "x", "--images", "2", "--seed", str(2**63 - 1)], "with 2 pictures the last seed is above"),
         (["sample", "\udcff"], "a prompt '\\udcff': not UTF-8 text"),
         (["sample", "x", "--negative", "\udcff"], "--negative '\\udcff': not UTF-8 text"),

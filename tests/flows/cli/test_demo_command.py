@@ -39,8 +39,13 @@ def test_a_users_folder_becomes_a_recipe_of_its_own(tmp_path):
     assert recipe.run.startswith("my-photos-2026-raw-x-")
     assert recipe.caption.captioner == "none"  # the drawn world's captioner reads drawn scenes only
     assert recipe.pretrain == load_recipe("tiny-test").pretrain
-    assert (recipe.text.clip_tokens, recipe.text.t5_tokens) == (32, 32)  # what people write is longer than the drawn world's
-    assert not [override for override in folder_overrides(load_recipe("sd3-2b"), folder) if override.startswith("text.")]
+    assert (recipe.text.clip_tokens, recipe.text.t5_tokens) == (
+        32,
+        32,
+    )  # what people write is longer than the drawn world's
+    assert not [
+        override for override in folder_overrides(load_recipe("sd3-2b"), folder) if override.startswith("text.")
+    ]
 
 
 def test_folders_of_one_name_do_not_meet(tmp_path):
@@ -94,7 +99,11 @@ def test_a_training_phase_is_named_once(monkeypatch):
 
 @pytest.mark.parametrize(
     ("captions", "prompt"),
-    [(["", "a  cat\non a mat"], "a cat on a mat"), ([""], demo.EXAMPLE_PROMPT), (["猫" * 200], "猫" * demo.PROMPT_CHARS)],
+    [
+        (["", "a  cat\non a mat"], "a cat on a mat"),
+        ([""], demo.EXAMPLE_PROMPT),
+        (["猫" * 200], "猫" * demo.PROMPT_CHARS),
+    ],
 )
 def test_a_users_own_caption_is_the_prompt(monkeypatch, tmp_path, captions, prompt):
     shown = [SimpleNamespace(caption=caption) for caption in captions]
@@ -109,7 +118,9 @@ def test_a_run_that_does_not_start_in_time_is_one_line(monkeypatch, tmp_path):
     prefect.chmod(0o700)
     monkeypatch.setattr(demo.sys, "executable", str(prefect))
     monkeypatch.setattr(demo, "START_SECONDS", 0.5)
-    with pytest.raises(ServiceError, match="^`prefect deployment run pipeline/mini` did not end within 0.5 s; the same command"):
+    with pytest.raises(
+        ServiceError, match="^`prefect deployment run pipeline/mini` did not end within 0.5 s; the same command"
+    ):
         demo.start_run("pipeline/mini", {}, Console(quiet=True))
 
 
@@ -134,10 +145,15 @@ def at_work(monkeypatch, tmp_path):
 
     def begin(path, overrides=(), began=True):
         run = SimpleNamespace(
-            id=uuid4(), name="pipeline mine", flow_id=uuid4(), parameters={"recipe": str(path), "overrides": list(overrides)}
+            id=uuid4(),
+            name="pipeline mine",
+            flow_id=uuid4(),
+            parameters={"recipe": str(path), "overrides": list(overrides)},
         )
         if began:
-            runs.remember_process(str(run.id), Process.of(os.getpid()), runs.Reads.of(load_recipe(str(path), list(overrides))))
+            runs.remember_process(
+                str(run.id), Process.of(os.getpid()), runs.Reads.of(load_recipe(str(path), list(overrides)))
+            )
         monkeypatch.setattr(runs, "unfinished_runs", lambda: [run])
         monkeypatch.setattr(runs, "flow_name", lambda flow_id: "pipeline")
         return run.id
@@ -146,7 +162,10 @@ def at_work(monkeypatch, tmp_path):
 
 
 def recipe_file(path, **changes):
-    fields = yaml.safe_load((resources.files("infra") / "recipes" / "tiny-test.yaml").read_text()) | {"name": "mine", "run": "mine"}
+    fields = yaml.safe_load((resources.files("infra") / "recipes" / "tiny-test.yaml").read_text()) | {
+        "name": "mine",
+        "run": "mine",
+    }
     path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump(fields | changes))
     return path
@@ -159,7 +178,9 @@ def test_a_run_is_joined_by_what_it_reads(at_work, tmp_path, began):
     assert demo._run_at_work(load_recipe(str(one), ["pretrain.samples=8"])) == run_id
     written_otherwise = load_recipe(str(recipe_file(tmp_path / "two" / "mine.yaml")), ["seed=0", "pretrain.samples=8"])
     assert demo._run_at_work(written_otherwise) == run_id
-    with pytest.raises(RunFailed, match="^run mine: flow run pipeline mine works on it with other settings .* ends it$"):
+    with pytest.raises(
+        RunFailed, match="^run mine: flow run pipeline mine works on it with other settings .* ends it$"
+    ):
         demo._run_at_work(load_recipe(str(one)))
     assert demo._run_at_work(load_recipe(str(one), ["run=another"])) is None
     assert demo._run_at_work(load_recipe(str(one), [f"store={tmp_path}/another"])) is None
@@ -180,7 +201,9 @@ def test_two_files_with_one_name_and_an_edited_file_are_told_apart(at_work, tmp_
 def test_a_run_reads_the_file_that_the_command_names(monkeypatch, tmp_path):
     """Also where another file of the same name was added after this command had written the deployments."""
     monkeypatch.setenv("SD3_HOME", str(tmp_path / "home"))
-    one, two = (recipe_file(tmp_path / folder / "mine.yaml", run=run) for folder, run in (("one", "one"), ("zwei ü", "two")))
+    one, two = (
+        recipe_file(tmp_path / folder / "mine.yaml", run=run) for folder, run in (("one", "one"), ("zwei ü", "two"))
+    )
     asked = []
 
     def end(run, recipe, deployment, parameters, *_):
@@ -195,7 +218,11 @@ def test_a_run_reads_the_file_that_the_command_names(monkeypatch, tmp_path):
         with pytest.raises(RunFailed):
             demo.run_demo(recipe, None, ["seed=1"] if recipe == "mine" else [], Console(quiet=True))
     mine = "pipeline/mine"
-    assert asked == [(mine, {"recipe": str(one)}), (mine, {"recipe": str(two), "overrides": ["seed=1"]}), ("pipeline/tiny-test", {})]
+    assert asked == [
+        (mine, {"recipe": str(one)}),
+        (mine, {"recipe": str(two), "overrides": ["seed=1"]}),
+        ("pipeline/tiny-test", {}),
+    ]
 
 
 def test_a_run_is_started_with_its_parameters(monkeypatch, tmp_path):
@@ -220,15 +247,19 @@ def test_a_run_whose_process_read_another_recipe_is_not_taken_for_this_commands(
     run, ended = at_work(path), []
     monkeypatch.setattr(demo, "start_run", lambda *_: run)
     monkeypatch.setattr(runs, "cancel_run", lambda run, reason: ended.append(run))
-    with pytest.raises(RunFailed, match="^run mine: its process read another recipe than this command.* its file was edited meanwhile"):
-        demo._run_to_the_end(run if joined else None, as_it_was, "pipeline/mine", {}, Services(port=1), Console(quiet=True))
+    with pytest.raises(
+        RunFailed, match="^run mine: its process read another recipe than this command.* its file was edited meanwhile"
+    ):
+        demo._run_to_the_end(
+            run if joined else None, as_it_was, "pipeline/mine", {}, Services(port=1), Console(quiet=True)
+        )
     assert ended == ([] if joined else [run])
 
 
 def test_a_run_that_reads_what_the_command_read_is_followed(at_work, monkeypatch, tmp_path):
     """Whatever the path: in another checkout it is another one."""
     run = at_work(recipe_file(tmp_path / "two" / "mine.yaml"))
-    monkeypatch.setattr(terminal, "fail_dead_runs", lambda: [])
+    monkeypatch.setattr(terminal, "fail_dead_runs", list)
     monkeypatch.setattr(terminal, "newest_picture", lambda run: None)
     monkeypatch.setattr(terminal, "view_run", lambda run: RunView(StateType.COMPLETED, "", []))
     recipe = load_recipe(str(recipe_file(tmp_path / "one" / "mine.yaml")))
@@ -253,7 +284,18 @@ def test_the_sample_command_can_be_pasted():
     assert words == [".venv/bin/sd3", "sample", "it's a $cat", "--run", "x", "--set", 'store="/a b/$c"']
 
 
-@pytest.mark.parametrize("name", ["😀 photos", "𠮷野家", "a%20b#?", "tab\tand\nnewline", "\x1b[2J\x9b", "a: b, [c] {d} 'e' \"f\" \\", "\u2028\ufeff"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "😀 photos",
+        "𠮷野家",
+        "a%20b#?",
+        "tab\tand\nnewline",
+        "\x1b[2J\x9b",
+        "a: b, [c] {d} 'e' \"f\" \\",
+        "\u2028\ufeff",
+    ],
+)
 def test_a_folder_of_any_name_is_the_recipes_folder(tmp_path, name):
     (tmp_path / name).mkdir()
     assert on_folder("tiny-test", tmp_path / name).data.folder == str(tmp_path / name)

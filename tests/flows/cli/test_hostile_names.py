@@ -44,7 +44,9 @@ def rejected(tmp_path):
         (folder / os.fsdecode(name)).write_bytes(b"not an image")
     Image.new("RGB", (64, 64)).save(folder / "good.png")
     (folder / "good.txt").write_text("a \x1b[2Jcaption |\u202e")
-    recipe = load_recipe("tiny-test", ["data.source=folder", f"data.folder={folder}", "caption.captioner=none", "data.min_side_px=32"])
+    recipe = load_recipe(
+        "tiny-test", ["data.source=folder", f"data.folder={folder}", "caption.captioner=none", "data.min_side_px=32"]
+    )
     worker = IngestWorker(recipe.data, str(tmp_path / "store"), "raw")
     rows = [row for shard in list_source(recipe.data, 0, True) for row in worker(shard).failed]
     assert len(rows) == len(NAMES)
@@ -91,7 +93,11 @@ def test_logs_and_the_progress_artifact_show_them(rejected, caplog):
     assert len(caplog.messages) == 2 * len(rejected) and all(map(is_shown, caplog.messages))
     assert all("\n" not in message for message in caplog.messages)
     _, described = reporter._progress()
-    assert is_shown(described) and described.split("\n") == described.splitlines() and len(described.splitlines()) == 1 + len(rejected)
+    assert (
+        is_shown(described)
+        and described.split("\n") == described.splitlines()
+        and len(described.splitlines()) == 1 + len(rejected)
+    )
 
 
 def test_pages_show_them_as_text(rejected, monkeypatch):
@@ -112,16 +118,24 @@ def test_pages_show_them_as_text(rejected, monkeypatch):
         {"phase": "pretrain", "samples": 1, "weights": "ema", "num_steps": 1, "guidance_scale": 1.0},
     )
     html = MarkdownIt("gfm-like", {"linkify": False}).render(preview)
-    assert is_shown(preview) and (html.count("<li>"), html.count("<img")) == (len(rejected), 1) and "<script" not in html
+    assert (
+        is_shown(preview) and (html.count("<li>"), html.count("<img")) == (len(rejected), 1) and "<script" not in html
+    )
 
 
 def test_png_text_and_readmes_show_them(rejected):
-    png = encode_png(np.zeros((4, 4, 3), np.uint8), {"prompt": rejected[0], "prompts": json.dumps(rejected, ensure_ascii=False)})
+    png = encode_png(
+        np.zeros((4, 4, 3), np.uint8), {"prompt": rejected[0], "prompts": json.dumps(rejected, ensure_ascii=False)}
+    )
     assert all(map(is_shown, read_settings(png).values()))
     assert json.loads(read_settings(png)["prompts"]) == rejected
     facts = SimpleNamespace(text=load_recipe("tiny-test").text, side_px=64, samples=1, null="zeros", shift=1.0)
     text = readme(facts, "s3://bucket/`x`\n# heading\x1b[2J", 8, 8)
-    assert is_shown(text) and "\n# heading" not in text and "Exported from `` s3://bucket/`x`\\n# heading\\x1b[2J ``, 1 samples" in text
+    assert (
+        is_shown(text)
+        and "\n# heading" not in text
+        and "Exported from `` s3://bucket/`x`\\n# heading\\x1b[2J ``, 1 samples" in text
+    )
 
 
 def test_a_run_is_called_by_what_can_be_shown(monkeypatch):

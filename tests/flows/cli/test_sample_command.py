@@ -25,7 +25,9 @@ def drawn(monkeypatch, tmp_path):
     """Runs `sd3 sample ARGUMENTS` without a run's files and without drawing: what it was asked to draw."""
     monkeypatch.setenv("SD3_HOME", str(tmp_path))
     monkeypatch.setattr(sample, "last_checkpoint", lambda recipe: "file:///store/runs/r/checkpoints/last")
-    monkeypatch.setattr(sample.upstream, "towers_manifest", lambda recipe, _: SimpleNamespace(folder=towers_folder(recipe)))
+    monkeypatch.setattr(
+        sample.upstream, "towers_manifest", lambda recipe, _: SimpleNamespace(folder=towers_folder(recipe))
+    )
     monkeypatch.setattr(sample, "fetch_towers", lambda store, folder, cache: folder)
     asked: dict[str, object] = {}
     screen = io.StringIO()
@@ -106,7 +108,9 @@ def fetched(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("overrides", [[], ["--set", "store={store}"]])
-def test_a_run_brings_the_towers_of_the_store_that_it_was_found_in(drawn, fetched, tmp_path, finish_checkpoint, overrides):
+def test_a_run_brings_the_towers_of_the_store_that_it_was_found_in(
+    drawn, fetched, tmp_path, finish_checkpoint, overrides
+):
     """Its checkpoint's recipe names no store: that of the home that trained it."""
     store, trained = open_store(str(tmp_path / ("another" if overrides else "store"))), load_recipe("tiny-test")
     fetched(store)

@@ -79,5 +79,8 @@ def test_the_plan_of_every_recipe_says_what_it_costs(name):
 def test_the_plan_says_where_an_export_would_hold_no_average():
     every = ("--set", "pretrain.ema_every_steps=100")
     short = "warning: pretrain: its 12 steps end before the first update of the EMA (pretrain.ema_every_steps 100): an export"
-    runs = (CliRunner().invoke(app, ["plan", "--recipe", "tiny-test", *more], catch_exceptions=False) for more in ((), every))
+    runs = (
+        CliRunner().invoke(app, ["plan", "--recipe", "tiny-test", *more], catch_exceptions=False)
+        for more in ((), every)
+    )
     assert [short in printed.output for printed in runs] == [False, True]

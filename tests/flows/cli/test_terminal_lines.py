@@ -174,7 +174,7 @@ def server(monkeypatch, clock):
     def sleep(seconds):
         clock.seconds += seconds
 
-    monkeypatch.setattr(terminal, "fail_dead_runs", lambda: [])
+    monkeypatch.setattr(terminal, "fail_dead_runs", list)
     monkeypatch.setattr(terminal, "view_run", lambda run: answers.look(run))
     monkeypatch.setattr(terminal, "newest_picture", newest_picture)
     monkeypatch.setattr(terminal.time, "sleep", sleep)
@@ -262,7 +262,10 @@ def test_a_picture_is_fetched_until_there_is_one_then_now_and_then_where_it_can_
 
 def test_a_picture_is_found_in_its_artifact():
     image = picture_file([(1, 2, 3)], [(4, 5, 6)])
-    artifact = {"data": f"## after 64 samples\n\n{markdown_picture('grid', image)}\n\n1. a", "description": "/store/a.png"}
+    artifact = {
+        "data": f"## after 64 samples\n\n{markdown_picture('grid', image)}\n\n1. a",
+        "description": "/store/a.png",
+    }
     assert _picture([artifact]) == ShownPicture("/store/a.png", image)
     assert _picture([]) is None and _picture([{"data": "no picture", "description": ""}]) is None
 
@@ -278,7 +281,9 @@ def test_a_run_that_is_well_has_no_problem():
 def test_a_run_that_waits_for_a_dead_worker_says_so(monkeypatch, server, state):
     server.look = lambda run: RunView(state, "", [])
     monkeypatch.setattr(terminal, "worker_lives", lambda: False)
-    with pytest.raises(ServiceError, match="worker has ended before it began the run; the same command goes on with it$"):
+    with pytest.raises(
+        ServiceError, match="worker has ended before it began the run; the same command goes on with it$"
+    ):
         terminal.follow(uuid4(), Console(file=io.StringIO()))
 
 

@@ -52,7 +52,9 @@ def test_the_recipe_is_that_of_the_newest_checkpoint_of_the_last_phase(store, fi
     assert (found.checkpoint, found.recipe, found.unfinished) == (store.uri(last), of_store(recipe, store), "")
     assert found.phase == recipe.finetune[-1]
     assert trained_run(store, "photos-1", ["evaluate.num_steps=3"]).recipe.evaluate.num_steps == 3
-    with pytest.raises(RecipeError, match="^--run photos-1: the recipe in file:///.*DONE.json: unknown key evaluate.steps"):
+    with pytest.raises(
+        RecipeError, match="^--run photos-1: the recipe in file:///.*DONE.json: unknown key evaluate.steps"
+    ):
         trained_run(store, "photos-1", ["evaluate.steps=3"])
 
 
@@ -62,7 +64,10 @@ def test_an_unfinished_run_gives_its_newest_checkpoint_and_says_so(store, finish
         newest = finish(recipe, "pretrain", samples)
     found = trained_run(store, "photos-1")
     assert found.checkpoint == store.uri(newest)
-    assert found.unfinished == f"run photos-1 is not trained to its end: this is pretrain after 64 of {recipe.pretrain.samples} samples"
+    assert (
+        found.unfinished
+        == f"run photos-1 is not trained to its end: this is pretrain after 64 of {recipe.pretrain.samples} samples"
+    )
     newest = finish(recipe, "finetune.0", 8)
     assert trained_run(store, "photos-1").checkpoint == store.uri(newest)
 
@@ -97,7 +102,9 @@ def test_after_a_training_was_made_shorter_the_checkpoint_that_it_ended_with_is_
 def test_a_training_that_is_being_made_longer_gives_its_newest_checkpoint(store, finish):
     recipe = load_recipe("tiny-test", [*SETTINGS, "finetune.0.samples=800"])
     ended = finish(recipe, "finetune.0", 8)
-    remember_stage(store, "photos-1", "finetune.0", ended.rpartition("/")[0], read_checkpoint_done(store, ended).digest, {}, ())
+    remember_stage(
+        store, "photos-1", "finetune.0", ended.rpartition("/")[0], read_checkpoint_done(store, ended).digest, {}, ()
+    )
     newest = finish(recipe, "finetune.0", 400)
     later = time.time() + 10
     os.utime(shown_place(store.uri(f"{newest}/DONE.json")), (later, later))
@@ -144,7 +151,10 @@ def test_sample_and_the_line_that_the_demo_prints(store, finish, monkeypatch, tm
     assert sample_command(load_recipe("mini")) == [".venv/bin/sd3", "sample", "'a red circle left of a blue square'"]
     on_s3 = sample_command(load_recipe("mini", ["store=s3://b/a b"]), "x")
     assert on_s3 == [".venv/bin/sd3", "sample", "x", "--set", "'store=\"s3://b/a b\"'"]
-    for settings in (["pretrain.samples=9600"], ["evaluate.guidance_scale=3"]):  # other checkpoints, or other pictures of them
+    for settings in (
+        ["pretrain.samples=9600"],
+        ["evaluate.guidance_scale=3"],
+    ):  # other checkpoints, or other pictures of them
         assert sample_command(load_recipe("mini", settings), "x") == [".venv/bin/sd3", "sample", "x", "--run", "mini"]
     of_a_file = load_recipe("tiny-test", ["name=mine", "run=mini"])
     assert sample_command(of_a_file, "x") == [".venv/bin/sd3", "sample", "x", "--run", "mini"]

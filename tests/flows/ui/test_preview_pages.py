@@ -12,7 +12,14 @@ from flows.ui.previews import PreviewDecoder
 from sd3core.data.store import open_store
 from sd3core.pictures import read_settings
 
-SETTINGS = {"phase": "pretrain", "samples": 512, "weights": "live", "num_steps": 25, "guidance_scale": 4.0, "shift": 1.0}
+SETTINGS = {
+    "phase": "pretrain",
+    "samples": 512,
+    "weights": "live",
+    "num_steps": 25,
+    "guidance_scale": 4.0,
+    "shift": 1.0,
+}
 PATH = "runs/r/previews/pretrain-0123/000000000512.safetensors"
 
 

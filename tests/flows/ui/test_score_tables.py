@@ -122,9 +122,13 @@ def test_without_any_score_one_line_says_why():
         {"metric": "clip_fid", "reason": "FID needs at least 65 generated images; there is 1"},
         {"metric": "validation_loss", "reason": "validation loss needs at least 8 held-out images; there is 1"},
     ] * 2
-    assert left_out_lines([], left_out) == ["every score is left out: validation loss needs at least 8 held-out images; there is 1"]
+    assert left_out_lines([], left_out) == [
+        "every score is left out: validation loss needs at least 8 held-out images; there is 1"
+    ]
     scored = [score("pretrain", 8, "ema", "clip_score", 0.5)]
-    assert left_out_lines(scored, left_out[:1]) == ["clip_fid is left out: FID needs at least 65 generated images; there is 1"]
+    assert left_out_lines(scored, left_out[:1]) == [
+        "clip_fid is left out: FID needs at least 65 generated images; there is 1"
+    ]
 
 
 def test_a_distance_stands_with_its_interval_and_what_it_is_worth():
@@ -142,11 +146,17 @@ def test_a_distance_stands_with_its_interval_and_what_it_is_worth():
 
 
 def test_scores_in_two_precisions_are_rows_of_their_own():
-    rows = [score("pretrain", 8, "ema", "clip_score", value) | {"precision": p} for p, value in (("bf16", 0.5), ("fp32", 0.6))]
+    rows = [
+        score("pretrain", 8, "ema", "clip_score", value) | {"precision": p}
+        for p, value in (("bf16", 0.5), ("fp32", 0.6))
+    ]
     assert [(row["precision"], row["clip_score"]) for row in score_rows(rows)] == [("bf16", "0.500"), ("fp32", "0.600")]
     assert "precision" not in score_rows(rows[:1])[0]
 
 
 def test_only_the_shown_protocols_are_in_the_table_and_older_files_show_all():
-    rows = [score("pretrain", 8, "ema", "clip_score", 0.5), score("pretrain", 8, "ema", "clip_score", 0.9) | {"protocol": "q"}]
+    rows = [
+        score("pretrain", 8, "ema", "clip_score", 0.5),
+        score("pretrain", 8, "ema", "clip_score", 0.9) | {"protocol": "q"},
+    ]
     assert shown_of(rows, ["q"]) == rows[1:] and shown_of(rows, None) == rows

@@ -54,7 +54,9 @@ def test_peak_memory_counts_what_is_held_at_once():
     x = torch.zeros(1000)
     peak = peak_bytes_above_start(lambda: (x + 1) + (x + 2), CPU)  # two sums and the sum of both
     assert peak == pytest.approx(3 * x.nbytes, rel=0.01)
-    assert peak_bytes_above_start(lambda: ((x + 1), None)[1] or (x + 1), CPU) == pytest.approx(x.nbytes, rel=0.01)  # one after the other
+    assert peak_bytes_above_start(lambda: ((x + 1), None)[1] or (x + 1), CPU) == pytest.approx(
+        x.nbytes, rel=0.01
+    )  # one after the other
 
 
 @pytest.mark.parametrize("mode", bench_model.MODES)
@@ -73,7 +75,9 @@ def test_a_training_step_changes_both_models_alike(mode):
     changed = max((value - before[name]).abs().max() for name, value in pair[OURS].module.named_parameters())
     assert changed > 5e-3
     off = torch.cat([(ours[name].float() - theirs[name].float()).abs().flatten() for name in ours])
-    assert off.mean() < (1e-5 if mode == "fp32" else 1e-3)  # Adam's first step is the gradient's sign; bf16 may turn a few
+    assert off.mean() < (
+        1e-5 if mode == "fp32" else 1e-3
+    )  # Adam's first step is the gradient's sign; bf16 may turn a few
 
 
 @pytest.mark.parametrize("wrong", [1.0, torch.nan])
@@ -105,7 +109,8 @@ def test_speed_may_not_be_bought_with_precision(monkeypatch, mode):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"batch": 3}, "must be even"), ({"image_tokens": 20}, "square number"), ({"rounds": 0}, "1")]
+    ("change", "message"),
+    [({"batch": 3}, "must be even"), ({"image_tokens": 20}, "square number"), ({"rounds": 0}, "1")],
 )
 def test_settings_that_cannot_be(change, message):
     with pytest.raises(UserError, match=message):
@@ -116,7 +121,22 @@ def test_the_command_prints_a_table_and_writes_the_figures(tmp_path):
     out = tmp_path / "figures.json"
     sizes = ["--depth", "1", "--image-tokens", "4", "--text-tokens", "3", "--batch", "2"]
     done = CliRunner().invoke(
-        app, ["bench", "model", *sizes, "--steps", "1", "--rounds", "1", "--mode", "fp32", "--device", "cpu", "--json", str(out)]
+        app,
+        [
+            "bench",
+            "model",
+            *sizes,
+            "--steps",
+            "1",
+            "--rounds",
+            "1",
+            "--mode",
+            "fp32",
+            "--device",
+            "cpu",
+            "--json",
+            str(out),
+        ],
     )
     assert done.exit_code == 0 and "training step" in done.output and "peak activation memory" in done.output
     (result,) = json.loads(out.read_text())["results"]

@@ -22,7 +22,9 @@ def test_activation_checkpointing_is_one_more_forward():
     plain = load_recipe("sd3-2b", ["pretrain.activation_checkpointing=false"])
     assert training_flops(plain, plain.pretrain) == 3 * forward
     assert costs_of()["pretrain"].flops == 2_048_000_000 * 4 * forward
-    assert costs_of()["pretrain"].hours == pytest.approx(2_048_000_000 * 4 * forward / (64 * GPU_BF16_TFLOPS * 1e12 * 3600))
+    assert costs_of()["pretrain"].hours == pytest.approx(
+        2_048_000_000 * 4 * forward / (64 * GPU_BF16_TFLOPS * 1e12 * 3600)
+    )
 
 
 def test_encoding_is_by_the_towers_at_each_phases_largest_bucket():
@@ -74,5 +76,8 @@ def test_the_small_worlds_bench_is_drawn_at_all_sizes_in_turn(monkeypatch):
     bench = 6 * recipe.evaluate.bench_prompts_per_task * recipe.evaluate.bench_images_per_prompt
     evaluate = recipe.evaluate
     others = len(recipe.finetune[0].bucket_sides()) - 1
-    assert sum(counts.values()) == bench + evaluate.scored_images + evaluate.grid_prompts + others * evaluate.bucket_grid_prompts
+    assert (
+        sum(counts.values())
+        == bench + evaluate.scored_images + evaluate.grid_prompts + others * evaluate.bucket_grid_prompts
+    )
     assert costs_of(name="mini")["evaluate"].hours > 0

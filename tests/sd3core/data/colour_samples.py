@@ -109,7 +109,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 def png(samples: np.ndarray, bits: int, colour_type: int, *before: bytes, after: bytes = b"") -> bytes:
     """A PNG of `samples` (H, W, C) in `bits` bits, with the chunks `before` and `after` its pixels. No filter."""
-    height, width, channels = samples.shape
+    height, width, _channels = samples.shape
     if bits == 16:
         rows = [row.astype(">u2").tobytes() for row in samples]
     else:

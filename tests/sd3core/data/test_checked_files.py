@@ -28,7 +28,9 @@ def reads(store, monkeypatch) -> list[int]:
     monkeypatch.setattr(checked_files, "SPAN_BYTES", 40)
     monkeypatch.setattr(checked_files, "sha256_of", lambda path: seen.append(1) or sha256_of(path))
     monkeypatch.setattr(
-        type(store), "get_range", lambda self, path, start, length: seen.append(length) or get_range(self, path, start, length)
+        type(store),
+        "get_range",
+        lambda self, path, start, length: seen.append(length) or get_range(self, path, start, length),
     )
     return seen
 

@@ -71,7 +71,9 @@ def test_profiles_in_every_format(kind, name):
 
 @pytest.mark.parametrize("name", ["sRGB by hand", "LittleCMS's sRGB"])
 def test_a_profile_that_says_srgb_changes_no_pixel(name):
-    made = profile(SRGB) if name == "sRGB by hand" else ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    made = (
+        profile(SRGB) if name == "sRGB by hand" else ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    )
     picture = read_picture(encoded(Image.fromarray(PIXELS), icc_profile=made), RULES)
     assert picture.notes == () and colour.is_srgb(made, "RGB")
     np.testing.assert_array_equal(np.asarray(picture.image), PIXELS)
@@ -210,7 +212,9 @@ def gama(value: int) -> bytes:
 
 def chrm(space) -> bytes:
     red, green, blue, white = space
-    return chunk(b"cHRM", struct.pack(">8I", *(round(v * 100_000) for place in (white, red, green, blue) for v in place)))
+    return chunk(
+        b"cHRM", struct.pack(">8I", *(round(v * 100_000) for place in (white, red, green, blue) for v in place))
+    )
 
 
 SRGB_CHUNK = chunk(b"sRGB", b"\0")

@@ -73,7 +73,9 @@ def test_whatever_pillow_writes_keeps_its_pixels():
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
         image = Image.fromarray(PIXELS).convert(mode)
         expected = image.convert("RGB")
-        np.testing.assert_array_equal(np.asarray(decode_image(encoded(image, pnginfo=info), RULES)), np.asarray(expected))
+        np.testing.assert_array_equal(
+            np.asarray(decode_image(encoded(image, pnginfo=info), RULES)), np.asarray(expected)
+        )
 
 
 def test_a_text_or_a_profile_that_unpacks_to_much_takes_little_memory():

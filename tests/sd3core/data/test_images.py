@@ -79,7 +79,9 @@ def test_transparent_palette_index_lies_over_white():
 def test_grey_one_bit_lab_and_cmyk_become_rgb():
     assert np.asarray(decode_image(_encoded(Image.new("L", (3, 3), 77)), RULES)).tolist() == [[[77] * 3] * 3] * 3
     assert np.asarray(decode_image(_encoded(Image.new("1", (3, 3), 1)), RULES)).min() == 255
-    assert np.asarray(decode_image(_encoded(Image.new("LAB", (1, 1), (128, 128, 128)), "TIFF"), RULES)).tolist() == [[[119] * 3]]
+    assert np.asarray(decode_image(_encoded(Image.new("LAB", (1, 1), (128, 128, 128)), "TIFF"), RULES)).tolist() == [
+        [[119] * 3]
+    ]
     red = decode_image(_encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95), RULES)
     assert red.mode == "RGB" and np.abs(np.asarray(red).astype(int) - (255, 0, 0)).max() < 12
 
@@ -125,12 +127,18 @@ REJECTED = {
     "empty": (b"", "empty file"),
     "text": (b"not an image", "not an image that can be read (save it as JPEG or PNG)"),
     "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image that can be read (save it as JPEG or PNG)"),
-    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image that can be read (save it as JPEG or PNG)"),
+    "eps": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "not an image that can be read (save it as JPEG or PNG)",
+    ),
     "truncated_png": (_encoded(Image.fromarray(NOISE))[:4000], "truncated or damaged image"),
     "truncated_jpeg": (_encoded(Image.fromarray(NOISE), "JPEG")[:900], "truncated or damaged image"),
     "too_large": (_encoded(Image.new("L", (101, 100))), "more than 10,000 pixels (data.max_image_pixels)"),
     "bomb": (_bomb(), "more than 10,000 pixels (data.max_image_pixels)"),
-    "float": (_encoded(Image.new("F", (4, 4)), "TIFF"), "32-bit pixels, whose range is not known; save it with 8 or 16 bits"),
+    "float": (
+        _encoded(Image.new("F", (4, 4)), "TIFF"),
+        "32-bit pixels, whose range is not known; save it with 8 or 16 bits",
+    ),
     "gif": (
         _encoded(Image.new("L", (4, 4)), "GIF", save_all=True, append_images=[Image.new("L", (4, 4), 9)]),
         ANIMATED,

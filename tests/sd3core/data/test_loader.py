@@ -149,7 +149,9 @@ def test_a_shard_is_decoded_once_and_memory_is_bounded(file_store, tmp_path, mon
         assert len(small._decoded) == 1
     assert decoded[0] == 3 and decoded[1] == 2
     [warning] = warned
-    assert warning.startswith(f"a step draws from {len(small.shards)} shards of {one / 1e9:.3g} GB, and compute.decoded_gb")
+    assert warning.startswith(
+        f"a step draws from {len(small.shards)} shards of {one / 1e9:.3g} GB, and compute.decoded_gb"
+    )
     assert warning.endswith("set it to 0.1, or take fewer data.rows_per_shard")
     for position in range(len(small.shards)):
         reader.decoded(position)

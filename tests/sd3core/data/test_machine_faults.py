@@ -27,7 +27,13 @@ OUT = {
     "files": OSError(errno.EMFILE, "Too many open files"),
     "space": OSError(errno.ENOSPC, "No space left on device"),
 }
-OF_THE_FILE = [OSError("image file is truncated"), SyntaxError("broken PNG file"), ValueError("x"), OverflowError(), IndexError()]
+OF_THE_FILE = [
+    OSError("image file is truncated"),
+    SyntaxError("broken PNG file"),
+    ValueError("x"),
+    OverflowError(),
+    IndexError(),
+]
 
 
 def jpeg() -> bytes:
@@ -105,7 +111,9 @@ def test_ingest_commits_nothing_and_makes_the_whole_shard_again(folder, file_sto
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ENOMEM])
-def test_a_file_that_the_machine_cannot_read_now_is_neither_changed_nor_rejected(folder, file_store, monkeypatch, number):
+def test_a_file_that_the_machine_cannot_read_now_is_neither_changed_nor_rejected(
+    folder, file_store, monkeypatch, number
+):
     (shard,) = list_source(folder, 0)
     monkeypatch.setattr("pathlib.Path.read_bytes", raising(OSError(number, "not now")))
     with pytest.raises(UserError, match=r"/a\.jpg: not now"):

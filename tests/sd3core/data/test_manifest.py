@@ -96,7 +96,9 @@ def test_a_copy_that_the_newest_is_not_is_refused(store, damage):
     ref = commit_manifest(store, FOLDER, _manifest())
     commit_manifest(store, FOLDER, _manifest(3))
     harm(store, ref.path, damage)
-    with pytest.raises(DataError, match="no such manifest; .*to be run again|not a manifest of this|not the manifest that was"):
+    with pytest.raises(
+        DataError, match="no such manifest; .*to be run again|not a manifest of this|not the manifest that was"
+    ):
         read_manifest(store, FOLDER, ref.digest)
 
 

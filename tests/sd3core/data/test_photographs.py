@@ -11,7 +11,7 @@ from sd3core.errors import DataError
 
 def test_writes_pictures_with_captions(tmp_path):
     paths = photographs.write_photographs(tmp_path / "photographs")
-    assert len(paths) >= 10 and len(set(path.stem for path in paths)) == len(paths)
+    assert len(paths) >= 10 and len({path.stem for path in paths}) == len(paths)
     sizes = set()
     for path in paths:
         with Image.open(path) as image:

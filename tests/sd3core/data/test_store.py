@@ -245,7 +245,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(file_store, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(StoreError, match=r"/store/x: cannot be written: No space left on device; make room there, and "):
+    with pytest.raises(
+        StoreError, match=r"/store/x: cannot be written: No space left on device; make room there, and "
+    ):
         file_store.put("x", b"data")
     assert list(file_store.root.iterdir()) == []
 
@@ -270,7 +272,9 @@ store.put("a/new", bytes(100_000))
 
 def test_a_disk_that_is_really_full(tmp_path):
     """A file system of 1 MB: what was put stays whole, and once there is room the store goes on."""
-    mount = f"mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c '{FILLS_THE_STORE}' {tmp_path}/store"
+    mount = (
+        f"mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c '{FILLS_THE_STORE}' {tmp_path}/store"
+    )
     unshared = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
     if subprocess.run([*unshared, f"mount -t tmpfs none {tmp_path}"], capture_output=True, check=False).returncode:
         pytest.skip("this user may not mount a file system")

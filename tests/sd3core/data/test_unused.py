@@ -31,7 +31,9 @@ def shards(store, folder: str, *numbers: int, content: str = "a") -> list[ShardE
 def made(store, stage: str, spec: str, entries=None, inputs=None, fields=None):
     folder = f"datasets/d/{stage}/{spec * 12}"
     entries = shards(store, folder, 0, 1) if entries is None else entries
-    manifest = Manifest(stage=stage, spec=spec * 12, fields=fields or {}, inputs=inputs or {}, folder=folder, shards=entries)
+    manifest = Manifest(
+        stage=stage, spec=spec * 12, fields=fields or {}, inputs=inputs or {}, folder=folder, shards=entries
+    )
     return commit_manifest(store, folder, manifest)
 
 
@@ -168,7 +170,14 @@ def test_nothing_is_removed_by_a_guess(store):
 
 
 def test_what_is_not_of_this_projects_layout_is_not_looked_at(store):
-    for path in ("mine/x", "datasets/d/raw/mine/x", "datasets/d/other/111111111111/x", "towers/t/mine/x", "datasets/x", "runs"):
+    for path in (
+        "mine/x",
+        "datasets/d/raw/mine/x",
+        "datasets/d/other/111111111111/x",
+        "towers/t/mine/x",
+        "datasets/x",
+        "runs",
+    ):
         store.put(path, b"x")
     store.put("references/d/111111111111x/DONE.json", b"{}")
     assert names(store) == []
@@ -178,7 +187,9 @@ def test_a_training_that_is_newer_than_the_noted_one_is_kept(store):
     noted = checkpoint(store, "r", "1")
     note(store, "r", "pretrain", noted)
     later(store)
-    newer = checkpoint(store, "r", "2")  # with other settings, stopped; this store was written before runs said what they begin
+    newer = checkpoint(
+        store, "r", "2"
+    )  # with other settings, stopped; this store was written before runs said what they begin
     assert names(store) == [newer] and "written to after 111111111111" in kept(store)[newer]
     later(store)
     note(store, "r", "pretrain", checkpoint(store, "r", "3"))
@@ -189,11 +200,19 @@ def test_a_training_that_has_begun_is_kept_whatever_the_times_say_with_what_it_s
     start, stopped, noted = (checkpoint(store, "r", spec) for spec in "123")
     latents = made(store, "latents", "4")
     begin(store, "r", "pretrain", stopped, {"latents": latents.digest}, [None])
-    begin(store, "elsewhere", "pretrain", "runs/elsewhere/checkpoints/pretrain/" + "5" * 12, needs=[f"{store.url}/{start}/000000000008"])
+    begin(
+        store,
+        "elsewhere",
+        "pretrain",
+        "runs/elsewhere/checkpoints/pretrain/" + "5" * 12,
+        needs=[f"{store.url}/{start}/000000000008"],
+    )
     later(store)
     note(store, "r", "pretrain", noted)
     why = kept(store)
-    assert names(store) == sorted(why) == ["runs/elsewhere/checkpoints/pretrain/555555555555/unfinished", stopped]  # killed before its first byte
+    assert (
+        names(store) == sorted(why) == ["runs/elsewhere/checkpoints/pretrain/555555555555/unfinished", stopped]
+    )  # killed before its first byte
     assert "pretrain of run r began 20" in why[stopped] and "the same command goes on" in why[stopped]
     for item in find_unused(store, NOW):
         assert remove(store, item)  # by its own name: its word goes with it
@@ -214,7 +233,9 @@ def test_an_export_is_superseded_by_one_that_was_named_later(store):
     older = exported(store, "1")
     later(store)
     named = exported(store, "2")
-    store.put_json("runs/r/summary.json", {"stages": [{"name": "export", "manifest": store.uri(f"{named}/MANIFEST.json")}]})
+    store.put_json(
+        "runs/r/summary.json", {"stages": [{"name": "export", "manifest": store.uri(f"{named}/MANIFEST.json")}]}
+    )
     assert names(store) == [older] and not kept(store)
     later(store)
     newer = exported(store, "3")  # by the stage alone
@@ -234,7 +255,12 @@ def test_what_an_interrupted_stage_made_is_unfinished(store):
     shards(store, nobodys.folder, 2)
     references = "references/d/" + "5" * 12
     store.put_json(f"{references}/DONE.json", {})
-    assert list(kept(store)) == ["datasets/d/latents/222222222222", f"{raw.folder}/unfinished", nobodys.folder, "towers/t/333333333333"]
+    assert list(kept(store)) == [
+        "datasets/d/latents/222222222222",
+        f"{raw.folder}/unfinished",
+        nobodys.folder,
+        "towers/t/333333333333",
+    ]
     begin(store, "r", "evaluate", "runs/r/evaluations", needs=["references/d"])
     assert references in kept(store) and "runs/r/evaluations/unfinished" in kept(store)
     end(store, "r", "evaluate", "runs/r/evaluations")
@@ -246,7 +272,13 @@ def test_a_folder_that_a_run_has_begun_is_kept_with_its_inputs(store):
     begin(store, "r", "latents.pretrain", folder, {"inputs": {"raw": raw.digest}})
     assert list(kept(store)) == names(store) == [f"{folder}/unfinished"]
     made(store, "latents", "2", shards(store, folder, 0))  # the run may go back to it
-    note(store, "other", "latents.pretrain", folder, made(store, "latents", "2", shards(store, folder, 0, content="b")).digest)
+    note(
+        store,
+        "other",
+        "latents.pretrain",
+        folder,
+        made(store, "latents", "2", shards(store, folder, 0, content="b")).digest,
+    )
     assert list(kept(store)) == names(store) == [f"{folder}/unfinished"]
     end(store, "r", "latents.pretrain", folder)
     assert names(store) == [f"{folder}/shards", raw.folder] and not kept(store)
@@ -258,7 +290,10 @@ def test_a_home_gives_up_what_it_begins_anew_and_another_home_does_not(store, mo
         monkeypatch.setenv("SD3_HOME", f"/{home}")
         begin(store, "r", "finetune.0", first)
     begin(store, "r", "finetune.0", second)
-    assert [(each.stage, each.folder) for each in all_begun(store)] in ([("finetune.0", first), ("finetune.0", second)], [("finetune.0", second), ("finetune.0", first)])
+    assert [(each.stage, each.folder) for each in all_begun(store)] in (
+        [("finetune.0", first), ("finetune.0", second)],
+        [("finetune.0", second), ("finetune.0", first)],
+    )
     end(store, "r", "finetune.0", second)
     assert [each.folder for each in all_begun(store)] == [first]
     begin(store, "r", "finetune", first)
@@ -278,7 +313,14 @@ def test_what_a_run_begins_after_the_list_was_made_is_not_removed(store):
     note(store, "r", "pretrain", checkpoint(store, "r", "4"))
     found = find_unused(store, NOW)
     assert [item.name for item in found] == [raw.folder, old, towers]
-    begin(store, "s", "pretrain", "runs/s/checkpoints/pretrain/" + "5" * 12, {"raw": raw.digest}, [f"{store.url}/{old}/000000000008"])
+    begin(
+        store,
+        "s",
+        "pretrain",
+        "runs/s/checkpoints/pretrain/" + "5" * 12,
+        {"raw": raw.digest},
+        [f"{store.url}/{old}/000000000008"],
+    )
     begin(store, "s", "towers", towers)
     assert not any(remove(store, item) for item in found) and read_manifest(store, raw.folder) and store.list(old)
 
@@ -298,7 +340,13 @@ def test_every_store_knows_its_time(store):
 def test_each_folder_is_listed_once_and_no_shard_is_read(file_store, monkeypatch):
     """A store with 100,000 shards has hundreds of pages to list."""
     raw = made(file_store, "raw", "1", shards(file_store, "datasets/d/raw/" + "1" * 12, *range(300)))
-    latents = made(file_store, "latents", "2", shards(file_store, "datasets/d/latents/" + "2" * 12, *range(300)), {"raw": raw.digest})
+    latents = made(
+        file_store,
+        "latents",
+        "2",
+        shards(file_store, "datasets/d/latents/" + "2" * 12, *range(300)),
+        {"raw": raw.digest},
+    )
     made(file_store, "latents", "3")
     for run in "rst":
         note(file_store, run, "latents.pretrain", latents.folder, latents.digest)

@@ -210,7 +210,11 @@ def test_files_larger_than_memory(tmp_path):
     """Import and export of a 120 MB file under a limit of 32 MB of data, which holding its tensors goes beyond."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", LARGE, tmp_path], env=environment, capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", LARGE, tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     sizes = [path.stat().st_size for path in tmp_path.rglob("*.safetensors")]
     for path in tmp_path.rglob("*.safetensors"):

@@ -101,8 +101,19 @@ def test_is_there_whole_or_not_at_all(towers_folder, tmp_path):
     assert list(out.parent.iterdir()) == []
     export_diffusers(checkpoint, towers_folder, out)
     assert sorted(p.name for p in out.iterdir()) == sorted(
-        "README.md model_index.json scheduler text_encoder text_encoder_2 text_encoder_3"
-        " tokenizer tokenizer_2 tokenizer_3 transformer vae".split()
+        [
+            "README.md",
+            "model_index.json",
+            "scheduler",
+            "text_encoder",
+            "text_encoder_2",
+            "text_encoder_3",
+            "tokenizer",
+            "tokenizer_2",
+            "tokenizer_3",
+            "transformer",
+            "vae",
+        ]
     )
     with pytest.raises(UserError, match="exists already"):
         export_diffusers(checkpoint, towers_folder, out)
@@ -201,7 +212,9 @@ def test_a_damaged_export_in_a_store_elsewhere_is_made_again(towers_folder, s3_b
 
     def export():
         checked = CheckedFiles(tmp_path / "checked")
-        return export_stage(load_recipe("tiny-test"), store, "runs/tiny-test/model", towers_folder, digests, checked=checked)
+        return export_stage(
+            load_recipe("tiny-test"), store, "runs/tiny-test/model", towers_folder, digests, checked=checked
+        )
 
     path = f"{export().folder}/transformer/diffusion_pytorch_model.safetensors"
     assert export().skipped

@@ -11,7 +11,26 @@ from sd3core.data.store import open_store
 from sd3core.errors import StoreError, UserError
 from sd3core.files.local_paths import expanded, path_of_url, shown_place
 
-NAMES = ["plain", "a b", "a%20b", "100%", "%zz", "#", "a?b=c", "é", "😀", "𠮷野家", "line\nbreak", "\x1b[2J", "\u202e", "a:b", "~x", "\\", "'\"", os.fsdecode(b"\xff\xfe")]
+NAMES = [
+    "plain",
+    "a b",
+    "a%20b",
+    "100%",
+    "%zz",
+    "#",
+    "a?b=c",
+    "é",
+    "😀",
+    "𠮷野家",
+    "line\nbreak",
+    "\x1b[2J",
+    "\u202e",
+    "a:b",
+    "~x",
+    "\\",
+    "'\"",
+    os.fsdecode(b"\xff\xfe"),
+]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))

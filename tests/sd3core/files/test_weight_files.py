@@ -90,7 +90,9 @@ def test_of_two_variants_one_must_be_named(model, tmp_path):
     for variant in ("fp16", "bf16"):
         as_diffusers(model).half().save_pretrained(tmp_path / "a", variant=variant)
     said = refusal(tmp_path / "a")
-    assert "diffusion_pytorch_model.bf16.safetensors and diffusion_pytorch_model.fp16.safetensors are both there" in said
+    assert (
+        "diffusion_pytorch_model.bf16.safetensors and diffusion_pytorch_model.fp16.safetensors are both there" in said
+    )
     imported(tmp_path / "a" / "diffusion_pytorch_model.fp16.safetensors", tmp_path / "out")
 
 
@@ -109,7 +111,9 @@ def test_a_folder_as_accelerate_saves_it(model, tmp_path, form):
             save_file({name: tensor for name, tensor in state.items() if files[name] == file}, folder / file)
         if form == "index":
             (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-        assert "one of several files of a model; name the folder" in refusal(folder / "model-00001-of-00002.safetensors")
+        assert "one of several files of a model; name the folder" in refusal(
+            folder / "model-00001-of-00002.safetensors"
+        )
     with pytest.raises(CheckpointError) as error:
         load_model(folder)
     assert ("`sd3 import`" in str(error.value)) == (form != "shards alone")
@@ -157,7 +161,9 @@ def test_of_two_prefixes_one_must_be_named(model, tmp_path):
     averaged = {f"ema.{name}": tensor + 1 for name, tensor in state.items()}
     save_file({f"model.{name}": tensor for name, tensor in state.items()} | averaged, path)
     assert refusal(path) == f"{path}: several sets of weights, under 'ema.', 'model.'; name one with --prefix"
-    assert refusal(path, prefix="net.").endswith("no SD3 transformer under --prefix 'net.', only under 'ema.', 'model.'")
+    assert refusal(path, prefix="net.").endswith(
+        "no SD3 transformer under --prefix 'net.', only under 'ema.', 'model.'"
+    )
     for prefix, more in (("ema.", 1), ("model.", 0)):
         with open_foreign_weights(path, prefix=prefix) as foreign:
             assert "not under" in foreign.notes[0]
@@ -176,7 +182,9 @@ def test_the_mends_of_what_is_refused_can_be_followed(model, tmp_path):
     said = refusal(tmp_path / "model")
     assert "a model folder already; it is taken as it stands, `sd3 export` makes other formats of it" in said
     export_model(str(tmp_path / "model"), tmp_path / "other.safetensors", "single-file")
-    with pytest.raises(CheckpointError, match="of a diffusers folder; `sd3 import FOLDER OUT` makes a model folder of it"):
+    with pytest.raises(
+        CheckpointError, match="of a diffusers folder; `sd3 import FOLDER OUT` makes a model folder of it"
+    ):
         load_model(folder)
     (folder / WHOLE).rename(folder / "own name.safetensors")
     (said,) = re.findall("name one of its files: (.*)", refusal(folder))
@@ -208,7 +216,9 @@ def test_towers_of_half_precision_alone_are_taken(towers_folder, tmp_path):
             for path in (folder / part).glob("*.safetensors"):
                 state = {name: tensor.half() for name, tensor in load_file(path).items()}
                 path.unlink()
-                save_file(state, path.with_suffix(f".{variant}.safetensors" if variant else ".safetensors"), {"format": "pt"})
+                save_file(
+                    state, path.with_suffix(f".{variant}.safetensors" if variant else ".safetensors"), {"format": "pt"}
+                )
     t5 = T5EncoderModel.from_pretrained(plain / "text_encoder_3", dtype=torch.float16)
     (half / "text_encoder_3" / "model.fp16.safetensors").unlink()
     t5.save_pretrained(half / "text_encoder_3", variant="fp16", max_shard_size="100KB")

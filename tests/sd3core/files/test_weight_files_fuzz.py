@@ -22,9 +22,36 @@ from sd3core.recipe import Text
 
 SECONDS = 15.0  # of one file, on a machine that has other work
 BIG = 2**62
-NUMBERS = [0, 1, -1, 3, 7, 8, 16, 64, 1.5, 2**31, BIG, 2**63, 10**30, True, None, "8", "x", [], {}, [1], [BIG, BIG, 0], float("nan"), "\x1b[2J", "\u202e"]
+NUMBERS = [
+    0,
+    1,
+    -1,
+    3,
+    7,
+    8,
+    16,
+    64,
+    1.5,
+    2**31,
+    BIG,
+    2**63,
+    10**30,
+    True,
+    None,
+    "8",
+    "x",
+    [],
+    {},
+    [1],
+    [BIG, BIG, 0],
+    float("nan"),
+    "\x1b[2J",
+    "\u202e",
+]
 DTYPES = ["F32", "F8_E4M3", "BF16", "f32", "F128", "", None, 5, [], {}, "\x1b[2J"]
-CONFIG = MMDiTConfig.from_depth(1, latent_channels=4, context_dim=32, pooled_dim=32, position_base=2, position_side=2, position_max=2)
+CONFIG = MMDiTConfig.from_depth(
+    1, latent_channels=4, context_dim=32, pooled_dim=32, position_base=2, position_side=2, position_max=2
+)
 
 
 def opens_or_is_one_line(call) -> str:
@@ -72,14 +99,16 @@ HEADERS = [
 @pytest.mark.parametrize("header", HEADERS, ids=range(len(HEADERS)))
 def test_hostile_headers(tmp_path, header):
     for size in (0, 8, 20):
-        opens_or_is_one_line(lambda: read_all(write(tmp_path / "a.safetensors", header, b"\0" * size)))  # noqa: B023
+        opens_or_is_one_line(lambda: read_all(write(tmp_path / "a.safetensors", header, b"\0" * size)))
     for length in (0, 1, 2**63, 2**64 - 1):
-        assert opens_or_is_one_line(lambda: read_all(write(tmp_path / "a.safetensors", header, length=length)))  # noqa: B023
+        assert opens_or_is_one_line(lambda: read_all(write(tmp_path / "a.safetensors", header, length=length)))
 
 
 def test_a_shape_that_no_tensor_can_have(tmp_path):
     path = write(tmp_path / "a.safetensors", {"a": entry([BIG, BIG, 0], [0, 0])})
-    assert f"{path}: not a safetensors file: its header is wrong (shape [{BIG}, {BIG}, 0])" == opens_or_is_one_line(lambda: read_all(path))
+    assert f"{path}: not a safetensors file: its header is wrong (shape [{BIG}, {BIG}, 0])" == opens_or_is_one_line(
+        lambda: read_all(path)
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -91,7 +120,9 @@ def test_damaged_files(tmp_path, seed):
         data = bytearray(good)
         for _ in range(rng.randrange(1, 4)):
             at = rng.randrange(len(data) - 40)
-            data[at : at + rng.randrange(3)] = rng.choice([b"", bytes([rng.randrange(256)]), b"9", b"-", b"[", b'"', b"0e9", b"999999999999"])
+            data[at : at + rng.randrange(3)] = rng.choice(
+                [b"", bytes([rng.randrange(256)]), b"9", b"-", b"[", b'"', b"0e9", b"999999999999"]
+            )
         path.write_bytes(data)
         opens_or_is_one_line(lambda: read_all(path))
 
@@ -131,7 +162,19 @@ def changed(fields: dict, place: tuple, value: object) -> str:
     return json.dumps(fields)
 
 
-RAW_JSON = ["", "{", "[]", "null", "1", '"x"', "[" * 100_000, "{}", '{"_class_name": "\\u001b[2J"}', '{"format": ' + "9" * 5000 + "}", "\udcff"]
+RAW_JSON = [
+    "",
+    "{",
+    "[]",
+    "null",
+    "1",
+    '"x"',
+    "[" * 100_000,
+    "{}",
+    '{"_class_name": "\\u001b[2J"}',
+    '{"format": ' + "9" * 5000 + "}",
+    "\udcff",
+]
 
 
 def test_hostile_configs_of_model_folders(model_folder):
@@ -142,7 +185,9 @@ def test_hostile_configs_of_model_folders(model_folder):
         for place in places(json.loads(good)):
             for value in rng.sample(NUMBERS, 7):
                 path.write_text(changed(json.loads(good), place, value))
-                opens_or_is_one_line(lambda: (read_config(model_folder), read_facts(str(model_folder)), load_model(model_folder)))
+                opens_or_is_one_line(
+                    lambda: (read_config(model_folder), read_facts(str(model_folder)), load_model(model_folder))
+                )
         for raw in RAW_JSON:
             path.write_bytes(raw.encode("utf-8", "surrogateescape"))
             assert opens_or_is_one_line(lambda: read_facts(str(model_folder)))

@@ -44,7 +44,9 @@ def found_in(autoencoder: Autoencoder, pictures: list[np.ndarray]) -> list[Count
 def test_right_on_scenes_that_were_encoded_and_decoded(autoencoder, height, width):
     """At the sizes that `mini` draws, and at those its autoencoder was trained on."""
     scenes = [draw_scene(201, index, aspect=width / height) for index in range(SCENES)]
-    pictures = [np.asarray(Image.fromarray(render(s)).resize((width, height), Image.Resampling.LANCZOS)) for s in scenes]
+    pictures = [
+        np.asarray(Image.fromarray(render(s)).resize((width, height), Image.Resampling.LANCZOS)) for s in scenes
+    ]
     found = found_in(autoencoder, pictures)
     assert np.mean([kinds(scene.objects) == there for scene, there in zip(scenes, found, strict=True)]) >= 0.99
 

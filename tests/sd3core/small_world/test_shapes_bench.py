@@ -131,14 +131,16 @@ def test_a_relation_needs_a_margin():
     """
     kinds = Required("bar", "red", 1), Required("bar", "blue", 1)
     prompt = BenchPrompt("", "position", kinds, "above", True)
-    place = lambda x, y: render(scene_of(("bar", "red", x, y, 20), ("bar", "blue", 40, 40, 20)))  # noqa: E731
+    place = lambda x, y: render(scene_of(("bar", "red", x, y, 20), ("bar", "blue", 40, 40, 20)))
     reasons = [judge(place(x, y), prompt).reason for x, y in ((40, 31), (40, 28), (14, 28), (24, 28))]
     assert reasons == ["the bar is not above the bar", "as asked", "the bar is not above the bar", "as asked"]
     prompt = BenchPrompt("", "position", (Required("circle", None, 1), Required("square", None, 1)), "above", True)
-    place = lambda y: render(scene_of(("circle", "red", 16, y, 18), ("square", "blue", 46, 40, 18)))  # noqa: E731
+    place = lambda y: render(scene_of(("circle", "red", 16, y, 18), ("square", "blue", 46, 40, 18)))
     assert not judge(place(36), prompt).correct and not judge(place(30), prompt).correct
     assert judge(place(14), prompt).correct
-    assert not relation_holds("left of", (30, 32), (40, 32), (20, 20)) and relation_holds("left of", (29, 32), (40, 32), (20, 20))
+    assert not relation_holds("left of", (30, 32), (40, 32), (20, 20)) and relation_holds(
+        "left of", (29, 32), (40, 32), (20, 20)
+    )
 
 
 def test_a_swapped_relation_is_found_in_fresh_scenes():

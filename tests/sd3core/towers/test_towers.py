@@ -16,7 +16,6 @@ import pytest
 from small_towers import TINY, drawings
 
 import sd3core.data.checked_files as checked_files_module
-import sd3core.towers.training.make as make
 from sd3core.data.store import open_store
 from sd3core.errors import DataError, UserError
 from sd3core.metrics.clip_score import image_embeddings
@@ -34,6 +33,7 @@ from sd3core.towers.artifact import (
 )
 from sd3core.towers.judge import load_judge
 from sd3core.towers.text_encoders import load_text_encoders
+from sd3core.towers.training import make
 
 
 @pytest.fixture
@@ -59,7 +59,9 @@ def test_the_manifest_waits_for_all_towers_and_keeps_those_that_stand(store, tow
     manifest = commit_towers(store, "towers/t/0", {"a": 1})
     assert all(manifest.towers[name] == entry for name, entry in before.items())
     assert read_towers(store, "towers/t/0") == read_towers(store, "towers/t/0", manifest.digest) == manifest
-    assert store.get_json("towers/t/0/training.json") == {name: {"steps": 1} for name in first} | {name: {"steps": 2} for name in last}
+    assert store.get_json("towers/t/0/training.json") == {name: {"steps": 1} for name in first} | {
+        name: {"steps": 2} for name in last
+    }
 
 
 def test_the_same_seed_makes_the_same_bytes(towers_folder: Path, tmp_path: Path, store, committed):
@@ -112,10 +114,14 @@ def test_of_eight_that_want_the_towers_at_once_one_fetches_each_file(store, comm
     with ThreadPoolExecutor(8) as actors:  # locks are of open files, so threads keep each other out as processes do
         folders = list(actors.map(lambda _: fetch_towers(store, "towers/t/0", tmp_path / "cache"), range(8)))
     assert len(set(folders)) == 1
-    assert sorted(elsewhere) == sorted(f"towers/t/0/{path}" for entry in committed.towers.values() for path in entry.files)
+    assert sorted(elsewhere) == sorted(
+        f"towers/t/0/{path}" for entry in committed.towers.values() for path in entry.files
+    )
 
 
-def test_one_that_is_killed_while_it_fetches_holds_nobody_up_and_leaves_nothing_half(store, committed, elsewhere, tmp_path: Path):
+def test_one_that_is_killed_while_it_fetches_holds_nobody_up_and_leaves_nothing_half(
+    store, committed, elsewhere, tmp_path: Path
+):
     began = tmp_path / "began"
 
     def fetch_and_hang() -> None:
@@ -139,7 +145,9 @@ def test_one_that_is_killed_while_it_fetches_holds_nobody_up_and_leaves_nothing_
     child.kill()
     child.join()
     folder = fetch_towers(store, "towers/t/0", tmp_path / "cache", only=("vae",))
-    assert {str(path.relative_to(folder)) for path in (folder / "vae").iterdir() if path.is_file()} == {*committed.towers["vae"].files}
+    assert {str(path.relative_to(folder)) for path in (folder / "vae").iterdir() if path.is_file()} == {
+        *committed.towers["vae"].files
+    }
 
 
 def test_a_damaged_file_is_found(store, committed, tmp_path: Path):
@@ -176,7 +184,9 @@ def test_a_damaged_tower_of_a_store_elsewhere_is_named_and_made_again(s3_bucket,
     assert damaged_towers(store, folder, manifest.towers, checked) == {}
     data = store.get(f"{folder}/{path}")
     store.put(f"{folder}/{path}", data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(DataError, match=f"{path}: damaged, not the file that was committed; run the towers stage: it makes"):
+    with pytest.raises(
+        DataError, match=f"{path}: damaged, not the file that was committed; run the towers stage: it makes"
+    ):
         fetch_towers(store, folder, cache, only=("vae",))
     finished = finished_towers(store, folder)
     assert damaged_towers(store, folder, finished, checked) == {"vae": path}
@@ -209,7 +219,9 @@ def test_files_are_read_once_a_machine_and_again_on_request(store, committed, tm
     assert len(read) == count
     status = (folder / "vae/config.json").stat()
     flip(folder.joinpath("vae/config.json").resolve())
-    os.utime(folder / "vae/config.json", ns=(status.st_atime_ns, status.st_mtime_ns))  # as a disk's own damage leaves it
+    os.utime(
+        folder / "vae/config.json", ns=(status.st_atime_ns, status.st_mtime_ns)
+    )  # as a disk's own damage leaves it
     fetch_towers(store, "towers/t/0", tmp_path / "cache")
     with pytest.raises(DataError, match="vae/config.json"):
         fetch_towers(store, "towers/t/0", tmp_path / "cache", reread=True)

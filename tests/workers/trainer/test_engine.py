@@ -92,7 +92,9 @@ class PlainMuon:
     """Muon on whole matrices, those of attention and MLP in the blocks; AdamW for the rest."""
 
     def __init__(self, model: MMDiT):
-        in_blocks = [(name, p) for name, p in model.named_parameters() if name.startswith("joint_blocks.") and p.ndim == 2]
+        in_blocks = [
+            (name, p) for name, p in model.named_parameters() if name.startswith("joint_blocks.") and p.ndim == 2
+        ]
         self.matrices = {name: p for name, p in in_blocks if "adaLN" not in name}
         rest = [p for name, p in model.named_parameters() if name not in self.matrices]
         self.adam = torch.optim.AdamW(rest, lr=RATE, weight_decay=0.0)

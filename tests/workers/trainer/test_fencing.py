@@ -66,9 +66,7 @@ def job(tmp_path):
 
 
 def write(store, job, attempt, step=4, warn=print, rows=()):
-    trainer = SimpleNamespace(
-        rank=0, world=1, device=torch.device("cpu"), optimizer_step=step, shapes={"w": [3]}
-    )
+    trainer = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), optimizer_step=step, shapes={"w": [3]})
     trainer.slices = lambda own: [Slice("weights", "w", 0, torch.ones(3))]
     return save_checkpoint(store, job, trainer, attempt=attempt, step=step, rows=list(rows), warn=warn)
 
@@ -125,7 +123,10 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(job, damage):
     store.put(f"{second}/{DONE_FILE}", bytes(data))
     warnings: list[str] = []
     assert last_whole_checkpoint(store, job.folder, warnings.append).folder == first
-    assert warnings[0].startswith(f"{store.uri(second)}/{DONE_FILE}: damaged") and "going on from an earlier" in warnings[0]
+    assert (
+        warnings[0].startswith(f"{store.uri(second)}/{DONE_FILE}: damaged")
+        and "going on from an earlier" in warnings[0]
+    )
     with pytest.raises(DamagedRecord, match="delete it, and run the training stage again"):
         read_checkpoint_done(store, second)
 
@@ -148,7 +149,9 @@ def test_a_bit_of_the_weights_is_found_by_who_reads_them_and_by_nobody_before(jo
         patch.setattr("sd3core.data.checked_files.sha256_of", None)
         assert last_whole_checkpoint(store, job.folder).folder == folder
     record = store.uri(f"{folder}/{DONE_FILE}")
-    mend = f"take another checkpoint, or delete {record} and run the training stage again: it goes on from an earlier one"
+    mend = (
+        f"take another checkpoint, or delete {record} and run the training stage again: it goes on from an earlier one"
+    )
     with pytest.raises(DamagedFile) as error:
         load_checkpoint(store, folder, trainer)
     assert str(error.value) == f"{store.uri(folder)}/{name} is damaged (another SHA-256); {mend}" and loaded == [4]
@@ -216,7 +219,9 @@ def test_loss_rows_that_are_damaged_cost_a_piece_of_the_curve_and_nothing_else(j
         store.put(path, damage(store.get(path)))
     assert read_metrics(store, job.folder, warn=told.append) == rows_of(1, 2, 3, 4, *left, 9, 10, 11, 12)
     [warning] = told
-    assert warning.startswith(f"{store.uri(path)} is {word}: the loss curve has a gap up to 64 samples, and nothing else needs it")
+    assert warning.startswith(
+        f"{store.uri(path)} is {word}: the loss curve has a gap up to 64 samples, and nothing else needs it"
+    )
     assert last_whole_checkpoint(store, job.folder).samples == 96
     result = train(job, COMPUTE)  # a finished phase stays finished
     assert (result.samples, result.resumed_from, result.attempts) == (96, 96, 1)

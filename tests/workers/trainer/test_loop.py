@@ -184,7 +184,10 @@ def test_another_formulation_trains_as_itself(root, stories, name):
     with torch.no_grad():
         fresh, trained = (
             [formulation.loss(partial(predict, drawn), drawn.x0, drawn.noise, drawn.t) for drawn in inputs]
-            for predict in (lambda _, z, t: torch.zeros_like(z), lambda drawn, z, t: model(z, t, drawn.context, drawn.pooled))
+            for predict in (
+                lambda _, z, t: torch.zeros_like(z),
+                lambda drawn, z, t: model(z, t, drawn.context, drawn.pooled),
+            )
         )
     assert row["loss"] == pytest.approx(float(fresh[0].mean()), rel=1e-5)  # a fresh model gives 0
     assert torch.cat(trained).mean() < 0.97 * torch.cat(fresh).mean()
@@ -233,9 +236,7 @@ def test_a_checkpoint_says_in_which_precision_it_was_trained(root, stories, name
     assert error is None
     folder = list_checkpoints(open_store(str(root / name)), make_job(root / name).folder)[-1].folder
     assert read_checkpoint_done(open_store(str(root / name)), folder).training["precision"] == taken
-    advice = (
-        "pretrain.precision is bf16, for which this cpu has no arithmetic: fp32 is many times as fast, and auto takes it"
-    )
+    advice = "pretrain.precision is bf16, for which this cpu has no arithmetic: fp32 is many times as fast, and auto takes it"
     assert notebook.warnings == ([advice] if precision == "bf16" and not able else [])
 
 
@@ -339,7 +340,9 @@ def test_a_checkpoint_that_one_rank_finds_damaged_is_passed_over_by_all(s3_bucke
     store = open_store(job.store)
     [warning] = first[1][1].warnings
     damaged = f"{job.folder}/{64:012d}/rank-001-of-002.attempt-0001.safetensors"
-    assert warning == f"pretrain: {store.uri(damaged)} is damaged (another SHA-256); going on from an earlier checkpoint"
+    assert (
+        warning == f"pretrain: {store.uri(damaged)} is damaged (another SHA-256); going on from an earlier checkpoint"
+    )
     assert [ref.samples for ref in list_checkpoints(store, job.folder)] == [32, 64, 96]
     assert read_checkpoint_done(store, f"{job.folder}/{64:012d}").attempt == 2
     assert all(assemble_weights(store, f"{job.folder}/{64:012d}", "weights"))

@@ -32,7 +32,11 @@ def test_going_back_to_a_checkpoint():
     [
         ("", 40.0, "starting the ranks"),
         ("loss 0.5", 14.0, "loss 0.5"),
-        ("loss 0.5", 33.7, "no word from the ranks for 34 s; given up after 600 s (compute.stall_timeout_s); last: loss 0.5"),
+        (
+            "loss 0.5",
+            33.7,
+            "no word from the ranks for 34 s; given up after 600 s (compute.stall_timeout_s); last: loss 0.5",
+        ),
     ],
 )
 def test_silence_is_told(note, silent_s, shown):

@@ -86,13 +86,15 @@ def test_training_is_the_same_with_and_without_them(tmp_path):
         rows = [read_metrics(open_store(j.store), j.folder) for j in (job, calm)]
         ours, theirs = ([{k: v for k, v in row.items() if k not in UNTIMED} for row in part] for part in rows)
         assert ours == theirs and len(ours) == 12
-        weights, others = (assemble_weights(open_store(j.store), f"{j.folder}/000000000096", "weights") for j in (job, calm))
+        weights, others = (
+            assemble_weights(open_store(j.store), f"{j.folder}/000000000096", "weights") for j in (job, calm)
+        )
         assert all(torch.equal(weights[name], others[name]) for name in others)
         assert heard.warnings == [] and heard.losses == [row["samples"] for row in ours]  # each step once
 
         assert heard.previews == [f"{job.previews_folder}/{samples:012d}.safetensors" for samples in (32, 64, 96)]
         with safe_open(Path(job.store, heard.previews[-1]), "pt") as file:
-            latents = [file.get_tensor(name) for name in file.keys()]
+            latents = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118 (no mapping)
             captions, settings = (json.loads(file.metadata()[name]) for name in ("captions", "settings"))
         assert [latent.shape for latent in latents] == [(16, 8, 8)] * 4 and all(x.isfinite().all() for x in latents)
         assert captions == [f"caption of {key}" for key in KEYS]
@@ -113,7 +115,9 @@ def _draw_once(rank, world, job):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sampler", "calls_each"), [("heun", 2 * SHOWN.num_steps - 1), ("dpm++2m-sde", SHOWN.num_steps)])
+@pytest.mark.parametrize(
+    ("sampler", "calls_each"), [("heun", 2 * SHOWN.num_steps - 1), ("dpm++2m-sde", SHOWN.num_steps)]
+)
 def test_any_number_of_ranks_draws_the_same(tmp_path, sampler, calls_each):
     job = make_job(tmp_path, previews=SHOWN.model_copy(update={"sampler": sampler}))
     [(alone, _)] = run_ranks(1, _draw_once, job)

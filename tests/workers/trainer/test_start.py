@@ -57,7 +57,10 @@ def test_the_checkpoints_weights_and_which_are_new(tmp_path):
         (dataclasses.replace(MODEL, num_heads=MODEL.num_heads * 2), f"num_heads is {MODEL.num_heads} there and"),
         (dataclasses.replace(MODEL, position_base=3), f"position_base is {MODEL.position_base} there and 3 in"),
         (dataclasses.replace(MODEL, context_dim=12), "context_embedder.weight is"),
-        (DiTConfig.from_depth(2, context_dim=24, pooled_dim=16, position_base=4, position_max=8), "blocks.0.*is absent there and"),
+        (
+            DiTConfig.from_depth(2, context_dim=24, pooled_dim=16, position_base=4, position_max=8),
+            "blocks.0.*is absent there and",
+        ),
     ],
 )
 def test_another_model_is_refused(tmp_path, model, message):

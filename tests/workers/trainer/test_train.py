@@ -132,7 +132,9 @@ def test_a_process_of_rays_own_that_dies_costs_a_restart(undisturbed, tmp_path, 
 
     def report(_) -> None:
         if not killed and list_checkpoints(open_store(job.store), job.folder):
-            process = next(p for p in psutil.Process().children(recursive=True) if victim in " ".join(p.cmdline())[:200])
+            process = next(
+                p for p in psutil.Process().children(recursive=True) if victim in " ".join(p.cmdline())[:200]
+            )
             killed.append(process.pid)
             process.kill()
 
