@@ -133,9 +133,9 @@ def check_room(recipe: Recipe, store: Store, nodes: Sequence[Node]) -> None:
     makes it has nothing to do, and needs none.
     """
     last, _ = recipe.phases()[-1]
-    if problem := actors_problem(recipe.compute, nodes):
-        if not _stands(lambda: all_scored(recipe, store, *to_be_scored(recipe, store))):
-            raise NoRoomError(problem)
+    scored = lambda: all_scored(recipe, store, *to_be_scored(recipe, store))
+    if (problem := actors_problem(recipe.compute, nodes)) and not _stands(scored):
+        raise NoRoomError(problem)
     if (problem := ranks_problem(recipe.compute, nodes)) and not _stands(lambda: checkpoints(recipe, store, last)):
         raise NoRoomError(problem)
 

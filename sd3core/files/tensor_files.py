@@ -132,7 +132,7 @@ class TensorFileWriter:
         self.infos = infos
         self._left = {name: info.elements for name, info in infos.items()}
         header, self._offsets, self.bytes = _make_header(infos)
-        self._file = Path(path).open("wb")
+        self._file = Path(path).open("wb")  # noqa: SIM115 (closed by `close`)
         self._file.write(header)
         self._file.truncate(self.bytes)
 

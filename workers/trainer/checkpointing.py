@@ -41,6 +41,7 @@ from sd3core.checkpoint import (
     record_file,
     write_done,
 )
+from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.provenance import device_kind, provenance, provenance_bytes, provenance_file
 from sd3core.data.store import Store, StoreNotFound, is_transient
 from sd3core.errors import CheckpointError, StoreError
@@ -81,14 +82,19 @@ def newest_attempt(store: Store, folder: str) -> int:
 
 
 def last_whole_checkpoint(
-    store: Store, folder: str, warn: Callable[[str], None] = lambda message: None, last_samples: int | None = None
+    store: Store,
+    folder: str,
+    warn: Callable[[str], None] = lambda message: None,
+    last_samples: int | None = None,
+    checked: CheckedFiles | None = None,
 ) -> CheckpointRef | None:
     """The last finished checkpoint whose files all stand in their sizes; `warn` hears of later ones that are passed over.
 
-    Their bytes are compared by the ranks, each what it reads. `last_samples`: where the phase ends that goes on from it.
+    Their bytes are compared by the ranks, each what it reads. `checked` compares them too, once a machine, where they lie on
+    this one: nobody may read the last checkpoint of a finished phase. `last_samples`: where the phase ends that goes on from it.
     """
     for ref in reversed(list_checkpoints(store, folder, last_samples)):
-        damaged = _damage(store, ref.folder)
+        damaged = _damage(store, ref.folder, checked)
         if damaged is None:
             return ref
         warn(passed_over(damaged))
@@ -99,10 +105,17 @@ def passed_over(damage: str) -> str:
     return f"{damage}; going on from an earlier checkpoint"
 
 
-def _damage(store: Store, folder: str) -> str | None:
+def _damage(store: Store, folder: str, checked: CheckedFiles | None) -> str | None:
     """What of a checkpoint a listing and its record show not to be what was written, in words."""
     try:
-        damaged = _damaged_files(store, folder, read_checkpoint_done(store, folder))
+        done = read_checkpoint_done(store, folder)
+        damaged = _damaged_files(store, folder, done)
+        if checked and not damaged and store.local_path(folder) is not None:
+            records = {name: done.files[name] for name in done.rank_files}
+            changed = (
+                name for name, r in records.items() if not checked.holds(store, f"{folder}/{name}", r.sha256, r.bytes)
+            )
+            damaged = [f"{name} is damaged" for name in changed]
     except DamagedRecord as error:
         return error.damage
     return f"{store.uri(folder)}: {damaged[0]}" if damaged else None

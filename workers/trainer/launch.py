@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from sd3core.checkpoint import METRICS_FILE, list_checkpoints
+from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.store import open_store
 from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
 from sd3core.recipe import Compute
+from workers.caches import checked_here
 from workers.ray_room import ranks_problem
 from workers.ray_session import (
     RayLost,
@@ -64,13 +67,15 @@ def train(
         )
     log_dir = str(Path(job.log_dir).absolute()) if job.log_dir else None  # ranks have another working directory
     job = job.model_copy(update={"store": open_store(job.store).url, "log_dir": log_dir})
-    stands = _samples_that_stand(job)
     warnings: list[str] = []
+    stands = _samples_that_stand(job)
+    if stands == job.last_samples:
+        stands = _samples_that_stand(job, lambda message: warnings.append(f"{job.phase}: {message}"), checked_here())
     if stands < job.last_samples:
         with start_ray(compute):
             if problem := ranks_problem(compute, living_nodes()):
                 raise TrainingFailed(problem)
-            warnings = _supervise(job, compute, report, tell, stands, open_loader)
+            warnings += _supervise(job, compute, report, tell, stands, open_loader)
         if _samples_that_stand(job) < job.last_samples:
             raise TrainingFailed(f"{job.phase}: the ranks ended before the last checkpoint was written")
     store = open_store(job.store)
@@ -135,8 +140,10 @@ class _Told:
         self(TrainingNews())
 
 
-def _samples_that_stand(job: TrainingJob) -> int:
-    last = last_whole_checkpoint(open_store(job.store), job.folder, last_samples=job.last_samples)
+def _samples_that_stand(
+    job: TrainingJob, warn: Callable[[str], None] = lambda message: None, checked: CheckedFiles | None = None
+) -> int:
+    last = last_whole_checkpoint(open_store(job.store), job.folder, warn, job.last_samples, checked)
     return last.samples if last else 0
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from fake_training import make_job
 
 from sd3core.checkpoint import DONE_FILE, DamagedFile, DamagedRecord, list_checkpoints, read_checkpoint_done
+from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.store import FileStore
 from sd3core.errors import StoreError
 from sd3core.recipe import Compute
@@ -156,6 +157,23 @@ def test_a_bit_of_the_weights_is_found_by_who_reads_them_and_by_nobody_before(jo
         load_checkpoint(store, folder, trainer)
     assert str(error.value) == f"{store.uri(folder)}/{name} is damaged (another SHA-256); {mend}" and loaded == [4]
     assert error.value.damage == f"{store.uri(folder)}/{name} is damaged (another SHA-256)"
+
+
+def test_the_bytes_of_a_phases_last_checkpoint_are_compared_once_a_machine(job, tmp_path, monkeypatch):
+    """A finished phase: nobody may read its last checkpoint before its weights are asked for."""
+    store, checked = FileStore(Path(job.store)), CheckedFiles(tmp_path / "checked")
+    attempt = begin_attempt(store, job.folder)
+    first, second = (write(store, job, attempt, step) for step in (4, 8))
+    [name] = read_checkpoint_done(store, second).rank_files
+    assert last_whole_checkpoint(store, job.folder, checked=checked).folder == second
+    with monkeypatch.context() as patch:
+        patch.setattr("sd3core.data.checked_files.sha256_of", None)
+        assert last_whole_checkpoint(store, job.folder, checked=checked).folder == second
+    data = store.get(f"{second}/{name}")
+    store.put(f"{second}/{name}", data[:-1] + bytes([data[-1] ^ 1]))
+    told: list[str] = []
+    assert last_whole_checkpoint(store, job.folder, told.append, checked=checked).folder == first
+    assert told == [f"{store.uri(second)}: {name} is damaged; going on from an earlier checkpoint"]
 
 
 def test_a_record_of_an_earlier_version_still_vouches_for_its_samples(job):
