@@ -211,6 +211,26 @@ def test_nothing_runs_at_import(trees):
     assert not working
 
 
+def public_names(tree: ast.Module) -> set[str]:
+    """What a module defines at its top and gives no underscore: functions, classes, constants."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_a_public_name_stands_for_one_thing(trees):
+    places: dict[str, list[str]] = {}
+    for module, tree in trees.items():
+        for name in public_names(tree):
+            places.setdefault(name, []).append(module)
+    assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
 def test_names_of_test_files_are_unique():
     """Without __init__.py pytest tells test modules apart by their names alone."""
     files = [path for path in sources("tests") if path.name != "conftest.py"]
