@@ -108,7 +108,7 @@ def test_an_export_is_noted_when_it_ends(run, in_flow, monkeypatch):
 def test_an_evaluation_says_the_checkpoints_that_it_scores(run, in_flow, monkeypatch):
     ref = SimpleNamespace(folder="runs/tiny-test/checkpoints/pretrain/1/000000000008")
     monkeypatch.setattr(evaluate.upstream, "checkpoints", lambda *_: [ref])
-    for name in ("raw", "text", "latents", "towers"):
+    for name in ("raw", "text", "latents", "towers_ref"):
         monkeypatch.setattr(evaluate.upstream, name, lambda *_: REF)
     monkeypatch.setattr(evaluate, "evaluate_stage", killed)
     with pytest.raises(Killed):

@@ -260,7 +260,7 @@ def test_a_pipeline_asks_first_and_after_each_stage_that_made_something(monkeypa
     def stage_flow(name, state):
         return lambda *_: said.append(name) or {"state": state}
 
-    for name in ("check_room", "check_start_from", "check_vae", "living_nodes"):
+    for name in ("check_room", "check_start_from", "check_vae", "living_nodes", "begin", "end"):
         monkeypatch.setattr(pipeline, name, lambda *_: None)
     monkeypatch.setattr(pipeline, "session", opened)
     monkeypatch.setattr(pipeline, "get_run_logger", lambda: SimpleNamespace(warning=lambda line: None))

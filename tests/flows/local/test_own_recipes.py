@@ -62,7 +62,7 @@ def test_files_that_are_added_at_once_are_all_added(own, tmp_path):
     for name in names:
         (tmp_path / f"{name}.yaml").write_text(own.read_text().replace("name: mine", f"name: {name}", 1))
     script = (
-        "import sys, time; from pathlib import Path; from flows import recipes; added = recipes._added;"
+        "import sys, time; from pathlib import Path; from flows.local import recipes; added = recipes._added;"
         " recipes._added = lambda: (added(), time.sleep(0.2))[0]; recipes.add_recipe(Path(sys.argv[1]))"
     )
     running = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path / f"{name}.yaml")]) for name in names]

@@ -129,8 +129,8 @@ def test_an_output_is_there_whole_or_not_at_all(tmp_path):
 
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_makes_is_not(tmp_path):
     kill_itself = (
-        "import os, signal, sys; from sd3core.files.whole_output import made_whole\n"
-        "with made_whole(sys.argv[1]) as path:\n    path.write_bytes(bytes(1000)); os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal, sys; from sd3core.files.whole_output import atomic_output\n"
+        "with atomic_output(sys.argv[1]) as path:\n    path.write_bytes(bytes(1000)); os.kill(os.getpid(), signal.SIGKILL)"
     )
     out = tmp_path / "model"
     done = subprocess.run(

@@ -167,7 +167,7 @@ def test_the_bytes_of_a_phases_last_checkpoint_are_compared_once_a_machine(job, 
     [name] = read_checkpoint_done(store, second).rank_files
     assert last_whole_checkpoint(store, job.folder, checked=checked).folder == second
     with monkeypatch.context() as patch:
-        patch.setattr("sd3core.data.checked_files.sha256_of", None)
+        patch.setattr("sd3core.data.checked_files.sha256_of", lambda path: pytest.fail(f"{path} is read again"))
         assert last_whole_checkpoint(store, job.folder, checked=checked).folder == second
     data = store.get(f"{second}/{name}")
     store.put(f"{second}/{name}", data[:-1] + bytes([data[-1] ^ 1]))
