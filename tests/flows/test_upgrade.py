@@ -261,7 +261,7 @@ def test_a_pipeline_asks_first_and_after_each_stage_that_made_something(monkeypa
         return lambda *_: said.append(name) or {"state": state}
 
     for name in ("check_room", "check_start_from", "check_vae", "living_nodes", "begin", "end"):
-        monkeypatch.setattr(pipeline, name, lambda *_: None)
+        monkeypatch.setattr(pipeline, name, lambda *_, **__: None)
     monkeypatch.setattr(pipeline, "session", opened)
     monkeypatch.setattr(pipeline, "get_run_logger", lambda: SimpleNamespace(warning=lambda line: None))
     monkeypatch.setattr(pipeline, "check_upgrade", lambda *_: said.append("asked"))
