@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from sd3core.data.checked_files import CheckedFiles
+from sd3core.files.local_paths import sd3_home
 from sd3core.towers.artifact import checked_files
 
 
 def towers_cache() -> Path:
     """Fetched towers, for all workers."""
-    home = os.environ.get("SD3_HOME")
-    return Path(home) / "cache" if home else Path.home() / ".cache" / "sd3"
+    return sd3_home() / "cache"
 
 
 def shards_cache() -> Path:

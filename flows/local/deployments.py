@@ -15,8 +15,8 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from flows.local.prefect_client import AT_ONCE, prefect_client, read_whole
 from flows.local.prefect_environment import prefect_folder
 from flows.local.recipes import known_recipes
-from sd3core.specs import STAGES, fingerprint
 from sd3core.files.local_paths import PROJECT
+from sd3core.specs import STAGES, fingerprint
 
 WORK_POOL, TAG = "local", "sd3"
 
@@ -72,7 +72,9 @@ def tagged_deployments() -> list[DeploymentResponse]:
     """All with the tag of this project, which others may have given to theirs."""
     wanted = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
     with prefect_client() as client:
-        return read_whole(lambda offset: client.read_deployments(deployment_filter=wanted, limit=AT_ONCE, offset=offset))
+        return read_whole(
+            lambda offset: client.read_deployments(deployment_filter=wanted, limit=AT_ONCE, offset=offset)
+        )
 
 
 def worker_heartbeats() -> set[str]:

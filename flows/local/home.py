@@ -15,16 +15,16 @@ from typing import TextIO
 
 from sd3core.data.store import Store, open_store
 from sd3core.errors import UserError
+from sd3core.files.local_paths import PROJECT, sd3_home
 from sd3core.recipe import Recipe
 from sd3core.shown_text import is_utf8, shell_word
-from sd3core.files.local_paths import PROJECT
 
 LEAST_FREE_MB = 10
 
 
 def home() -> Path:
-    """`SD3_HOME`, or `local/` beside the packages."""
-    return Path(os.environ.get("SD3_HOME") or PROJECT / "local").resolve()
+    """This machine's own folder, for commands, flows and workers alike."""
+    return sd3_home()
 
 
 def check_home() -> None:

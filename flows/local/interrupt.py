@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-
 NOTHING_LEFT = "stopped; what was finished stays, and nothing that it started is left running"
 
 

@@ -19,7 +19,10 @@ from flows.local.home import ensure, home, local_command, private_folder, write_
 from sd3core.errors import UserError
 from sd3core.loopback import direct_loopback
 
-KEPT = ("PREFECT_LOGGING_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL")  # of the shell: they change no more than what is logged
+KEPT = (
+    "PREFECT_LOGGING_LEVEL",
+    "PREFECT_SERVER_LOGGING_LEVEL",
+)  # of the shell: they change no more than what is logged
 
 
 def prefect_folder() -> Path:
@@ -85,9 +88,13 @@ def database_url() -> str:
 
 def check_proxies() -> None:
     """UserError for a proxy of a kind that Prefect's HTTP client refuses to begin with, also for what would not go through it."""
-    for name in (name for scheme in ("HTTP", "HTTPS", "ALL") for name in (f"{scheme}_PROXY", f"{scheme}_proxy".lower())):
+    for name in (
+        name for scheme in ("HTTP", "HTTPS", "ALL") for name in (f"{scheme}_PROXY", f"{scheme}_proxy".lower())
+    ):
         if os.environ.get(name, "").lower().startswith("socks") and importlib.util.find_spec("socksio") is None:
-            raise UserError(f"{name}: Prefect's client knows no SOCKS proxies; unset it here, or `{local_command('python')} -m pip install socksio`")
+            raise UserError(
+                f"{name}: Prefect's client knows no SOCKS proxies; unset it here, or `{local_command('python')} -m pip install socksio`"
+            )
 
 
 def shells_own(environ: Mapping[str, str]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from flows.local.home import ensure, home, one_at_a_time, local_command, write_whole
+from flows.local.home import ensure, home, local_command, one_at_a_time, write_whole
 from sd3core.errors import RecipeError
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import RECIPE_ENDINGS, load_recipe, shipped_recipes
@@ -28,7 +28,9 @@ def add_recipe(path: Path) -> Recipe:
     """
     recipe, whole = load_recipe(str(path)), str(path.resolve())
     if not is_utf8(whole):
-        raise RecipeError(f"recipe {whole}: its name is not UTF-8, which Prefect's server wants; rename it, or its folder")
+        raise RecipeError(
+            f"recipe {whole}: its name is not UTF-8, which Prefect's server wants; rename it, or its folder"
+        )
     if recipe.name in shipped_recipes():
         raise RecipeError(
             f"recipe {path}: the name {recipe.name!r} is that of a shipped recipe; give it another `name:`"
@@ -55,5 +57,7 @@ def _added() -> dict[str, str]:
     except ValueError:
         added = None
     if not (isinstance(added, dict) and all(isinstance(value, str) and is_utf8(value) for value in added.values())):
-        raise RecipeError(f"{path}: damaged; delete it and add your recipes again with `{local_command('sd3 deploy')} FILE`")
+        raise RecipeError(
+            f"{path}: damaged; delete it and add your recipes again with `{local_command('sd3 deploy')} FILE`"
+        )
     return added

@@ -33,17 +33,16 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Cancelling, Crashed
 
-from flows.local.deployments import tagged_deployments
+from flows.local.deployments import WORK_POOL, tagged_deployments
 from flows.local.home import ensure, home, run_store, write_whole
 from flows.local.prefect_client import AT_ONCE, prefect_client, read_whole
 from flows.local.prefect_environment import prefect_folder
 from flows.local.processes import Process
-from flows.local.deployments import WORK_POOL
 from sd3core.errors import UserError
+from sd3core.files.local_paths import PROJECT
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
 from sd3core.specs import fingerprint
-from sd3core.files.local_paths import PROJECT
 
 END_SECONDS = 10
 STARTED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
@@ -174,7 +173,9 @@ def cancel_waiting_runs() -> list[str]:
 
 def cancel_run(flow_run_id: UUID, reason: str = "Ctrl-C in the terminal that started it.") -> None:
     """Ends a run's processes, then the run and its stages are Cancelled. A server that is away finds out at the next start."""
-    write_whole(_cancelled(str(flow_run_id)), "")  # a worker that has just taken the run may start its process after this
+    write_whole(
+        _cancelled(str(flow_run_id)), ""
+    )  # a worker that has just taken the run may start its process after this
     with suppress(httpx.HTTPError):
         _set_states(flow_run_id, Cancelling())
     if _end_processes(flow_run_id):
@@ -258,7 +259,9 @@ def _read(
     wanted = FlowRunFilter(id=ids, parent_flow_run_id=parent, state=state, deployment_id=deployment)
     order = FlowRunSort.EXPECTED_START_TIME_ASC
     with prefect_client() as client:
-        return read_whole(lambda offset: client.read_flow_runs(flow_run_filter=wanted, sort=order, limit=AT_ONCE, offset=offset))
+        return read_whole(
+            lambda offset: client.read_flow_runs(flow_run_filter=wanted, sort=order, limit=AT_ONCE, offset=offset)
+        )
 
 
 def _set_state(run: FlowRun, state: Any) -> None:

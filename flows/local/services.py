@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from pathlib import Path
 
-from flows.local.home import check_home, ensure, full_disk, home, one_at_a_time, local_command, write_whole
+from flows.local.deployments import WORK_POOL
+from flows.local.home import check_home, ensure, full_disk, home, local_command, one_at_a_time, write_whole
 from flows.local.interrupt import put_off, unheard
 from flows.local.prefect_environment import (
     basic_authorization,
@@ -37,7 +38,6 @@ from flows.local.processes import STOP_SECONDS, Process, find_process, stop_tree
 from sd3core.errors import UserError
 from sd3core.words import counted
 from workers.session_folders import remove_dead_sessions
-from flows.local.deployments import WORK_POOL
 
 FIRST_PORT, PORTS_TRIED = 4200, 20
 SERVER_SECONDS, SLOW_SERVER_SECONDS, WORKER_SECONDS = 120, 30, 60
@@ -45,7 +45,10 @@ SERVICES_FORMAT = 2  # of services.json; before, a server asked for no password
 SERVER = ("-m", "flows.local.prefect_server")
 WORKER = ("-m", "prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process", "--name", "local")
 START_MARK = "--- start"  # in the logs
-CAUSES = (re.compile(r"(?:\w+\.)*\w*(?:Error|Exception)\b.*"), re.compile(r".*\b(?:ERROR|CRITICAL)\b.*"))  # the first tells more
+CAUSES = (
+    re.compile(r"(?:\w+\.)*\w*(?:Error|Exception)\b.*"),
+    re.compile(r".*\b(?:ERROR|CRITICAL)\b.*"),
+)  # the first tells more
 
 Say = Callable[[str], None]
 
@@ -172,7 +175,9 @@ def _start_what_is_missing(services: Services, say: Say) -> None:
         services.save()
     _end_a_worker_with_other_keys(services, say)
     starts_worker = not (services.worker and services.worker.alive())
-    for name in fail_dead_runs(no_worker=starts_worker):  # before the next worker takes runs, which are not to be taken for lost
+    for name in fail_dead_runs(
+        no_worker=starts_worker
+    ):  # before the next worker takes runs, which are not to be taken for lost
         say(f"run {name}: its process is gone, marked as crashed; the same command goes on with it")
     if starts_worker:
         _start_worker(services, say)
@@ -199,7 +204,9 @@ def _end_a_worker_of_another_server(services: Services, say: Say) -> None:
     has = services.worker.environment() if services.worker else {}
     asks = {name: has.get(name) for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")}
     if has and asks.items() - environment(services).items():
-        say("worker: stopped, since it asks another server; it is started again, and what it had at work goes on when asked for")
+        say(
+            "worker: stopped, since it asks another server; it is started again, and what it had at work goes on when asked for"
+        )
         stop_tree(services.worker)
 
 
@@ -323,7 +330,9 @@ def _start_worker(services: Services, say: Say) -> None:
     )
 
 
-def _spawn(arguments: Sequence[str], settings: dict[str, str], name: str, listening: socket.socket | None = None) -> Process:
+def _spawn(
+    arguments: Sequence[str], settings: dict[str, str], name: str, listening: socket.socket | None = None
+) -> Process:
     """`listening`: a socket that the child inherits; its number is the last argument."""
     log = ensure(home() / "logs") / f"{name}.log"
     sockets = [listening.fileno()] if listening else []

@@ -9,7 +9,6 @@ place of what it gave up for it.
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from typing import Any
 
 from sd3core.data.store import Store, StoreDamaged, StoreEntry, StoreNotFound
 from sd3core.errors import DataError
+from sd3core.files.local_paths import sd3_home
 from sd3core.specs import fingerprint
 
 BEGUN = "begun"
@@ -93,5 +93,5 @@ def _read(store: Store, entry: StoreEntry) -> Begun:
 
 
 def _own(run: str, stage: str) -> str:
-    home = fingerprint([socket.gethostname(), os.environ.get("SD3_HOME", "")])
+    home = fingerprint([socket.gethostname(), str(sd3_home())])
     return f"{BEGUN}/{run}/{stage}.{home}.json"

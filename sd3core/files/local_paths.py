@@ -16,6 +16,16 @@ FILE_URL = "file://"
 PROJECT = Path(__file__).resolve().parent.parent.parent  # the checkout, or where the packages are installed
 
 
+def sd3_home() -> Path:
+    """The folder of what is this machine's own: `SD3_HOME`, else `local/` of the checkout, else, without one, ~/.cache/sd3.
+
+    The store, Prefect's database, logs and caches lie there, for every command and for workers on other machines.
+    """
+    if named := os.environ.get("SD3_HOME"):
+        return Path(named).resolve()
+    return PROJECT / "local" if (PROJECT / "pyproject.toml").is_file() else Path.home() / ".cache" / "sd3"
+
+
 def expanded(path: Path | str) -> Path:
     """The path with `~` and `~user` written out. UserError for what can be none."""
     if not str(path):

@@ -13,12 +13,10 @@ from uuid import uuid4
 import pytest
 from rich.console import Console
 
-from flows.cli import main as cli
-from flows.cli import commands
-from flows.cli import demo
-from flows.local import runs
-from flows.local import services
 from flows import session as sessions
+from flows.cli import commands, demo
+from flows.cli import main as cli
+from flows.local import runs, services
 from flows.local.interrupt import Interrupted, listen, put_off, unheard
 from flows.local.services import Services
 from sd3core.recipe_file import load_recipe
@@ -138,7 +136,9 @@ def test_a_press_that_meets_prefects_command_before_it_has_its_session_does_not_
 
 
 def test_a_run_that_the_command_joined_goes_on(ended):
-    with pytest.raises(Interrupted, match="the run goes on; the same command shows it again, `.venv/bin/sd3 down` ends it"):
+    with pytest.raises(
+        Interrupted, match="the run goes on; the same command shows it again, `.venv/bin/sd3 down` ends it"
+    ):
         run_to_the_end(uuid4())
     assert ended == []
 

@@ -13,8 +13,7 @@ from uuid import uuid4
 import psutil
 import pytest
 
-from flows.local import home
-from flows.local import services
+from flows.local import home, services
 from flows.local.processes import Process
 from flows.local.services import ServiceError, Services
 from sd3core.errors import UserError
@@ -34,7 +33,9 @@ def test_services_are_read_as_they_were_written(own_home):
     assert [path.name for path in own_home.iterdir()] == ["services.json"]
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"port": 4321}', '{"port": "x", "server": 3, "worker": null, "deployed": ""}'])
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "null", '{"port": 4321}', '{"port": "x", "server": 3, "worker": null, "deployed": ""}']
+)
 def test_a_damaged_record_is_made_again_from_the_processes(own_home, monkeypatch, damage):
     (own_home / "services.json").write_text(damage)
     assert Services.load() == Services(port=services.FIRST_PORT)
@@ -55,7 +56,9 @@ def test_a_damaged_record_is_made_again_from_the_processes(own_home, monkeypatch
 def test_services_of_a_version_before_are_read_as_such(own_home, child):
     """Its records hold the time of day at which a process began."""
     server = {"pid": child.pid, "born": psutil.Process(child.pid).create_time()}
-    (own_home / "services.json").write_text(json.dumps({"port": 4321, "server": server, "worker": None, "deployed": "abc"}))
+    (own_home / "services.json").write_text(
+        json.dumps({"port": 4321, "server": server, "worker": None, "deployed": "abc"})
+    )
     assert Services.load() == Services(4321, Process.of(child.pid), None, "abc", format=1)
 
 
@@ -65,7 +68,10 @@ def test_a_server_of_a_version_before_is_replaced_but_not_under_runs_at_work(mon
     runs = SimpleNamespace(unfinished_runs=lambda: [SimpleNamespace(name="pipeline mini")])
     monkeypatch.setitem(sys.modules, "flows.local.runs", runs)
     found, said = Services(4321, Process.of(child.pid), format=1), []
-    with pytest.raises(ServiceError, match=r"older version and have 1 run at work \(pipeline mini\); wait for it, or `.venv/bin/sd3 down`"):
+    with pytest.raises(
+        ServiceError,
+        match=r"older version and have 1 run at work \(pipeline mini\); wait for it, or `.venv/bin/sd3 down`",
+    ):
         services._end_an_older_server(found, said.append)
     assert found.server.alive() and found.format == 1
     runs.unfinished_runs = list
@@ -152,7 +158,9 @@ def test_a_server_whose_port_was_lost_takes_another_and_says_so(monkeypatch, str
     assert spawned[0][1]["PREFECT_SERVER_API_PORT"] == str(found.port)
 
 
-@pytest.mark.parametrize("asks", [{}, {"PREFECT_API_URL": "http://127.0.0.1:1/api"}, {"PREFECT_API_AUTH_STRING": "of before"}])
+@pytest.mark.parametrize(
+    "asks", [{}, {"PREFECT_API_URL": "http://127.0.0.1:1/api"}, {"PREFECT_API_AUTH_STRING": "of before"}]
+)
 def test_a_worker_that_asks_another_server_is_stopped(asks):
     found = Services(4321)
     script = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -184,7 +192,7 @@ def test_down_where_nothing_was_started():
 def test_down_says_which_runs_it_ends_before_it_does(monkeypatch):
     run, ended = SimpleNamespace(name="pipeline mini", id=uuid4()), []
     runs = SimpleNamespace(
-        cancel_waiting_runs=lambda: [],
+        cancel_waiting_runs=list,
         unfinished_runs=lambda: [run],
         cancel_run=lambda run_id, reason: ended.append((run_id, reason)),
     )
@@ -267,7 +275,7 @@ def test_a_command_in_a_message_can_be_pasted_whatever_the_projects_folder_is_ca
     """Also within `eval "$(...)"`, as the line of `sd3 up` has it."""
     program = tmp_path / folder / ".venv" / "bin" / "sd3"
     program.parent.mkdir(parents=True)
-    program.write_text('#!/bin/sh\necho "called=\'$*\'"\n')
+    program.write_text("#!/bin/sh\necho \"called='$*'\"\n")
     program.chmod(0o700)
     monkeypatch.setattr(home, "PROJECT", tmp_path / folder)
     pasted = home.local_command("sd3 demo --recipe 'a  b'")
@@ -279,5 +287,8 @@ def test_a_command_in_a_message_can_be_pasted_whatever_the_projects_folder_is_ca
 def test_a_home_whose_name_is_no_text_is_told_before_anything_starts(monkeypatch, tmp_path):
     monkeypatch.setenv("SD3_HOME", str(tmp_path / "\udcff"))
     monkeypatch.setattr(services, "_up", lambda say: pytest.fail("services were started"))
-    with pytest.raises(UserError, match=r"^SD3_HOME /.*/\\xff: its name is not UTF-8, which Prefect's server wants; name another folder$"):
+    with pytest.raises(
+        UserError,
+        match=r"^SD3_HOME /.*/\\xff: its name is not UTF-8, which Prefect's server wants; name another folder$",
+    ):
         services.start_services()

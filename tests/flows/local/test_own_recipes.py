@@ -52,7 +52,9 @@ def test_a_file_whose_name_is_no_text_is_named_and_not_added(own, tmp_path):
     for path in (tmp_path / "\udcff.yaml", tmp_path / "\udcff" / "mine.yaml"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(own.read_text())
-        with pytest.raises(RecipeError, match=r"^recipe /.*\\xff.*: its name is not UTF-8, .*; rename it, or its folder$"):
+        with pytest.raises(
+            RecipeError, match=r"^recipe /.*\\xff.*: its name is not UTF-8, .*; rename it, or its folder$"
+        ):
             find_recipe(str(path))
     assert "mine" not in known_recipes()
 
@@ -75,5 +77,8 @@ def test_a_damaged_list_is_named_with_the_mend(own, tmp_path, damage):
     add_recipe(own)
     (tmp_path / "home" / "recipes.json").write_text(damage)
     for use in (known_recipes, lambda: add_recipe(own), lambda: find_recipe("mini")):
-        with pytest.raises(RecipeError, match="/recipes.json: damaged; delete it and add your recipes again with `.venv/bin/sd3 deploy FILE`$"):
+        with pytest.raises(
+            RecipeError,
+            match="/recipes.json: damaged; delete it and add your recipes again with `.venv/bin/sd3 deploy FILE`$",
+        ):
             use()

@@ -46,7 +46,9 @@ def test_the_token_for_writing_is_asked_for_once(monkeypatch):
     asked = []
 
     def answer(self, request, **_):
-        asked.append((request.url.path, request.headers.get("Prefect-Csrf-Token"), request.headers.get("Prefect-Csrf-Client")))
+        asked.append(
+            (request.url.path, request.headers.get("Prefect-Csrf-Token"), request.headers.get("Prefect-Csrf-Client"))
+        )
         token = {"token": "a token", "client": "c", "expiration": "2999-01-01T00:00:00Z"}
         return httpx.Response(200, json=token if "csrf" in request.url.path else [], request=request)
 

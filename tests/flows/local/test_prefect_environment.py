@@ -38,7 +38,12 @@ def test_homes_have_different_passwords(monkeypatch, tmp_path):
 
 
 def test_nothing_of_the_shells_prefect_is_taken(monkeypatch):
-    for name in ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "prefect_api_key", "PREFECT_PROFILE", "PREFECT__FLOW_RUN_ID"):
+    for name in (
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL",
+        "prefect_api_key",
+        "PREFECT_PROFILE",
+        "PREFECT__FLOW_RUN_ID",
+    ):
         monkeypatch.setenv(name, OTHERS)
     monkeypatch.setenv("PREFECT_LOGGING_LEVEL", "DEBUG")
     taken = with_settings(server_settings(4321))
@@ -70,8 +75,14 @@ print(settings.server.database.connection_url.get_secret_value(), settings.api.u
     [
         (".env", f"PREFECT_SERVER_DATABASE_CONNECTION_URL={OTHERS}\nPREFECT_API_KEY=pnu_x\n"),
         ("prefect.toml", f'[server.database]\nconnection_url = "{OTHERS}"\n[api]\nkey = "pnu_x"\n'),
-        ("pyproject.toml", f'[tool.prefect.server.database]\nconnection_url = "{OTHERS}"\n[tool.prefect.api]\nkey = "pnu_x"\n'),
-        ("profiles.toml", f'active = "theirs"\n[profiles.theirs]\nPREFECT_SERVER_DATABASE_CONNECTION_URL = "{OTHERS}"\n'),
+        (
+            "pyproject.toml",
+            f'[tool.prefect.server.database]\nconnection_url = "{OTHERS}"\n[tool.prefect.api]\nkey = "pnu_x"\n',
+        ),
+        (
+            "profiles.toml",
+            f'active = "theirs"\n[profiles.theirs]\nPREFECT_SERVER_DATABASE_CONNECTION_URL = "{OTHERS}"\n',
+        ),
         ("environment", ""),
     ],
 )

@@ -58,7 +58,9 @@ def test_records_of_both_versions_are_read(child):
     assert not Process.from_record({"pid": child.pid, "born": began - 100}).alive()
 
 
-@pytest.mark.parametrize("record", [None, [], "", {}, {"pid": 1}, {"pid": "1", "start": 2, "boot": ""}, {"pid": 1, "born": "x"}])
+@pytest.mark.parametrize(
+    "record", [None, [], "", {}, {"pid": 1}, {"pid": "1", "start": 2, "boot": ""}, {"pid": 1, "born": "x"}]
+)
 def test_what_is_no_record_is_told(record):
     with pytest.raises(ValueError, match="is no record of a process$"):
         Process.from_record(record)

@@ -13,12 +13,10 @@ import pytest
 from prefect.client.schemas.objects import StateType
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.local import deployments
-from flows.local import prefect_client
-from flows.local import runs
+from flows.local import deployments, prefect_client, runs
+from flows.local.deployments import WORK_POOL
 from flows.local.processes import Process
 from flows.local.runs import Reads
-from flows.local.deployments import WORK_POOL
 from sd3core.recipe_file import load_recipe
 
 READS = Reads("abc", "mini", "file:///store")
@@ -43,7 +41,12 @@ def server(monkeypatch, tmp_path):
         parameters = {"recipe": "mini", "overrides": []}
         deployment_id = deployment and deployment.id
         run = SimpleNamespace(
-            id=uuid4(), name=name, state_type=state, parent_task_run_id=parent, deployment_id=deployment_id, parameters=parameters
+            id=uuid4(),
+            name=name,
+            state_type=state,
+            parent_task_run_id=parent,
+            deployment_id=deployment_id,
+            parameters=parameters,
         )
         known[name] = run
         if process is not None:
