@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flows import upstream
-from flows.cli.main import main
+from flows.cli import main
 from sd3core import specs
 from sd3core.checkpoint import CheckpointDone
 from sd3core.data.store import canonical_json

@@ -15,7 +15,7 @@ from flows.local import home
 from sd3core.data.store import open_store
 from sd3core.files.local_paths import PROJECT
 
-SD3 = [sys.executable, "-m", "flows.cli.main"]
+SD3 = [sys.executable, "-m", "flows.cli"]
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from flows.cli import commands, sample
-from flows.cli.main import main
+from flows.cli import commands, main, sample
 from sd3core.data.store import open_store
 from sd3core.errors import UserError
 from sd3core.recipe_file import load_recipe

@@ -13,9 +13,9 @@ from uuid import uuid4
 import pytest
 from rich.console import Console
 
+from flows import cli
 from flows import session as sessions
 from flows.cli import commands, demo
-from flows.cli import main as cli
 from flows.local import runs, services
 from flows.local.interrupt import Interrupted, listen, put_off, unheard
 from flows.local.services import Services
