@@ -1,6 +1,6 @@
 """Stage 8, export: the last checkpoint as a folder that diffusers opens.
 
-Its EMA weights, for StableDiffusion3Pipeline.from_pretrained.
+It holds the EMA weights; StableDiffusion3Pipeline.from_pretrained reads it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Runs one stage: opens the session, reports progress, ends with an outcome.
 
-The pipeline and the summary read that.
+The pipeline and the summary read the outcome.
 """
 
 from __future__ import annotations

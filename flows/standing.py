@@ -1,6 +1,6 @@
 """Says what stands of a recipe's run, part by part.
 
-As this version makes it, or as one before it did.
+A part stands as this version makes it, or as an earlier one did.
 
 It is read from listings of folders, stage notes and the heads of manifests: a question costs some 40 requests and less than a MB,
 also of a data set of 100,000 shards. Of another version is what differs in the numbers that only this software changes, in its own fields or in those of

@@ -1,8 +1,6 @@
 """Finds what the stages before left in the store, from the recipe alone.
 
-So any stage can be started on its own.
-
-A stage that is missing, or stands behind the one before it, is a DataError that names the deployment to run.
+Any stage can so be started on its own. A stage that is missing, or stands behind the one before it, is a DataError that names the deployment to run.
 """
 
 from __future__ import annotations

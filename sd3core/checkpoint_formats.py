@@ -1,6 +1,6 @@
 """Weights to and from diffusers' transformer and the released single files.
 
-SD3, SD3.5-medium, SD3.5-large.
+These are SD3, SD3.5-medium and SD3.5-large.
 
 One table of names serves both directions. The model's own names are those of the single file without its prefix. Each of
 the model's tensors is made of whole rows of a file's tensors (`Format.rows`), so weights are converted by moving spans

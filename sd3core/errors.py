@@ -1,4 +1,4 @@
-"""Errors a user can cause: one line that names the key, file or row, and the mend."""
+"""Errors that a user can cause: one line that says what is wrong and what mends it."""
 
 import errno
 import os

@@ -1,6 +1,6 @@
 """From noise to a latent: sigma schedules, guidance, and solvers.
 
-Euler, Heun, DPM-Solver++(2M) as ODE and as SDE.
+The solvers are Euler, Heun, and DPM-Solver++(2M) as ODE and as SDE.
 
 sigma is t. A solver is one function over a sequence of sigmas: (predict, noise (B, ...), sigmas (N + 1,)) -> latent
 (B, ...); the SDE's also takes `fresh`, and `solve` calls any by its name. The sigmas descend and start at the noise's

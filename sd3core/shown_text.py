@@ -1,6 +1,6 @@
 """Shows text from outside without harm: in terminals, Markdown, commands.
 
-File names, captions, recipe keys.
+Such text is file names, captions, recipe keys.
 
 A control character could move the cursor or recolour the screen, a mark of direction could reorder a line, a line break could fake a
 second one. They are shown as a programming language writes them: `\x1b`, `\u202e`, `\n`.

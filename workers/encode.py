@@ -1,6 +1,6 @@
 """The encode stage: text features of captions, and VAE latents of images.
 
-Text once for all resolutions, latents for each phase.
+Text is encoded once for all resolutions, latents for each phase.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The evaluate stage: scores checkpoints in parts that are each done once.
 
-Every checkpoint kept, live and EMA weights.
+Every checkpoint kept is scored, with live and EMA weights.
 
 A part is the unit of work and of resume: PART.<fingerprint>.json under runs/RUN/evaluations/PHASE/SAMPLES-WEIGHTS,
 written after its pictures. The fingerprint covers the protocol and the checkpoint's digest (its job and its samples):

@@ -1,6 +1,6 @@
 """Names the shard that a shard is made from, and checks it when it is read.
 
-By the manifest of the earlier stage.
+The manifest of the earlier stage says which it is.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Maps tasks over Ray actors: retries, quarantine, replacement, a watchdog.
 
-Retries have a cap, and what is quarantined its reason.
+Retries have a cap, and what is quarantined has its reason.
 
 A worker is a plain class without a ray import: `__init__` loads what it needs once, `__call__(task)` returns a result.
 It may keep an attribute `progress` (any comparable value, usually sd3core.progress.Progress): the watchdog then counts

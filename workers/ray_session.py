@@ -1,6 +1,6 @@
 """Starts or joins this process's Ray, watches it, and starts it again.
 
-It is joined at compute.ray_address, and started again where it died.
+A Ray at compute.ray_address is joined; one that died is started again.
 """
 
 from __future__ import annotations

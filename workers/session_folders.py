@@ -1,6 +1,6 @@
 """Makes folders of this machine that live as long as a Ray session.
 
-Ray's own, and one for the temporary files of its processes.
+They are Ray's own, and one for the temporary files of its processes.
 
 Processes that are killed tidy up nothing, and actors are always ended so: what they leave lies in the session's folder, and goes
 with it or, where the session was killed too, at the next start. Ray lets every user of the machine write to its folder: above it

@@ -1,8 +1,6 @@
 """What a stage hands to its page, and the note of what it used.
 
-At runs/RUN/stages/STAGE.json.
-
-From it a stage that is made again can say which field of the recipe is the cause. A note explains; it decides nothing.
+The note stands at runs/RUN/stages/STAGE.json. From it a stage that is made again can say which field of the recipe is the cause. A note explains; it decides nothing.
 """
 
 from __future__ import annotations

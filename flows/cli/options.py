@@ -1,4 +1,4 @@
-"""What several commands ask of their options."""
+"""Reads options that several commands have."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is this machine's own: home, Prefect's server and worker, processes, runs."""
+"""The services of this machine, its processes and runs, and where it keeps its own."""

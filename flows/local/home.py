@@ -1,6 +1,6 @@
 """Says where this machine keeps what is its own: `SD3_HOME`, or `local/`.
 
-The store, Prefect's database, logs, caches, the records of live runs.
+That is the store, Prefect's database, logs, caches, and the records of live runs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Starts and stops the local services: Prefect's server, worker, deployments.
 
-Up, down, status.
+`sd3 up`, `sd3 down` and `sd3 status` stand on this.
 
 Everything lies under `home()`, so a user's own Prefect stays untouched (flows.local.prefect_environment). The server binds to loopback,
 on a port that is taken before it starts. A second `up` changes nothing that is well, and replaces what has died; every wait is

@@ -1,6 +1,6 @@
-"""Measures on a machine that is never quiet: contenders in turn, medians of ratios.
+"""Measures on a machine that is never quiet: programs in turn, medians of ratios.
 
-All within one process.
+All are measured within one process.
 """
 
 from __future__ import annotations

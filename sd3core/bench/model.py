@@ -1,6 +1,6 @@
 """MM-DiT against diffusers' SD3Transformer2DModel, side by side.
 
-The same weights, inputs, optimizer and batch, one process.
+Both have the same weights, inputs, optimizer and batch, in one process.
 
 A training step is forward, backward and AdamW. Three ways to compute it:
 

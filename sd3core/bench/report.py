@@ -1,6 +1,6 @@
 """Lays out the figures of a bench as a table.
 
-Seconds, ratios, memory, and how far the machine's own limit is.
+The figures are seconds, ratios, memory, and how far the machine's own limit is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
 """What a recipe will cost, from its numbers alone.
 
-Phases in memory and FLOPs, stages in hours.
+Phases are counted in memory and FLOPs, stages in hours.
 """

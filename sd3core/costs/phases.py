@@ -1,6 +1,6 @@
 """What a training phase costs in memory, storage and FLOPs.
 
-From the recipe's numbers alone.
+It is told from the recipe's numbers alone.
 """
 
 from __future__ import annotations

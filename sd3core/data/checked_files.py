@@ -1,6 +1,6 @@
 """Remembers which files this machine has compared with a digest.
 
-Each once as it stands, not by every process again.
+Each is compared once as it stands, not by every process again.
 
 A note is an empty file named by the digest and by what shows that a file was changed: disk, inode, size and time, so that it
 holds for a file that is renamed; of an object in a store elsewhere its URL, path, size and ETag.

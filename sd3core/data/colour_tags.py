@@ -1,6 +1,6 @@
 """Reads what an image file says of its colours beside its pixels.
 
-And takes from a PNG the chunks that no picture needs.
+It also takes from a PNG the chunks that no picture needs.
 
 PNG, third edition: cICP before iCCP before sRGB before gAMA with cHRM (section 4.3); tRNS in the file's own bits (11.3.1).
 """

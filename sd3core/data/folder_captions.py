@@ -1,6 +1,6 @@
 """Finds which words belong to which image of a folder.
 
-A text file beside it, or a row of a metadata file.
+They stand in a text file beside it, or in a row of a metadata file.
 
 What looks like captions and is not taken is told. Names are only looked up among those that the folder's walk has found, so
 no file outside the folder is ever opened.

@@ -1,6 +1,6 @@
 """Lists a folder of images with their captions.
 
-NAME.txt beside NAME.jpg, or the rows of a metadata file in any of its folders.
+Captions are NAME.txt beside NAME.jpg, or rows of a metadata file in any of its folders.
 
 What is not taken is an item with a `problem`, so that it is counted and named where the shards are made. What is odd about the
 captions is told in a line for each kind.

@@ -1,6 +1,6 @@
 """From the plan to batches: each rank's slice of every step, made ahead.
 
-And the held-out part.
+The held-out part is read here too.
 
 A batch is gathered from decoded shards by row numbers; nothing is parsed in the training loop.
 """

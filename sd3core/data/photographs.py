@@ -1,6 +1,6 @@
 """Real photographs that installed packages carry, as a small folder data set.
 
-With captions, and without a download.
+They have captions, and nothing is downloaded.
 
 The files lie inside the wheels of scikit-learn, scikit-image and matplotlib. They come in several sizes, in portrait,
 square and landscape, in colour and in grey.

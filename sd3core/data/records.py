@@ -1,4 +1,4 @@
-"""Records: JSON that says which bytes a file has, and JSON that vouches for itself."""
+"""Records: JSON that says which bytes a file has, or holds its own digest."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """One shard: a WebDataset tar, an index beside it, and the done record.
 
-That is written last.
-
-Nothing without its done record exists: a killed writer costs its shard and leaves nothing that a reader sees. The bytes
+The record is written last. Nothing without its done record exists: a killed writer costs its shard and leaves nothing that a reader sees. The bytes
 are a function of the samples alone (no times, no owners), so a shard that is made again has the same digest.
 """
 

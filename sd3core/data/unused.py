@@ -1,6 +1,6 @@
 """Finds what a store holds that no run uses any more.
 
-Specs, shards, towers, references, checkpoints and exports that were superseded.
+These are specs, shards, towers, references, checkpoints and exports that were superseded.
 
 Used is what the store itself says, whoever made it and on whatever machine: what a run's notes name, the manifests that these were
 made from, what finished checkpoints and scores name, where another run starts from, and what a run that has begun says it needs.

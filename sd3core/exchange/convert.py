@@ -1,6 +1,6 @@
 """Converts a model's weights from one format into another, tensor by tensor.
 
-For `sd3 import` and `sd3 export`: weights need not fit into memory.
+`sd3 import` and `sd3 export` call it; weights need not fit into memory.
 
 Weights travel in spans of at most SPAN elements (a training checkpoint's: of at most one parameter), each read, cast
 and written before the next. Sources: another system's weights (`ForeignWeights`), a plain model folder, a training

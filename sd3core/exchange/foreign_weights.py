@@ -1,6 +1,6 @@
 """Recognises, opens and checks another system's SD3 weights.
 
-By content, before a weight is read.
+They are known by their content, before a weight is read.
 
 A single .safetensors file (the released ones, or a diffusers transformer's), the index of a sharded one, a folder of such (a
 diffusers transformer's, or as accelerate saves a model), or a diffusers pipeline folder, whose transformer/ is taken. Nothing is unpickled, and no file is opened that lies

@@ -1,6 +1,6 @@
 """Finds the weights in a library's folder, and refuses to choose between two.
 
-Whole or in shards, in one precision or another.
+They may be whole or in shards, in one precision or another.
 
 Where a whole file and an index with shards both stand, diffusers opens the shards and transformers the whole file. One of them
 may be left from before, so a person has to say which.

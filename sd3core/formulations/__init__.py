@@ -1,6 +1,6 @@
 """The paper's formulations in one form: path, prediction, timestep density.
 
-z_t = a_t x0 + b_t noise, what the network predicts, how t is drawn.
+A path is z_t = a_t x0 + b_t noise.
 """
 
 from sd3core.formulations.catalogue import FORMULATIONS, find_formulation

@@ -1,6 +1,6 @@
 """The formulations as objects, by the names that the paper's tables print.
 
-The 61 of section 5.1.1, and any other that sd3core.formulation_names knows.
+These are the 61 of section 5.1.1, and any other that sd3core.formulation_names knows.
 
 What the paper leaves open, and what is taken here:
 - LDM-linear: LDM's betas and 1000 steps (`trajectories.Linear` has DDPM's as well).

@@ -1,4 +1,4 @@
-"""A formulation: a path, what the network predicts on it, and how training draws t. Paper sections 2 and 3."""
+"""A formulation: its path, what the network predicts, and how training draws t. Paper sections 2 and 3."""
 
 from __future__ import annotations
 

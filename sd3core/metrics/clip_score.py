@@ -1,6 +1,6 @@
 """CLIP score, and the features that FID compares, by the judging CLIP.
 
-That one (sd3core.towers.judge) conditions nothing.
+The judging CLIP (sd3core.towers.judge) conditions nothing.
 
 The paper's scale: the plain cosine (about 0.25 for good models with CLIP L/14), not torchmetrics' hundredfold.
 """

@@ -1,6 +1,6 @@
 """Fréchet distance between two sets of features, each taken as a Gaussian.
 
-2017), in float64.
+It is the FID of Heusel et al. 2017, computed in float64.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The judge's features of held-out images, which FID compares pictures with.
 
-Made once, kept with their digest.
+They are made once and kept with their digest.
 """
 
 from __future__ import annotations

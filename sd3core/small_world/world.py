@@ -1,6 +1,6 @@
 """What the small world is made of: colours, shapes, relations, counts.
 
-And the combinations reserved for the bench.
+It also names the combinations that are reserved for ShapesBench.
 
 Lengths of shapes are in units of the shape's width (its size); x points right, y points down, the origin is the centre
 of the shape's box.

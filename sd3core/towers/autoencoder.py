@@ -1,6 +1,6 @@
 """The image autoencoder: diffusers' AutoencoderKL with normalised latents.
 
-As the diffusion model sees them.
+The diffusion model sees latents so.
 
 latent = (z - shift_factor) * scaling_factor with z the posterior's mean; f8, 16 channels (sd3: 1.5305 and 0.0609).
 """

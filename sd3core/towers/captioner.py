@@ -1,6 +1,6 @@
 """A vision-language model as a captioner, from a local folder.
 
-Any image-text-to-text model of transformers.
+It takes any image-text-to-text model of transformers.
 """
 
 from __future__ import annotations

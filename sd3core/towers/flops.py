@@ -1,6 +1,6 @@
 """What the towers cost, from their sizes alone: FLOPs of an image or caption.
 
-2 per multiply-add.
+A multiply-add counts as 2.
 
 Counts linear maps, convolutions, q k^T and its product with v, as sd3core.mmdit.flops does; no norms, no activations.
 """

@@ -1,6 +1,6 @@
 """The actor in which Ray Train runs a phase and to which its ranks report.
 
-And what runs in each rank's process.
+It also holds what runs in each rank's process.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """DeepSpeed behind one small interface.
 
-The only file that imports it and knows its private attributes.
+No other file imports it or knows its private attributes.
 
 Pinned to deepspeed 0.19.8. ZeRO 1 and 2 keep one flat fp32 partition per parameter group, ZeRO 3 one per sub-group,
 ZeRO 0 whole parameters; `Piece` is the common view of them: a part of one parameter, as a slice of a flat fp32 tensor.

@@ -1,6 +1,6 @@
 """What a training phase is asked to do, and what it hands back.
 
-Plain JSON values that travel to any machine.
+Both are plain JSON values, which travel to any machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One training phase over Ray Train: starts the ranks, restarts them, watches them."""
+"""Runs one training phase over Ray Train: starts, watches and restarts its ranks."""
 
 from __future__ import annotations
 

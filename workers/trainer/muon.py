@@ -1,6 +1,6 @@
 """Muon on sharded weights: orthogonal steps for the blocks' matrices.
 
-Adam for all else.
+All else takes Adam.
 
 Jordan et al. 2024, with the scale of Liu et al. 2025 (arXiv:2502.16982): a matrix's step has the root mean square 0.2 that Adam's
 steps typically have, so that one learning rate serves both.

@@ -1,6 +1,6 @@
 """Draws latents of the same few captions and noise on all ranks together.
 
-For the pictures that a phase shows while it trains.
+They become the pictures that a phase shows while it trains.
 
 Ranks have no VAE and write latents, runs/RUN/previews/PHASE-SPEC/SAMPLES.safetensors: a tensor a caption, the captions and
 settings as metadata. Training is as it would be without: noise is drawn by (seed, sample), weights are only read.

@@ -1,4 +1,4 @@
-"""A store is a URL: file:///path, a plain path, or s3://bucket/prefix."""
+"""Stores by URL: file:///path, a plain path, or s3://bucket/prefix."""
 
 from __future__ import annotations
 

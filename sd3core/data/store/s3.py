@@ -1,4 +1,4 @@
-"""A store in a bucket. The only file that knows boto3."""
+"""A store in an S3 bucket; the only file that imports boto3."""
 
 from __future__ import annotations
 

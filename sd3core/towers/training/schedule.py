@@ -1,6 +1,6 @@
 """What the small towers' trainings share: the rate's course, rows held apart.
 
-Those are for their figures.
+The rows held apart give the figures that a training ends with.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A small T5 by span corruption on the captions (Raffel et al. 2020, sec. 3.1.4); its encoder is kept.
+"""A small T5, trained by span corruption on the captions; its encoder is kept.
+
+Raffel et al. 2020, section 3.1.4.
 
 Input: the caption with some spans each replaced by a sentinel. Target: each sentinel followed by what it replaced. As SD3 feeds
 its T5, no attention mask is given and the caption is padded, here to a length that varies, so that no length is special.
