@@ -1,4 +1,4 @@
-"""Errors that a user can cause: one line that says what is wrong and what mends it."""
+"""Errors that a user can cause: one line with what is wrong and what mends it."""
 
 import errno
 import os

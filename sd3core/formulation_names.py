@@ -1,6 +1,6 @@
 """The formulations by name, in plain words: a recipe is checked without torch. sd3core.formulations.catalogue makes objects of them.
 
-A new one is a line in KINDS. Of the kinds with numbers any are taken inside their bounds: `rf/lognorm(0.3,0.8)`.
+A new one is a line in FORMULATION_KINDS. Of the kinds with numbers any are taken inside their bounds: `rf/lognorm(0.3,0.8)`.
 """
 
 from __future__ import annotations

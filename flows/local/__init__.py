@@ -1,1 +1,1 @@
-"""The services of this machine, its processes and runs, and where it keeps its own."""
+"""This machine's services, processes and runs, and where it keeps its own."""
