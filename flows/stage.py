@@ -114,7 +114,7 @@ class StageRun:
         return self.outcome.to_dict()
 
     def finish_parts(self, results: dict[str, Any], **shown: Any) -> dict[str, Any]:
-        """For a stage that makes several manifests: the digest covers all of them, the manifest named is the last.
+        """Ends a stage that makes several manifests: the digest covers all of them, the manifest named is the last.
 
         Its warnings are told where the run is followed: a later stage may fail, and no summary would have them.
         """

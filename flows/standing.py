@@ -48,7 +48,7 @@ def standing_parts(recipe: Recipe, store: Store, up_to: str = STAGES[-1]) -> lis
 
 @dataclass(frozen=True)
 class _Spec:
-    """By what a part is made today. The folders beside its own are of other settings, or of other versions."""
+    """What a part is made by today. The folders beside its own are of other settings, or of other versions."""
 
     kind: str
     parent: str
@@ -105,7 +105,7 @@ class _Look:
                 self._put("towers", "towers", "other")
 
     def _caption(self) -> None:
-        """Without a captioner there is no folder; its fingerprint stands in the text's all the same."""
+        """Adds the captions. A recipe without a captioner has no folder, yet its fingerprint stands in the text's."""
         recipe = self.recipe
         try:
             fields = specs.captions_fields(recipe)
@@ -193,7 +193,7 @@ class _Look:
         return read_checkpoint_done(self.store, last.folder).digest
 
     def _digest(self, name: str) -> str:
-        """Of the manifest that this run reads of a part: the one that it noted, else the newest, as in flows.upstream.
+        """Digest of the manifest that this run reads of a part: the one that it noted, else the newest, as in flows.upstream.
 
         DataError where what it was made from is not what the run reads of that.
         """
@@ -250,7 +250,7 @@ class _Look:
         return all(self.parts[other].status == "stands" for other in spec.needs.values())
 
     def _judge(self, name: str, stage: str) -> None:
-        """Of what does not stand as today: whether it does as a version before made it."""
+        """Says of a part that does not stand as today whether it does as a version before made it."""
         older = self._older(name)
         changes = tuple(dict.fromkeys(change for of_one in older.values() for change in of_one))
         self._put(name, stage, "upgrade" if older else "other", changes, tuple(older))

@@ -98,7 +98,7 @@ def _size(size: float) -> str:
 
 
 def print_upgrade(recipe: Recipe, store: Store, console: Console) -> None:
-    """For `sd3 plan`: nothing where no format rose, else a row for each part and the line that other commands stop with."""
+    """Prints for `sd3 plan` nothing where no format rose, else a row for each part and the line that other commands stop with."""
     try:
         parts = standing_parts(recipe, store)
     except UserError as error:
@@ -137,7 +137,7 @@ def _estimate(recipe: Recipe) -> dict[str, float | None]:
 
 
 def remaking(recipe: Recipe, store: Store, part: StandingPart, estimate: dict[str, float | None]) -> Remaking:
-    """By what stands: its bytes, and the seconds that its making took, scaled to all of it; else by the plan's `estimate`."""
+    """What making a part again costs: the bytes that stand, and the hours they took; else the plan's `estimate`."""
     sizes = [_standing(recipe, store, part, folder) for folder in part.folders]
     hours = [size.hours for size in sizes]
     size = sum(size.bytes for size in sizes)
@@ -145,7 +145,7 @@ def remaking(recipe: Recipe, store: Store, part: StandingPart, estimate: dict[st
 
 
 def _training_hours(store: Store, last: CheckpointRef) -> float | None:
-    """By the middle of the rates that the last checkpoint's rows have."""
+    """Hours of a training, by the median rate of the last checkpoint's rows."""
     try:
         rows = [json.loads(line) for line in store.get(f"{last.folder}/{METRICS_FILE}").splitlines()]
         rates = [row["samples_per_s"] for row in rows if row.get("samples_per_s")]

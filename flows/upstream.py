@@ -106,7 +106,7 @@ def phase_inputs(recipe: Recipe, store: Store, phase_key: str) -> PhaseInputs:
 
 
 def check_start_from(recipe: Recipe, store: Store) -> None:
-    """Before the hours of the stages ahead of it, what pretraining would say of `model.start_from` after them."""
+    """Says of `model.start_from`, before the hours of earlier stages, what pretraining would say after them."""
     key, phase = recipe.phases()[0]
     start = start_of(recipe, store, key)
     if start and _noted_start(recipe, store, key, start) is None:
@@ -127,7 +127,7 @@ def check_vae(recipe: Recipe, store: Store) -> None:
 
 
 def check_room(recipe: Recipe, store: Store, nodes: Sequence[Node]) -> None:
-    """Before the first stage, what a later one would say of compute's CPUs and GPUs. A stage for which all stands as today's recipe
+    """Says before the first stage what a later one would say of compute's CPUs and GPUs. A stage for which all stands as today's recipe
     makes it has nothing to do, and needs none.
     """
     last, _ = recipe.phases()[-1]

@@ -38,7 +38,7 @@ class CheckpointFacts:
         return replace(SampleSettings(self.side_px, self.side_px, shift=self.shift), **changes)
 
     def to_extra(self) -> dict[str, Any]:
-        """For save_model's `extra`, from which a plain model folder is read again."""
+        """The facts as save_model's `extra`, from which a plain model folder is read again."""
         return {
             "null": self.null,
             "text": self.text.model_dump(mode="json", exclude={"null"}),
@@ -61,7 +61,7 @@ class _Extra(BaseModel):
 
 
 def read_facts(checkpoint: str) -> CheckpointFacts:
-    """From a training checkpoint's DONE.json, or from the `extra` of a model folder's config.json, which is of a
+    """The facts of a training checkpoint's DONE.json, or from the `extra` of a model folder's config.json, which is of a
     rectified-flow model where it names no formulation.
 
     Raises CheckpointError that names what is missing.

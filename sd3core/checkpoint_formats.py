@@ -91,7 +91,7 @@ class Format:
     prefix: str = ""  # of all names
 
     def under(self, prefix: str) -> Format:
-        """The same format with a prefix before every name, as wrappers of a model write it."""
+        """This format with a prefix before every name, as wrappers of a model write it."""
         return replace(
             self,
             name=f"{self.name} under {prefix!r}",
@@ -173,7 +173,7 @@ def to_diffusers(model: MMDiT) -> dict[str, Tensor]:
 
 
 def to_diffusers_tensors(tensors: Iterable[tuple[str, Tensor]], depth: int) -> Iterator[tuple[str, Tensor]]:
-    """The same, a tensor at a time."""
+    """Tensors of SD3Transformer2DModel, one at a time, from the model's own."""
     return _file_tensors(tensors, DIFFUSERS, depth)
 
 
@@ -201,7 +201,7 @@ def to_single_file(model: MMDiT) -> dict[str, Tensor]:
 
 
 def to_single_file_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The same, a tensor at a time."""
+    """Tensors of the released file, one at a time, from the model's own."""
     return _file_tensors(tensors, SINGLE_FILE, depth=0)
 
 

@@ -59,7 +59,7 @@ class TextFeatures:
         )
 
     def trimmed(self) -> TextFeatures:
-        """The same with zeros after each caption's real tokens."""
+        """These features with zeros after each caption's real tokens."""
         kept = {}
         for column, name in enumerate(ENCODERS):
             sequence = getattr(self, name)  # (B, T, W)

@@ -97,7 +97,7 @@ def canonical_name(name: str) -> str:
 
 
 def formulation_version(name: str) -> int:
-    """Of what a known name stands for."""
+    """The version of what a known name stands for."""
     return FORMULATION_KINDS[_kind_of(name)].version
 
 

@@ -267,5 +267,5 @@ def prompt_notes(encoders: TextEncoders, prompts: Sequence[str], drop: Sequence[
 
 
 def grid_columns(count: int) -> int:
-    """As near to a square as may be, not higher than wide."""
+    """Columns of a grid as near to a square as may be, not higher than wide."""
     return max(1, math.ceil(math.sqrt(count)))

@@ -17,5 +17,5 @@ def direct_loopback(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def keep_loopback_direct() -> None:
-    """For this process and those it starts. Call before clients are made: they read the environment once."""
+    """Keeps loopback direct for this process and those it starts. Call before clients are made: they read the environment once."""
     os.environ.update(direct_loopback(os.environ))

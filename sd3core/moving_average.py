@@ -32,7 +32,7 @@ def first_share(training: Training, updates: int) -> float:
 
 
 def short_average_warnings(recipe: Recipe) -> list[str]:
-    """Of every phase that has one."""
+    """The warnings of `short_average_warning`, for all phases."""
     return [warning for key, phase in recipe.phases() if (warning := short_average_warning(key, phase))]
 
 

@@ -60,7 +60,7 @@ def thumbnail_jpeg(image: np.ndarray, max_side: int = 480, quality: int = 80) ->
 
 
 def page_jpeg(image: np.ndarray, side: int = 640) -> bytes:
-    """The same for a page that shows every pixel as one: smaller pictures are enlarged by whole pixels."""
+    """A JPEG for a page that shows every pixel as one: smaller pictures are enlarged by whole pixels."""
     times = max(1, side // max(image.shape[:2]))
     return thumbnail_jpeg(image.repeat(times, axis=0).repeat(times, axis=1), side)
 

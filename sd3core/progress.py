@@ -40,7 +40,7 @@ ProgressCallback = Callable[[Progress], None]
 
 
 def ignore_progress(progress: Progress) -> None:
-    """For callers that show nothing."""
+    """Does nothing, for callers that show nothing."""
 
 
 @dataclass

@@ -419,7 +419,7 @@ class Evaluate(Section):
     seed: Seed = 0
 
     def shift_for(self, phase: Training) -> float:
-        """Of the levels at which a phase's pictures are drawn; it changes nothing in training."""
+        """The shift at which a phase's pictures are drawn; it changes nothing in training."""
         return phase.shift if self.shift is None else self.shift
 
 

@@ -36,7 +36,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
 
 
 def recipe_of(fields: dict[str, Any], overrides: list[str] | None, where: str) -> Recipe:
-    """Of the fields of a file, or of a checkpoint that keeps its run's. RecipeError, which begins with `where`."""
+    """The recipe of the fields of a file, or of a checkpoint that keeps its run's. RecipeError begins with `where`."""
     for override in overrides or []:
         _apply_override(fields, override)
     try:
@@ -123,7 +123,7 @@ def _is_file(path: str) -> bool:
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
-    """Where and what, in one line."""
+    """Where the problem is and what, in one line."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
     return " ".join(str(error).split())

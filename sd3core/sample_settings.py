@@ -11,7 +11,7 @@ Convention = Literal["reference", "textbook"]  # of sampling.sigma_schedule
 
 
 def best_schedule(sampler: Sampler) -> Convention:
-    """Where none is asked for: `reference`, as the released code; for both dpm++2m `textbook`, since they overshoot on the
+    """The schedule where none is asked for: `reference`, as the released code; for both dpm++2m `textbook`, since they overshoot on the
     reference schedule's step to a last, tiny sigma.
     """
     return "textbook" if sampler.startswith("dpm++2m") else "reference"

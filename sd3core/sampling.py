@@ -146,7 +146,7 @@ SAMPLERS: Mapping[Sampler, Callable[..., Tensor]] = MappingProxyType(
 def solve(
     sampler: Sampler, predict: Predict, noise: Tensor, sigmas: Tensor, *, fresh: Fresh, on_step: OnStep | None = None
 ) -> Tensor:
-    """By the sampler of that name; only that of an SDE calls `fresh`."""
+    """Samples by the sampler of that name; only that of an SDE calls `fresh`."""
     more = {"fresh": fresh} if SAMPLERS[sampler] is sample_dpmpp_2m_sde else {}
     return SAMPLERS[sampler](predict, noise, sigmas, on_step=on_step, **more)
 

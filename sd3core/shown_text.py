@@ -45,7 +45,7 @@ def _escaped(character: str) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """At most about so many characters: the middle is left out, and how much."""
+    """Shortens a text to about so many characters: the middle is left out, and how much."""
     if len(text) <= most:
         return text
     kept = most // 2
@@ -58,7 +58,7 @@ def markdown_text(text: str) -> str:
 
 
 def markdown_code(text: str) -> str:
-    """The same as a code span, whose fence is longer than any run of backticks in it."""
+    """The text as a code span of Markdown, whose fence is longer than any run of backticks in it."""
     shown = printable(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
     return f"{fence} {shown} {fence}" if "`" in shown else f"{fence}{shown}{fence}"

@@ -151,7 +151,7 @@ class Steps(TimestepDensity):
 
 @dataclass(frozen=True)
 class Shifted(TimestepDensity):
-    """That of t' = alpha t / (1 + (alpha - 1) t), t drawn from `base`: the resolution shift. Paper 5.3.2.
+    """The density of t' = alpha t / (1 + (alpha - 1) t), t drawn from `base`: the resolution shift. Paper 5.3.2.
 
     logit t' = logit t + ln(alpha), so LogitNormal(mean, std) becomes LogitNormal(mean + ln(alpha), std).
     """

@@ -41,7 +41,7 @@ def one_line(text: str) -> str:
 
 
 def cut_at_word(line: str, max_chars: int) -> str:
-    """At most so many characters of the line: whole words, where it has spaces."""
+    """Cuts the line to at most so many characters: whole words, where it has spaces."""
     if len(line) <= max_chars:
         return line
     cut = line[:max_chars]

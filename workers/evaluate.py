@@ -154,7 +154,7 @@ def _read_part(store: Store, path: str, checked: CheckedFiles) -> tuple[ScoredPa
 def _standing_parts(
     store: Store, tasks: Sequence[EvaluationTask], checked: CheckedFiles
 ) -> tuple[dict[str, dict[str, ScoredPart]], list[str]]:
-    """By a task's place the parts that stand for it, by precision; and a line for each task of which but a damaged one does.
+    """The parts that stand, by task and precision; and a line for each task that has only a damaged one.
 
     An earlier version left `auto` in the protocol and what was settled beside it: such a part counts as what it is.
     """
@@ -249,7 +249,7 @@ def _identity(task: EvaluationTask) -> tuple[str, ...]:
 
 
 def _fill_dimensions(store: Store, inputs: EvaluationInputs, parts: Sequence[ScoredPart]) -> None:
-    """Of Fréchet distances that an earlier version left without."""
+    """Adds the dimensions to Fréchet distances that an earlier version wrote without them."""
     scores = [score for part in parts for score in part["scores"] if score["metric"] == "clip_fid"]
     bare = [score for score in scores if "dimensions" not in score]
     if bare:

@@ -50,7 +50,7 @@ class EvaluationTask:
         return f"{self.folder}/{self.part}.{spec}"
 
     def settled(self, precision: str) -> EvaluationTask:
-        """With the precision that an actor computes in: what a score's protocol says, and where its part stands."""
+        """The task in the precision that an actor computes in, as its protocol says and its part's path shows."""
         return replace(self, protocol=self.protocol | {"precision": precision})
 
     @property

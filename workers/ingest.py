@@ -43,7 +43,7 @@ def ingest_stage(recipe: Recipe, store: Store, report: ProgressCallback, tell: T
 
 
 def _images_used(store: Store, data: Data, result: StageResult) -> list[str]:
-    """Of a user's own images: how many there are to train and to score on."""
+    """Says how many of a user's own images there are to train and to score on."""
     if data.source != "folder":
         return []
     manifest = read_manifest(store, result.manifest.folder, result.manifest.digest)

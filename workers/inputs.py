@@ -33,7 +33,7 @@ class InputShard:
 
 
 def input_shards(manifest: Manifest) -> dict[int, InputShard]:
-    """By number: shard 42 of a stage is made from shard 42 of the stages before it."""
+    """A manifest's shards by number: shard 42 of a stage is made from shard 42 of the stages before it."""
     return {e.number: InputShard(manifest.folder, e.stem, e.digest, e.rows, e.index_digest) for e in manifest.shards}
 
 

@@ -191,7 +191,7 @@ class _Pool(Generic[Task]):
                     self.tell(f"{lost}; Ray was started again, and what was at work begins anew")
 
     def _run(self) -> list[Outcome[Task]]:
-        """On one Ray. Its actors are ended with it where it dies, so they are asked nothing more."""
+        """Runs what is left on one Ray. Its actors are ended with it where it dies, so they are asked nothing more."""
         self.actor_class = self._actor_class()  # exported to this Ray's own tables
         try:
             self.seats = [self._seated() for _ in range(min(self.settings.actors, len(self.waiting)))]
@@ -338,7 +338,7 @@ class _Pool(Generic[Task]):
 
 
 def why_it_died(error: RayActorError) -> str:
-    """In one line. A process that cannot import what it is to run dies before it runs it."""
+    """Why a process died, in one line. One that cannot import what it is to run dies before it runs it."""
     memory = " (out of memory)" if "memory" in str(error).lower() else ""
     return _missing_module(error) or f"the worker process died{memory}"
 

@@ -158,7 +158,7 @@ def on_this_node() -> NodeAffinitySchedulingStrategy | None:
 
 
 def drivers_mark() -> dict[str, str]:
-    """For the environment of this process's actors and ranks: by it they know whether they run elsewhere."""
+    """A mark in the environment of this process's actors and ranks: by it they know whether they run elsewhere."""
     if ray_worker._global_node is None:  # a Ray Client's machine is no node
         return {}
     return {DRIVERS_NODE: ray.get_runtime_context().get_node_id()}

@@ -34,7 +34,7 @@ def sessions_folder() -> Path:
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """For the temporary files of this session's processes: inside, a process that is started has it as its TMPDIR."""
+    """A folder for the temporary files of this session's processes: inside, a process that is started has it as its TMPDIR."""
     before = os.environ.get("TMPDIR")
     folder = _guarded(_own_folders()[0]) / f"scratch_{os.getpid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -61,7 +61,7 @@ def remove_dead_sessions() -> None:
 
 
 def _own_folders() -> list[Path]:
-    """In the folder for temporary files, and in the one whose name is short."""
+    """This user's session folders, among the temporary files and where names are short."""
     return [parent / "ray" for parent in _parents()]
 
 

@@ -287,7 +287,7 @@ def _left_out(store: Store, manifest: Manifest, unit: str) -> list[str]:
 
 
 def _build_manifest(store: Store, state: _State, made: dict[str, DoneRecord]) -> Manifest:
-    """From the done records just made, the standing manifest's entries, and only then the records in the store."""
+    """The manifest from the done records just made, the standing manifest's entries, and only then the records in the store."""
     stage = state.stage
     known: dict[str, ShardEntry] = {entry.stem: entry for entry in state.standing.shards} if state.standing else {}
     records = dict(made)

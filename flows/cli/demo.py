@@ -48,7 +48,7 @@ class RunFailed(UserError):
 
 
 def folder_overrides(recipe: Recipe, folder: Path) -> list[str]:
-    """The same recipe on a user's folder of images: its own data set, towers and run, no drawn world's captioner."""
+    """Overrides for a user's folder of images: its own data set, towers and run, no drawn world's captioner."""
     if re.match(r"[a-z][a-z0-9+.-]+:/", str(folder)):
         raise DataError(f"DATA (--data) {folder}: a URL; download it, or mount it, and name the folder on this machine")
     folder = expanded(folder).resolve()
@@ -193,7 +193,7 @@ def _first_failure(view: RunView) -> str:
 
 
 def _example_prompt(recipe: Recipe, store: Store) -> str:
-    """Of what the run has learned: a caption of a user's own images."""
+    """A prompt of what the run has learned: for a user's own images one of their captions."""
     if recipe.data.source == "small_world":
         return EXAMPLE_PROMPT
     from flows.ui.previews import preview_captions

@@ -12,7 +12,7 @@ from sd3core.files.local_paths import expanded
 
 
 def path(text: str) -> Path:
-    """Of an option: with `~` written out. An empty one (of a shell's variable that is not set) would be the folder that one is in."""
+    """Reads an option's path, with `~` written out. UserError for an empty one (of a variable that is not set)."""
     try:
         return expanded(text)
     except UserError as error:

@@ -196,7 +196,7 @@ def _towers(recipe: Recipe, checkpoint: str | None, given: Path | None) -> Path:
 
 
 def _own_recipe(checkpoint: str) -> Recipe | None:
-    """Of the run that wrote a training checkpoint; a model folder has none."""
+    """The recipe of the run that wrote a training checkpoint; None for a model folder."""
     store = open_store(checkpoint)
     if not is_training_checkpoint(store):
         return None

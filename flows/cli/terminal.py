@@ -104,13 +104,13 @@ def _stage_view(run: FlowRun, name: str, described: str) -> StageView:
 
 
 def newest_picture(flow_run_id: UUID) -> ShownPicture | None:
-    """Of a run and the stage runs it started."""
+    """The newest picture of a run and of the stage runs that it started."""
     with prefect_client() as client:
         return _picture(_artifacts(client, flow_run_id, 1, key={"like_": "-pictures"}))
 
 
 def _artifacts(client: SyncPrefectClient, flow_run_id: UUID, limit: int, **wanted: Any) -> list[dict[str, Any]]:
-    """Those of a run and the stage runs it started, the newest first. Not client.read_artifacts: where it has no filter it sends
+    """Artifacts of a run and of the stage runs it started, the newest first. Not client.read_artifacts: where it has no filter it sends
     null, which a server of another installation may refuse (fastapi from 0.151 on).
     """
     its_own = {"any_": [str(flow_run_id)]}
@@ -120,7 +120,7 @@ def _artifacts(client: SyncPrefectClient, flow_run_id: UUID, limit: int, **wante
 
 
 def _picture(artifacts: list[dict[str, Any]]) -> ShownPicture | None:
-    """Of an artifact that shows a picture and says in its description where the file stands."""
+    """The picture of the first artifact that shows one and says in its description where the file stands."""
     for artifact in artifacts:
         found = DATA_URL.search(artifact["data"])
         if found:
@@ -185,7 +185,7 @@ def _warnings(view: RunView) -> list[str]:
 
 
 def _problem(run: FlowRun) -> str:
-    """In the error's own words; one that nobody wrote for a person keeps its class, as `KeyError: 'uri'`."""
+    """What went wrong, in the error's own words; one that nobody wrote for a person keeps its class, as `KeyError: 'uri'`."""
     if run.state_type not in (StateType.FAILED, StateType.CRASHED, StateType.CANCELLED) or run.state is None:
         return ""
     message = (run.state.message or run.state.name).strip().splitlines()[0]

@@ -67,8 +67,9 @@ class _Checkpoint:
 
 
 def _newest(store: Store, run: str, found: list[_Checkpoint]) -> tuple[_Checkpoint, bool]:
-    """Of a phase's checkpoints, and whether the run ended the phase with it. One that was written after the run's note of that end
-    is of a longer training under way.
+    """The newest of a phase's checkpoints, and whether the run ended the phase with it.
+
+    One that was written after the run's note of that end is of a longer training under way.
     """
     phase = found[0].phase
     note, noted_at = recall_stage(store, run, phase), stage_noted_at(store, run, phase)

@@ -15,7 +15,7 @@ class Interrupted(BaseException):
 
 
 def listen(leaves: str = NOTHING_LEFT) -> None:
-    """From here on Ctrl-C raises Interrupted, whose message says what it leaves."""
+    """Has Ctrl-C raise Interrupted from here on, whose message says what it leaves."""
 
     def stop(*_: Any) -> None:
         raise Interrupted(leaves)

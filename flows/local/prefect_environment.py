@@ -46,7 +46,7 @@ def basic_authorization() -> str:
 
 
 def own_origins(port: int) -> list[str]:
-    """Of the pages that may talk to the server: those that it serves itself."""
+    """Origins of the pages that may talk to the server: those that it serves itself."""
     return [f"http://127.0.0.1:{port}", f"http://localhost:{port}"]
 
 
@@ -70,7 +70,7 @@ def client_settings(port: int) -> dict[str, str]:
 
 
 def server_settings(port: int) -> dict[str, str]:
-    """Of the server itself. It asks for the password, and for a token that pages of other origins cannot get (CSRF)."""
+    """Settings of the server itself: it asks for the password, and for a token that other pages cannot get (CSRF)."""
     return client_settings(port) | {
         "PREFECT_SERVER_API_HOST": "127.0.0.1",
         "PREFECT_SERVER_API_PORT": str(port),

@@ -48,7 +48,7 @@ def find_recipe(name_or_path: str) -> tuple[str, str]:
 
 
 def _added() -> dict[str, str]:
-    """Those whose file is named in recipes.json. RecipeError where that is damaged: it cannot be made again from anything."""
+    """The recipes whose file is named in recipes.json. RecipeError where that is damaged: it cannot be made again from anything."""
     path = home() / "recipes.json"
     try:
         added = json.loads(path.read_text(errors="replace"))

@@ -74,7 +74,7 @@ def remember_process(flow_run_id: str, process: Process, reads: Reads) -> None:
 
 
 def what_it_reads(run: FlowRun) -> Reads | None:
-    """As its process wrote it down; of a run that has none yet, as its parameters say. None where these name no recipe."""
+    """What a run reads: as its process wrote down, else as its parameters say. None where these name no recipe."""
     if reads := what_its_process_read(run.id):
         return reads
     try:
@@ -127,7 +127,7 @@ def fail_dead_runs(no_worker: bool = False) -> list[str]:
 
 
 def _records() -> dict[UUID, Path]:
-    """Of the server that is asked: a run of another one can only be found there."""
+    """Records of the runs of the server that is asked: a run of another one can only be found there."""
     found = {}
     for path in (home() / "live").glob("*.json"):
         with suppress(ValueError):  # another name is no run's
@@ -211,7 +211,7 @@ def _end_processes(flow_run_id: UUID) -> bool:
 
 
 def _processes(flow_run_id: UUID) -> set[psutil.Process]:
-    """Those that bear the run's id in their environment, and all below them (Ray's workers overwrite theirs)."""
+    """Processes that bear the run's id in their environment, and all below them (Ray's workers overwrite theirs)."""
     found: set[psutil.Process] = set()
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -235,7 +235,7 @@ def _alive(flow_run_id: UUID, record: Path) -> bool:
 
 
 def _own_unfinished(states: list[StateType]) -> list[FlowRun]:
-    """Of this project's deployments, and those that began without one in this home, as `sd3 env` lets a person do."""
+    """Unfinished runs of this project's deployments, and those that began without one in this home, as after `sd3 env`."""
     state = FlowRunFilterState(type=FlowRunFilterStateType(any_=states))
     deployments, recorded = _own_deployments(), list(_records())
     runs = _read(state=state, deployment=FlowRunFilterDeploymentId(any_=deployments)) if deployments else []
@@ -244,7 +244,7 @@ def _own_unfinished(states: list[StateType]) -> list[FlowRun]:
 
 
 def _own_deployments() -> list[UUID]:
-    """Those that this project made for this home's worker. Others may have the same names and tags."""
+    """Deployments that this project made for this home's worker. Others may have the same names and tags."""
     made_here = (str(prefect_folder()), str(PROJECT))  # the latter by versions before
     return [each.id for each in tagged_deployments() if each.path in made_here and each.work_pool_name == WORK_POOL]
 

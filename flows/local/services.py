@@ -111,7 +111,7 @@ def use(services: Services) -> None:
 
 
 def server_answers(services: Services) -> bool:
-    """Only the server that was started here: whoever else has its port after it ended is left alone."""
+    """Whether the server that was started here answers: whoever else has its port after it ended is left alone."""
     return _answer(services) == HTTPStatus.OK
 
 
@@ -200,7 +200,7 @@ def _end_an_older_server(services: Services, say: Say) -> None:
 
 
 def _end_a_worker_of_another_server(services: Services, say: Say) -> None:
-    """At another port than this, or with another password: its runs would tell nobody how they fare."""
+    """Ends a worker that asks another port or has another password: its runs would tell nobody how they fare."""
     has = services.worker.environment() if services.worker else {}
     asks = {name: has.get(name) for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")}
     if has and asks.items() - environment(services).items():

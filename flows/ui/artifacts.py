@@ -92,7 +92,7 @@ class StageReporter:
             self._log.warning(printable(progress.warning))
 
     def warn(self, message: str) -> None:
-        """Of what a person who follows the run should know at once."""
+        """Shows what a person who follows the run should know at once."""
         self._warnings = [*self._warnings, printable(message)]
         self._log.warning(printable(message))
 

@@ -26,7 +26,7 @@ PICTURES, COLUMNS = 8, 4
 
 
 def preview_settings(recipe: Recipe, store: Store, phase: Training) -> PreviewSettings:
-    """For a phase of the recipe, sampled as evaluation samples it."""
+    """Settings of a phase's previews, which are sampled as evaluation samples."""
     evaluate = recipe.evaluate
     return PreviewSettings(
         captions=preview_captions(recipe, store),
@@ -38,7 +38,7 @@ def preview_settings(recipe: Recipe, store: Store, phase: Training) -> PreviewSe
 
 
 def preview_captions(recipe: Recipe, store: Store) -> list[PreviewCaption]:
-    """Of the rows that are shown."""
+    """The captions of the held-out rows whose pictures a phase shows."""
     reference = upstream.raw(recipe, store)
     raw = read_manifest(store, reference.folder, reference.digest)
     rows = shown_rows(recipe, store, raw)

@@ -12,7 +12,7 @@ PICTURES_SHOWN = 6
 
 
 def shown_of(rows: list[dict[str, Any]], shown: list[str] | None) -> list[dict[str, Any]]:
-    """Those of the protocols that are shown; files of an earlier version have these alone, and do not say so."""
+    """The scores of the protocols that are shown; files of an earlier version have these alone, and do not say so."""
     return rows if shown is None else [row for row in rows if row.get("protocol") in shown]
 
 

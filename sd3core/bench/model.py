@@ -125,14 +125,14 @@ def contenders(bench: ModelBench) -> dict[str, Contender]:
 
 @torch.no_grad()
 def velocities(pair: dict[str, Contender], inputs: BenchInputs, mode: str) -> dict[str, Tensor]:
-    """Of each model for the same inputs, in fp32."""
+    """Each model's velocity for the same inputs, in fp32."""
     i = inputs
     with autocast_of(mode, i.latent.device):
         return {name: c.call(i.latent, i.t, i.context, i.pooled).float() for name, c in pair.items()}
 
 
 def largest_difference(found: dict[str, Tensor]) -> float:
-    """Of the two velocities, over their standard deviation."""
+    """The largest difference of the two velocities, over their standard deviation."""
     ours, theirs = found.values()
     return float((ours - theirs).abs().max() / theirs.std())
 

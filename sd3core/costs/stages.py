@@ -32,7 +32,7 @@ MILLION = 1_000_000
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one device, FLOP/s."""
+    """FLOP/s of one device, by kind of work."""
 
     model: float
     towers: float
@@ -64,14 +64,14 @@ class StageCost:
 
 
 def training_flops(recipe: Recipe, phase: Training) -> float:
-    """Of one sample: forward, backward (twice that), and with activation checkpointing the forward once more."""
+    """FLOPs of one sample: forward, backward (twice that), and with activation checkpointing the forward once more."""
     height, width = max(phase.bucket_sides(), key=lambda side: side[0] * side[1])
     passes = 4 if phase.activation_checkpointing else 3
     return passes * _forward(recipe, phase, height, width)
 
 
 def stage_costs(recipe: Recipe) -> list[StageCost]:
-    """In the order of the stages. Of a folder, whose rows nobody has counted, data stages cost a million rows."""
+    """The stages' costs in their order. Of a folder, whose rows nobody has counted, data stages cost a million rows."""
     sizes, compute = tower_sizes(recipe), recipe.compute
     actor = Rates.of(recipe, compute.gpus_per_actor)
     rank = actor if compute.gpus_per_rank == compute.gpus_per_actor == 0 else Rates.of(recipe, compute.gpus_per_rank)
@@ -147,7 +147,7 @@ def _evaluation(recipe: Recipe, sizes: TowerSizes, rates: Rates, devices: float)
 
 
 def _calls(recipe: Recipe) -> int:
-    """Of the network for a picture: with guidance each is one with and one without the prompt."""
+    """Calls of the network for a picture: guidance makes two of each, with and without the prompt."""
     evaluate = recipe.evaluate
     steps = 2 * evaluate.num_steps - 1 if evaluate.sampler == "heun" else evaluate.num_steps
     return steps * (1 if evaluate.guidance_scale in (0, 1) else 2)

@@ -32,7 +32,7 @@ def text_encoding(content: bytes) -> tuple[str, int]:
 
 
 def lines_of(text: str) -> list[str]:
-    """Its lines that show something, each clean."""
+    """A text's lines that show something, each clean."""
     return [line for line in map(one_line, text.splitlines()) if line]
 
 

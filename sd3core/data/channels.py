@@ -66,7 +66,7 @@ def mend_planes(image: Image.Image) -> None:
 
 
 def bits_of(image: Image.Image) -> int:
-    """Of a TIFF's samples."""
+    """Bits of a TIFF's samples."""
     return image.tag_v2.get(BITS, (1,))[0]
 
 

@@ -102,7 +102,7 @@ def coded_profile(primaries: int, transfer: int) -> bytes | None:
 
 @lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | np.ndarray | None:
-    """From the profile's colours to sRGB; for "L" its effect on every level, (256, 3). None where it changes nothing."""
+    """The transform from the profile's colours to sRGB; for "L" its effect on every level, (256, 3). None where it changes nothing."""
     space = _space(profile)
     if mode == "L" and space in ("GRAY", "RGB"):
         ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])

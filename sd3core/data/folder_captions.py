@@ -99,7 +99,7 @@ class FolderCaptions:
         self._unread = set(files.unread)
 
     def words_of(self, path: str) -> Words:
-        """Of the metadata where that has text, else of the first file beside it that has any.
+        """An image's words: the metadata's where they have text, else those of the first file beside it that has any.
 
         Raises DataError where the image's words cannot be read, OSError as well.
         """

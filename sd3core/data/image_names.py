@@ -114,7 +114,7 @@ def _spellings(name: str) -> list[str]:
 
 
 def _tails_elsewhere(path: str) -> list[str]:
-    """Of an absolute path, which may be of another machine: its ends, the longest first."""
+    """The ends of an absolute path, which may be of another machine, the longest first."""
     if not (path.startswith("/") or DRIVE.match(path)):
         return []
     parts = posixpath.normpath(path).strip("/").split("/")[-TAILS:]

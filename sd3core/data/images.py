@@ -136,7 +136,7 @@ def to_model_range(images: np.ndarray) -> Tensor:
 
 
 def enlargement(image: Image.Image, height: int, width: int) -> float:
-    """By how much crop_to makes the image larger, each way; below 1 where it makes it smaller."""
+    """How much larger crop_to makes the image, each way; below 1 where it makes it smaller."""
     return max(height / image.height, width / image.width)
 
 

@@ -176,7 +176,7 @@ def _rows_of(file: str, content: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _table_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Of a table with its columns' names in the first line, by the delimiter with which these are found there."""
+    """Rows of a table whose first line names its columns, by the delimiter with which these are found there."""
     first = text.partition("\n")[0]
     delimiter = next((d for d in DELIMITERS if {"file_name", "text"} <= set(_columns(first, d))), DELIMITERS[0])
     columns = _columns(first, delimiter)

@@ -78,7 +78,7 @@ def provenance_path(folder: str, digest: str) -> str:
 
 
 def provenance_file(attempt: int) -> str:
-    """Its name in a checkpoint: a late writer of an older attempt does not touch a newer one's bytes."""
+    """The provenance's name in a checkpoint: a late writer of an older attempt does not touch a newer one's bytes."""
     return f"{CHECKPOINT_FILE}.attempt-{attempt:04d}.json"
 
 
@@ -175,7 +175,7 @@ def _git(*arguments: str) -> str | None:
 
 @cache
 def _cpu_model() -> str:
-    """By the kernel; the architecture where it names no model, as on ARM."""
+    """The processor's model by the kernel; the architecture where it names none, as on ARM."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

@@ -177,7 +177,7 @@ def _look_at_run(store: Store, run: str, uses: _Uses) -> list[tuple[str, str, li
 
 
 def _gather_records(store: Store, run: str, entries: list[StoreEntry], uses: _Uses) -> dict[str, tuple[str, float]]:
-    """Of each phase and of the exports the folder that was noted last, and when."""
+    """The folder that was noted last for each phase and for the exports, and when."""
     noted: dict[str, tuple[str, float]] = {}
     for entry in entries:
         is_note = entry.path.startswith(f"runs/{run}/stages/")
@@ -200,7 +200,7 @@ def _gather_records(store: Store, run: str, entries: list[StoreEntry], uses: _Us
 
 
 def _gather_checkpoint(store: Store, entries: list[StoreEntry], uses: _Uses) -> None:
-    """Of one training, what its newest checkpoint names: the others were made from the same."""
+    """Gathers what one training's newest checkpoint names: the others were made from the same."""
     finished = [entry.path for entry in entries if entry.path.endswith("/DONE.json")]
     if finished:
         done = _json(store, max(finished))

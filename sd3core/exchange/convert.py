@@ -98,7 +98,7 @@ def assumed_facts(
 
 
 def _side_px(foreign: ForeignWeights) -> int:
-    """By diffusers' config.json; else by a position table that is larger than the square it is made for; else 1024."""
+    """px of the best square: by diffusers' config.json, else by a position table larger than that square, else 1024."""
     patch = foreign.config.patch_size * DOWNSAMPLING
     if foreign.stated.get("sample_size"):
         return foreign.stated["sample_size"] * DOWNSAMPLING

@@ -39,7 +39,7 @@ def expanded(path: Path | str) -> Path:
 
 
 def path_of_url(url: str) -> Path:
-    """Of file:///a%20b the path /a b."""
+    """The path of a URL: /a b of file:///a%20b."""
     return Path(os.fsdecode(unquote_to_bytes(os.fsencode(url.removeprefix(FILE_URL)))))
 
 

@@ -80,7 +80,7 @@ class Formulation:
         return self.timestep_density.sample(n, generator)
 
     def shifted(self, alpha: float) -> Formulation:
-        """With the log-SNR of every draw and every sampling step lower by 2 ln(alpha): the resolution shift of 5.3.2.
+        """This formulation at a log-SNR lower by 2 ln(alpha) in every draw and sampling step: the shift of 5.3.2.
 
         The network is told a noise level as before; only how often it is met changes. For rectified flow t is the
         level, so the density of t moves, by the paper's formula; for cosine and EDM the level at each t does: edm(m, s)

@@ -39,7 +39,7 @@ class Prediction(ABC):
 
 
 class Velocity(Prediction):
-    """Of the straight path, where dz/dt = noise - x0."""
+    """The velocity of the straight path: dz/dt = noise - x0."""
 
     def target(self, x0: Tensor, noise: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return noise - x0

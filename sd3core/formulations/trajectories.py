@@ -154,7 +154,7 @@ class Linear(Trajectory):
         return self._of(log_signal, t.double())
 
     def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Those towards the data, where two steps meet."""
+        """The slopes towards the data, where two steps meet."""
         a, b, _ = self.level(t)
         _, slope = self._before(t)
         return a * slope / 2, -(a**2) * slope / (2 * b)
@@ -168,7 +168,7 @@ class Linear(Trajectory):
         return self._of(log_signal, t)
 
     def grid(self, num_steps: int) -> Tensor:
-        """As even as the steps allow, both ends included; of more intervals than steps, between them."""
+        """Levels as even as the steps allow, both ends included; of more intervals than steps, between them."""
         t = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
         return (t * self.steps).round() / self.steps if num_steps <= self.steps else t
 

@@ -397,6 +397,6 @@ def _at_least_fp32(x: Tensor) -> Tensor:
 
 
 def _linear_gradients(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of weight and bias: grad (B, L, K), x (B, L, H) -> (K, H), (K,)."""
+    """Gradients of weight and bias: grad (B, L, K), x (B, L, H) -> (K, H), (K,)."""
     rows = grad.flatten(0, 1)
     return rows.T @ x.flatten(0, 1), rows.sum(dim=0)

@@ -84,7 +84,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class BenchScore:
-    """Of one task; ShapesBench's overall score is the mean of the six."""
+    """The score of one task; ShapesBench's overall score is the mean of the six."""
 
     all: Tally
     seen: Tally  # coloured prompts of training's combinations

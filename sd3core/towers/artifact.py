@@ -159,7 +159,7 @@ def _read_entry(store: Store, folder: str, name: str) -> TowerEntry:
 
 
 def damaged_towers(store: Store, folder: str, finished: dict[str, TowerEntry], checked: CheckedFiles) -> dict[str, str]:
-    """Of finished towers those with a file that is gone or is not what was committed: name -> the first such file."""
+    """Finished towers with a file that is gone or is not what was committed: name -> the first such file."""
     damaged: dict[str, str] = {}
     for name, entry in finished.items():
         for path, file in entry.files.items():
@@ -308,7 +308,7 @@ def _digest(files: dict[str, TowerFile]) -> str:
 
 
 def _manifest_path(folder: str, digest: str) -> str:
-    """Of the copy that stays, whatever towers are committed later."""
+    """The path of the copy that stays, whatever towers are committed later."""
     return f"{folder}/MANIFEST.{digest[:12]}.json"
 
 

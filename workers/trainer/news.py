@@ -22,7 +22,7 @@ NewsCallback = Callable[[TrainingNews], None]
 
 
 def ignore_news(news: TrainingNews) -> None:
-    """For callers that show nothing."""
+    """Does nothing, for callers that show nothing."""
 
 
 @dataclass

@@ -63,7 +63,7 @@ class Previews:
         self._samples: Sequence[Samples] | None = None
 
     def due(self, step: int) -> bool:
-        """After 64, 128, 256, ... steps and at the end: early, and a small share of the time."""
+        """Whether pictures are due: after 64, 128, 256, ... steps and at the end, so early, and a small share of the time."""
         power_of_two = step >= FIRST_STEP and step & (step - 1) == 0
         return self.job.previews is not None and (power_of_two or step == self.job.total_steps)
 

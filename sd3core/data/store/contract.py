@@ -55,15 +55,15 @@ class Store(ABC):
 
     @abstractmethod
     def get_range(self, path: str, offset: int, length: int) -> bytes:
-        """Just those bytes; StoreError where the object ends before them."""
+        """Reads just those bytes; StoreError where the object ends before them."""
 
     @abstractmethod
     def put(self, path: str, data: bytes) -> None:
-        """Whole or not at all; replaces what stood there."""
+        """Writes whole or not at all; replaces what stood there."""
 
     @abstractmethod
     def put_file(self, path: str, local: Path) -> None:
-        """As put, for files larger than memory."""
+        """Puts a file, which may be larger than memory, as `put` does bytes."""
 
     @abstractmethod
     def get_file(self, path: str, local: Path) -> None:

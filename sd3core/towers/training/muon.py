@@ -25,7 +25,7 @@ ADAM_SHARE = 0.1  # rate of what Adam learns, as a part of Muon's
 
 
 class TowerMuon(Optimizer):
-    """For tensors of two or more dimensions. `lr` is the spectral size of a step, momentum is Nesterov's."""
+    """Muon for tensors of two or more dimensions. `lr` is the spectral size of a step, momentum is Nesterov's."""
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.9) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})

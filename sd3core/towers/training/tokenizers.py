@@ -28,7 +28,7 @@ _CLIP_WORDS = Regex(r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]
 
 
 def make_clip_tokenizer(captions: Sequence[str], vocabulary: int, pad_with_id_0: bool) -> CLIPTokenizer:
-    """At most `vocabulary` tokens. Pads with the end mark (CLIP-L), or with id 0, which is "!" (CLIP-G)."""
+    """A tokenizer of at most `vocabulary` tokens. Pads with the end mark (CLIP-L), or with id 0, which is "!" (CLIP-G)."""
     byte_tokens = sorted(pre_tokenizers.ByteLevel.alphabet())  # begins with "!", as OpenAI's does
     fixed = 2 * len(byte_tokens) + 2
     trained = Tokenizer(BPE(end_of_word_suffix=WORD_END))
@@ -65,7 +65,7 @@ def make_clip_tokenizer(captions: Sequence[str], vocabulary: int, pad_with_id_0:
 
 
 def make_t5_tokenizer(captions: Sequence[str], vocabulary: int) -> T5Tokenizer:
-    """At most `vocabulary` tokens besides the sentinels: marks, letters (printable ASCII and all that occur), then whole words.
+    """A tokenizer of at most `vocabulary` tokens besides the sentinels: marks, letters (printable ASCII and all that occur), then whole words.
 
     A piece's score is its log frequency. Built by counting, so that it does not depend on the order of any summation.
     """
