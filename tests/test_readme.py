@@ -26,7 +26,6 @@ MADE_BY_USE = (".venv/", "local/")  # in the tree, not in git
 MOST_LINES = {"README.md": 170}
 MOST_LINES_OF_OTHERS = 150
 WIDTH, SENTENCE = 120, 80
-WHOLE_TREES = tuple(f"{package}/README.md" for package in PACKAGES) + ("sd3core/data/README.md",)
 PROGRAMS = ("make", "sd3", "prefect", "tensorboard")  # whose calls are parsed below
 
 # A command of a README, as a pattern of its words -> the test that runs it.
@@ -75,7 +74,7 @@ def named(paths: list[Path]) -> list:
 
 
 every_readme = pytest.mark.parametrize("readme", named(readmes()))
-every_whole_tree = pytest.mark.parametrize("readme", named([PROJECT / name for name in WHOLE_TREES]))
+every_whole_tree = pytest.mark.parametrize("readme", named(readmes()[1:]))  # the root one shows folders only
 
 
 def blocks(readme: Path) -> list[Block]:
@@ -195,6 +194,11 @@ def test_a_tree_says_of_a_file_what_its_first_sentence_says(readme):
 def test_a_packages_tree_names_every_file(readme):
     files = [as_named(path, readme) for _, path in whole_tree(readme.parent)]
     assert [path for path, _ in tree(readme)] == files, "run `python tests/test_readme.py`"
+
+
+def test_the_root_tree_names_every_folder_of_the_packages():
+    inside = {path.parent for package in PACKAGES for path in (PROJECT / package).glob("*/__init__.py")}
+    assert {path.relative_to(PROJECT).as_posix() + "/" for path in inside} <= dict(tree(PROJECT / "README.md")).keys()
 
 
 def test_the_first_sentence_is_whole(tmp_path):
@@ -466,5 +470,5 @@ def test_deployments_exist(arguments):
 
 
 if __name__ == "__main__":
-    for name in WHOLE_TREES:
-        (PROJECT / name).write_text(rewritten(PROJECT / name))
+    for page in readmes()[1:]:
+        page.write_text(rewritten(page))
