@@ -1,6 +1,6 @@
 """The `sd3` command: its exit codes, and errors of one line.
 
-0 only when the thing was done, 130 after Ctrl-C.
+The code is 0 only when the thing was done, and 130 after Ctrl-C.
 """
 
 from __future__ import annotations
