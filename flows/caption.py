@@ -6,7 +6,6 @@ from typing import Any
 
 from prefect import flow
 
-from flows import upstream
 from flows.stage import FLOW_OPTIONS, stage
 from flows.ui.tables import caption_table
 from workers.caption import caption_stage
@@ -16,7 +15,7 @@ from workers.caption import caption_stage
 def caption(recipe: str, overrides: list[str] | None = None, remake: bool = False) -> dict[str, Any]:
     """With captioner 'none' there is nothing to make: training then takes the original captions only."""
     with stage("caption", recipe, overrides, remake) as run:
-        raw = upstream.raw(run.recipe, run.store)
+        raw = run.upstream.raw
         if run.recipe.caption.captioner == "none":
             return run.finish(
                 manifest=raw.path,

@@ -9,7 +9,6 @@ from typing import Any
 
 from prefect import flow
 
-from flows import upstream
 from flows.stage import FLOW_OPTIONS, stage
 from flows.ui.tables import shard_table
 from workers.encode import encode_stage
@@ -19,8 +18,6 @@ from workers.encode import encode_stage
 def encode(recipe: str, overrides: list[str] | None = None, remake: bool = False) -> dict[str, Any]:
     """Square crops for pretraining, aspect buckets for fine-tuning; text serves both."""
     with stage("encode", recipe, overrides, remake) as run:
-        raw = upstream.raw(run.recipe, run.store)
-        captions = upstream.captions(run.recipe, run.store)
-        towers = upstream.towers_ref(run.recipe, run.store)
-        results = encode_stage(run.recipe, run.store, raw, captions, towers, run.report)
+        upstream = run.upstream
+        results = encode_stage(run.recipe, run.store, upstream.raw, upstream.captions, upstream.towers, run.report)
         return run.finish_parts(results, table=shard_table(run.store, results))

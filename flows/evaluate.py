@@ -9,7 +9,6 @@ from typing import Any
 
 from prefect import flow
 
-from flows import upstream
 from flows.stage import FLOW_OPTIONS, stage
 from flows.ui.scores import bench_rows, left_out_lines, score_notes, score_rows, shown_of, thumbnails
 from sd3core.data.begun import begin, end
@@ -22,7 +21,7 @@ from workers.shard_stage import NOTHING_TO_DO
 def evaluate(recipe: str, overrides: list[str] | None = None, remake: bool = False) -> dict[str, Any]:
     """Validation loss, CLIP score, FID on CLIP features, ShapesBench where the world is the small one, and grids."""
     with stage("evaluate", recipe, overrides, remake) as run:
-        checkpoints, inputs = upstream.to_be_scored(run.recipe, run.store)
+        checkpoints, inputs = run.upstream.to_be_scored()
         folder = f"runs/{run.recipe.run}/evaluations"
         digests = {"raw": inputs.raw.digest, "text": inputs.text.digest} | {
             key: ref.digest for key, ref in inputs.latents.items()

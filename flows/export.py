@@ -9,9 +9,8 @@ from typing import Any
 
 from prefect import flow
 
-from flows import upstream
 from flows.stage import FLOW_OPTIONS, stage
-from sd3core.checkpoint import DONE_FILE, read_checkpoint_done
+from sd3core.checkpoint import DONE_FILE
 from sd3core.data.begun import begin
 from sd3core.progress import Progress
 from sd3core.towers.artifact import fetch_towers
@@ -29,16 +28,16 @@ def export(recipe: str, overrides: list[str] | None = None, remake: bool = False
     """
     with stage("export", recipe, overrides, remake) as run:
         key, _ = run.recipe.phases()[-1]
-        last = upstream.last_checkpoint_of_phase(run.recipe, run.store, key)
+        last = run.upstream.last_checkpoint(key)
         if problem := run.recipe.export_problem():
             return run.finish(
                 manifest=f"{last.folder}/{DONE_FILE}",
-                digest=read_checkpoint_done(run.store, last.folder).digest,
+                digest=run.upstream.last_digest(key),
                 skipped=True,
                 reason=problem,
                 table=[],
             )
-        manifest = upstream.towers_manifest(run.recipe, run.store)
+        manifest = run.upstream.towers_manifest
         towers = fetch_towers(run.store, manifest.folder, towers_cache())
         run.report(Progress(0, 1, "folders"))
         exported = export_stage(

@@ -11,8 +11,6 @@ from prefect import flow
 
 from flows.stage import FLOW_OPTIONS, stage
 from flows.training import merge_phases, train_phase
-from flows.upstream import last_checkpoint_of_phase
-from sd3core.checkpoint import read_checkpoint_done
 
 
 @flow(name="finetune", **FLOW_OPTIONS)
@@ -23,10 +21,9 @@ def finetune(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
         for index in range(len(run.recipe.finetune)):
             results.append(train_phase(run, f"finetune.{index}"))
         if not results:
-            start = last_checkpoint_of_phase(run.recipe, run.store, "pretrain")
             return run.finish(
-                manifest=start.folder,
-                digest=read_checkpoint_done(run.store, start.folder).digest,
+                manifest=run.upstream.last_checkpoint("pretrain").folder,
+                digest=run.upstream.last_digest("pretrain"),
                 skipped=True,
                 reason="the recipe has no fine-tuning phase",
                 table=[],

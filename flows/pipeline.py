@@ -19,7 +19,7 @@ from flows.stage import FLOW_OPTIONS
 from flows.summary import write_summary
 from flows.towers import towers
 from flows.upgrade import check_upgrade
-from flows.upstream import check_room, check_start_from, check_vae
+from flows.upstream import Upstream
 from sd3core.data.begun import begin, end
 from sd3core.moving_average import short_average_warnings
 from workers.ray_session import living_nodes
@@ -35,9 +35,12 @@ def pipeline(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
     """
     with session(recipe, overrides) as opened:
         check_upgrade(opened.recipe, opened.store, remake)
-        check_room(opened.recipe, opened.store, living_nodes())
-        check_start_from(opened.recipe, opened.store)
-        check_vae(opened.recipe, opened.store)
+        before = Upstream(
+            opened.recipe, opened.store
+        )  # each stage makes its own: it finds what those before it have made
+        before.check_room(living_nodes())
+        before.check_start_from()
+        before.check_vae()
         run, folder = opened.recipe.run, f"runs/{opened.recipe.run}"
         begin(opened.store, run, "pipeline", folder, needs=[opened.recipe.model.start_from])
         for warning in short_average_warnings(opened.recipe):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 from contextlib import suppress
 
-from flows import upstream
+from flows.upstream import Upstream
 from sd3core import specs
 from sd3core.checkpoint import DONE_FILE
 from sd3core.data.manifest import MANIFEST
@@ -49,10 +49,10 @@ def forget_from(recipe: Recipe, store: Store, first: str) -> list[str]:
 
 def _trained(recipe: Recipe, store: Store) -> dict[str, str]:
     """The folder of each phase's checkpoints. A phase is left out where what it starts from does not stand: nothing names its own."""
-    found = {}
+    found, upstream = {}, Upstream(recipe, store)
     for key, _ in recipe.phases():
         with suppress(UserError):
-            found[key] = specs.checkpoints_folder(recipe, key, upstream.phase_inputs(recipe, store, key).fields)
+            found[key] = specs.checkpoints_folder(recipe, key, upstream.phase_inputs(key).fields)
     return found
 
 

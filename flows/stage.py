@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from flows.local.recipes import known_recipes
 from flows.session import in_session, session
 from flows.ui.artifacts import Log, StageReporter, publish
 from flows.upgrade import check_upgrade
+from flows.upstream import Upstream
 from sd3core.data.store import Store
 from sd3core.recipe import Recipe
 from sd3core.shown_text import printable
@@ -71,6 +73,11 @@ class StageRun:
     started: float = field(default_factory=time.monotonic)
     outcome: StageOutcome | None = None
     logged: list[str] = field(default_factory=list)  # warnings
+
+    @cached_property
+    def upstream(self) -> Upstream:
+        """What the stages before left. Every stage has its own, also in a pipeline: it finds what those before it made there."""
+        return Upstream(self.recipe, self.store)
 
     def warn(self, message: str) -> None:
         """A warning while the stage works, once: in the run's log, and where the run is followed."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from flows import upstream
+from flows.upstream import Upstream
 from sd3core import specs
 from sd3core.checkpoint import CheckpointRef, list_checkpoints, read_checkpoint_done
 from sd3core.data.manifest import MANIFEST, manifest_ref, read_head, read_manifest
@@ -173,11 +173,11 @@ class _Look:
             self._judge(key, stage)
 
     def _train_fields(self, key: str, phase: Training, before: str | None) -> dict[str, Any]:
-        recipe, store, init = self.recipe, self.store, None
+        recipe, init = self.recipe, None
         if before:
             init = REMADE if self.parts[before].status == "upgrade" else self._end_of(before)
-        elif start := upstream.start_of(recipe, store, key):
-            init = upstream.start_digest(recipe, store, key, start)
+        elif recipe.model.start_from:
+            init = Upstream(recipe, self.store).start_digest(key)
         data = {
             name: REMADE if self.parts[part].status == "upgrade" else self._digest(part)
             for name, part in (("latents", f"latents.{key}"), ("text", "text"))

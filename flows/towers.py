@@ -9,7 +9,6 @@ from typing import Any
 
 from prefect import flow
 
-from flows import upstream
 from flows.stage import FLOW_OPTIONS, stage
 from flows.ui.data_pictures import autoencoder_pictures
 from flows.ui.tables import towers_table
@@ -20,8 +19,8 @@ from workers.towers import towers_stage
 def towers(recipe: str, overrides: list[str] | None = None, remake: bool = False) -> dict[str, Any]:
     """Towers are pinned: once made they stay, whatever is added to the data set."""
     with stage("towers", recipe, overrides, remake) as run:
-        upstream.check_vae(run.recipe, run.store)
-        raw = upstream.raw(run.recipe, run.store)
+        run.upstream.check_vae()
+        raw = run.upstream.raw
         result = towers_stage(run.recipe, run.store, raw, run.report)
-        pictures = {} if result.skipped else autoencoder_pictures(run.recipe, run.store, raw)
-        return run.finish_parts({"towers": result}, table=towers_table(run.recipe, run.store), pictures=pictures)
+        pictures = {} if result.skipped else autoencoder_pictures(run.recipe, run.store, raw, result.manifest)
+        return run.finish_parts({"towers": result}, table=towers_table(run.store, result), pictures=pictures)

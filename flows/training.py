@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from flows import upstream
 from flows.local.home import ensure, home
 from flows.stage import StageRun
 from flows.training_view import training_view
@@ -76,8 +75,8 @@ def train_phase(run: StageRun, key: str) -> PhaseResult:
 def phase_job(run: StageRun, key: str) -> TrainingJob:
     recipe, store = run.recipe, run.store
     phase = dict(recipe.phases())[key]
-    upstream.check_vae(recipe, store)
-    inputs = upstream.phase_inputs(recipe, store, key)
+    run.upstream.check_vae()
+    inputs = run.upstream.phase_inputs(key)
     spec = fingerprint(inputs.fields)
     return TrainingJob(
         store=store.url,
@@ -93,7 +92,7 @@ def phase_job(run: StageRun, key: str) -> TrainingJob:
         text_features=DataRef(folder=inputs.text.folder, digest=inputs.text.digest),
         init=inputs.start,
         recipe=recipe.model_dump(mode="json"),
-        previews=preview_settings(recipe, store, phase),
+        previews=preview_settings(run.upstream, phase),
         log_dir=str(ensure(home() / "logs" / recipe.run / f"{key}-{spec}")),
     )
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from flows import upstream
 from flows.stage import StageRun
 from flows.ui.artifacts import Shown, markdown_picture
 from flows.ui.loss_curve import loss_curve
@@ -26,7 +25,7 @@ class TrainingView:
         self.run, self.job, self._drawing = run, job, drawing
         self._news: TrainingNews | None = None
         self._stored = self._stored_losses()
-        self._decoder = PreviewDecoder(run.store, upstream.towers_ref(run.recipe, run.store).folder)
+        self._decoder = PreviewDecoder(run.store, run.upstream.towers.folder)
         self._pictures: Shown | None = None
         run.report.show(f"{job.phase}-loss", self._curve, CURVE_SECONDS)
         run.report.show(f"{job.phase}-pictures", lambda: self._pictures, 0.0)

@@ -1,6 +1,8 @@
 """Finds what the stages before left in the store, from the recipe alone.
 
-Any stage can so be started on its own. A stage that is missing, or stands behind the one before it, is a DataError that names the deployment to run.
+So any stage can be started on its own.
+
+A stage that is missing, or stands behind the one before it, is a DataError that names the deployment to run.
 """
 
 from __future__ import annotations
@@ -8,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
 
 from flows.local.home import local_command
 from sd3core import specs
@@ -22,13 +26,15 @@ from sd3core.checkpoint import (
 from sd3core.data.manifest import MANIFEST, Manifest, ManifestRef, manifest_ref, read_manifest
 from sd3core.data.store import Store, open_store
 from sd3core.errors import CheckpointError, DataError, UserError
-from sd3core.recipe import Recipe, Training
+from sd3core.recipe import Recipe
 from sd3core.towers.artifact import TowersManifest, check_vae_channels, check_vae_folder, read_towers
 from workers.evaluate import all_scored
 from workers.evaluate_tasks import EvaluationInputs
 from workers.ray_room import Node, actors_problem, ranks_problem
 from workers.stage import recall_stage
 from workers.trainer.start import check_start
+
+Asked = TypeVar("Asked")
 
 
 class NotFinishedError(DataError):
@@ -37,44 +43,6 @@ class NotFinishedError(DataError):
 
 class NoRoomError(UserError):
     """Ray has no node that a process of this recipe fits on."""
-
-
-def raw(recipe: Recipe, store: Store) -> ManifestRef:
-    return _ref(_manifest(recipe, store, specs.raw_folder(recipe), "ingest", "ingest"))
-
-
-def towers_manifest(recipe: Recipe, store: Store) -> TowersManifest:
-    folder = specs.towers_folder(recipe)
-    if not store.exists(f"{folder}/{MANIFEST}"):
-        raise _missing(recipe, "towers")
-    return read_towers(store, folder)
-
-
-def towers_ref(recipe: Recipe, store: Store) -> ManifestRef:
-    manifest = towers_manifest(recipe, store)
-    return manifest_ref(manifest.folder, manifest.digest)
-
-
-def captions(recipe: Recipe, store: Store) -> ManifestRef | None:
-    """None where the recipe names no captioner."""
-    if recipe.caption.captioner == "none":
-        return None
-    manifest = _manifest(recipe, store, specs.captions_folder(recipe), "caption", "caption")
-    return _ref(_up_to_date(recipe, manifest, "caption", raw=raw(recipe, store)))
-
-
-def text(recipe: Recipe, store: Store) -> ManifestRef:
-    folder = specs.text_folder(recipe, towers_manifest(recipe, store).digests)
-    manifest = _manifest(recipe, store, folder, "encode", "text")
-    return _ref(_up_to_date(recipe, manifest, "encode", raw=raw(recipe, store), captions=captions(recipe, store)))
-
-
-def latents(recipe: Recipe, store: Store, phase: Training) -> ManifestRef:
-    digests = towers_manifest(recipe, store).digests
-    folder = specs.latents_folder(recipe, phase, digests)
-    key = next(key for key, other in recipe.phases() if specs.latents_folder(recipe, other, digests) == folder)
-    manifest = _manifest(recipe, store, folder, "encode", f"latents.{key}")
-    return _ref(_up_to_date(recipe, manifest, "encode", raw=raw(recipe, store)))
 
 
 @dataclass(frozen=True)
@@ -87,55 +55,192 @@ class PhaseInputs:
     fields: dict[str, object]  # what its checkpoints depend on
 
 
-def phase_inputs(recipe: Recipe, store: Store, phase_key: str) -> PhaseInputs:
-    """Finding them needs the phase before to be finished."""
-    phase = dict(recipe.phases())[phase_key]
-    its_latents, its_text, start = (
-        latents(recipe, store, phase),
-        text(recipe, store),
-        start_of(recipe, store, phase_key),
-    )
-    fields = specs.train_fields(
-        recipe,
-        phase,
-        latents=its_latents.digest,
-        text=its_text.digest,
-        init=start_digest(recipe, store, phase_key, start) if start else None,
-    )
-    return PhaseInputs(its_latents, its_text, start, fields)
+class Upstream:
+    """What stands of a recipe's stages, each manifest, note and done record read once, when it is first asked for.
 
-
-def check_start_from(recipe: Recipe, store: Store) -> None:
-    """Says of `model.start_from`, before the hours of earlier stages, what pretraining would say after them."""
-    key, phase = recipe.phases()[0]
-    start = start_of(recipe, store, key)
-    if start and _noted_start(recipe, store, key, start) is None:
-        check_start(key, start, recipe.model_config_for(phase), phase.formulation)
-
-
-def check_vae(recipe: Recipe, store: Store) -> None:
-    """Raises DataError where the VAE's latents have other channels than the model: the released one's, where its folder is
-    here, and the one that stands in the store.
+    What was found is kept, what was not is looked for again: a phase that has been trained since is seen. Make a new one
+    where something that was asked for may have been made again, as between the stages of a pipeline.
     """
-    channels = recipe.model_config_for(recipe.phases()[0][1]).latent_channels
-    if recipe.towers.released is not None:
-        check_vae_folder(recipe.towers.released.vae, channels)
-    folder = specs.towers_folder(recipe)
-    if store.exists(f"{folder}/vae/config.json"):
-        path = f"{folder}/vae/config.json"
-        check_vae_channels(store.get(path), channels, store.uri(path))
 
+    def __init__(self, recipe: Recipe, store: Store) -> None:
+        self.recipe, self.store = recipe, store
+        self._phases = dict(recipe.phases())
+        self._found: dict[tuple[str, str], object] = {}
 
-def check_room(recipe: Recipe, store: Store, nodes: Sequence[Node]) -> None:
-    """Says before the first stage what a later one would say of compute's CPUs and GPUs. A stage for which all stands as today's recipe
-    makes it has nothing to do, and needs none.
-    """
-    last, _ = recipe.phases()[-1]
-    scored = lambda: all_scored(recipe, store, *to_be_scored(recipe, store))
-    if (problem := actors_problem(recipe.compute, nodes)) and not _stands(scored):
-        raise NoRoomError(problem)
-    if (problem := ranks_problem(recipe.compute, nodes)) and not _stands(lambda: checkpoints(recipe, store, last)):
-        raise NoRoomError(problem)
+    @cached_property
+    def raw(self) -> ManifestRef:
+        return _ref(self._manifest(specs.raw_folder(self.recipe), "ingest", "ingest"))
+
+    @cached_property
+    def towers_manifest(self) -> TowersManifest:
+        folder = specs.towers_folder(self.recipe)
+        if not self.store.exists(f"{folder}/{MANIFEST}"):
+            raise self._missing("towers")
+        return read_towers(self.store, folder)
+
+    @cached_property
+    def towers(self) -> ManifestRef:
+        return _ref(self.towers_manifest)
+
+    @cached_property
+    def captions(self) -> ManifestRef | None:
+        """None where the recipe names no captioner."""
+        if self.recipe.caption.captioner == "none":
+            return None
+        manifest = self._manifest(specs.captions_folder(self.recipe), "caption", "caption")
+        return self._up_to_date(manifest, "caption", raw=self.raw)
+
+    @cached_property
+    def text(self) -> ManifestRef:
+        folder = specs.text_folder(self.recipe, self.towers_manifest.digests)
+        manifest = self._manifest(folder, "encode", "text")
+        return self._up_to_date(manifest, "encode", raw=self.raw, captions=self.captions)
+
+    def latents(self, phase_key: str) -> ManifestRef:
+        """Phases of one resolution share them."""
+        folder = self._latents_folders[phase_key]
+        first = next(key for key, other in self._latents_folders.items() if other == folder)
+        return self._once("latents", first, lambda: self._latents(folder, f"latents.{first}"))
+
+    def _latents(self, folder: str, note: str) -> ManifestRef:
+        return self._up_to_date(self._manifest(folder, "encode", note), "encode", raw=self.raw)
+
+    @cached_property
+    def _latents_folders(self) -> dict[str, str]:
+        digests = self.towers_manifest.digests
+        return {key: specs.latents_folder(self.recipe, phase, digests) for key, phase in self._phases.items()}
+
+    def phase_inputs(self, phase_key: str) -> PhaseInputs:
+        """Finding them needs the phase before to be finished."""
+        return self._once("inputs", phase_key, lambda: self._phase_inputs(phase_key))
+
+    def _phase_inputs(self, phase_key: str) -> PhaseInputs:
+        latents, text, start = self.latents(phase_key), self.text, self.start_of(phase_key)
+        fields = specs.train_fields(
+            self.recipe,
+            self._phases[phase_key],
+            latents=latents.digest,
+            text=text.digest,
+            init=self.start_digest(phase_key) if start else None,
+        )
+        return PhaseInputs(latents, text, start, fields)
+
+    def start_of(self, phase_key: str) -> str | None:
+        """URL of what a phase starts from: the last checkpoint of the phase before; for the first one model.start_from."""
+        if before := self._before(phase_key):
+            return self.store.uri(self.last_checkpoint(before).folder)
+        return open_store(self.recipe.model.start_from).url if self.recipe.model.start_from else None
+
+    def start_digest(self, phase_key: str) -> str:
+        """Names the content of what a phase starts from, for one that does not start from fresh weights."""
+        if before := self._before(phase_key):
+            return self.last_digest(before)
+        start = self.start_of(phase_key)
+        return self._once("start", phase_key, lambda: self._noted_start(phase_key, start) or checkpoint_digest(start))
+
+    def checkpoints(self, phase_key: str) -> list[CheckpointRef]:
+        """The finished checkpoints of a phase that has been trained to its end, oldest first."""
+        return self._once("checkpoints", phase_key, lambda: self._checkpoints(phase_key))
+
+    def _checkpoints(self, phase_key: str) -> list[CheckpointRef]:
+        folder = specs.checkpoints_folder(self.recipe, phase_key, self.phase_inputs(phase_key).fields)
+        end = self._phases[phase_key].last_samples
+        found = list_checkpoints(self.store, folder, end)  # a longer run's stand there too
+        if not found or found[-1].samples < end:
+            raise self._missing(phase_key.partition(".")[0])
+        return found
+
+    def last_checkpoint(self, phase_key: str) -> CheckpointRef:
+        return self.checkpoints(phase_key)[-1]
+
+    def last_digest(self, phase_key: str) -> str:
+        """The digest that names the content of a phase's last checkpoint."""
+        last = self.last_checkpoint(phase_key).folder
+        return self._once("digest", phase_key, lambda: read_checkpoint_done(self.store, last).digest)
+
+    def to_be_scored(self) -> tuple[dict[str, list[str]], EvaluationInputs]:
+        """What evaluation goes by: the checkpoints of every phase, oldest first, and the data."""
+        trained = {key: [checkpoint.folder for checkpoint in self.checkpoints(key)] for key in self._phases}
+        latents = {key: self.latents(key) for key in self._phases}
+        return trained, EvaluationInputs(raw=self.raw, text=self.text, latents=latents, towers=self.towers.folder)
+
+    def check_start_from(self) -> None:
+        """Says of `model.start_from`, before the hours of earlier stages, what pretraining would say after them."""
+        key, phase = self.recipe.phases()[0]
+        start = self.start_of(key)
+        if start and self._noted_start(key, start) is None:
+            check_start(key, start, self.recipe.model_config_for(phase), phase.formulation)
+
+    def check_vae(self) -> None:
+        """Raises DataError where the VAE's latents have other channels than the model: the released one's, where its folder
+        is here, and the one that stands in the store.
+        """
+        channels = self.recipe.model_config_for(self.recipe.phases()[0][1]).latent_channels
+        if self.recipe.towers.released is not None:
+            check_vae_folder(self.recipe.towers.released.vae, channels)
+        path = f"{specs.towers_folder(self.recipe)}/vae/config.json"
+        if self.store.exists(path):
+            check_vae_channels(self.store.get(path), channels, self.store.uri(path))
+
+    def check_room(self, nodes: Sequence[Node]) -> None:
+        """Says before the first stage what a later one would say of compute's CPUs and GPUs. A stage for which all stands as today's
+        recipe makes it has nothing to do, and needs none.
+        """
+        compute, (last, _) = self.recipe.compute, self.recipe.phases()[-1]
+        scored = lambda: all_scored(self.recipe, self.store, *self.to_be_scored())
+        if (problem := actors_problem(compute, nodes)) and not _stands(scored):
+            raise NoRoomError(problem)
+        if (problem := ranks_problem(compute, nodes)) and not _stands(lambda: self.checkpoints(last)):
+            raise NoRoomError(problem)
+
+    def _before(self, phase_key: str) -> str | None:
+        keys = list(self._phases)
+        return keys[keys.index(phase_key) - 1] if phase_key != keys[0] else None
+
+    def _noted_start(self, phase_key: str, start: str) -> str | None:
+        """The digest of a start that is gone, as the phase noted it when it ended: what is trained does not need it again."""
+        folder = open_store(start)
+        note = recall_stage(self.store, self.recipe.run, phase_key)
+        if note is None or folder.exists(DONE_FILE) or folder.exists(CONFIG_FILE):
+            return None
+        trained = list_checkpoints(self.store, note.folder)
+        of_recipe = read_checkpoint_done(self.store, trained[-1].folder).recipe if trained else None
+        same = of_recipe is not None and of_recipe["model"].get("start_from") == self.recipe.model.start_from
+        return note.fields["init"] if same else None
+
+    def _manifest(self, folder: str, stage: str, note: str) -> Manifest:
+        """The manifest that this run last used (its stage note `note` says which), else the folder's newest.
+
+        Runs whose data differ only in the number of images share a folder, so the newest may be another run's.
+        """
+        if not self.store.exists(f"{folder}/{MANIFEST}"):
+            raise self._missing(stage)
+        used = recall_stage(self.store, self.recipe.run, note)
+        if used is not None and used.folder == folder:
+            with suppress(DataError):  # its copy is gone, and the newest is another one
+                return read_manifest(self.store, folder, used.digest)
+        return read_manifest(self.store, folder)
+
+    def _up_to_date(self, manifest: Manifest, stage: str, **inputs: ManifestRef | None) -> ManifestRef:
+        wanted = {name: ref.digest for name, ref in inputs.items() if ref is not None}
+        behind = [name for name, digest in wanted.items() if manifest.inputs.get(name) != digest]
+        if behind:
+            raise DataError(f"{stage}: what it made is older than {behind[0]}; {self._made_by(stage)}")
+        return _ref(manifest)
+
+    def _once(self, kind: str, key: str, find: Callable[[], Asked]) -> Asked:
+        if (kind, key) not in self._found:
+            self._found[kind, key] = find()
+        return self._found[kind, key]
+
+    def _missing(self, stage: str) -> NotFinishedError:
+        return NotFinishedError(f"{stage} is not finished for this recipe and its settings; {self._made_by(stage)}")
+
+    def _made_by(self, stage: str) -> str:
+        return (
+            f"`{local_command(f'sd3 demo --recipe {self.recipe.name}')}` with the same --set makes all that is missing,"
+            f" the deployment '{stage}/{self.recipe.name}' this alone"
+        )
 
 
 def _stands(found: Callable[[], object]) -> bool:
@@ -145,91 +250,5 @@ def _stands(found: Callable[[], object]) -> bool:
         return False
 
 
-def to_be_scored(recipe: Recipe, store: Store) -> tuple[dict[str, list[str]], EvaluationInputs]:
-    """What evaluation goes by: the checkpoints of every phase, oldest first, and the data."""
-    phases = recipe.phases()
-    trained = {key: [checkpoint.folder for checkpoint in checkpoints(recipe, store, key)] for key, _ in phases}
-    inputs = EvaluationInputs(
-        raw=raw(recipe, store),
-        text=text(recipe, store),
-        latents={key: latents(recipe, store, phase) for key, phase in phases},
-        towers=towers_ref(recipe, store).folder,
-    )
-    return trained, inputs
-
-
-def start_digest(recipe: Recipe, store: Store, phase_key: str, start: str) -> str:
-    """Names the content of what a phase starts from."""
-    return _noted_start(recipe, store, phase_key, start) or checkpoint_digest(start)
-
-
-def _noted_start(recipe: Recipe, store: Store, phase_key: str, start: str) -> str | None:
-    """The digest of a start that is gone, as the phase noted it when it ended: what is trained does not need it again."""
-    folder = open_store(start)
-    note = recall_stage(store, recipe.run, phase_key)
-    if note is None or folder.exists(DONE_FILE) or folder.exists(CONFIG_FILE):
-        return None
-    trained = list_checkpoints(store, note.folder)
-    of_recipe = read_checkpoint_done(store, trained[-1].folder).recipe if trained else None
-    same = of_recipe is not None and of_recipe["model"].get("start_from") == recipe.model.start_from
-    return note.fields["init"] if same else None
-
-
-def start_of(recipe: Recipe, store: Store, phase_key: str) -> str | None:
-    """URL of what a phase starts from: the last checkpoint of the phase before; for the first one model.start_from."""
-    keys = [key for key, _ in recipe.phases()]
-    position = keys.index(phase_key)
-    if position:
-        return store.uri(last_checkpoint_of_phase(recipe, store, keys[position - 1]).folder)
-    return open_store(recipe.model.start_from).url if recipe.model.start_from else None
-
-
-def checkpoints(recipe: Recipe, store: Store, phase_key: str) -> list[CheckpointRef]:
-    """The finished checkpoints of a phase that has been trained to its end, oldest first."""
-    folder = specs.checkpoints_folder(recipe, phase_key, phase_inputs(recipe, store, phase_key).fields)
-    end = dict(recipe.phases())[phase_key].last_samples
-    found = list_checkpoints(store, folder, end)  # a longer run's stand there too
-    if not found or found[-1].samples < end:
-        raise _missing(recipe, phase_key.partition(".")[0])
-    return found
-
-
-def last_checkpoint_of_phase(recipe: Recipe, store: Store, phase_key: str) -> CheckpointRef:
-    return checkpoints(recipe, store, phase_key)[-1]
-
-
-def _manifest(recipe: Recipe, store: Store, folder: str, stage: str, note: str) -> Manifest:
-    """The manifest that this run last used (its stage note `note` says which), else the folder's newest.
-
-    Runs whose data differ only in the number of images share a folder, so the newest may be another run's.
-    """
-    if not store.exists(f"{folder}/{MANIFEST}"):
-        raise _missing(recipe, stage)
-    used = recall_stage(store, recipe.run, note)
-    if used is not None and used.folder == folder:
-        with suppress(DataError):  # its copy is gone, and the newest is another one
-            return read_manifest(store, folder, used.digest)
-    return read_manifest(store, folder)
-
-
-def _up_to_date(recipe: Recipe, manifest: Manifest, stage: str, **inputs: ManifestRef | None) -> Manifest:
-    wanted = {name: ref.digest for name, ref in inputs.items() if ref is not None}
-    behind = [name for name, digest in wanted.items() if manifest.inputs.get(name) != digest]
-    if behind:
-        raise DataError(f"{stage}: what it made is older than {behind[0]}; {_made_by(recipe, stage)}")
-    return manifest
-
-
-def _ref(manifest: Manifest) -> ManifestRef:
+def _ref(manifest: Manifest | TowersManifest) -> ManifestRef:
     return manifest_ref(manifest.folder, manifest.digest)
-
-
-def _missing(recipe: Recipe, stage: str) -> NotFinishedError:
-    return NotFinishedError(f"{stage} is not finished for this recipe and its settings; {_made_by(recipe, stage)}")
-
-
-def _made_by(recipe: Recipe, stage: str) -> str:
-    return (
-        f"`{local_command(f'sd3 demo --recipe {recipe.name}')}` with the same --set makes all that is missing,"
-        f" the deployment '{stage}/{recipe.name}' this alone"
-    )

@@ -32,11 +32,10 @@ class StageNote(BaseModel):
 
 
 def recall_stage(store: Store, run: str, stage: str) -> StageNote | None:
-    path = _note_path(run, stage)
     try:
-        return StageNote.model_validate(store.get_json(path)) if store.exists(path) else None
+        return StageNote.model_validate(store.get_json(_note_path(run, stage)))
     except (ValidationError, StoreError):
-        return None  # written by another version: it explains nothing, and decides nothing
+        return None  # none, or written by another version: it explains nothing, and decides nothing
 
 
 def stage_noted_at(store: Store, run: str, stage: str) -> float:

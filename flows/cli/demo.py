@@ -197,8 +197,11 @@ def _example_prompt(recipe: Recipe, store: Store) -> str:
     if recipe.data.source == "small_world":
         return EXAMPLE_PROMPT
     from flows.ui.previews import preview_captions
+    from flows.upstream import Upstream
 
-    captions = (cut_at_word(one_line(shown.caption), PROMPT_CHARS) for shown in preview_captions(recipe, store))
+    captions = (
+        cut_at_word(one_line(shown.caption), PROMPT_CHARS) for shown in preview_captions(Upstream(recipe, store))
+    )
     return next(filter(None, captions), EXAMPLE_PROMPT)
 
 

@@ -13,13 +13,13 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flows import upstream
 from flows.cli.options import device as chosen_device
 from flows.cli.options import one_of
 from flows.cli.trained_runs import TrainedRun
 from flows.local.home import local_command, run_store
 from flows.local.recipes import DEFAULT_RECIPE
 from flows.summary import finished_runs
+from flows.upstream import NotFinishedError, Upstream
 from sd3core.checkpoint import is_training_checkpoint, read_checkpoint_done
 from sd3core.data.store import open_store
 from sd3core.errors import UserError
@@ -188,8 +188,8 @@ def _towers(recipe: Recipe, checkpoint: str | None, given: Path | None) -> Path:
         of_store = (own or recipe).model_copy(update={"store": url})
         store = run_store(of_store)
         try:
-            return fetch_towers(store, upstream.towers_manifest(of_store, store).folder, towers_cache())
-        except upstream.NotFinishedError:
+            return fetch_towers(store, Upstream(of_store, store).towers_manifest.folder, towers_cache())
+        except NotFinishedError:
             if checkpoint is None:
                 raise
     raise UserError(f"--checkpoint {checkpoint}: name its VAE and text encoders too, with --towers FOLDER")
@@ -213,8 +213,8 @@ def last_checkpoint(recipe: Recipe) -> str:
     """URL of the last phase's. Where this run is not finished and others are, the UserError names those."""
     store = run_store(recipe)
     try:
-        return store.uri(upstream.last_checkpoint_of_phase(recipe, store, recipe.phases()[-1][0]).folder)
-    except upstream.NotFinishedError:
+        return store.uri(Upstream(recipe, store).last_checkpoint(recipe.phases()[-1][0]).folder)
+    except NotFinishedError:
         finished = finished_runs(store)
         if recipe.run in finished:  # with other settings: the error names the stage
             raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from flows import upstream
 from flows.ui.previews import COLUMNS, shown_rows
 from sd3core.data.images import PixelRules, to_model_range
 from sd3core.data.manifest import ManifestRef, read_manifest
@@ -26,14 +25,13 @@ def image_pictures(recipe: Recipe, store: Store, raw: ManifestRef) -> dict[str, 
     return {"some of the images, as training's square crops": page_jpeg(make_grid(list(images), COLUMNS))}
 
 
-def autoencoder_pictures(recipe: Recipe, store: Store, raw: ManifestRef) -> dict[str, bytes]:
+def autoencoder_pictures(recipe: Recipe, store: Store, raw: ManifestRef, towers: ManifestRef) -> dict[str, bytes]:
     """Caption -> JPEG. Images of the held-out part were not there to learn from."""
     from sd3core.towers.autoencoder import load_autoencoder  # loads diffusers, which a finished stage does not need
 
     images = _some_images(recipe, store, raw)[:COLUMNS]
     if not len(images):
         return {}
-    towers = upstream.towers_ref(recipe, store)
     autoencoder = load_autoencoder(fetch_towers(store, towers.folder, towers_cache(), only=("vae",)))
     decoded = to_uint8(autoencoder.decode(autoencoder.encode(to_model_range(images))))
     return {

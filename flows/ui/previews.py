@@ -8,8 +8,8 @@ from functools import cached_property
 import numpy as np
 from safetensors.torch import load as load_tensors
 
-from flows import upstream
 from flows.ui.artifacts import Shown, markdown_picture
+from flows.upstream import Upstream
 from sd3core.data.manifest import Manifest, read_manifest
 from sd3core.data.shards import read_table
 from sd3core.data.split_rows import Row, read_rows
@@ -25,11 +25,11 @@ from workers.trainer.job import PreviewCaption, PreviewSettings
 PICTURES, COLUMNS = 8, 4
 
 
-def preview_settings(recipe: Recipe, store: Store, phase: Training) -> PreviewSettings:
+def preview_settings(upstream: Upstream, phase: Training) -> PreviewSettings:
     """Settings of a phase's previews, which are sampled as evaluation samples."""
-    evaluate = recipe.evaluate
+    evaluate = upstream.recipe.evaluate
     return PreviewSettings(
-        captions=preview_captions(recipe, store),
+        captions=preview_captions(upstream),
         num_steps=evaluate.num_steps,
         guidance_scale=evaluate.guidance_scale,
         shift=evaluate.shift_for(phase),
@@ -37,13 +37,13 @@ def preview_settings(recipe: Recipe, store: Store, phase: Training) -> PreviewSe
     )
 
 
-def preview_captions(recipe: Recipe, store: Store) -> list[PreviewCaption]:
+def preview_captions(upstream: Upstream) -> list[PreviewCaption]:
     """The captions of the held-out rows whose pictures a phase shows."""
-    reference = upstream.raw(recipe, store)
-    raw = read_manifest(store, reference.folder, reference.digest)
+    recipe, store = upstream.recipe, upstream.store
+    raw = read_manifest(store, upstream.raw.folder, upstream.raw.digest)
     rows = shown_rows(recipe, store, raw)
     numbers = {shard.stem: shard.number for shard in raw.shards}
-    synthetic = _synthetic_captions(recipe, store, {numbers[row.stem] for row in rows if not row.caption})
+    synthetic = _synthetic_captions(upstream, {numbers[row.stem] for row in rows if not row.caption})
     return [
         PreviewCaption(shard=numbers[row.stem], key=row.key, caption=row.caption or synthetic.get(row.key, ""))
         for row in rows
@@ -56,14 +56,14 @@ def shown_rows(recipe: Recipe, store: Store, raw: Manifest) -> list[Row]:
     return held_out or read_rows(store, raw, "train", PICTURES)
 
 
-def _synthetic_captions(recipe: Recipe, store: Store, numbers: set[int]) -> dict[str, str]:
+def _synthetic_captions(upstream: Upstream, numbers: set[int]) -> dict[str, str]:
     """Key -> caption of some shards."""
-    reference = upstream.captions(recipe, store) if numbers else None
+    reference = upstream.captions if numbers else None
     if reference is None:
         return {}
-    manifest = read_manifest(store, reference.folder, reference.digest)
+    manifest = read_manifest(upstream.store, reference.folder, reference.digest)
     tables = [
-        read_table(store, manifest.folder, shard.stem, shard.digest)
+        read_table(upstream.store, manifest.folder, shard.stem, shard.digest)
         for shard in manifest.shards
         if shard.number in numbers
     ]

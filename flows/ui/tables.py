@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from flows import upstream
 from sd3core.data.manifest import read_manifest
 from sd3core.data.shards import read_table
 from sd3core.data.store import Store
-from sd3core.recipe import Recipe
+from sd3core.towers.artifact import read_towers
 
 CAPTIONS_SHOWN = 8
 
@@ -34,10 +33,10 @@ def shard_table(store: Store, results: dict[str, Any], rows_are: str = "rows") -
     return rows
 
 
-def towers_table(recipe: Recipe, store: Store) -> list[dict[str, object]]:
+def towers_table(store: Store, result: Any) -> list[dict[str, object]]:
     """A row a tower: size, digest, and the last figures of its training where it was made here."""
     rows = []
-    for name, tower in upstream.towers_manifest(recipe, store).towers.items():
+    for name, tower in read_towers(store, result.manifest.folder, result.manifest.digest).towers.items():
         figures = ", ".join(f"{key} {value:.4g}" for key, value in tower.training.items() if isinstance(value, float))
         size = sum(file.bytes for file in tower.files.values())
         rows.append(

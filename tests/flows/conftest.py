@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flows import upstream
 from flows.cli import main
+from flows.upstream import Upstream
 from sd3core import specs
 from sd3core.checkpoint import CheckpointDone
 from sd3core.data.store import canonical_json
@@ -90,7 +90,7 @@ def train_today(finish_checkpoint):
     def train(recipe, store) -> list[str]:
         folders = []
         for key, phase in recipe.phases():
-            folder = specs.checkpoints_folder(recipe, key, upstream.phase_inputs(recipe, store, key).fields)
+            folder = specs.checkpoints_folder(recipe, key, Upstream(recipe, store).phase_inputs(key).fields)
             finish_checkpoint(store, f"{folder}/{phase.last_samples:012d}", recipe)
             folders.append(folder)
         return folders

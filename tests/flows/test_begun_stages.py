@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from flows import evaluate, export, pipeline, training
+from flows.upstream import Upstream
 from sd3core.data.begun import all_begun
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.store import open_store
@@ -84,12 +85,10 @@ def test_an_export_is_noted_when_it_ends(run, in_flow, monkeypatch):
         begin(folder, {"checkpoint": "b" * 64})
         return Exported(folder, "c" * 64, False, {"checkpoint": "b" * 64}) if ends else killed()
 
-    monkeypatch.setattr(
-        export.upstream,
-        "last_checkpoint_of_phase",
-        lambda *_: SimpleNamespace(folder="runs/tiny-test/checkpoints/finetune.0/1"),
+    run.upstream = SimpleNamespace(
+        last_checkpoint=lambda key: SimpleNamespace(folder="runs/tiny-test/checkpoints/finetune.0/1"),
+        towers_manifest=SimpleNamespace(folder="towers/t", digests={}),
     )
-    monkeypatch.setattr(export.upstream, "towers_manifest", lambda *_: SimpleNamespace(folder="towers/t", digests={}))
     monkeypatch.setattr(export, "fetch_towers", lambda *_: None)
     monkeypatch.setattr(export, "export_stage", export_stage)
     with pytest.raises(Killed):
@@ -107,9 +106,11 @@ def test_an_export_is_noted_when_it_ends(run, in_flow, monkeypatch):
 
 def test_an_evaluation_says_the_checkpoints_that_it_scores(run, in_flow, monkeypatch):
     ref = SimpleNamespace(folder="runs/tiny-test/checkpoints/pretrain/1/000000000008")
-    monkeypatch.setattr(evaluate.upstream, "checkpoints", lambda *_: [ref])
-    for name in ("raw", "text", "latents", "towers_ref"):
-        monkeypatch.setattr(evaluate.upstream, name, lambda *_: REF)
+    monkeypatch.setattr(Upstream, "checkpoints", lambda *_: [ref])
+    monkeypatch.setattr(Upstream, "latents", lambda *_: REF)
+    for name in ("raw", "text", "towers"):
+        monkeypatch.setattr(Upstream, name, REF)
+    run.upstream = Upstream(run.recipe, run.store)
     monkeypatch.setattr(evaluate, "evaluate_stage", killed)
     with pytest.raises(Killed):
         in_flow(evaluate, evaluate.evaluate)
@@ -120,8 +121,10 @@ def test_an_evaluation_says_the_checkpoints_that_it_scores(run, in_flow, monkeyp
 
 def test_a_pipeline_says_its_start_before_the_first_stage(run, monkeypatch):
     monkeypatch.setattr(pipeline, "session", lambda *_: nullcontext(run))
-    for name in ("check_upgrade", "check_room", "check_start_from", "check_vae", "living_nodes", "get_run_logger"):
+    for name in ("check_upgrade", "living_nodes", "get_run_logger"):
         monkeypatch.setattr(pipeline, name, lambda *_: logging.getLogger())
+    for name in ("check_room", "check_start_from", "check_vae"):
+        monkeypatch.setattr(Upstream, name, lambda *_: None)
     monkeypatch.setattr(pipeline, "STAGE_FLOWS", (killed,))
     with pytest.raises(Killed):
         pipeline.pipeline.fn("tiny-test")

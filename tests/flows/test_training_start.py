@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from flows import upstream
 from flows.training import StartPoint, start_point
+from flows.upstream import NotFinishedError, Upstream
 from sd3core import specs
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.store import open_store
@@ -69,17 +69,16 @@ def test_a_length_that_changes_every_rate_is_told(store):
 
 def test_later_stages_read_the_checkpoints_of_their_own_length(store, finish_checkpoint, monkeypatch):
     """Scores, export and the next phase take what this length has, whatever a longer run left beside it."""
-    made = {"latents": ManifestRef("l", "l", "0"), "text": ManifestRef("t", "t", "0")}
-    monkeypatch.setattr(upstream, "latents", lambda *_: made["latents"])
-    monkeypatch.setattr(upstream, "text", lambda *_: made["text"])
+    monkeypatch.setattr(Upstream, "latents", lambda *_: ManifestRef("l", "l", "0"))
+    monkeypatch.setattr(Upstream, "text", ManifestRef("t", "t", "0"))
     stand(store, finish_checkpoint, 32, 64, 96)
 
     def samples(*overrides: str) -> list[int]:
         recipe = load_recipe("tiny-test", list(overrides))
-        return [ref.samples for ref in upstream.checkpoints(recipe, store, "pretrain")]
+        return [ref.samples for ref in Upstream(recipe, store).checkpoints("pretrain")]
 
     assert samples() == [32, 64, 96]
     assert samples("pretrain.samples=64") == [32, 64]
     for not_trained in ("pretrain.samples=160", "pretrain.samples=40"):
-        with pytest.raises(upstream.NotFinishedError, match="pretrain is not finished"):
+        with pytest.raises(NotFinishedError, match="pretrain is not finished"):
             samples(not_trained)

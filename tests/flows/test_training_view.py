@@ -17,6 +17,7 @@ class Run:
 
     def __init__(self):
         self.store, self.recipe, self.report = None, None, self
+        self.upstream = SimpleNamespace(towers=SimpleNamespace(folder="towers/t"))
         self.looks, self.warnings = {}, []
 
     def show(self, key, look, seconds):
@@ -49,7 +50,6 @@ def shown(monkeypatch):
     monkeypatch.setattr(module, "PreviewDecoder", Decoder)
     monkeypatch.setattr(module, "loss_curve", plot)
     monkeypatch.setattr(module, "read_metrics", lambda store, folder, last_samples: made.stored)
-    monkeypatch.setattr(module.upstream, "towers_ref", lambda recipe, store: SimpleNamespace(folder="towers/t"))
     return made
 
 

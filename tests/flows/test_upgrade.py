@@ -250,18 +250,19 @@ def test_a_stage_asks_by_itself_and_leaves_it_to_its_pipeline_inside_one(monkeyp
         assert asked == [("recipe", "store", True, "encode")] * alone
 
 
-def test_a_pipeline_asks_first_and_after_each_stage_that_made_something(monkeypatch):
+def test_a_pipeline_asks_first_and_after_each_stage_that_made_something(monkeypatch, store):
     said = []
 
     @contextmanager
     def opened(*_):
-        yield SimpleNamespace(recipe=recipe(), store=SimpleNamespace(get_json=lambda path: {}))
+        yield SimpleNamespace(recipe=recipe(), store=store)
 
     def stage_flow(name, state):
         return lambda *_: said.append(name) or {"state": state}
 
-    for name in ("check_room", "check_start_from", "check_vae", "living_nodes", "begin", "end"):
-        monkeypatch.setattr(pipeline, name, lambda *_, **__: None)
+    for name in ("check_room", "check_start_from", "check_vae"):
+        monkeypatch.setattr(pipeline.Upstream, name, lambda *_: None)
+    monkeypatch.setattr(pipeline, "living_nodes", lambda: None)
     monkeypatch.setattr(pipeline, "session", opened)
     monkeypatch.setattr(pipeline, "get_run_logger", lambda: SimpleNamespace(warning=lambda line: None))
     monkeypatch.setattr(pipeline, "check_upgrade", lambda *_: said.append("asked"))

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
+from counting_store import CountingStore
 
-from flows import finetune, upstream
+from flows import finetune
+from flows.upstream import NoRoomError, NotFinishedError, Upstream
 from sd3core.checkpoint import CheckpointRef, save_model
 from sd3core.data.manifest import MANIFEST, Manifest, commit_manifest
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError, DataError
 from sd3core.mmdit import make_model
 from sd3core.recipe_file import load_recipe
-from sd3core.specs import captions_folder, fingerprint, raw_fields, raw_folder
+from sd3core.specs import captions_folder, fingerprint, latents_folder, raw_fields, raw_folder
 from workers.evaluate import sealed
 from workers.evaluate_tasks import plan_tasks
 from workers.ray_room import Node
@@ -51,10 +54,10 @@ def test_each_run_reads_what_it_has_ingested_itself(store):
     described = commit(store, ours, "caption", captions_folder(ours), {"raw": small.digest}, 100)
     large = ingest(store, theirs, 200)
     assert small.folder == large.folder
-    assert upstream.raw(ours, store) == small and upstream.raw(theirs, store) == large
-    assert upstream.captions(ours, store) == described
+    assert Upstream(ours, store).raw == small and Upstream(theirs, store).raw == large
+    assert Upstream(ours, store).captions == described
     with pytest.raises(DataError, match="caption: what it made is older than raw"):
-        upstream.captions(theirs, store)
+        _ = Upstream(theirs, store).captions
 
 
 @pytest.mark.parametrize("damage", [None, b"", b"{}"])
@@ -65,27 +68,27 @@ def test_a_lost_copy_of_the_manifest_is_found_in_the_newest(store, damage):
     store.delete(used.path)
     if damage is not None:
         store.put(used.path, damage)
-    assert upstream.raw(ours, store) == used and store.get(used.path) == whole
+    assert Upstream(ours, store).raw == used and store.get(used.path) == whole
     store.delete(used.path)
     newest = ingest(store, recipe_of("b", 200), 200)  # then the stages after it say that they stand behind
-    assert upstream.raw(ours, store) == newest
+    assert Upstream(ours, store).raw == newest
 
 
 def test_without_a_note_of_this_folder_the_newest_counts(store):
     ours = recipe_of("a", 100)
     first, newest = ingest(store, ours, 100), ingest(store, recipe_of("b", 200), 200)
-    assert upstream.raw(recipe_of("c", 200), store) == newest
+    assert Upstream(recipe_of("c", 200), store).raw == newest
     remember_stage(store, "a", "ingest", "datasets/other/raw/0", first.digest, {})
-    assert upstream.raw(ours, store) == newest
+    assert Upstream(ours, store).raw == newest
     remember_stage(store, "a", "ingest", first.folder, "f" * 64, {})  # a manifest that is gone
-    assert upstream.raw(ours, store) == newest
+    assert Upstream(ours, store).raw == newest
 
 
 def test_a_stage_that_was_taken_back_is_not_found_by_its_note(store):
     ours = recipe_of("a", 100)
     store.delete(f"{ingest(store, ours, 100).folder}/{MANIFEST}")
     with pytest.raises(DataError, match="ingest is not finished"):
-        upstream.raw(ours, store)
+        _ = Upstream(ours, store).raw
 
 
 def test_the_first_phase_starts_from_a_model_of_ones_own_and_its_content_counts(store, tmp_path):
@@ -93,8 +96,8 @@ def test_the_first_phase_starts_from_a_model_of_ones_own_and_its_content_counts(
     from sd3core.mmdit import MMDiT, MMDiTConfig
 
     fresh, own = recipe_of("a", 100), load_recipe("tiny-test", [f"model.start_from={tmp_path}/model"])
-    assert upstream.start_of(fresh, store, "pretrain") is None
-    url = upstream.start_of(own, store, "pretrain")
+    assert Upstream(fresh, store).start_of("pretrain") is None
+    url = Upstream(own, store).start_of("pretrain")
     assert url == (tmp_path / "model").as_uri()
     config, digests = MMDiTConfig.from_depth(1, context_dim=16, pooled_dim=16, position_max=4), []
     for seed in (0, 0, 1):
@@ -109,16 +112,16 @@ def test_the_first_phase_starts_from_a_model_of_ones_own_and_its_content_counts(
 def test_a_start_that_cannot_be_is_told_before_the_first_stage(store, tmp_path):
     own = load_recipe("tiny-test", [f"model.start_from={tmp_path}/model"])
     with pytest.raises(CheckpointError, match="no config.json"):
-        upstream.check_start_from(own, store)
+        Upstream(own, store).check_start_from()
     config = own.model_config_for(own.pretrain)
     save_model(tmp_path / "model", make_model(config))
-    upstream.check_start_from(own, store)
+    Upstream(own, store).check_start_from()
     save_model(tmp_path / "model", make_model(type(config).from_depth(1, position_base=config.position_base)))
     with pytest.raises(
         CheckpointError, match="^pretrain starts from .*model: context_embedder.weight is .64, 4096. there"
     ):
-        upstream.check_start_from(own, store)
-    upstream.check_start_from(recipe_of("a", 100), store)  # fresh weights
+        Upstream(own, store).check_start_from()
+    Upstream(recipe_of("a", 100), store).check_start_from()  # fresh weights
 
 
 def test_a_start_that_is_gone_is_not_needed_once_training_has_ended(store, tmp_path, finish_checkpoint):
@@ -126,13 +129,13 @@ def test_a_start_that_is_gone_is_not_needed_once_training_has_ended(store, tmp_p
     trained = "runs/r/checkpoints/pretrain/spec"
     finish_checkpoint(store, f"{trained}/{8:012d}", own)
     with pytest.raises(CheckpointError, match="no config.json"):
-        upstream.start_digest(own, store, "pretrain", upstream.start_of(own, store, "pretrain"))
+        Upstream(own, store).start_digest("pretrain")
     remember_stage(store, own.run, "pretrain", trained, "f" * 64, {"init": "d" * 64})
-    assert upstream.start_digest(own, store, "pretrain", upstream.start_of(own, store, "pretrain")) == "d" * 64
-    upstream.check_start_from(own, store)
+    assert Upstream(own, store).start_digest("pretrain") == "d" * 64
+    Upstream(own, store).check_start_from()
     other = load_recipe("tiny-test", [f"model.start_from={tmp_path}/mistyped"])
     with pytest.raises(CheckpointError, match="mistyped: no config.json"):
-        upstream.check_start_from(other, store)
+        Upstream(other, store).check_start_from()
 
 
 def test_without_a_fine_tuning_phase_the_stage_names_the_pretrained_checkpoint(monkeypatch, store):
@@ -141,15 +144,14 @@ def test_without_a_fine_tuning_phase_the_stage_names_the_pretrained_checkpoint(m
 
     @contextmanager
     def stage(name, path, overrides, remake=False):
-        yield SimpleNamespace(recipe=recipe, store=store, finish=lambda **result: finished.update(result) or result)
+        upstream, finish = Upstream(recipe, store), lambda **result: finished.update(result) or result
+        yield SimpleNamespace(recipe=recipe, store=store, upstream=upstream, finish=finish)
 
     monkeypatch.setattr(finetune, "stage", stage)
-    monkeypatch.setattr(
-        finetune, "last_checkpoint_of_phase", lambda *_: CheckpointRef(8, "runs/r/checkpoints/pretrain/s/8")
-    )
-    monkeypatch.setattr(finetune, "read_checkpoint_done", lambda store, folder: SimpleNamespace(digest=f"of {folder}"))
+    monkeypatch.setattr(Upstream, "last_checkpoint", lambda *_: CheckpointRef(8, "runs/r/checkpoints/pretrain/s/8"))
+    monkeypatch.setattr(Upstream, "last_digest", lambda upstream, key: f"of {key}")
     finetune.finetune.fn("tiny-test")
-    assert finished["skipped"] and finished["digest"] == "of runs/r/checkpoints/pretrain/s/8"
+    assert finished["skipped"] and finished["digest"] == "of pretrain"
 
 
 def test_what_no_node_holds_is_said_before_the_first_stage_but_not_of_work_that_is_done(
@@ -165,21 +167,67 @@ def test_what_no_node_holds_is_said_before_the_first_stage_but_not_of_work_that_
     trains, encodes = (load_recipe("tiny-test", [f"compute.gpus_per_{process}=1"]) for process in ("rank", "actor"))
     write_records(store)  # a run that was trained, with scores and notes, by other fields than today's
     store.put_json("runs/tiny-test/summary.json", {})
-    upstream.check_room(recipe, store, laptop)
-    with pytest.raises(upstream.NoRoomError, match=no_ranks):
-        upstream.check_room(trains, store, laptop)
-    with pytest.raises(upstream.NoRoomError, match=no_actors):
-        upstream.check_room(encodes, store, laptop)
+    Upstream(recipe, store).check_room(laptop)
+    with pytest.raises(NoRoomError, match=no_ranks):
+        Upstream(trains, store).check_room(laptop)
+    with pytest.raises(NoRoomError, match=no_actors):
+        Upstream(encodes, store).check_room(laptop)
     train_today(recipe, store)
-    upstream.check_room(trains, store, laptop)
-    with pytest.raises(upstream.NoRoomError, match=no_actors):  # evaluation is still to come
-        upstream.check_room(encodes, store, laptop)
-    for task in plan_tasks(recipe, store, *upstream.to_be_scored(recipe, store)):
+    Upstream(trains, store).check_room(laptop)
+    with pytest.raises(NoRoomError, match=no_actors):  # evaluation is still to come
+        Upstream(encodes, store).check_room(laptop)
+    for task in plan_tasks(recipe, store, *Upstream(recipe, store).to_be_scored()):
         store.put_json(task.settled("fp32").path, sealed({"precision": "fp32", "pictures": []}))
-    upstream.check_room(encodes, store, laptop)
+    Upstream(encodes, store).check_room(laptop)
     longer = load_recipe("tiny-test", ["pretrain.samples=960", "compute.gpus_per_rank=1"])
-    with pytest.raises(upstream.NoRoomError, match=no_ranks):
-        upstream.check_room(longer, store, laptop)
+    with pytest.raises(NoRoomError, match=no_ranks):
+        Upstream(longer, store).check_room(laptop)
     changed = load_recipe("tiny-test", ["evaluate.num_steps=3", "compute.gpus_per_actor=1"])
-    with pytest.raises(upstream.NoRoomError, match=no_actors):
-        upstream.check_room(changed, store, laptop)
+    with pytest.raises(NoRoomError, match=no_actors):
+        Upstream(changed, store).check_room(laptop)
+
+
+@pytest.fixture
+def finish_phases(store, write_records, train_today):
+    """A run of tiny-test with so many phases, each with latents of its own, finished as far as evaluation needs it."""
+
+    def finish(phases: int):
+        recipe = load_recipe("tiny-test")
+        more = [recipe.finetune[0].model_copy(update={"side_px": 64 + 16 * n}) for n in range(phases - 1)]
+        recipe = recipe.model_copy(update={"finetune": tuple(more)})
+        write_records(store)
+        raw, towers = Upstream(recipe, store).raw, Upstream(recipe, store).towers_manifest
+        for key, phase in recipe.phases():
+            folder = latents_folder(recipe, phase, towers.digests)
+            if not store.exists(f"{folder}/{MANIFEST}"):
+                commit(store, recipe, f"latents.{key}", folder, {"raw": raw.digest}, 8)
+        train_today(recipe, store)
+        return recipe
+
+    return finish
+
+
+@pytest.mark.parametrize("phases", [2, 4, 8])
+def test_what_evaluation_asks_of_the_stages_before_it_is_read_once(finish_phases, tmp_path, phases):
+    """Each manifest, note and done record one time, and a listing a phase: the requests grow with the phases, not with
+    their square.
+    """
+    recipe = finish_phases(phases)
+    counting = CountingStore(tmp_path)
+    trained, inputs = Upstream(recipe, counting).to_be_scored()
+    assert [len(folders) for folders in trained.values()] == [1] * phases and len(inputs.latents) == phases
+    assert max(Counter(counting.whole).values()) == 1
+    assert counting.asked == {"get": 6 + 3 * phases, "size": 5 + phases, "list": phases}  # 21 in all of two phases
+
+
+def test_what_was_found_is_kept_and_what_was_missing_is_looked_for_again(finish_phases, finish_checkpoint, store):
+    """A stage of two phases asks for the first one's checkpoints when it has trained it."""
+    recipe = finish_phases(3)
+    first = Upstream(recipe, store).checkpoints("finetune.0")[-1]
+    done = store.get(f"{first.folder}/DONE.json")
+    store.delete(f"{first.folder}/DONE.json")
+    upstream = Upstream(recipe, store)
+    with pytest.raises(NotFinishedError, match="finetune is not finished"):
+        upstream.phase_inputs("finetune.1")
+    store.put(f"{first.folder}/DONE.json", done)
+    assert upstream.phase_inputs("finetune.1").start == store.uri(first.folder)

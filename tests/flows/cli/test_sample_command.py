@@ -24,9 +24,8 @@ def drawn(monkeypatch, tmp_path):
     """Runs `sd3 sample ARGUMENTS` without a run's files and without drawing: what it was asked to draw."""
     monkeypatch.setenv("SD3_HOME", str(tmp_path))
     monkeypatch.setattr(sample, "last_checkpoint", lambda recipe: "file:///store/runs/r/checkpoints/last")
-    monkeypatch.setattr(
-        sample.upstream, "towers_manifest", lambda recipe, _: SimpleNamespace(folder=towers_folder(recipe))
-    )
+    manifest = property(lambda upstream: SimpleNamespace(folder=towers_folder(upstream.recipe)))
+    monkeypatch.setattr(sample.Upstream, "towers_manifest", manifest)
     monkeypatch.setattr(sample, "fetch_towers", lambda store, folder, cache: folder)
     asked: dict[str, object] = {}
     screen = io.StringIO()
@@ -93,13 +92,15 @@ def test_a_checkpoint_brings_the_towers_it_was_trained_with(drawn, tmp_path, fin
 def fetched(monkeypatch, tmp_path):
     """Makes towers of tiny-test stand in a store; what is fetched then is told as (store's URL, folder)."""
 
-    def towers_manifest(recipe, store):
-        if not store.exists(f"{towers_folder(recipe)}/x"):
-            raise sample.upstream.NotFinishedError("towers")
-        return SimpleNamespace(folder=towers_folder(recipe))
+    @property
+    def towers_manifest(upstream):
+        folder = towers_folder(upstream.recipe)
+        if not upstream.store.exists(f"{folder}/x"):
+            raise sample.NotFinishedError("towers")
+        return SimpleNamespace(folder=folder)
 
     def make(store):
-        monkeypatch.setattr(sample.upstream, "towers_manifest", towers_manifest)
+        monkeypatch.setattr(sample.Upstream, "towers_manifest", towers_manifest)
         monkeypatch.setattr(sample, "fetch_towers", lambda store, folder, cache: (store.url, folder))
         store.put(f"{towers_folder(load_recipe('tiny-test'))}/x", b"")
 
