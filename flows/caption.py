@@ -15,15 +15,6 @@ from workers.caption import caption_stage
 def caption(recipe: str, overrides: list[str] | None = None, remake: bool = False) -> dict[str, Any]:
     """With captioner 'none' there is nothing to make: training then takes the original captions only."""
     with stage("caption", recipe, overrides, remake) as run:
-        raw = run.upstream.raw
-        if run.recipe.caption.captioner == "none":
-            return run.finish(
-                manifest=raw.path,
-                digest=raw.digest,
-                skipped=True,
-                reason="the recipe names no captioner",
-                table=[],
-                warnings=[],
-            )
-        result = caption_stage(run.recipe, run.store, raw, run.report)
-        return run.finish_parts({"captions": result}, table=caption_table(run.store, result))
+        result = caption_stage(run.recipe, run.store, run.upstream.raw, run.report)
+        captioned = run.recipe.caption.captioner != "none"
+        return run.finish(result, [caption_table(run.store, result)] if captioned else [])

@@ -11,12 +11,10 @@ from prefect import flow
 
 from flows.stage import FLOW_OPTIONS, stage
 from sd3core.checkpoint import DONE_FILE
-from sd3core.data.begun import begin
-from sd3core.progress import Progress
 from sd3core.towers.artifact import fetch_towers
 from workers.caches import checked_here, towers_cache
 from workers.export import export_stage
-from workers.stage import NOTHING_TO_DO, remember_stage
+from workers.stage import StageResult
 
 
 @flow(name="export", **FLOW_OPTIONS)
@@ -30,35 +28,18 @@ def export(recipe: str, overrides: list[str] | None = None, remake: bool = False
         key, _ = run.recipe.phases()[-1]
         last = run.upstream.last_checkpoint(key)
         if problem := run.recipe.export_problem():
-            return run.finish(
-                manifest=f"{last.folder}/{DONE_FILE}",
-                digest=run.upstream.last_digest(key),
-                skipped=True,
-                reason=problem,
-                table=[],
-            )
+            of_training = f"{last.folder}/{DONE_FILE}", run.upstream.last_digest(key)
+            return run.finish(StageResult("export", *of_training, skipped=True, reason=problem))
         manifest = run.upstream.towers_manifest
         towers = fetch_towers(run.store, manifest.folder, towers_cache())
-        run.report(Progress(0, 1, "folders"))
-        exported = export_stage(
+        result = export_stage(
             run.recipe,
             run.store,
             last.folder,
             towers,
             manifest.digests,
+            run.report,
             checked=checked_here(),
-            begin=lambda folder, fields: begin(run.store, run.recipe.run, "export", folder, fields, [last.folder]),
             reread_towers=lambda: fetch_towers(run.store, manifest.folder, towers_cache(), reread=True),
         )
-        remember_stage(run.store, run.recipe.run, "export", exported.folder, exported.digest, exported.fields)
-        run.report(Progress(1, 1, "folders"))
-        return run.finish(
-            manifest=f"{exported.folder}/MANIFEST.json",
-            digest=exported.digest,
-            skipped=exported.skipped,
-            reason=NOTHING_TO_DO if exported.skipped else f"from {last.folder}",
-            warnings=[f"{run.store.uri(exported.damaged)} was damaged: the folder is made again"]
-            if exported.damaged
-            else [],
-            table=[{"folder": run.store.uri(exported.folder), "checkpoint": last.folder}],
-        )
+        return run.finish(result, [[{"folder": run.store.uri(result.folder), "checkpoint": last.folder}]])

@@ -10,22 +10,19 @@ from typing import Any
 from prefect import flow
 
 from flows.stage import FLOW_OPTIONS, stage
-from flows.training import merge_phases, train_phase
+from flows.training import loss_pictures, phases_table, train_phase
+from workers.stage import StageResult
+from workers.trainer.stage import join_phases
 
 
 @flow(name="finetune", **FLOW_OPTIONS)
 def finetune(recipe: str, overrides: list[str] | None = None, remake: bool = False) -> dict[str, Any]:
     """Every fine-tuning phase in order, each from the EMA weights of the one before."""
     with stage("finetune", recipe, overrides, remake) as run:
-        results = []
-        for index in range(len(run.recipe.finetune)):
-            results.append(train_phase(run, f"finetune.{index}"))
-        if not results:
-            return run.finish(
-                manifest=run.upstream.last_checkpoint("pretrain").folder,
-                digest=run.upstream.last_digest("pretrain"),
-                skipped=True,
-                reason="the recipe has no fine-tuning phase",
-                table=[],
-            )
-        return run.finish(**merge_phases(results).shown())
+        keys = [key for key, _ in run.recipe.phases()[1:]]
+        if not keys:
+            start, digest = run.upstream.last_checkpoint("pretrain"), run.upstream.last_digest("pretrain")
+            reason = "the recipe has no fine-tuning phase"
+            return run.finish(StageResult("finetune", start.folder, digest, skipped=True, reason=reason))
+        result = join_phases([train_phase(run, key) for key in keys])
+        return run.finish(result, [phases_table(run, keys)], loss_pictures(run, keys))

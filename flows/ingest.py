@@ -18,6 +18,4 @@ def ingest(recipe: str, overrides: list[str] | None = None, remake: bool = False
     with stage("ingest", recipe, overrides, remake) as run:
         result = ingest_stage(run.recipe, run.store, run.report, run.warn)
         pictures = {} if result.skipped else image_pictures(run.recipe, run.store, result.manifest)
-        return run.finish_parts(
-            {"raw": result}, table=shard_table(run.store, {"raw": result}, "images"), pictures=pictures
-        )
+        return run.finish(result, [shard_table(run.store, {"raw": result}, "images")], pictures)

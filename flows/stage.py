@@ -1,17 +1,17 @@
 """Runs one stage: opens the session, reports progress, ends with an outcome.
 
-The pipeline and the summary read the outcome.
+The pipeline and the summary read that.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prefect import runtime
 from prefect.logging import get_run_logger
@@ -24,7 +24,7 @@ from flows.upstream import Upstream
 from sd3core.data.store import Store
 from sd3core.recipe import Recipe
 from sd3core.shown_text import printable
-from sd3core.specs import fingerprint
+from workers.stage import StageResult
 
 
 def run_name() -> str:
@@ -45,22 +45,6 @@ FLOW_OPTIONS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class StageOutcome:
-    """What a stage leaves behind: where its manifest stands, its digest, and whether anything had to be done."""
-
-    name: str
-    manifest: str  # URI
-    digest: str
-    seconds: float
-    state: Literal["done", "skipped"]
-    reason: str
-    warnings: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 @dataclass
 class StageRun:
     """What a stage's flow works with."""
@@ -71,7 +55,6 @@ class StageRun:
     report: StageReporter
     log: Log
     started: float = field(default_factory=time.monotonic)
-    outcome: StageOutcome | None = None
     logged: list[str] = field(default_factory=list)  # warnings
 
     @cached_property
@@ -87,57 +70,33 @@ class StageRun:
 
     def finish(
         self,
-        *,
-        manifest: str,
-        digest: str,
-        skipped: bool,
-        reason: str,
-        table: list[dict[str, object]],
-        second_table: list[dict[str, object]] | None = None,
-        warnings: list[str] | None = None,
+        result: StageResult,
+        tables: Sequence[list[dict[str, object]]] = (),
         pictures: dict[str, bytes] | None = None,
     ) -> dict[str, Any]:
-        """Logs the warnings that were not logged when they came, shows the tables and pictures in the UI, and returns the
-        outcome as the flow's result.
+        """Tells what was not told yet, shows the tables and pictures in the UI, and returns the flow's result: where the
+        manifest stands, its digest, and whether anything had to be done. The pipeline and the summary read it.
         """
-        warnings = warnings or []
-        for warning in dict.fromkeys(warnings):
-            if warning not in self.logged:
-                self.log.warning(printable(warning))
-        if skipped:
-            self.report.skipped(reason)
-        self.outcome = StageOutcome(
-            name=self.name,
-            manifest=self.store.uri(manifest),
-            digest=digest,
-            seconds=round(time.monotonic() - self.started, 1),
-            state="skipped" if skipped else "done",
-            reason=reason,
-            warnings=warnings,
-        )
-        self.log.info("%s %s in %.1f s: %s", self.name, self.outcome.state, self.outcome.seconds, printable(reason))
-        title = f"{self.name}: {self.outcome.state} ({reason})"
-        publish(self.name, title, [table, second_table or []], warnings, pictures)
-        return self.outcome.to_dict()
-
-    def finish_parts(self, results: dict[str, Any], **shown: Any) -> dict[str, Any]:
-        """Ends a stage that makes several manifests: the digest covers all of them, the manifest named is the last.
-
-        Its warnings are told where the run is followed: a later stage may fail, and no summary would have them.
-        """
-        warnings = [warning for result in results.values() for warning in result.warnings]
-        for warning in warnings:
+        for warning in result.warnings:
             self.warn(warning)
-        parts = {name: result.manifest.digest for name, result in results.items()}
-        reasons = sorted({result.reason for result in results.values()})
-        return self.finish(
-            manifest=list(results.values())[-1].manifest.path,
-            digest=next(iter(parts.values())) if len(parts) == 1 else fingerprint(parts),
-            skipped=all(result.skipped for result in results.values()),
-            reason="; ".join(reasons),
-            warnings=warnings,
-            **shown,
-        )
+        for note in dict.fromkeys(result.notes):
+            if note not in self.logged:
+                self.log.warning(printable(note))
+        if result.skipped:
+            self.report.skipped(result.reason)
+        state, seconds = "skipped" if result.skipped else "done", round(time.monotonic() - self.started, 1)
+        said = [*result.warnings, *result.notes]
+        self.log.info("%s %s in %.1f s: %s", self.name, state, seconds, printable(result.reason))
+        publish(self.name, f"{self.name}: {state} ({result.reason})", tables, said, pictures)
+        return {
+            "name": self.name,
+            "manifest": self.store.uri(result.path),
+            "digest": result.digest,
+            "seconds": seconds,
+            "state": state,
+            "reason": result.reason,
+            "warnings": said,
+        }
 
 
 @contextmanager

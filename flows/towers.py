@@ -23,4 +23,4 @@ def towers(recipe: str, overrides: list[str] | None = None, remake: bool = False
         raw = run.upstream.raw
         result = towers_stage(run.recipe, run.store, raw, run.report)
         pictures = {} if result.skipped else autoencoder_pictures(run.recipe, run.store, raw, result.manifest)
-        return run.finish_parts({"towers": result}, table=towers_table(run.store, result), pictures=pictures)
+        return run.finish(result, [towers_table(run.store, result)], pictures)

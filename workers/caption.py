@@ -26,10 +26,12 @@ CAPTION_SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "caption", "
 Captioner = Callable[[Sequence[Image]], list[str]]
 
 
-def caption_stage(recipe: Recipe, store: Store, raw: ManifestRef, report: ProgressCallback) -> StageResult | None:
-    """Captions parquets, a row a key. None where the recipe names no captioner: originals are used alone then."""
+def caption_stage(recipe: Recipe, store: Store, raw: ManifestRef, report: ProgressCallback) -> StageResult:
+    """Captions parquets, a row a key. Where the recipe names no captioner there is nothing to make, and the raw data stand:
+    originals are used alone then.
+    """
     if recipe.caption.captioner == "none":
-        return None
+        return StageResult("caption", raw.path, raw.digest, skipped=True, reason="the recipe names no captioner")
     folder = captions_folder(recipe)
     tasks = [
         ShardTask(number, shard.digest[:12], folder, shard.rows, shard)

@@ -14,14 +14,14 @@ from sd3core.data.shards import DoneRecord, parts_digest
 from sd3core.data.store import Store, open_store
 from sd3core.progress import Progress, ProgressCallback
 from sd3core.recipe import TOKENS_AT_MOST, Recipe, Text
-from sd3core.specs import latents_fields, latents_folder, text_fields, text_folder
+from sd3core.specs import fingerprint, latents_fields, latents_folder, text_fields, text_folder
 from sd3core.towers.artifact import read_towers
 from sd3core.words import counted
 from workers.encode_latents import ENLARGED, LatentsSource, LatentsWorker
 from workers.encode_text import NULL_FILE, TOO_LONG, TextSource, TextWorker, pin_null
 from workers.inputs import InputShard, actor_device, decode_threads, input_shards
 from workers.shard_stage import ShardStage, ShardTask, remember_stage, run_shard_stages
-from workers.stage import StageResult
+from workers.stage import StageResult, join_results
 
 LOAD_S = 1800  # that loading may take without a sign of life before the pool's watchdog begins to count
 
@@ -33,8 +33,8 @@ def encode_stage(
     captions: ManifestRef | None,
     towers: ManifestRef,
     report: ProgressCallback,
-) -> dict[str, StageResult]:
-    """{"text": …, "latents.pretrain": …, "latents.finetune.0": …}; phases whose latents are the same share them.
+) -> StageResult:
+    """Its parts are "text", "latents.pretrain", "latents.finetune.0", …; phases whose latents are the same share them.
 
     Raises StageFailed when shards could not be made, DataError when an input is missing or not what its manifest says.
     """
@@ -81,7 +81,8 @@ def encode_stage(
     for phase_key, phase in recipe.phases():
         name = f"latents.{phase_key}"
         results[name] = _with_enlarged_images(store, f"{phase_key} ({phase.side_px} px)", results[name])
-    return results
+    digest = fingerprint({name: result.digest for name, result in results.items()})
+    return join_results("encode", results, digest, "; ".join(sorted({result.reason for result in results.values()})))
 
 
 def _with_enlarged_images(store: Store, phase: str, result: StageResult) -> StageResult:

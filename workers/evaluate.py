@@ -18,9 +18,9 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
+from sd3core.data.begun import begin, end
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.records import bytes_record, own_digest, sealed
 from sd3core.data.store import Store, StoreDamaged, StoreNotFound, canonical_json
@@ -36,6 +36,7 @@ from workers.evaluate_tasks import EvaluationInputs, EvaluationTask, ScoredPart,
 from workers.inputs import actor_device
 from workers.pool import Outcome, PoolSettings, map_over_actors
 from workers.ray_session import start_ray
+from workers.stage import NOTHING_TO_DO, StageResult
 
 PRECISIONS = ("bf16", "fp32")
 PART_THREADS = 16
@@ -45,46 +46,23 @@ class EvaluationFailed(UserError):
     """Parts that could not be made, after all others were."""
 
 
-@dataclass(frozen=True)
-class EvaluationResult:
-    """`scores` rows: checkpoint, phase, samples, weights, protocol, precision, metric, value, count, and what a metric has
-    beside it. `protocols`: readable, by fingerprint; all that stand are there, `shown` are those the recipe asks for.
-
-    `pictures`: phase, samples, weights, name, uri, thumbnail (paths in the store). `left_out`: which score, and why
-    there is none. `bench`: a row for each task of ShapesBench with its tallies (all, seen, unseen,
-    and by size, "HEIGHTxWIDTH") and chance.
-    """
-
-    path: str  # of scores.json
-    digest: str
-    scores: list[dict[str, Any]]
-    bench: list[dict[str, Any]]
-    left_out: list[dict[str, Any]]
-    pictures: list[dict[str, Any]]
-    protocols: dict[str, dict[str, Any]]
-    shown: list[str]
-    made: int  # parts
-    done_before: int
-    seconds: float
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def skipped(self) -> bool:
-        return self.made == 0
-
-
 def evaluate_stage(
     recipe: Recipe,
     store: Store,
     checkpoints: dict[str, list[str]],
     inputs: EvaluationInputs,
     report: ProgressCallback,
-) -> EvaluationResult:
-    """checkpoints: phase key -> finished checkpoint folders of the store, oldest first.
+) -> StageResult:
+    """checkpoints: phase key -> finished checkpoint folders of the store, oldest first. The result names scores.json.
 
     Raises EvaluationFailed naming the parts given up and why; the finished ones stay.
     """
     started = time.monotonic()
+    digests = {"raw": inputs.raw.digest, "text": inputs.text.digest}
+    digests |= {key: ref.digest for key, ref in inputs.latents.items()}
+    needs = [f"references/{recipe.data.name}", inputs.towers]
+    needs += [folder for folders in checkpoints.values() for folder in folders]
+    begin(store, recipe.run, "evaluate", _folder(recipe), digests, needs)
     tasks = plan_tasks(recipe, store, checkpoints, inputs)
     standing, warnings = _standing_parts(store, tasks, checked_here())
     missing = [task for task in tasks if not standing[task.place]]
@@ -113,14 +91,18 @@ def evaluate_stage(
     data = canonical_json(summary | {"made_by": _makers([part for _, part in parts])})
     if not store.exists(path) or store.get(path) != data:
         store.put(path, data)
-    return EvaluationResult(
+    end(store, recipe.run, "evaluate", _folder(recipe))
+    total = counted(made + meter.already_done, "part")
+    return StageResult(
+        "evaluate",
         path,
         fingerprint(summary),
-        **summary,
-        made=made,
-        done_before=meter.already_done,
+        skipped=made == 0,
+        reason=f"{made} of {total} not scored yet" if made else NOTHING_TO_DO,
         seconds=time.monotonic() - started,
-        warnings=warnings,
+        done_before=meter.already_done,
+        made=made,
+        notes=warnings,
     )
 
 
@@ -290,8 +272,13 @@ def _run_tasks(
 
 
 def summarise(parts: Sequence[tuple[EvaluationTask, ScoredPart]]) -> dict[str, Any]:
-    """The tables over all parts, and ShapesBench's overall: all six tasks of a checkpoint by one protocol have a score, or
-    there is none.
+    """The tables over all parts, as scores.json has them.
+
+    `scores` rows: checkpoint, phase, samples, weights, protocol, precision, metric, value, count, and what a metric has
+    beside it; ShapesBench's overall where all six tasks of a checkpoint by one protocol have a score. `protocols`:
+    readable, by fingerprint. `pictures`: phase, samples, weights, name, uri, thumbnail (paths in the store). `left_out`:
+    which score, and why there is none. `bench`: a row for each task of ShapesBench with its tallies (all, seen, unseen,
+    and by size, "HEIGHTxWIDTH") and chance.
     """
     scores, left_out, pictures, bench_tasks, protocols = [], [], [], [], {}
     bench: dict[tuple[str, ...], list[dict[str, Any]]] = {}

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sd3core.checkpoint import record_file
 from sd3core.checkpoint_facts import read_facts
+from sd3core.data.begun import begin
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.provenance import PROVENANCE_FILE, provenance, put_provenance
 from sd3core.data.store import Store, StoreDamaged, StoreNotFound
 from sd3core.exchange.diffusers_folder import MANIFEST_FILE, export_diffusers
+from sd3core.progress import Progress, ProgressCallback, ignore_progress
 from sd3core.recipe import Recipe
 from sd3core.specs import FORMATS, fingerprint
-
-
-@dataclass(frozen=True)
-class Exported:
-    folder: str  # in the store
-    digest: str  # of its MANIFEST.json
-    skipped: bool
-    fields: dict[str, Any]  # what its spec is the fingerprint of
-    damaged: str | None = None  # the file for which it was made again
+from workers.stage import NOTHING_TO_DO, StageResult, remember_stage
 
 
 def export_stage(
@@ -35,17 +29,19 @@ def export_stage(
     checkpoint: str,
     towers: Path,
     tower_digests: dict[str, str],
+    report: ProgressCallback = ignore_progress,
     *,
     checked: CheckedFiles | None = None,
     reread_towers: Callable[[], object] = lambda: None,
-    begin: Callable[[str, dict[str, Any]], None] = lambda folder, fields: None,
-) -> Exported:
+) -> StageResult:
     """The checkpoint folder `checkpoint` of the store, exported to runs/RUN/export/SPEC with its MANIFEST.json last.
 
     `towers` is the local copy, `tower_digests` the digests of its manifest; before it is copied `reread_towers` compares
     all of its bytes, which the export's own manifest will vouch for. Where a manifest stands and every file is as it says,
-    nothing is made. `begin` hears of the folder and its fields before anything is looked at.
+    nothing is made.
     """
+    started = time.monotonic()
+    report(Progress(0, 1, "folders"))
     facts = read_facts(store.uri(checkpoint))
     fields = {
         "format": FORMATS["export"],
@@ -60,7 +56,7 @@ def export_stage(
     folder = f"runs/{recipe.run}/export/{spec}"
     manifest_path = f"{folder}/{MANIFEST_FILE}"
     standing = {"stage": "export", "spec": spec, "fields": fields}
-    begin(folder, fields)
+    begin(store, recipe.run, "export", folder, fields, [checkpoint])
     skipped, damaged = _look(store, folder, standing, checked)
     if not skipped:
         reread_towers()
@@ -73,7 +69,19 @@ def export_stage(
                 files[name] = record_file(path).model_dump()
         put_provenance(store, f"{folder}/{PROVENANCE_FILE}", provenance())
         store.put_json(manifest_path, standing | {"from": checkpoint, "files": files})
-    return Exported(folder, fingerprint(store.get_json(manifest_path)), skipped, fields, damaged)
+    digest = fingerprint(store.get_json(manifest_path))
+    remember_stage(store, recipe.run, "export", folder, digest, fields)
+    report(Progress(1, 1, "folders"))
+    return StageResult(
+        "export",
+        manifest_path,
+        digest,
+        skipped=skipped,
+        reason=NOTHING_TO_DO if skipped else f"from {checkpoint}",
+        seconds=time.monotonic() - started,
+        made=int(not skipped),
+        notes=[f"{store.uri(damaged)} was damaged: the folder is made again"] if damaged else [],
+    )
 
 
 def _look(store: Store, folder: str, standing: dict[str, Any], checked: CheckedFiles | None) -> tuple[bool, str | None]:

@@ -259,7 +259,8 @@ def _conclude(
     remember_stage(store, run, stage.name, stage.folder, reference.digest, stage.fields)
     return StageResult(
         stage=stage.name,
-        manifest=reference,
+        path=reference.path,
+        digest=reference.digest,
         skipped=reason == NOTHING_TO_DO,
         reason=reason,
         seconds=time.monotonic() - started,

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sd3core.data.begun import end
-from sd3core.data.manifest import ManifestRef, explain_difference
+from sd3core.data.manifest import ManifestRef, explain_difference, manifest_ref
 from sd3core.data.store import Store
 from sd3core.errors import StoreError, UserError
 from sd3core.words import counted
@@ -98,15 +98,51 @@ class StageFailed(UserError):
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage ended with, for the flow that called it."""
+    """What a stage or a part of it ended with, for the flow that called it.
+
+    `warnings` are told at its end where the run is followed, too: a later stage may fail, and no summary would have them.
+    `notes` stand in the log and the summary alone: they were told when they came, or nothing comes after them.
+    """
 
     stage: str
-    manifest: ManifestRef
+    path: str  # in the store, of the record that says it is done: a manifest, a checkpoint's DONE.json, scores.json
+    digest: str  # of what was made
     skipped: bool
     reason: str  # why it was skipped or what made it work
-    seconds: float
-    done_before: int = 0  # shards
-    made: int = 0  # shards
+    seconds: float = 0.0
+    done_before: int = 0  # shards, towers or parts of scores
+    made: int = 0
     rows: int = 0
     bytes: int = 0
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    parts: dict[str, StageResult] = field(default_factory=dict)  # by name, where a stage makes several things
+
+    @property
+    def folder(self) -> str:
+        return self.path.rpartition("/")[0]
+
+    @property
+    def manifest(self) -> ManifestRef:
+        """Of a stage that commits one."""
+        return manifest_ref(self.folder, self.digest)
+
+
+def join_results(stage: str, parts: dict[str, StageResult], digest: str, reason: str) -> StageResult:
+    """A stage's parts as its result: the record is the last one's, and it was skipped where all were."""
+    results = list(parts.values())
+    return StageResult(
+        stage=stage,
+        path=results[-1].path,
+        digest=digest,
+        skipped=all(result.skipped for result in results),
+        reason=reason,
+        seconds=max(result.seconds for result in results),
+        done_before=sum(result.done_before for result in results),
+        made=sum(result.made for result in results),
+        rows=sum(result.rows for result in results),
+        bytes=sum(result.bytes for result in results),
+        warnings=[warning for result in results for warning in result.warnings],
+        notes=[note for result in results for note in result.notes],
+        parts=parts,
+    )

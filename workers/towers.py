@@ -67,7 +67,8 @@ def towers_stage(recipe: Recipe, store: Store, raw: ManifestRef | None, report: 
     remember_stage(store, recipe.run, "towers", folder, reference.digest, fields)
     return StageResult(
         stage="towers",
-        manifest=reference,
+        path=reference.path,
+        digest=reference.digest,
         skipped=reason == NOTHING_TO_DO,
         reason=reason,
         seconds=time.monotonic() - started,

@@ -6,7 +6,7 @@ import base64
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Self
 from uuid import UUID
@@ -146,7 +146,7 @@ class StageReporter:
 def publish(
     stage: str,
     title: str,
-    tables: list[list[dict[str, object]]],
+    tables: Sequence[list[dict[str, object]]],
     warnings: list[str],
     pictures: dict[str, bytes] | None = None,
 ) -> None:

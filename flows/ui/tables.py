@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sd3core.data.manifest import read_manifest
 from sd3core.data.shards import read_table
 from sd3core.data.store import Store
 from sd3core.towers.artifact import read_towers
+from workers.stage import StageResult
 
 CAPTIONS_SHOWN = 8
 
 
-def shard_table(store: Store, results: dict[str, Any], rows_are: str = "rows") -> list[dict[str, object]]:
+def shard_table(store: Store, results: dict[str, StageResult], rows_are: str = "rows") -> list[dict[str, object]]:
     """A row for each thing a stage makes: shards, what is in them, size, how many by bucket or split, what is left out."""
     rows = []
     for name, result in results.items():
@@ -33,7 +32,7 @@ def shard_table(store: Store, results: dict[str, Any], rows_are: str = "rows") -
     return rows
 
 
-def towers_table(store: Store, result: Any) -> list[dict[str, object]]:
+def towers_table(store: Store, result: StageResult) -> list[dict[str, object]]:
     """A row a tower: size, digest, and the last figures of its training where it was made here."""
     rows = []
     for name, tower in read_towers(store, result.manifest.folder, result.manifest.digest).towers.items():
@@ -50,7 +49,7 @@ def towers_table(store: Store, result: Any) -> list[dict[str, object]]:
     return rows
 
 
-def caption_table(store: Store, result: Any) -> list[dict[str, object]]:
+def caption_table(store: Store, result: StageResult) -> list[dict[str, object]]:
     """The first captions."""
     manifest = read_manifest(store, result.manifest.folder, result.manifest.digest)
     if not manifest.shards:

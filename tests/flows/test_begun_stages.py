@@ -8,6 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+import workers.evaluate
+import workers.export
+import workers.trainer.stage
 from flows import evaluate, export, pipeline, training
 from flows.upstream import Upstream
 from sd3core.data.begun import all_begun
@@ -15,7 +18,7 @@ from sd3core.data.manifest import ManifestRef
 from sd3core.data.store import open_store
 from sd3core.errors import StoreError
 from sd3core.recipe_file import load_recipe
-from workers.export import Exported
+from sd3core.towers.artifact import TOWER_FOLDERS
 from workers.stage import recall_stage
 
 START = "s3://bucket/runs/base/checkpoints/pretrain/111111111111/000000000008"
@@ -35,7 +38,7 @@ def run(tmp_path):
         report=lambda progress: None,
         warn=print,
         log=logging.getLogger(),
-        finish=lambda **shown: shown,
+        finish=lambda result, *shown: result,
     )
 
 
@@ -61,6 +64,7 @@ def killed(*_, **__):
 def test_a_training_says_its_folder_and_its_start(run, monkeypatch):
     folder = "runs/tiny-test/checkpoints/pretrain/222222222222"
     job = SimpleNamespace(
+        run="tiny-test",
         folder=folder,
         fields={"training": {}, "latents": "a" * 64},
         init=START,
@@ -70,7 +74,7 @@ def test_a_training_says_its_folder_and_its_start(run, monkeypatch):
     )
     monkeypatch.setattr(training, "phase_job", lambda run, key: job)
     monkeypatch.setattr(training, "training_view", lambda run, job: nullcontext())
-    monkeypatch.setattr(training, "train", killed)
+    monkeypatch.setattr(workers.trainer.stage, "train", killed)
     with pytest.raises(Killed):
         training.train_phase(run, "pretrain")
     (begun,) = all_begun(run.store)
@@ -79,29 +83,27 @@ def test_a_training_says_its_folder_and_its_start(run, monkeypatch):
 
 
 def test_an_export_is_noted_when_it_ends(run, in_flow, monkeypatch):
-    folder, ends = "runs/tiny-test/export/333333333333", False
+    ends = False
 
-    def export_stage(*_, begin, **__):
-        begin(folder, {"checkpoint": "b" * 64})
-        return Exported(folder, "c" * 64, False, {"checkpoint": "b" * 64}) if ends else killed()
+    def look(store, folder, standing, checked):
+        store.put_json(f"{folder}/MANIFEST.json", standing)
+        return (True, None) if ends else killed()
 
     run.upstream = SimpleNamespace(
         last_checkpoint=lambda key: SimpleNamespace(folder="runs/tiny-test/checkpoints/finetune.0/1"),
-        towers_manifest=SimpleNamespace(folder="towers/t", digests={}),
+        towers_manifest=SimpleNamespace(folder="towers/t", digests=dict.fromkeys(TOWER_FOLDERS, "d")),
     )
     monkeypatch.setattr(export, "fetch_towers", lambda *_: None)
-    monkeypatch.setattr(export, "export_stage", export_stage)
+    monkeypatch.setattr(workers.export, "read_facts", lambda url: SimpleNamespace(digest="b" * 64, shift=1.0))
+    monkeypatch.setattr(workers.export, "_look", look)
     with pytest.raises(Killed):
         in_flow(export, export.export)
     (begun,) = all_begun(run.store)
-    assert (begun.stage, begun.folder, begun.record["needs"]) == (
-        "export",
-        folder,
-        ["runs/tiny-test/checkpoints/finetune.0/1"],
-    )
+    assert (begun.stage, begun.record["needs"]) == ("export", ["runs/tiny-test/checkpoints/finetune.0/1"])
+    assert begun.folder.startswith("runs/tiny-test/export/") and begun.record["fields"]["checkpoint"] == "b" * 64
     ends = True
-    in_flow(export, export.export)
-    assert not all_begun(run.store) and recall_stage(run.store, "tiny-test", "export").folder == folder
+    assert in_flow(export, export.export).folder == begun.folder
+    assert not all_begun(run.store) and recall_stage(run.store, "tiny-test", "export").folder == begun.folder
 
 
 def test_an_evaluation_says_the_checkpoints_that_it_scores(run, in_flow, monkeypatch):
@@ -111,7 +113,7 @@ def test_an_evaluation_says_the_checkpoints_that_it_scores(run, in_flow, monkeyp
     for name in ("raw", "text", "towers"):
         monkeypatch.setattr(Upstream, name, REF)
     run.upstream = Upstream(run.recipe, run.store)
-    monkeypatch.setattr(evaluate, "evaluate_stage", killed)
+    monkeypatch.setattr(workers.evaluate, "plan_tasks", killed)
     with pytest.raises(Killed):
         in_flow(evaluate, evaluate.evaluate)
     (begun,) = all_begun(run.store)

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from flows.training import StartPoint, start_point
 from flows.upstream import NotFinishedError, Upstream
 from sd3core import specs
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.store import open_store
 from sd3core.recipe_file import load_recipe
 from workers.stage import NOTHING_TO_DO, StageNote
+from workers.trainer.stage import StartPoint, start_point
 
 INPUTS = {"latents": "0", "text": "0", "init": None}
 

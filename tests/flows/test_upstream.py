@@ -140,18 +140,18 @@ def test_a_start_that_is_gone_is_not_needed_once_training_has_ended(store, tmp_p
 
 def test_without_a_fine_tuning_phase_the_stage_names_the_pretrained_checkpoint(monkeypatch, store):
     """The stage's own module, with the run around it replaced: Prefect is not needed for this."""
-    recipe, finished = load_recipe("tiny-test", ["finetune=[]"]), {}
+    recipe = load_recipe("tiny-test", ["finetune=[]"])
 
     @contextmanager
     def stage(name, path, overrides, remake=False):
-        upstream, finish = Upstream(recipe, store), lambda **result: finished.update(result) or result
-        yield SimpleNamespace(recipe=recipe, store=store, upstream=upstream, finish=finish)
+        upstream = Upstream(recipe, store)
+        yield SimpleNamespace(recipe=recipe, store=store, upstream=upstream, finish=lambda result: result)
 
     monkeypatch.setattr(finetune, "stage", stage)
     monkeypatch.setattr(Upstream, "last_checkpoint", lambda *_: CheckpointRef(8, "runs/r/checkpoints/pretrain/s/8"))
     monkeypatch.setattr(Upstream, "last_digest", lambda upstream, key: f"of {key}")
-    finetune.finetune.fn("tiny-test")
-    assert finished["skipped"] and finished["digest"] == "of pretrain"
+    result = finetune.finetune.fn("tiny-test")
+    assert result.skipped and (result.path, result.digest) == ("runs/r/checkpoints/pretrain/s/8", "of pretrain")
 
 
 def test_what_no_node_holds_is_said_before_the_first_stage_but_not_of_work_that_is_done(

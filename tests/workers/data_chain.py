@@ -27,7 +27,7 @@ class Chain:
     raw: StageResult
     towers: StageResult
     captions: StageResult | None
-    encoded: dict[str, StageResult]
+    encoded: dict[str, StageResult]  # the parts
 
     @property
     def results(self) -> list[StageResult]:
@@ -37,8 +37,8 @@ class Chain:
 def run_chain(recipe: Recipe, store: Store, report=ignore_progress) -> Chain:
     raw = ingest_stage(recipe, store, report)
     towers = towers_stage(recipe, store, raw.manifest, report)
-    captions = caption_stage(recipe, store, raw.manifest, report)
+    captions = caption_stage(recipe, store, raw.manifest, report) if recipe.caption.captioner != "none" else None
     encoded = encode_stage(
         recipe, store, raw.manifest, captions.manifest if captions else None, towers.manifest, report
     )
-    return Chain(recipe, store, raw, towers, captions, encoded)
+    return Chain(recipe, store, raw, towers, captions, encoded.parts)

@@ -128,7 +128,8 @@ def test_images_that_are_enlarged_are_counted_and_told_by_phase(tmp_path):
     names = [f"enlarged over {over} times" for over in ("1.1", "2", "4", "8")]
     assert [record.extra[name] for name in names] == [3, 2, 1, 1]  # 1.6, 2.9 and 10.7 times
     manifest = Manifest(stage="latents", spec="0", fields={}, inputs={}, folder="a", shards=[_entry(record)])
-    result = StageResult("latents.pretrain", commit_manifest(store, "a", manifest), True, "", 0.0)
+    ref = commit_manifest(store, "a", manifest)
+    result = StageResult("latents.pretrain", ref.path, ref.digest, True, "")
     (told,) = _with_enlarged_images(store, "pretrain (32 px)", result).warnings
     assert told == (
         "pretrain (32 px): 3 of 5 images enlarged more than 1.1 times to fill their bucket, 2 of them more than 2 times,"
@@ -140,7 +141,8 @@ def test_a_phase_that_enlarges_nothing_says_nothing(shard):
     store, raw = shard
     record, _, _ = encode(store, raw, "a", batch=4)
     manifest = Manifest(stage="latents", spec="0", fields={}, inputs={}, folder="a", shards=[_entry(record)])
-    result = StageResult("latents.pretrain", commit_manifest(store, "a", manifest), True, "", 0.0)
+    ref = commit_manifest(store, "a", manifest)
+    result = StageResult("latents.pretrain", ref.path, ref.digest, True, "")
     assert _with_enlarged_images(store, "pretrain (32 px)", result) is result
 
 

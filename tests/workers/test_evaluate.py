@@ -8,6 +8,7 @@ import io
 import json
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def world(patched, tmp_path_factory) -> World:
     recipe, store = load_recipe("tiny-test", SETTINGS), open_store(str(root / "store"))
     raw = ingest_stage(recipe, store, ignore).manifest
     towers = towers_stage(recipe, store, raw, ignore).manifest
-    encoded = encode_stage(recipe, store, raw, None, towers, ignore)
+    encoded = encode_stage(recipe, store, raw, None, towers, ignore).parts
     checkpoints = {
         "pretrain": [write_checkpoint(store, recipe, "pretrain", samples, samples) for samples in (32, 64)],
         "finetune.0": [write_checkpoint(store, recipe, "finetune.0", 32, 5)],
@@ -142,8 +143,10 @@ def ignore(progress: Progress) -> None:
     pass
 
 
-def evaluate(world: World, recipe: Recipe | None = None, report=ignore):
-    return evaluate_stage(recipe or world.recipe, world.store, world.checkpoints, world.inputs, report)
+def evaluate(world: World, recipe: Recipe | None = None, report=ignore) -> SimpleNamespace:
+    """The stage's result, with the tables of scores.json as they stand then."""
+    result = evaluate_stage(recipe or world.recipe, world.store, world.checkpoints, world.inputs, report)
+    return SimpleNamespace(**vars(result) | {"warnings": result.notes}, **world.store.get_json(result.path))
 
 
 def planned(world: World, recipe: Recipe | None = None):

@@ -20,7 +20,8 @@ def test_what_was_done_to_colours_and_transparency_is_told_whoever_made_the_shar
         for number, count in enumerate(counts)
     ]
     manifest = Manifest(stage="raw", spec="0", fields={}, inputs={}, folder="raw", shards=shards)
-    result = StageResult("ingest", commit_manifest(store, "raw", manifest), skipped, "", 0.0)
+    ref = commit_manifest(store, "raw", manifest)
+    result = StageResult("ingest", ref.path, ref.digest, skipped, "")
     data = Data(name="x", source="folder", folder="/x", background="#102030")
     assert _notes_of_pictures(store, data, result) == [
         "1,201 images: transparent in parts: #102030 lies under those parts (data.background)",
