@@ -139,10 +139,15 @@ def whole_tree(folder: Path, depth: int = 0) -> Iterator[tuple[int, Path]]:
     inside = sorted(path for path in folder.iterdir() if path.name not in ("__init__.py", "__pycache__", "README.md"))
     for path in [path for path in inside if path.is_file() and path.suffix != ".pyc"]:
         yield depth, path
-    for path in [path for path in inside if path.is_dir()]:
+    for path in [path for path in inside if path.is_dir() and holds_files(path)]:
         yield depth, path
         if not (path / "README.md").is_file():
             yield from whole_tree(path, depth + 1)
+
+
+def holds_files(folder: Path) -> bool:
+    """False of a folder whose files have moved: git leaves what Python compiled there."""
+    return any(path.is_file() and path.suffix != ".pyc" for path in folder.rglob("*"))
 
 
 def as_named(path: Path, readme: Path) -> str:
