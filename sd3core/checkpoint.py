@@ -28,8 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sd3core.data.checked_files import sha256_of
-from sd3core.data.records import own_digest, sealed
+from sd3core.data.records import FileRecord, own_digest, record_file, sealed
 from sd3core.data.store import Store, StoreNotFound, open_store
 from sd3core.errors import CheckpointError
 from sd3core.files.tensor_files import Shape, TensorFiles
@@ -48,13 +47,6 @@ METRICS_FILE = "metrics.jsonl"
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 FOREIGN_FILES = ("model_index.json", MODEL_FILE, f"{MODEL_FILE}.index.json")  # of diffusers, accelerate
-
-
-class FileRecord(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    sha256: str
-    bytes: int
 
 
 class DamagedFile(CheckpointError):
@@ -144,10 +136,6 @@ def parse_piece_name(name: str) -> tuple[TensorKind, str, int]:
             f"tensor {name!r} is not named KIND/PARAMETER/START with KIND one of {', '.join(TENSOR_KINDS)}"
         )
     return kind, parameter, int(start)
-
-
-def record_file(path: Path) -> FileRecord:
-    return FileRecord(sha256=sha256_of(path), bytes=path.stat().st_size)
 
 
 def list_checkpoints(store: Store, parent: str, last_samples: int | None = None) -> list[CheckpointRef]:

@@ -15,7 +15,7 @@ import torch
 
 from sd3core.conditioning import ENCODERS, TextFeatures
 from sd3core.data.manifest import ManifestRef
-from sd3core.data.records import bytes_record
+from sd3core.data.records import record_bytes
 from sd3core.data.shards import DONE, TAR_BLOCK, DoneRecord, FailedRow, Sample, read_shard_done, write_shard
 from sd3core.data.store import Store, StoreNotFound, canonical_json
 from sd3core.errors import DataError
@@ -53,7 +53,7 @@ def pin_null(store: Store, folder: str) -> str | None:
         return None
     recorded = _is_recorded(store, record, data)
     if recorded is None:
-        store.put_json(record, bytes_record(data))
+        store.put_json(record, record_bytes(data).model_dump())
     elif not recorded:
         store.delete(path)
         store.delete(record)
@@ -78,7 +78,7 @@ def read_null_bytes(store: Store, folder: str) -> bytes:
 def _is_recorded(store: Store, record: str, data: bytes) -> bool | None:
     """Whether the record is of these bytes; None where there is none."""
     try:
-        return store.get(record) == canonical_json(bytes_record(data))
+        return store.get(record) == canonical_json(record_bytes(data).model_dump())
     except StoreNotFound:
         return None
 

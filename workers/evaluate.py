@@ -22,7 +22,7 @@ from typing import Any
 
 from sd3core.data.begun import begin, end
 from sd3core.data.checked_files import CheckedFiles
-from sd3core.data.records import bytes_record, own_digest, sealed
+from sd3core.data.records import own_digest, record_bytes, sealed
 from sd3core.data.store import Store, StoreDamaged, StoreNotFound, canonical_json
 from sd3core.errors import UserError
 from sd3core.metrics.frechet import ranks_nothing
@@ -120,7 +120,7 @@ def _read_part(store: Store, path: str, checked: CheckedFiles) -> tuple[ScoredPa
         if "sha256" not in part:
             for picture in part["pictures"]:
                 files = (picture["path"], picture["thumbnail"])
-                picture["files"] = {file: bytes_record(store.get(file)) for file in files}
+                picture["files"] = {file: record_bytes(store.get(file)).model_dump() for file in files}
             part = sealed(part)
             store.put_json(path, part)
         if part["sha256"] != own_digest(part):

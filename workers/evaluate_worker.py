@@ -21,7 +21,7 @@ from sd3core.data.images import PixelRules
 from sd3core.data.loader import Batch, ShardCache, ShardReader, load_split
 from sd3core.data.manifest import Manifest, read_manifest
 from sd3core.data.provenance import device_kind, provenance
-from sd3core.data.records import bytes_record, sealed
+from sd3core.data.records import record_bytes, sealed
 from sd3core.data.split_rows import Row, read_rows
 from sd3core.data.store import open_store
 from sd3core.generate import Draw, Generator, grid_columns
@@ -233,7 +233,7 @@ class EvaluationWorker:
             self.store.put(path, data)
         name = f"{images[0].shape[0]}x{images[0].shape[1]}"
         path, thumbnail = files
-        records = {path: bytes_record(data) for path, data in files.items()}
+        records = {path: record_bytes(data).model_dump() for path, data in files.items()}
         result.pictures.append({"name": name, "path": path, "thumbnail": thumbnail, "files": records})
 
 

@@ -10,11 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sd3core.checkpoint import record_file
 from sd3core.checkpoint_facts import read_facts
 from sd3core.data.begun import begin
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.provenance import PROVENANCE_FILE, provenance, put_provenance
+from sd3core.data.records import record_file
 from sd3core.data.store import Store, StoreDamaged, StoreNotFound
 from sd3core.exchange.diffusers_folder import MANIFEST_FILE, export_diffusers
 from sd3core.progress import Progress, ProgressCallback, ignore_progress

@@ -14,6 +14,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from sd3core.data.records import sha256_of
 from sd3core.data.store import Store, StoreNotFound
 
 SPAN_BYTES = 64 << 20  # of an object that is read to be compared: it need fit neither memory nor disk
@@ -78,11 +79,6 @@ class CheckedFiles:
 
     def _path(self, sha256: str, standing: Standing | None) -> Path:
         return self.folder / hashlib.sha256(repr((sha256, standing)).encode()).hexdigest()[:32]
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256_of_object(store: Store, path: str, size: int) -> str | None:

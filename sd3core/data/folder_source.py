@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sd3core.data.caption_text import lines_of, mixes_languages
-from sd3core.data.checked_files import sha256_of
 from sd3core.data.folder_captions import (
     HOW_TO_GIVE,
     FolderCaptions,
@@ -27,6 +26,7 @@ from sd3core.data.folder_captions import (
     is_metadata,
     may_hold_captions,
 )
+from sd3core.data.records import sha256_of
 from sd3core.errors import DataError, is_of_the_machine, with_mend
 from sd3core.recipe import Data
 from sd3core.words import counted, cut_at_word, one_line, some

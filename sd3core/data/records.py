@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from sd3core.data.store import canonical_json
 
 
-def bytes_record(data: bytes) -> dict[str, Any]:
-    """What a record says of a file with these bytes."""
-    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+class FileRecord(BaseModel):
+    """Which bytes a file has: their digest, and how many they are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: str
+    bytes: int
+
+
+def record_file(path: Path) -> FileRecord:
+    return FileRecord(sha256=sha256_of(path), bytes=path.stat().st_size)
+
+
+def record_bytes(data: bytes) -> FileRecord:
+    return FileRecord(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+
+
+def sha256_of(path: Path) -> str:
+    """Digest of a file on this machine, in hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def own_digest(record: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from sd3core.data.checked_files import sha256_of
+from sd3core.data.records import sha256_of
 from sd3core.data.store import Store, canonical_json
 from sd3core.errors import DataError, StoreError
 

@@ -33,11 +33,11 @@ from sd3core.checkpoint import (
     read_checkpoint_done,
     read_kind,
     read_model_fields,
-    record_file,
     verified_local_file,
 )
 from sd3core.checkpoint_facts import CheckpointFacts, Null
 from sd3core.checkpoint_formats import BARE, DIFFUSERS, SINGLE_FILE, Format, check_released_form, diffusers_config
+from sd3core.data.records import record_file
 from sd3core.data.store import Store, canonical_json, open_store
 from sd3core.errors import CheckpointError, UserError
 from sd3core.exchange.foreign_weights import ForeignWeights

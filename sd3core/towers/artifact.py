@@ -24,9 +24,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sd3core.data.checked_files import CheckedFiles, sha256_of
+from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.manifest import MANIFEST
 from sd3core.data.provenance import Provenance, provenance_path, put_provenance
+from sd3core.data.records import FileRecord, record_file
 from sd3core.data.store import Store, StoreNotFound, canonical_json
 from sd3core.errors import DataError
 from sd3core.files.local_paths import expanded
@@ -46,17 +47,11 @@ TOWER_FOLDERS = {
 }
 
 
-class TowerFile(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    sha256: str
-    bytes: int
-
-
 class TowerEntry(BaseModel):
     """One tower. `files` by their path under the artifact's folder; `digest` covers paths and contents, not the figures."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    files: dict[str, TowerFile]
+    files: dict[str, FileRecord]
     digest: str
     training: dict[str, Any] = {}
 
@@ -106,9 +101,7 @@ def commit_tower(
         for path in (local / part).rglob("*")
         if path.is_file() and path.name[0] != "."
     )
-    files = {
-        str(path.relative_to(local)): TowerFile(sha256=sha256_of(path), bytes=path.stat().st_size) for path in paths
-    }
+    files = {str(path.relative_to(local)): record_file(path) for path in paths}
     missing = [part for part in TOWER_FOLDERS[name] if not any(path.startswith(f"{part}/") for path in files)]
     if missing:
         raise DataError(f"tower {name}: {local / missing[0]} has no files")
@@ -275,7 +268,7 @@ def checked_files(local_cache: Path | str) -> CheckedFiles:
     return CheckedFiles(Path(local_cache) / "checked")
 
 
-def _fetch_file(store: Store, path: str, target: Path, file: TowerFile, done: str, checked: CheckedFiles) -> None:
+def _fetch_file(store: Store, path: str, target: Path, file: FileRecord, done: str, checked: CheckedFiles) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned_fetches(target.parent)
     with tempfile.TemporaryDirectory(prefix=FETCH, dir=target.parent) as scratch:
@@ -303,7 +296,7 @@ def _remove_abandoned_fetches(folder: Path) -> None:
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _digest(files: dict[str, TowerFile]) -> str:
+def _digest(files: dict[str, FileRecord]) -> str:
     return hashlib.sha256(canonical_json({path: file.sha256 for path, file in files.items()})).hexdigest()
 
 

@@ -22,9 +22,9 @@ from sd3core.checkpoint import (
     rank_file,
     read_checkpoint_done,
     read_pieces,
-    record_file,
     save_model,
 )
+from sd3core.data.records import record_file
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError
 from sd3core.mmdit import MMDiT

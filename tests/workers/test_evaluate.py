@@ -20,18 +20,11 @@ import workers.evaluate
 import workers.shard_stage
 import workers.towers
 from sd3core.buckets import bucket_sides
-from sd3core.checkpoint import (
-    DONE_FILE,
-    CheckpointDone,
-    checkpoint_folder,
-    piece_name,
-    rank_file,
-    record_file,
-)
+from sd3core.checkpoint import DONE_FILE, CheckpointDone, checkpoint_folder, piece_name, rank_file
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.manifest import read_manifest
 from sd3core.data.provenance import device_kind, provenance_of
-from sd3core.data.records import bytes_record, sealed
+from sd3core.data.records import record_bytes, record_file, sealed
 from sd3core.data.split_rows import read_rows
 from sd3core.data.store import Store, open_store
 from sd3core.mmdit import MMDiT
@@ -359,7 +352,7 @@ def test_a_damaged_picture_of_a_store_elsewhere_is_found(s3_bucket, tmp_path):
     files = {"e/grid.png": b"picture", "e/grid.jpg": b"small"}
     for path, data in files.items():
         store.put(path, data)
-    records = {path: bytes_record(data) for path, data in files.items()}
+    records = {path: record_bytes(data).model_dump() for path, data in files.items()}
     picture = {"path": "e/grid.png", "thumbnail": "e/grid.jpg", "files": records}
     store.put_json("e/part.json", sealed({"pictures": [picture]}))
     assert _read_part(store, "e/part.json", checked)[1] is None

@@ -31,18 +31,17 @@ from sd3core.checkpoint import (
     CheckpointRef,
     DamagedFile,
     DamagedRecord,
-    FileRecord,
     checkpoint_folder,
     list_checkpoints,
     piece_name,
     rank_file,
     read_checkpoint_done,
     read_pieces,
-    record_file,
     write_done,
 )
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.provenance import device_kind, provenance, provenance_bytes, provenance_file
+from sd3core.data.records import FileRecord, record_file
 from sd3core.data.store import Store, StoreNotFound, is_transient
 from sd3core.errors import CheckpointError, StoreError
 from workers.trainer.engine import ShardedTrainer

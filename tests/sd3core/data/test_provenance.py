@@ -8,7 +8,7 @@ import json
 import socket
 import subprocess
 
-from sd3core.checkpoint import CheckpointDone, FileRecord
+from sd3core.checkpoint import CheckpointDone
 from sd3core.data import provenance as module
 from sd3core.data.manifest import Manifest, commit_manifest, read_manifest
 from sd3core.data.provenance import (
@@ -20,6 +20,7 @@ from sd3core.data.provenance import (
     put_provenance,
     read_provenance,
 )
+from sd3core.data.records import FileRecord
 from sd3core.data.store import open_store
 from sd3core.towers.artifact import TOWER_FOLDERS, commit_tower, commit_towers, read_towers
 

@@ -154,7 +154,7 @@ def test_towers_that_diffusers_would_join_otherwise_are_refused(towers_folder, t
 
 
 def test_the_stage_writes_its_manifest_last_and_once(towers_folder, tmp_path):
-    from sd3core.checkpoint import record_file
+    from sd3core.data.records import record_file
     from sd3core.data.store import open_store
     from sd3core.recipe_file import load_recipe
     from workers.export import export_stage

@@ -146,7 +146,7 @@ def test_a_bit_of_the_weights_is_found_by_who_reads_them_and_by_nobody_before(jo
     store.put(f"{folder}/{name}", data[:-1] + bytes([data[-1] ^ 1]))
     with monkeypatch.context() as patch:
         patch.setattr(FileStore, "get_file", None)
-        patch.setattr("sd3core.checkpoint.sha256_of", None)
+        patch.setattr("sd3core.data.records.sha256_of", None)
         patch.setattr("sd3core.data.checked_files.sha256_of", None)
         assert last_whole_checkpoint(store, job.folder).folder == folder
     record = store.uri(f"{folder}/{DONE_FILE}")
