@@ -14,7 +14,6 @@ from contextlib import suppress
 
 from flows.upstream import Upstream
 from sd3core import specs
-from sd3core.checkpoint import DONE_FILE
 from sd3core.data.manifest import MANIFEST
 from sd3core.data.shards import DONE
 from sd3core.data.store import Store
@@ -22,6 +21,7 @@ from sd3core.errors import RecipeError, StoreError, UserError
 from sd3core.recipe import Recipe
 from sd3core.specs import FORMATS, STAGES
 from sd3core.towers.artifact import read_towers
+from sd3core.training_checkpoint import DONE_FILE
 
 
 def check_stage(name: str) -> None:

@@ -17,7 +17,6 @@ from rich.table import Table
 
 from flows.standing import StandingPart, standing_parts
 from sd3core import specs
-from sd3core.checkpoint import METRICS_FILE, CheckpointRef, list_checkpoints
 from sd3core.costs.stages import stage_costs
 from sd3core.data.manifest import MANIFEST, read_manifest
 from sd3core.data.provenance import provenance_path, read_provenance
@@ -26,6 +25,7 @@ from sd3core.errors import DataError, StoreError, UserError
 from sd3core.recipe import Recipe
 from sd3core.specs import STAGES
 from sd3core.towers.artifact import read_towers
+from sd3core.training_checkpoint import METRICS_FILE, CheckpointRef, list_checkpoints
 from sd3core.words import GB, MB, counted, format_seconds
 
 

@@ -15,19 +15,13 @@ from typing import TypeVar
 
 from flows.local.home import local_command
 from sd3core import specs
-from sd3core.checkpoint import (
-    CONFIG_FILE,
-    DONE_FILE,
-    CheckpointRef,
-    checkpoint_digest,
-    list_checkpoints,
-    read_checkpoint_done,
-)
+from sd3core.checkpoint import CONFIG_FILE, open_checkpoint
 from sd3core.data.manifest import MANIFEST, Manifest, ManifestRef, manifest_ref, read_manifest
 from sd3core.data.store import Store, open_store
 from sd3core.errors import CheckpointError, DataError, UserError
 from sd3core.recipe import Recipe
 from sd3core.towers.artifact import TowersManifest, check_vae_channels, check_vae_folder, read_towers
+from sd3core.training_checkpoint import DONE_FILE, CheckpointRef, list_checkpoints, read_checkpoint_done
 from workers.evaluate import all_scored
 from workers.evaluate_tasks import EvaluationInputs
 from workers.ray_room import Node, actors_problem, ranks_problem
@@ -136,7 +130,9 @@ class Upstream:
         if before := self._before(phase_key):
             return self.last_digest(before)
         start = self.start_of(phase_key)
-        return self._once("start", phase_key, lambda: self._noted_start(phase_key, start) or checkpoint_digest(start))
+        return self._once(
+            "start", phase_key, lambda: self._noted_start(phase_key, start) or open_checkpoint(start).digest
+        )
 
     def checkpoints(self, phase_key: str) -> list[CheckpointRef]:
         """The finished checkpoints of a phase that has been trained to its end, oldest first."""

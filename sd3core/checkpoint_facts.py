@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from sd3core.checkpoint import DONE_FILE, is_training_checkpoint, read_checkpoint_done, read_model_fields
-from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError
 from sd3core.formulation_names import canonical_name
 from sd3core.recipe import Text
@@ -60,43 +59,22 @@ class _Extra(BaseModel):
     formulation: Annotated[str, AfterValidator(canonical_name)] = "rf"
 
 
-def read_facts(checkpoint: str) -> CheckpointFacts:
-    """The facts of a training checkpoint's DONE.json, or from the `extra` of a model folder's config.json, which is of a
-    rectified-flow model where it names no formulation.
+def checked_facts(fields: Mapping[str, Any], digest: str, split: int | None, where: str) -> CheckpointFacts:
+    """From `CheckpointFacts.to_extra`'s fields, which are of a rectified-flow model where they name no formulation.
 
-    Raises CheckpointError that names what is missing.
+    split: where a model of three streams divides the context. Raises CheckpointError that names what is missing.
     """
-    store = open_store(checkpoint)
-    if is_training_checkpoint(store):
-        done = read_checkpoint_done(store, "")
-        if done.recipe is None:
-            raise CheckpointError(f"{store.url}: {DONE_FILE} holds no recipe, so its text lengths are unknown")
-        fields = {"null": done.null, "text": done.recipe["text"], "side_px": done.training["side_px"]}
-        shift = done.recipe.get("evaluate", {}).get("shift") or done.training["shift"]  # as Evaluate.shift_for
-        fields |= {"shift": shift, "formulation": done.training["formulation"], "samples": done.samples}
-        split, digest = done.config.get("clip_tokens"), done.digest
-    else:
-        config, record, fields = read_model_fields(store)
-        split, digest = getattr(config, "clip_tokens", None), record.sha256
     try:
         extra = _Extra.model_validate(fields)
     except ValidationError as error:
         problem = error.errors()[0]
         raise CheckpointError(
-            f"{store.url}: extra.{'.'.join(map(str, problem['loc']))}: {problem['msg']};"
+            f"{where}: extra.{'.'.join(map(str, problem['loc']))}: {problem['msg']};"
             " save it with CheckpointFacts.to_extra()"
         ) from None
-    if split not in (None, extra.text.clip_tokens):  # where a model of three streams divides the context
+    if split not in (None, extra.text.clip_tokens):
         raise CheckpointError(
-            f"{store.url}: extra.text.clip_tokens {extra.text.clip_tokens}, but the model's three streams divide at"
+            f"{where}: extra.text.clip_tokens {extra.text.clip_tokens}, but the model's three streams divide at"
             f" {split} (model.clip_tokens); save it with that in CheckpointFacts.text"
         )
     return CheckpointFacts(**dict(extra), digest=digest)
-
-
-def stated_formulation(checkpoint: str) -> str:
-    """The formulation a checkpoint or model folder was trained for; "rf" where it says none, as foreign weights are."""
-    store = open_store(checkpoint)
-    if is_training_checkpoint(store):
-        return read_checkpoint_done(store, "").training.get("formulation", "rf")
-    return read_model_fields(store)[2].get("formulation", "rf")

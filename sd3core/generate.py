@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from sd3core.buckets import DOWNSAMPLING
-from sd3core.checkpoint import is_training_checkpoint, load_model, read_config
-from sd3core.checkpoint_facts import Null, read_facts
+from sd3core.checkpoint import Checkpoint, open_checkpoint
+from sd3core.checkpoint_facts import Null
 from sd3core.conditioning import ENCODERS, TextFeatures, join_features
-from sd3core.data.store import open_store
 from sd3core.errors import UserError
 from sd3core.files.whole_output import atomic_output
 from sd3core.formulations import find_formulation
@@ -61,21 +60,22 @@ class Generator:
     @classmethod
     def load(
         cls,
-        checkpoint: str,
+        checkpoint: str | Checkpoint,
         towers: Path | str,
         *,
         weights: Weights | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Generator:
-        """checkpoint: URL or path of a training checkpoint or a plain model folder. dtype: the transformer's; towers
-        are fp32.
+        """checkpoint: URL or path of a training checkpoint or a plain model folder, or one that is open. dtype: the
+        transformer's; towers are fp32.
         """
-        facts = read_facts(checkpoint)
-        check_vae_folder(towers, read_config(checkpoint).latent_channels)  # before anything large is read
+        opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+        facts = opened.facts
+        check_vae_folder(towers, opened.config.latent_channels)  # before anything large is read
         encoders = load_text_encoders(towers, facts.text, device=device)
         autoencoder = load_autoencoder(towers, device=device)
-        model = load_model(checkpoint, weights).to(device, dtype)
+        model = opened.model(weights).to(device, dtype)
         use_lean_steps(model)
         return cls(model, encoders, autoencoder, facts.null, facts.formulation)
 
@@ -223,9 +223,10 @@ def sample_to_files(
     `settings`: fields of SampleSettings; None takes the default, which for size and shift is the checkpoint's own.
     """
     out = Path(out)
-    chosen = read_facts(checkpoint).settings(**{key: value for key, value in settings.items() if value is not None})
+    opened = open_checkpoint(checkpoint)
+    chosen = opened.facts.settings(**{key: value for key, value in settings.items() if value is not None})
     out.mkdir(parents=True, exist_ok=True)  # before the work, which would be lost where that cannot be
-    generator = Generator.load(checkpoint, towers, weights=weights, dtype=PRECISION_DTYPES[precision], device=device)
+    generator = Generator.load(opened, towers, weights=weights, dtype=PRECISION_DTYPES[precision], device=device)
     prompts, seeds = [prompt for prompt, _ in draws], [seed for _, seed in draws]
     if on_note is not None:
         for note in prompt_notes(generator.encoders, [*prompts, chosen.negative_prompt or ""], chosen.drop):
@@ -236,8 +237,8 @@ def sample_to_files(
         "formulation": generator.formulation.name,
         "precision": precision,
     }
-    if is_training_checkpoint(open_store(checkpoint)):  # a model folder has one set of weights, whose it does not say
-        common["weights"] = weights or "ema"
+    if taken := opened.weights_taken(weights):
+        common["weights"] = taken
     first = 1 + max((int(path.stem) for path in out.glob("*.png") if path.stem.isdecimal()), default=-1)
     images: list[np.ndarray] = []
     paths: list[Path] = []

@@ -395,6 +395,11 @@ class Training(Section):
         return self
 
 
+def picture_shift(of_evaluation: float | None, of_phase: float) -> float:
+    """Of the levels at which pictures of a training phase are drawn: its own, or the one that evaluation names."""
+    return of_phase if of_evaluation is None else of_evaluation
+
+
 class Evaluate(Section):
     guidance_scale: float = Field(5.0, ge=0)
     num_steps: int = Field(25, ge=1)  # of the sampler; heun calls the network twice a step, the others once
@@ -420,7 +425,7 @@ class Evaluate(Section):
 
     def shift_for(self, phase: Training) -> float:
         """The shift at which a phase's pictures are drawn; it changes nothing in training."""
-        return phase.shift if self.shift is None else self.shift
+        return picture_shift(self.shift, phase.shift)
 
 
 class Compute(Section):

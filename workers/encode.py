@@ -20,8 +20,8 @@ from sd3core.words import counted
 from workers.encode_latents import ENLARGED, LatentsSource, LatentsWorker
 from workers.encode_text import NULL_FILE, TOO_LONG, TextSource, TextWorker, pin_null
 from workers.inputs import InputShard, actor_device, decode_threads, input_shards
-from workers.shard_stage import ShardStage, ShardTask, remember_stage, run_shard_stages
-from workers.stage import StageResult, join_results
+from workers.shard_stage import ShardStage, ShardTask, run_shard_stages
+from workers.stage import StageResult, join_results, remember_stage
 
 LOAD_S = 1800  # that loading may take without a sign of life before the pool's watchdog begins to count
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sd3core.checkpoint import read_checkpoint_done
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.store import Store
 from sd3core.metrics.reference import reference_fields
@@ -17,6 +16,7 @@ from sd3core.small_world.detector import MIN_SIDE_PX
 from sd3core.small_world.world import TASKS
 from sd3core.specs import FORMATS, fingerprint
 from sd3core.towers.artifact import read_towers
+from sd3core.training_checkpoint import read_checkpoint_done
 
 ScoredPart = dict[str, Any]
 SCORED_WEIGHTS: dict[str, tuple[Weights, ...]] = {"both": ("ema", "live"), "ema": ("ema",)}

@@ -15,13 +15,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from sd3core.checkpoint import load_model, read_checkpoint_done
+from sd3core.checkpoint import read_training_checkpoint
 from sd3core.conditioning import join_features
 from sd3core.data.images import PixelRules
-from sd3core.data.loader import Batch, ShardCache, ShardReader, load_split
+from sd3core.data.loader import load_split
 from sd3core.data.manifest import Manifest, read_manifest
 from sd3core.data.provenance import device_kind, provenance
 from sd3core.data.records import record_bytes, sealed
+from sd3core.data.shard_cache import ShardCache
+from sd3core.data.shard_reader import Batch, ShardReader
 from sd3core.data.split_rows import Row, read_rows
 from sd3core.data.store import open_store
 from sd3core.generate import Draw, Generator, grid_columns
@@ -85,12 +87,11 @@ class EvaluationWorker:
         key = (task.checkpoint, task.weights, precision)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # before the next one is loaded, so that only one is in memory
-            model = load_model(self.store.uri(task.checkpoint), task.weights)
-            model = model.to(self.device, PRECISION_DTYPES[precision])
+            stored = read_training_checkpoint(self.store, task.checkpoint)
+            model = stored.model(task.weights).to(self.device, PRECISION_DTYPES[precision])
             use_lean_steps(model)
-            done = read_checkpoint_done(self.store, task.checkpoint)
-            formulation = done.training["formulation"]
-            self._loaded = (key, Generator(model, self.encoders, self.autoencoder, done.null, formulation))
+            generator = Generator(model, self.encoders, self.autoencoder, stored.done.null, stored.formulation)
+            self._loaded = (key, generator)
         return self._loaded[1]
 
     def _sample(self, task: EvaluationTask, drawn: list[Draw], **changed: int) -> Sequence[np.ndarray]:

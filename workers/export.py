@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sd3core.checkpoint_facts import read_facts
+from sd3core.checkpoint import open_checkpoint
 from sd3core.data.begun import begin
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.provenance import PROVENANCE_FILE, provenance, put_provenance
@@ -42,7 +42,7 @@ def export_stage(
     """
     started = time.monotonic()
     report(Progress(0, 1, "folders"))
-    facts = read_facts(store.uri(checkpoint))
+    facts = open_checkpoint(store.uri(checkpoint)).facts
     fields = {
         "format": FORMATS["export"],
         "checkpoint": facts.digest,

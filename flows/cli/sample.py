@@ -20,8 +20,8 @@ from flows.local.home import local_command, run_store
 from flows.local.recipes import DEFAULT_RECIPE
 from flows.summary import finished_runs
 from flows.upstream import NotFinishedError, Upstream
-from sd3core.checkpoint import is_training_checkpoint, read_checkpoint_done
-from sd3core.data.store import open_store
+from sd3core.checkpoint import open_checkpoint
+from sd3core.conditioning import ENCODERS
 from sd3core.errors import UserError
 from sd3core.exchange.diffusers_folder import check_exported
 from sd3core.generate import Draw, sample_to_files
@@ -31,7 +31,6 @@ from sd3core.sample_settings import Convention, Weights
 from sd3core.sampling import SAMPLERS
 from sd3core.shown_text import is_utf8
 from sd3core.towers.artifact import fetch_towers
-from sd3core.towers.text_encoders import ENCODERS
 from sd3core.words import counted
 from workers.caches import checked_here, towers_cache
 
@@ -197,10 +196,9 @@ def _towers(recipe: Recipe, checkpoint: str | None, given: Path | None) -> Path:
 
 def _own_recipe(checkpoint: str) -> Recipe | None:
     """The recipe of the run that wrote a training checkpoint; None for a model folder."""
-    store = open_store(checkpoint)
-    if not is_training_checkpoint(store):
+    fields = open_checkpoint(checkpoint).recipe
+    if fields is None:
         return None
-    fields = read_checkpoint_done(store, "").recipe
     try:
         return Recipe.model_validate(fields)
     except ValidationError:

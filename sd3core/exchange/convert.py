@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,43 +19,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from sd3core.buckets import DOWNSAMPLING
-from sd3core.checkpoint import (
-    CHECKPOINT_FORMAT,
-    CONFIG_FILE,
-    MODEL_FILE,
-    WEIGHTS_TO_KIND,
-    check_shapes,
-    is_training_checkpoint,
-    model_shapes,
-    read_checkpoint_done,
-    read_kind,
-    read_model_fields,
-    verified_local_file,
-)
+from sd3core.checkpoint import CONFIG_FILE, MODEL_FILE, Checkpoint, Span, WeightSpans, model_shapes, open_checkpoint
 from sd3core.checkpoint_facts import CheckpointFacts, Null
 from sd3core.checkpoint_formats import BARE, DIFFUSERS, SINGLE_FILE, Format, check_released_form, diffusers_config
 from sd3core.data.records import record_file
-from sd3core.data.store import Store, canonical_json, open_store
+from sd3core.data.store import canonical_json, open_store
 from sd3core.errors import CheckpointError, UserError
 from sd3core.exchange.foreign_weights import ForeignWeights
 from sd3core.files.tensor_files import TensorFiles, TensorFileWriter, TensorInfo
 from sd3core.files.whole_output import atomic_output
 from sd3core.formulation_names import export_problem
 from sd3core.mmdit import MMDiTConfig
-from sd3core.mmdit.backbone import config_positions
 from sd3core.recipe import Text
 from sd3core.sample_settings import Weights
+from sd3core.training_checkpoint import CHECKPOINT_FORMAT
 
-SPAN = 1 << 20  # elements: 4 MB in fp32
 RELEASED_SIDE_PX, RELEASED_SHIFT = 1024, 3.0
 EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DtypeName = Literal["float32", "bfloat16", "float16"]
 TargetName = Literal["diffusers", "single-file"]
 TRANSFORMER_FILE = "diffusion_pytorch_model.safetensors"
-Span = tuple[str, int, Tensor]  # one of the model's tensors, the first element, values (n,)
 OnBytes = Callable[[int, int], None]  # written so far, and in all
 
 
@@ -64,8 +49,7 @@ class Source:
     """A model whose weights can be had span by span."""
 
     config: MMDiTConfig
-    dtypes: Mapping[str, torch.dtype]  # of the model's tensors, as they are stored
-    spans: Callable[[], Iterator[Span]]  # of every element of every tensor once, in any order
+    weights: WeightSpans
     side_px: int | None = None  # of the square that it makes best; None: not known
 
 
@@ -140,7 +124,7 @@ def export_model(
 
     checkpoint: URL or path of a plain model folder or a training checkpoint; of that, `weights` are its EMA by default.
     """
-    with open_source(checkpoint, weights) as source, atomic_output(out) as path:
+    with open_source(open_checkpoint(checkpoint), weights) as source, atomic_output(out) as path:
         if target == "diffusers":
             path.mkdir()
             write_transformer(path, source, dtype, on_bytes)
@@ -169,7 +153,7 @@ def write_tensors(path: Path, source: Source, form: Format, dtype: DtypeName | N
     """A safetensors file of the source's tensors as the format names and arranges them."""
     shapes, depth = model_shapes(source.config), source.config.depth
     rows = {name: form.rows(name, shape[0], depth) for name, shape in shapes.items()}
-    kept = {r.tensor: source.dtypes[name] for name in shapes for r in rows[name]}
+    kept = {r.tensor: source.weights.dtypes[name] for name in shapes for r in rows[name]}
     infos = {
         name: TensorInfo(EXPORT_DTYPES[dtype] if dtype else kept[name], shape)
         for name, shape in form.shapes(source.config).items()
@@ -177,7 +161,7 @@ def write_tensors(path: Path, source: Source, form: Format, dtype: DtypeName | N
     total, done = sum(info.bytes for info in infos.values()), 0
     on_bytes(0, total)
     with TensorFileWriter(path, infos) as out:
-        for name, start, values in source.spans():
+        for name, start, values in source.weights.read():
             width, first = _row_elements(shapes[name]), 0  # `first`: of the model's tensor, where these rows begin
             for r in rows[name]:
                 size = r.count * width
@@ -190,51 +174,18 @@ def write_tensors(path: Path, source: Source, form: Format, dtype: DtypeName | N
 
 
 @contextmanager
-def open_source(checkpoint: str, weights: Weights | None = None) -> Iterator[Source]:
-    """A plain model folder or a training checkpoint, by URL or path, of an MM-DiT that other systems know.
+def open_source(checkpoint: Checkpoint, weights: Weights | None = None) -> Iterator[Source]:
+    """A plain model folder or a training checkpoint of an MM-DiT that other systems know.
 
     Raises CheckpointError that names what is missing, damaged or unknown, or the architecture or formulation that they
     do not know.
     """
-    store = open_store(checkpoint)
-    if weights not in (None, *WEIGHTS_TO_KIND):
-        raise CheckpointError(f"weights={weights!r}: take 'ema' or 'live'")
-    if is_training_checkpoint(store):
-        yield _training_source(store, weights or "ema")
-        return
-    if weights is not None:
-        raise CheckpointError(f"{store.url}: a model folder has one set of weights; leave out weights={weights!r}")
-    config, record, _ = read_model_fields(store)
-    check_released_form(config, store.url)
-    with verified_local_file(store, MODEL_FILE, record) as path, TensorFiles([path]) as files:
-        check_shapes(files.shapes, model_shapes(config), store.url)
-        dtypes = {name: info.dtype for name, info in files.infos.items()}
-        extra = store.get_json(CONFIG_FILE).get("extra", {})
-        _check_formulation(extra, store.url)
-        yield Source(config, dtypes, lambda: _spans_of_files(files, BARE, config), extra.get("side_px"))
-
-
-def _training_source(store: Store, weights: Weights) -> Source:
-    done = read_checkpoint_done(store, "")
-    config = done.model_config_of()
-    check_released_form(config, store.url)
-    _check_formulation(done.training, store.url)
-    shapes = model_shapes(config)
-    trained = {name: tuple(shape) for name, shape in done.parameters.items()}
-    check_shapes(trained | {"pos_embed": shapes["pos_embed"]}, shapes, store.url)
-
-    def spans() -> Iterator[Span]:
-        for piece in read_kind(store, "", WEIGHTS_TO_KIND[weights]):
-            yield piece.parameter, piece.start, piece.values
-        yield "pos_embed", 0, config_positions(config).flatten()
-
-    return Source(config, dict.fromkeys(shapes, torch.float32), spans, done.training.get("side_px"))
-
-
-def _check_formulation(trained: Mapping[str, Any], where: str) -> None:
-    """Other systems take a network's output for rectified flow's velocity, so weights that mean another would mislead."""
-    if problem := export_problem(trained.get("formulation", "rf")):
-        raise CheckpointError(f"{where}: {problem}")
+    check_released_form(checkpoint.config, checkpoint.url)
+    # Other systems take a network's output for rectified flow's velocity, so weights that mean another would mislead.
+    if problem := export_problem(checkpoint.formulation):
+        raise CheckpointError(f"{checkpoint.url}: {problem}")
+    with checkpoint.spans(weights) as spans:
+        yield Source(checkpoint.config, spans, checkpoint.trained.get("side_px"))
 
 
 def _foreign_source(foreign: ForeignWeights) -> Source:
@@ -243,7 +194,7 @@ def _foreign_source(foreign: ForeignWeights) -> Source:
     for name, shape in model_shapes(config).items():
         stored = {files.infos[r.tensor].dtype for r in foreign.form.rows(name, shape[0], config.depth)}
         dtypes[name] = stored.pop() if len(stored) == 1 else torch.float32
-    return Source(config, dtypes, lambda: _spans_of_files(files, foreign.form, config))
+    return Source(config, WeightSpans(dtypes, lambda: _spans_of_files(files, foreign.form, config)))
 
 
 def _spans_of_files(files: TensorFiles, form: Format, config: MMDiTConfig) -> Iterator[Span]:
@@ -251,9 +202,8 @@ def _spans_of_files(files: TensorFiles, form: Format, config: MMDiTConfig) -> It
         width, first = _row_elements(shape), 0
         for r in form.rows(name, shape[0], config.depth):
             size = r.count * width
-            for start in range(0, size, SPAN):
-                count = min(SPAN, size - start)
-                yield name, first + start, files.read(r.tensor, r.start * width + start, count)
+            for start, values in files.spans(r.tensor, r.start * width, size):
+                yield name, first + start, values
             first += size
 
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from sd3core.checkpoint_facts import CheckpointFacts, read_facts
+from sd3core.checkpoint import open_checkpoint
+from sd3core.checkpoint_facts import CheckpointFacts
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.errors import CheckpointError
 from sd3core.exchange.convert import DtypeName, open_source, write_config, write_transformer
@@ -49,10 +50,11 @@ def export_diffusers(
     be put together as diffusers puts them together.
     """
     out, towers = Path(out), Path(towers)
-    facts = read_facts(checkpoint)
+    opened = open_checkpoint(checkpoint)
+    facts = opened.facts
     if shift is not None:
         facts = replace(facts, shift=shift)
-    with open_source(checkpoint, weights) as source, atomic_output(out) as folder:
+    with open_source(opened, weights) as source, atomic_output(out) as folder:
         config = source.config
         _check_widths(towers, config)
         (folder / "transformer").mkdir(parents=True)

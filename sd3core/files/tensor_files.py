@@ -25,6 +25,7 @@ from sd3core.errors import CheckpointError
 Shape = tuple[int, ...]
 LARGEST_HEADER = 10_000_000  # bytes; that of SD3.5-large with three text encoders in one file has some 300,000
 MOST_DIMENSIONS = 8
+SPAN = 1 << 20  # elements: 4 MB in fp32
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -99,6 +100,12 @@ class TensorFiles(Mapping[str, Tensor]):
         if place.file.readinto(values.view(torch.uint8).numpy()) != count * info.dtype.itemsize:
             raise CheckpointError(f"{place.path}: ends within tensor {name!r}; get the file again")
         return values
+
+    def spans(self, name: str, start: int = 0, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """`read` in parts of at most SPAN elements, each with the number of those before it."""
+        count = self.infos[name].elements - start if count is None else count
+        for low in range(0, count, SPAN):
+            yield low, self.read(name, start + low, min(SPAN, count - low))
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name, 0, self.infos[name].elements).view(self.infos[name].shape)

@@ -94,7 +94,11 @@ def test_an_export_is_noted_when_it_ends(run, in_flow, monkeypatch):
         towers_manifest=SimpleNamespace(folder="towers/t", digests=dict.fromkeys(TOWER_FOLDERS, "d")),
     )
     monkeypatch.setattr(export, "fetch_towers", lambda *_: None)
-    monkeypatch.setattr(workers.export, "read_facts", lambda url: SimpleNamespace(digest="b" * 64, shift=1.0))
+    monkeypatch.setattr(
+        workers.export,
+        "open_checkpoint",
+        lambda url: SimpleNamespace(facts=SimpleNamespace(digest="b" * 64, shift=1.0)),
+    )
     monkeypatch.setattr(workers.export, "_look", look)
     with pytest.raises(Killed):
         in_flow(export, export.export)

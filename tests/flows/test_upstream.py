@@ -12,14 +12,15 @@ from counting_store import CountingStore
 
 from flows import finetune
 from flows.upstream import NoRoomError, NotFinishedError, Upstream
-from sd3core.checkpoint import CheckpointRef, save_model
+from sd3core.checkpoint import save_model
 from sd3core.data.manifest import MANIFEST, Manifest, commit_manifest
+from sd3core.data.records import sealed
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError, DataError
 from sd3core.mmdit import make_model
 from sd3core.recipe_file import load_recipe
 from sd3core.specs import captions_folder, fingerprint, latents_folder, raw_fields, raw_folder
-from workers.evaluate import sealed
+from sd3core.training_checkpoint import CheckpointRef
 from workers.evaluate_tasks import plan_tasks
 from workers.ray_room import Node
 from workers.stage import remember_stage
@@ -92,7 +93,7 @@ def test_a_stage_that_was_taken_back_is_not_found_by_its_note(store):
 
 
 def test_the_first_phase_starts_from_a_model_of_ones_own_and_its_content_counts(store, tmp_path):
-    from sd3core.checkpoint import checkpoint_digest
+    from sd3core.checkpoint import open_checkpoint
     from sd3core.mmdit import MMDiT, MMDiTConfig
 
     fresh, own = recipe_of("a", 100), load_recipe("tiny-test", [f"model.start_from={tmp_path}/model"])
@@ -103,10 +104,10 @@ def test_the_first_phase_starts_from_a_model_of_ones_own_and_its_content_counts(
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         save_model(url, MMDiT(config))
-        digests.append(checkpoint_digest(url))
+        digests.append(open_checkpoint(url).digest)
     assert digests[0] == digests[1] != digests[2]
     with pytest.raises(CheckpointError, match="no config.json"):
-        checkpoint_digest(str(tmp_path / "none"))
+        _ = open_checkpoint(tmp_path / "none").digest
 
 
 def test_a_start_that_cannot_be_is_told_before_the_first_stage(store, tmp_path):

@@ -9,25 +9,25 @@ from moto import mock_aws
 from safetensors.torch import save_file
 from small_models import randomise, small_config, small_inputs
 
-from sd3core.checkpoint import (
+from sd3core.checkpoint import load_model, model_shapes, open_checkpoint, save_model
+from sd3core.data.records import record_file
+from sd3core.data.store import open_store
+from sd3core.errors import CheckpointError
+from sd3core.mmdit import MMDiT
+from sd3core.training_checkpoint import (
     DONE_FILE,
     TENSOR_KINDS,
     CheckpointDone,
     assemble_weights,
     checkpoint_folder,
     list_checkpoints,
-    load_model,
     parse_piece_name,
     piece_name,
     rank_file,
     read_checkpoint_done,
     read_pieces,
-    save_model,
+    write_done,
 )
-from sd3core.data.records import record_file
-from sd3core.data.store import open_store
-from sd3core.errors import CheckpointError
-from sd3core.mmdit import MMDiT
 
 PARENT = "runs/r/checkpoints/pretrain/0123456789ab"
 
@@ -138,6 +138,68 @@ def test_training_checkpoint_comes_back_whole(tmp_path, tensors, world_size):
         model = load_model(folder, weights)
         assert all(torch.equal(p, values[kind][name]) for name, p in model.named_parameters())
         assert torch.equal(model.pos_embed, MMDiT(config).pos_embed)
+
+
+def spans_joined(checkpoint, weights=None):
+    """The model's tensors, put together from the spans, each element once."""
+    with checkpoint.spans(weights) as spans:
+        found = {name: torch.full(shape, torch.nan) for name, shape in model_shapes(checkpoint.config).items()}
+        for name, start, values in spans.read():
+            assert values.dtype == spans.dtypes[name]
+            part = found[name].view(-1)[start : start + len(values)]
+            assert part.isnan().all() and part.shape == values.shape
+            part.copy_(values)
+    return found
+
+
+def test_both_kinds_of_checkpoint_are_opened_alike(tmp_path, tensors):
+    config, values = tensors
+    folder, done = write_checkpoint(tmp_path, 64, values, config, world_size=2)
+    stored = open_checkpoint(folder)
+    save_model(tmp_path / "model", stored.model(), {"formulation": "eps/linear", "side_px": 48})
+    model = open_checkpoint(tmp_path / "model")
+    assert stored.config == model.config == config
+    assert stored.digest == done.digest and model.digest == record_file(tmp_path / "model/model.safetensors").sha256
+    assert (stored.formulation, model.formulation, model.trained["side_px"]) == ("rf", "eps/linear", 48)
+    assert (stored.weights_taken(), stored.weights_taken("live"), model.weights_taken()) == ("ema", "live", None)
+    assert (stored.recipe, model.recipe) == ({}, None)
+    for checkpoint, weights, kind in ((stored, None, "ema"), (stored, "live", "weights"), (model, None, "ema")):
+        expected = values[kind] | {"pos_embed": MMDiT(config).pos_embed}
+        for found in (checkpoint.state(weights), spans_joined(checkpoint, weights)):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for ask in (model.state, lambda weights: spans_joined(model, weights)):
+        with pytest.raises(CheckpointError, match="one set of weights; leave out weights='ema'"):
+            ask("ema")
+    with pytest.raises(CheckpointError, match="weights='best': take 'ema' or 'live'"):
+        stored.state("best")
+
+
+def test_the_record_of_an_open_checkpoint_is_read_once(tmp_path, tensors, monkeypatch):
+    config, values = tensors
+    folder, _ = write_checkpoint(tmp_path, 64, values, config)
+    save_model(tmp_path / "model", MMDiT(config))
+    for place in (folder, tmp_path / "model"):
+        checkpoint = open_checkpoint(place)
+        with monkeypatch.context() as patch:
+            patch.setattr("sd3core.data.store.FileStore.get", None)
+            assert checkpoint.config and checkpoint.digest and checkpoint.formulation
+            assert checkpoint.state() and spans_joined(checkpoint) and checkpoint.model()
+
+
+@pytest.mark.parametrize("of_evaluation, shift", [(None, 3.0), (5.0, 5.0)])
+def test_pictures_of_a_checkpoint_are_drawn_at_the_shift_that_its_evaluation_names(
+    tmp_path, tensors, of_evaluation, shift
+):
+    config, values = tensors
+    folder, done = write_checkpoint(tmp_path, 64, values, config)
+    with pytest.raises(CheckpointError, match="DONE.json holds no recipe"):
+        _ = open_checkpoint(folder).facts
+    recipe = {"text": {"clip_tokens": 12, "t5_tokens": 10}, "evaluate": {"shift": of_evaluation}}
+    training = {"side_px": 64, "shift": 3.0, "formulation": "rf"}
+    write_done(open_store(str(folder)), "", done.model_copy(update={"recipe": recipe, "training": training}))
+    facts = open_checkpoint(folder).facts
+    assert (facts.shift, facts.side_px, facts.samples, facts.null) == (shift, 64, 64, "zeros")
 
 
 def test_the_digest_names_the_job_and_the_clock_not_the_way_there(tmp_path, tensors):

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sd3core.checkpoint import assemble_weights, checkpoint_digest, load_model, read_checkpoint_done, read_pieces
-from sd3core.checkpoint_facts import read_facts
+from sd3core.checkpoint import load_model, open_checkpoint
 from sd3core.checkpoint_formats import from_diffusers, to_diffusers
 from sd3core.data.store import open_store
+from sd3core.training_checkpoint import assemble_weights, read_checkpoint_done, read_pieces
 
 WRITTEN = Path(__file__).parents[1] / "_written_before" / "checkpoint"
 LAST_LAYER = "final_layer.linear"
@@ -59,8 +59,8 @@ def test_all_that_training_goes_on_from_is_there(folder):
 
 
 def test_its_content_keeps_its_name_so_what_was_made_from_it_stands(folder):
-    assert checkpoint_digest(folder) == "8ea08905d1f83698e9cc05fa8703d4183560a97eaa0d0b497831adf53a229fa9"
-    facts = read_facts(str(folder))
+    assert open_checkpoint(folder).digest == "8ea08905d1f83698e9cc05fa8703d4183560a97eaa0d0b497831adf53a229fa9"
+    facts = open_checkpoint(folder).facts
     assert (facts.null, facts.side_px, facts.shift, facts.samples) == ("zeros", 32, 1.0, 8)
     assert facts.text.clip_tokens == facts.text.t5_tokens == 16
 

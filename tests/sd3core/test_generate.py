@@ -10,8 +10,8 @@ import pytest
 import torch
 from small_models import randomise
 
-from sd3core.checkpoint import CheckpointDone, load_model, save_model
-from sd3core.checkpoint_facts import CheckpointFacts, read_facts
+from sd3core.checkpoint import load_model, open_checkpoint, save_model
+from sd3core.checkpoint_facts import CheckpointFacts
 from sd3core.conditioning import ENCODERS, join_features
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError, UserError, described_os_error
@@ -23,6 +23,7 @@ from sd3core.pictures import read_settings
 from sd3core.recipe import Text
 from sd3core.sample_settings import SampleSettings
 from sd3core.sampling import SAMPLERS, guided, sigma_schedule, solve
+from sd3core.training_checkpoint import CheckpointDone
 
 FACTS = CheckpointFacts("zeros", Text(clip_tokens=12, t5_tokens=10), side_px=32, shift=2.0, digest="")
 SETTINGS = SampleSettings(32, 48, num_steps=3, guidance_scale=3.0, shift=2.0)
@@ -48,14 +49,14 @@ def generator(checkpoint, towers_folder) -> Generator:
 
 
 def test_facts_come_back_from_a_model_folder(checkpoint, tmp_path):
-    facts = read_facts(checkpoint)
+    facts = open_checkpoint(checkpoint).facts
     assert replace(facts, digest="") == FACTS and len(facts.digest) == 64
     assert facts.settings(num_steps=4) == SampleSettings(32, 32, num_steps=4, shift=2.0)
     with pytest.raises(CheckpointError, match="no config.json .* and no DONE.json"):
-        read_facts(str(tmp_path))
+        _ = open_checkpoint(tmp_path).facts
     with pytest.raises(CheckpointError, match="extra.null: Field required; save it with"):
         save_model(tmp_path, MMDiT(MMDiTConfig.from_depth(1, context_dim=8, pooled_dim=8, position_max=4)))
-        read_facts(str(tmp_path))
+        _ = open_checkpoint(tmp_path).facts
 
 
 @pytest.mark.parametrize(("evaluate", "shift"), [({"shift": 3.0}, 3.0), ({"shift": None}, 1.25), ({}, 1.25)])
@@ -67,7 +68,7 @@ def test_a_training_checkpoint_is_sampled_at_its_recipes_shift(tmp_path, evaluat
     nothing = dict.fromkeys(("config", "parameters", "files", "specs"), {})
     done = CheckpointDone(**counts, **nothing, training=training, null="zeros", recipe=recipe)
     open_store(str(tmp_path)).put_json("DONE.json", done.model_dump(mode="json"))
-    assert read_facts(str(tmp_path)).settings() == SampleSettings(64, 64, shift=shift)
+    assert open_checkpoint(tmp_path).facts.settings() == SampleSettings(64, 64, shift=shift)
 
 
 @pytest.mark.parametrize("architecture", ["mmdit", "dit", "cross_dit", "uvit"])
@@ -233,7 +234,7 @@ def test_a_checkpoint_is_sampled_by_its_own_formulation(name, towers_folder, tmp
     """From its own prior over its own grid, in its own coordinates: z_s = a_s x0 + b_s noise with what is predicted at z_t."""
     shift = 1.0 if "linear" in name else 2.0
     checkpoint = write_checkpoint(tmp_path / "model", replace(FACTS, formulation=name, shift=shift))
-    assert read_facts(checkpoint).formulation == name
+    assert open_checkpoint(checkpoint).facts.formulation == name
     generator = Generator.load(checkpoint, towers_folder)
     found = generator.latents(PROMPTS, [1, 2, 3], replace(SETTINGS, shift=shift))
 
@@ -261,10 +262,10 @@ def test_a_folder_without_a_formulation_is_rectified_flow_and_an_unknown_one_is_
     extra = FACTS.to_extra()
     model = MMDiT(MMDiTConfig.from_depth(1, context_dim=8, pooled_dim=8, position_max=4))
     save_model(tmp_path, model, {key: value for key, value in extra.items() if key != "formulation"})
-    assert read_facts(str(tmp_path)).formulation == "rf"
+    assert open_checkpoint(tmp_path).facts.formulation == "rf"
     save_model(tmp_path, model, extra | {"formulation": "edm"})
     with pytest.raises(CheckpointError, match="formulation 'edm' cannot be read"):
-        read_facts(str(tmp_path))
+        _ = open_checkpoint(tmp_path).facts
 
 
 def test_grid_columns():
@@ -283,7 +284,7 @@ def test_grid_columns():
 def test_facts_that_cannot_be_are_named(checkpoint, tmp_path, extra, message):
     save_model(tmp_path, load_model(checkpoint), FACTS.to_extra() | extra)
     with pytest.raises(CheckpointError, match=message):
-        read_facts(str(tmp_path))
+        _ = open_checkpoint(tmp_path).facts
 
 
 @pytest.mark.parametrize("null", ["zeros", "empty"])
@@ -292,27 +293,27 @@ def test_a_folder_says_in_one_place_what_no_prompt_is(tmp_path, null):
     config = json.loads(Path(write_checkpoint(tmp_path / "a", replace(FACTS, null=null)), "config.json").read_bytes())
     assert config["extra"]["null"] == null and "null" not in config["extra"]["text"]
     assert json.dumps(config).count('"null"') == 1
-    facts = read_facts(str(tmp_path / "a"))
+    facts = open_checkpoint(tmp_path / "a").facts
     assert facts.null == facts.text.null == null
     other = {"zeros": "empty", "empty": "zeros"}[null]
     config["extra"]["text"]["null"] = other
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
-    assert read_facts(str(tmp_path / "a")) == facts and replace(facts, null=other).text.null == other
+    assert open_checkpoint(tmp_path / "a").facts == facts and replace(facts, null=other).text.null == other
 
 
 def test_a_model_of_three_streams_divides_where_the_facts_say(tmp_path):
     config = MMDiTConfig.from_depth(1, context_dim=8, pooled_dim=8, position_max=4, clip_tokens=12)
     save_model(tmp_path, MMDiT(config), FACTS.to_extra())
-    assert read_facts(str(tmp_path)).text.clip_tokens == 12
+    assert open_checkpoint(tmp_path).facts.text.clip_tokens == 12
     save_model(tmp_path, MMDiT(replace(config, clip_tokens=11)), FACTS.to_extra())
     with pytest.raises(CheckpointError, match="extra.text.clip_tokens 12, but the model's three streams divide at 11"):
-        read_facts(str(tmp_path))
+        _ = open_checkpoint(tmp_path).facts
 
 
 def test_a_diffusers_folder_is_told_from_a_model_folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "SD3Transformer2DModel"}))
     with pytest.raises(CheckpointError, match="sd3 import .* OUT` makes a model folder of it"):
-        read_facts(str(tmp_path))
+        _ = open_checkpoint(tmp_path).facts
 
 
 def test_towers_of_other_widths_are_refused(generator):

@@ -15,8 +15,10 @@ from safetensors.torch import load as load_tensors
 from sd3core.buckets import bucket_sides, nearest_bucket
 from sd3core.conditioning import TextFeatures
 from sd3core.data.images import PixelRules, crop_to, to_model_range
-from sd3core.data.loader import ShardCache, ShardReader, load_split
+from sd3core.data.loader import load_split
 from sd3core.data.manifest import read_manifest
+from sd3core.data.shard_cache import ShardCache
+from sd3core.data.shard_reader import ShardReader
 from sd3core.data.shards import read_samples, read_shard_index, read_table
 from sd3core.data.store import open_store
 from sd3core.progress import ignore_progress
@@ -27,7 +29,7 @@ from sd3core.towers.text_encoders import load_text_encoders
 from workers.encode_text import TOO_LONG, TextWorker, caption_id
 from workers.ingest import ingest_stage
 from workers.inputs import input_shards, shard_images
-from workers.shard_stage import NOTHING_TO_DO
+from workers.stage import NOTHING_TO_DO
 from workers.towers import training_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]

@@ -20,7 +20,6 @@ import workers.evaluate
 import workers.shard_stage
 import workers.towers
 from sd3core.buckets import bucket_sides
-from sd3core.checkpoint import DONE_FILE, CheckpointDone, checkpoint_folder, piece_name, rank_file
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.manifest import read_manifest
 from sd3core.data.provenance import device_kind, provenance_of
@@ -34,6 +33,7 @@ from sd3core.progress import Progress
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
 from sd3core.specs import fingerprint
+from sd3core.training_checkpoint import DONE_FILE, CheckpointDone, checkpoint_folder, piece_name, rank_file
 from workers.encode import encode_stage
 from workers.evaluate import EvaluationFailed, _chosen, _read_part, _to_be_of_one_precision, evaluate_stage
 from workers.evaluate_tasks import EvaluationInputs, plan_tasks

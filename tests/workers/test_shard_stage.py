@@ -15,8 +15,8 @@ from sd3core.data.store import open_store
 from sd3core.errors import DataError
 from sd3core.progress import ignore_progress
 from sd3core.recipe import Compute
-from workers.shard_stage import NOTHING_TO_DO, ShardStage, ShardTask, recall_stage, run_shard_stage, run_shard_stages
-from workers.stage import StageFailed
+from workers.shard_stage import ShardStage, ShardTask, run_shard_stage, run_shard_stages
+from workers.stage import NOTHING_TO_DO, StageFailed, recall_stage
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]

@@ -24,7 +24,12 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sd3core.checkpoint import (
+from sd3core.data.checked_files import CheckedFiles
+from sd3core.data.provenance import device_kind, provenance, provenance_bytes, provenance_file
+from sd3core.data.records import FileRecord, record_file
+from sd3core.data.store import Store, StoreNotFound, is_transient
+from sd3core.errors import CheckpointError, StoreError
+from sd3core.training_checkpoint import (
     DONE_FILE,
     METRICS_FILE,
     CheckpointDone,
@@ -39,11 +44,6 @@ from sd3core.checkpoint import (
     read_pieces,
     write_done,
 )
-from sd3core.data.checked_files import CheckedFiles
-from sd3core.data.provenance import device_kind, provenance, provenance_bytes, provenance_file
-from sd3core.data.records import FileRecord, record_file
-from sd3core.data.store import Store, StoreNotFound, is_transient
-from sd3core.errors import CheckpointError, StoreError
 from workers.trainer.engine import ShardedTrainer
 from workers.trainer.job import TrainingJob, TrainingSuperseded
 
@@ -271,9 +271,9 @@ def _read_state(store: Store, folder: str, trainer: ShardedTrainer, tell: Callab
         if not missing:
             break
         tell(f"reading {folder}/{name}")
-        for piece in read_pieces(store, folder, done.model_copy(update={"files": {name: done.files[name]}}), overlaps):
+        for piece in read_pieces(store, folder, done, overlaps, files=[name]):
             for at, values in wanted[piece.kind, piece.parameter]:
-                low, high = max(at, piece.start), min(at + len(values), piece.start + len(piece.values))
+                low, high = max(at, piece.start), min(at + len(values), piece.stop)
                 if low < high:
                     values[low - at : high - at].copy_(piece.values[low - piece.start : high - piece.start])
                     missing -= high - low

@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from sd3core.checkpoint import TENSOR_KINDS
 from sd3core.mmdit import Backbone
 from sd3core.precision import PRECISION_DTYPES, has_bf16_arithmetic, resolve_precision
 from sd3core.recipe import Training
+from sd3core.training_checkpoint import TENSOR_KINDS
 from workers.trainer.muon import MatrixPiece, Muon, matrices_in
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from sd3core.checkpoint import METRICS_FILE, list_checkpoints
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.store import open_store
 from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
 from sd3core.recipe import Compute
+from sd3core.training_checkpoint import METRICS_FILE, list_checkpoints
 from workers.caches import checked_here
 from workers.ray_room import ranks_problem
 from workers.ray_session import (

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sd3core.checkpoint import load_model, model_shapes, read_config
-from sd3core.checkpoint_facts import stated_formulation
+from sd3core.checkpoint import Checkpoint, model_shapes, open_checkpoint
 from sd3core.errors import CheckpointError
 from sd3core.formulation_names import family
 from sd3core.mmdit import BackboneConfig, config_from_dict, make_model
@@ -44,8 +43,7 @@ def start_weights(job: TrainingJob) -> Start:
     fresh = dict(make_model(config).named_parameters())
     if job.init is None:
         return Start(fresh, frozenset())
-    check_start(job.phase, job.init, config, job.training.formulation)
-    init = load_model(job.init)
+    init = check_start(job.phase, job.init, config, job.training.formulation).model()
     if not torch.allclose(init.pos_embed.float(), config_positions(init.config), atol=POSITION_TOLERANCE):
         raise CheckpointError(
             f"{job.phase} starts from {job.init}: its position table follows no grid, so it cannot be made for another"
@@ -57,14 +55,14 @@ def start_weights(job: TrainingJob) -> Start:
     return Start(weights, new)
 
 
-def check_start(phase: str, init: str, config: BackboneConfig, formulation: str) -> None:
-    """What can be told before the weights are read: CheckpointError where `init` is no start for such a phase."""
-    where, stated = f"{phase} starts from {init}", stated_formulation(init)
-    if family(stated) != family(formulation):
+def check_start(phase: str, init: str, config: BackboneConfig, formulation: str) -> Checkpoint:
+    """`init`, opened. CheckpointError where it is no start for such a phase, as far as can be told without its weights."""
+    where, opened = f"{phase} starts from {init}", open_checkpoint(init)
+    if family(opened.formulation) != family(formulation):
         raise CheckpointError(
-            f"{where}: it was trained for {stated}, whose network predicts another thing than {formulation}'s"
+            f"{where}: it was trained for {opened.formulation}, whose network predicts another thing than {formulation}'s"
         )
-    stored = read_config(init)
+    stored = opened.config
     for name in ("num_heads", "position_base", "clip_tokens"):  # no parameter's shape tells these
         found, wanted = getattr(stored, name, None), getattr(config, name, None)
         if found != wanted:
@@ -75,6 +73,7 @@ def check_start(phase: str, init: str, config: BackboneConfig, formulation: str)
         found, wanted = there.get(name, "absent"), here.get(name, "absent")
         if found != wanted:
             raise CheckpointError(f"{where}: {name} is {found} there and {wanted} in the recipe's model")
+    return opened
 
 
 def fitted_scales(model: nn.Module, new: frozenset[str], forward: Callable[[], None]) -> dict[str, Tensor]:

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from flows.cli import sample
 from flows.local.home import local_command
-from sd3core.checkpoint import load_model
-from sd3core.checkpoint_facts import read_facts
+from sd3core.checkpoint import load_model, open_checkpoint
 from sd3core.checkpoint_formats import to_single_file
 from sd3core.mmdit import MMDiT, MMDiTConfig
 
@@ -39,7 +38,7 @@ def test_import_says_what_it_found_and_what_it_took_for_granted(sd3):
         "sd3 sample --checkpoint model --towers FOLDER 'a prompt'"
     )  # with its whole path: the test is elsewhere
     assert Path(command.split()[0]).is_absolute() and follows == f"model: try `{command}`"
-    facts = read_facts("model")
+    facts = open_checkpoint("model").facts
     assert (facts.null, facts.side_px, facts.shift, facts.text.t5_tokens) == ("empty", 64, 3.0, 20)
     assert load_model("model").final_layer.linear.weight.dtype == torch.bfloat16
     assert json.loads(open("model/config.json").read())["extra"]["imported"]["from"] == "released.safetensors"

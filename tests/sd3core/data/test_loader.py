@@ -14,8 +14,10 @@ import small_shards as made
 import torch
 
 from sd3core.conditioning import TextFeatures
-from sd3core.data.loader import BatchLoader, ShardCache, ShardReader, load_split
+from sd3core.data.loader import BatchLoader, load_split
 from sd3core.data.plan import TrainingPlan
+from sd3core.data.shard_cache import ShardCache
+from sd3core.data.shard_reader import ShardReader
 from sd3core.data.shards import sample_id
 from sd3core.errors import DataError
 from sd3core.randomness import uniform

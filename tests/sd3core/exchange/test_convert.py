@@ -19,8 +19,7 @@ from test_checkpoint import checkpoint_folder, write_checkpoint
 from test_generate import FACTS
 from test_generate import write_checkpoint as write_model
 
-from sd3core.checkpoint import TENSOR_KINDS, load_model, save_model
-from sd3core.checkpoint_facts import read_facts
+from sd3core.checkpoint import load_model, open_checkpoint, save_model
 from sd3core.checkpoint_formats import diffusers_config, to_diffusers, to_single_file
 from sd3core.errors import CheckpointError, UserError
 from sd3core.exchange.convert import assumed_facts, export_model, import_model
@@ -28,6 +27,7 @@ from sd3core.exchange.diffusers_folder import export_diffusers
 from sd3core.exchange.foreign_weights import open_foreign_weights
 from sd3core.generate import sample_to_files
 from sd3core.mmdit import MMDiT
+from sd3core.training_checkpoint import TENSOR_KINDS
 
 RELEASED_KINDS = {
     "SD3": {},
@@ -71,7 +71,7 @@ def test_what_diffusers_saves_is_imported_bit_by_bit(tmp_path, model, shards):
         (folder.parent / "scheduler" / "scheduler_config.json").write_text('{"shift": 1.5}')
     source = {"in a pipeline": folder.parent, "only the file": folder / "diffusion_pytorch_model.safetensors"}
     assert_same(imported(source.get(shards, folder), tmp_path / "out"), model)
-    facts = read_facts(str(tmp_path / "out"))
+    facts = open_checkpoint(tmp_path / "out").facts
     assert (facts.null, facts.side_px, facts.text.t5_tokens) == ("empty", 8 * 16, 77)
     assert facts.shift == (1.5 if shards == "in a pipeline" else 3.0)
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sd3core.checkpoint import load_model, read_config, save_model
-from sd3core.checkpoint_facts import CheckpointFacts, read_facts
+from sd3core.checkpoint import load_model, open_checkpoint, save_model
+from sd3core.checkpoint_facts import CheckpointFacts
 from sd3core.errors import UserError
 from sd3core.exchange.convert import import_model
 from sd3core.exchange.foreign_weights import open_foreign_weights
@@ -186,11 +186,15 @@ def test_hostile_configs_of_model_folders(model_folder):
             for value in rng.sample(NUMBERS, 7):
                 path.write_text(changed(json.loads(good), place, value))
                 opens_or_is_one_line(
-                    lambda: (read_config(model_folder), read_facts(str(model_folder)), load_model(model_folder))
+                    lambda: (
+                        open_checkpoint(model_folder).config,
+                        open_checkpoint(model_folder).facts,
+                        load_model(model_folder),
+                    )
                 )
         for raw in RAW_JSON:
             path.write_bytes(raw.encode("utf-8", "surrogateescape"))
-            assert opens_or_is_one_line(lambda: read_facts(str(model_folder)))
+            assert opens_or_is_one_line(lambda: open_checkpoint(model_folder).facts)
     finally:
         path.write_text(good)
     load_model(model_folder)

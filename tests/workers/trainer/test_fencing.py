@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from fake_training import make_job
 
-from sd3core.checkpoint import DONE_FILE, DamagedFile, DamagedRecord, list_checkpoints, read_checkpoint_done
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.store import FileStore
 from sd3core.errors import StoreError
 from sd3core.recipe import Compute
+from sd3core.training_checkpoint import DONE_FILE, DamagedFile, DamagedRecord, list_checkpoints, read_checkpoint_done
 from workers.trainer import checkpointing, train
 from workers.trainer.checkpointing import (
     PATIENCE_S,

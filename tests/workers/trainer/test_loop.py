@@ -15,11 +15,12 @@ import torch.distributed as dist
 from fake_training import MODEL, TOKENS, FakeLoader, make_job
 from rank_processes import run_ranks
 
-from sd3core.checkpoint import assemble_weights, list_checkpoints, load_model, read_checkpoint_done
+from sd3core.checkpoint import load_model
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError
 from sd3core.formulations import find_formulation
 from sd3core.mmdit import CrossDiTConfig, DiTConfig, MMDiTConfig, UViTConfig, lean
+from sd3core.training_checkpoint import assemble_weights, list_checkpoints, read_checkpoint_done
 from workers.trainer import loop
 from workers.trainer.checkpointing import begin_attempt, read_metrics
 from workers.trainer.job import TrainingFailed, TrainingSuperseded

@@ -15,10 +15,10 @@ from rank_processes import run_ranks
 from safetensors import safe_open
 
 from sd3core import randomness
-from sd3core.checkpoint import assemble_weights
 from sd3core.data.store import open_store
 from sd3core.errors import StoreError
 from sd3core.sampling import sample_dpmpp_2m_sde, sigma_schedule
+from sd3core.training_checkpoint import assemble_weights
 from workers.trainer import previews
 from workers.trainer.checkpointing import read_metrics
 from workers.trainer.job import PreviewCaption, PreviewSettings

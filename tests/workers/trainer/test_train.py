@@ -13,11 +13,11 @@ import torch
 from fake_training import FakeLoader, make_job
 from ray import cloudpickle
 
-from sd3core.checkpoint import assemble_weights, list_checkpoints
 from sd3core.data.provenance import device_kind, provenance_of
 from sd3core.data.store import StoreNotFound, is_transient, open_store
 from sd3core.errors import DataError, StoreError
 from sd3core.recipe import Compute
+from sd3core.training_checkpoint import assemble_weights, list_checkpoints
 from workers.ray_session import start_ray
 from workers.trainer import TrainingFailed, launch, train
 from workers.trainer.checkpointing import read_metrics
