@@ -6,7 +6,6 @@ That is the store, Prefect's database, logs, caches, and the records of live run
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import TextIO
 from sd3core.data.store import Store, open_store
 from sd3core.errors import UserError
 from sd3core.files.local_paths import PROJECT, sd3_home
+from sd3core.files.whole_output import atomic_replacement
 from sd3core.recipe import Recipe
 from sd3core.shown_text import is_utf8, shell_word
 
@@ -46,14 +46,10 @@ def private_folder(folder: Path) -> Path:
 
 def write_whole(path: Path, text: str, mode: int = 0o666) -> None:
     """A reader sees the old file or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.unlink(missing_ok=True)
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
-            file.write(text)
-        partial.replace(path)
+        with atomic_replacement(path, mode=mode) as file:
+            file.write(text.encode())
     except OSError as error:  # a failed write does not say where
-        partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 

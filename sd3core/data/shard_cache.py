@@ -8,15 +8,15 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sd3core.data.shards import check_digest
-from sd3core.data.store import PARTIAL, Store, StoreNotFound
+from sd3core.data.store import Store, StoreNotFound
 from sd3core.errors import DataError, StoreError
+from sd3core.files.whole_output import PARTIAL, atomic_replacement
 
 STALE_PARTIAL_S = 3600  # a file being written for so long belongs to a killed process
 
@@ -69,21 +69,14 @@ class ShardCache:
         return None
 
     def _keep(self, cached: Path, data: bytes) -> None:
-        partial = None
         try:
             self._make_room(len(data))
-            handle, partial = tempfile.mkstemp(prefix=PARTIAL, dir=self.folder)
-            with os.fdopen(handle, "wb") as file:
+            with atomic_replacement(cached, mode=0o600, durable=False) as file:  # reading compares it with its digest
                 file.write(data)
-            os.replace(partial, cached)
-            partial = None
         except OSError as error:
             raise StoreError(
                 f"shard cache {self.folder}: {error.strerror or error}; lower compute.cache_gb, or make room there"
             ) from None
-        finally:
-            if partial:
-                Path(partial).unlink(missing_ok=True)
 
     def _make_room(self, needed: int) -> None:
         files = []

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from sd3core.errors import UserError
+
+PARTIAL = ".partial-"  # begins the names of files that are being written, to take another's place
 
 
 @contextmanager
@@ -41,6 +45,26 @@ def atomic_output(out: Path | str) -> Iterator[Path]:
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
         os.close(lock)
+
+
+@contextmanager
+def atomic_replacement(target: Path, *, mode: int = 0o666, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of `target` when the block ends well; else `target` is what it was.
+
+    Readers see the old file or the new one, never a part. A killed process leaves a hidden PARTIAL file beside `target`.
+    mode: less what the umask takes. durable: all of it is on disk before it takes the place.
+    """
+    partial = target.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
+    try:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        with suppress(OSError):  # it has taken its place, or never began
+            partial.unlink()
 
 
 def _held_folder(parent: Path, prefix: str) -> tuple[Path, int]:

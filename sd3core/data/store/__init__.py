@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from sd3core.data.store.contract import (
-    PARTIAL,
     Store,
     StoreDamaged,
     StoreEntry,
@@ -17,7 +16,6 @@ from sd3core.errors import StoreError
 from sd3core.files.local_paths import path_of_url
 
 __all__ = [
-    "PARTIAL",
     "FileStore",
     "S3Store",
     "Store",

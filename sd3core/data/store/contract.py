@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3core.errors import StoreError
-
-PARTIAL = ".partial-"  # names of files being written; never listed
+from sd3core.files.whole_output import PARTIAL
 
 
 class StoreNotFound(StoreError):

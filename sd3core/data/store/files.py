@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
-from sd3core.data.store.contract import PARTIAL, Store, StoreEntry, StoreNotFound, checked, too_short
+from sd3core.data.store.contract import Store, StoreEntry, StoreNotFound, checked, too_short
 from sd3core.errors import StoreError, with_mend
 from sd3core.files.local_paths import expanded
+from sd3core.files.whole_output import PARTIAL, atomic_replacement
 
 ABANDONED_FILE_S = 3600  # a file being written that has not grown for so long has lost its writer
 COPY_BYTES = 1 << 20
@@ -141,20 +142,11 @@ class FileStore(Store):
 
 @contextmanager
 def _replaced(target: Path, shown: str) -> Iterator[BinaryIO]:
-    """A file that takes the place of `target` when all of it is on disk; killed before, only a hidden name is left."""
-    partial = None
+    """`atomic_replacement`, in a folder that is made; all users of the machine may read what a store holds."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=PARTIAL, dir=target.parent)
-        with os.fdopen(handle, "wb") as file:
+        with atomic_replacement(target) as file:
+            os.fchmod(file.fileno(), 0o644)
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
-        os.replace(partial, target)
-        partial = None
     except OSError as error:
         raise StoreError(f"{shown}: cannot be written: {with_mend(error)}") from None
-    finally:
-        if partial:
-            Path(partial).unlink(missing_ok=True)

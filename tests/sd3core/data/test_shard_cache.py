@@ -11,8 +11,9 @@ import time
 import pytest
 
 from sd3core.data.shard_cache import STALE_PARTIAL_S, ShardCache
-from sd3core.data.store import PARTIAL, open_store
+from sd3core.data.store import open_store
 from sd3core.errors import DataError, StoreError
+from sd3core.files.whole_output import PARTIAL
 
 
 def _put(store, name: str, size: int = 1000) -> tuple[str, str]:

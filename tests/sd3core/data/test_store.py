@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from sd3core.data.store import PARTIAL, FileStore, StoreEntry, StoreNotFound, files, open_store, s3
+from sd3core.data.store import FileStore, StoreEntry, StoreNotFound, files, open_store, s3
 from sd3core.errors import StoreError
+from sd3core.files.whole_output import PARTIAL
 
 ESCAPES = ["", "/etc/passwd", "../x", "a/../../x", "a//b", "a/./b", "a\\b", "a/", f"a/{PARTIAL}b"]
 
