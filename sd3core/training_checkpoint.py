@@ -1,7 +1,7 @@
 """Reads and writes training checkpoints: the record, and the ranks' pieces.
 
 FOLDER/000000012800/ (samples seen)
-    rank-000-of-002.safetensors    flat fp32 slices "KIND/PARAMETER/START" of the tensors, each element once
+    rank-000-of-002.safetensors    flat fp32 pieces "KIND/PARAMETER/START" of the tensors, each element once
     metrics.jsonl                  a row per logged step since the checkpoint before
     DONE.json                      `CheckpointDone`, last: without it the checkpoint does not exist
 

@@ -36,9 +36,10 @@ from sd3core.training_checkpoint import (
     CheckpointRef,
     DamagedFile,
     DamagedRecord,
+    Piece,
+    TensorKind,
     checkpoint_folder,
     list_checkpoints,
-    piece_name,
     rank_file,
     read_checkpoint_done,
     read_pieces,
@@ -150,7 +151,7 @@ def save_checkpoint(
     name = rank_file(trainer.rank, trainer.world).replace(".safetensors", f".attempt-{attempt:04d}.safetensors")
     with tempfile.TemporaryDirectory() as scratch:
         local = Path(scratch) / name
-        save_file({piece_name(s.kind, s.name, s.start): s.values for s in trainer.slices(own=True)}, local)
+        save_file({piece.name: piece.values for piece in trainer.pieces(own=True)}, local)
         record = record_file(local)
         _patiently(lambda: store.put_file(f"{folder}/{name}", local), warn)
     written: list[tuple[str, FileRecord]] = [None] * trainer.world  # type: ignore[list-item]
@@ -257,14 +258,14 @@ def _read_state(store: Store, folder: str, trainer: ShardedTrainer, tell: Callab
     """Reads the file of the same place first and stops when nothing is missing: at the same world size that is one file."""
     done = read_checkpoint_done(store, folder)
     _check_same_shapes(store.uri(folder), done.parameters, trainer.shapes)
-    wanted: dict[tuple[str, str], list[tuple[int, Tensor]]] = defaultdict(list)
+    wanted: dict[tuple[TensorKind, str], list[Piece]] = defaultdict(list)
     missing = 0
-    for s in trainer.slices():
-        wanted[s.kind, s.name].append((s.start, s.values))
-        missing += len(s.values)
+    for own in trainer.pieces():
+        wanted[own.kind, own.parameter].append(own)
+        missing += len(own.values)
 
-    def overlaps(kind: str, name: str, start: int, stop: int) -> bool:
-        return any(start < at + len(values) and at < stop for at, values in wanted.get((kind, name), ()))
+    def overlaps(kind: TensorKind, name: str, start: int, stop: int) -> bool:
+        return any(start < own.stop and own.start < stop for own in wanted.get((kind, name), ()))
 
     files, place = done.rank_files, trainer.rank / trainer.world
     for _, name in sorted((abs(number / len(files) - place), name) for number, name in enumerate(files)):
@@ -272,10 +273,12 @@ def _read_state(store: Store, folder: str, trainer: ShardedTrainer, tell: Callab
             break
         tell(f"reading {folder}/{name}")
         for piece in read_pieces(store, folder, done, overlaps, files=[name]):
-            for at, values in wanted[piece.kind, piece.parameter]:
-                low, high = max(at, piece.start), min(at + len(values), piece.stop)
+            for own in wanted[piece.kind, piece.parameter]:
+                low, high = max(own.start, piece.start), min(own.stop, piece.stop)
                 if low < high:
-                    values[low - at : high - at].copy_(piece.values[low - piece.start : high - piece.start])
+                    own.values[low - own.start : high - own.start].copy_(
+                        piece.values[low - piece.start : high - piece.start]
+                    )
                     missing -= high - low
     if missing:
         where = store.uri(folder)
@@ -286,11 +289,11 @@ def _read_state(store: Store, folder: str, trainer: ShardedTrainer, tell: Callab
 @torch.no_grad()
 def load_start_weights(weights: dict[str, Tensor], trainer: ShardedTrainer) -> None:
     """A fresh start from whole fp32 tensors: exact masters, the EMA equal to them, zero moments."""
-    for s in trainer.slices():
-        if s.kind in ("weights", "ema"):
-            s.values.copy_(weights[s.name].reshape(-1)[s.start : s.start + len(s.values)])
+    for piece in trainer.pieces():
+        if piece.kind in ("weights", "ema"):
+            piece.values.copy_(weights[piece.parameter].reshape(-1)[piece.start : piece.stop])
         else:
-            s.values.zero_()
+            piece.values.zero_()
     trainer.loaded(0)
 
 

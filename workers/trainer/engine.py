@@ -3,7 +3,7 @@
 No other file imports it or knows its private attributes.
 
 Pinned to deepspeed 0.19.8. ZeRO 1 and 2 keep one flat fp32 partition per parameter group, ZeRO 3 one per sub-group,
-ZeRO 0 whole parameters; `Piece` is the common view of them: a part of one parameter, as a slice of a flat fp32 tensor.
+ZeRO 0 whole parameters; `HeldPart` is the common view of them: a part of one parameter, in a flat fp32 tensor.
 """
 
 from __future__ import annotations
@@ -23,33 +23,23 @@ from torch.utils.checkpoint import checkpoint as recompute
 from sd3core.mmdit import Backbone
 from sd3core.precision import PRECISION_DTYPES, has_bf16_arithmetic, resolve_precision
 from sd3core.recipe import Training
-from sd3core.training_checkpoint import TENSOR_KINDS
+from sd3core.training_checkpoint import TENSOR_KINDS, Piece, TensorKind
 from workers.trainer.muon import MatrixPiece, Muon, matrices_in
 
 
 @dataclass(frozen=True)
-class ShardPiece:
-    """Elements [start, start + length) of parameter `name`, flattened, and where this rank keeps them."""
+class HeldPart:
+    """Where this rank keeps elements [start, start + length) of parameter `name`, flattened."""
 
     name: str
     start: int
     length: int
-    flat: Tensor  # fp32 master, the optimizer's parameter; flattened, the piece is [offset, offset + length) of it
+    flat: Tensor  # fp32 master, the optimizer's parameter; flattened, the part is [offset, offset + length) of it
     offset: int
 
-    def of(self, state: Tensor) -> Tensor:
-        """The piece's part of a tensor laid out as `flat`."""
-        return state.view(-1).narrow(0, self.offset, self.length)
-
-
-@dataclass(frozen=True)
-class Slice:
-    """One kind of state of elements [start, start + len(values)) of a parameter; `values` is the state, not a copy."""
-
-    kind: str
-    name: str
-    start: int
-    values: Tensor  # (n,) float32
+    def piece(self, kind: TensorKind, state: Tensor) -> Piece:
+        """Of one kind of state, laid out as `flat`; its values are the state, not a copy."""
+        return Piece(kind, self.name, self.start, state.view(-1).narrow(0, self.offset, self.length))
 
 
 class ShardedTrainer:
@@ -57,7 +47,7 @@ class ShardedTrainer:
 
     The forward pass has `training.precision`, which is settled; the masters are fp32.
 
-    DeepSpeed rounds the fp32 masters of a fresh bf16 model to bf16: write exact ones through `slices`.
+    DeepSpeed rounds the fp32 masters of a fresh bf16 model to bf16: write exact ones through `pieces`.
     """
 
     def __init__(self, model: Backbone, training: Training, rank: int, world: int):
@@ -69,8 +59,8 @@ class ShardedTrainer:
                 block.forward = partial(recompute, block.forward, use_reentrant=False)
         self.engine = _initialize(model, training, self.accumulation)
         self._named = dict(self.engine.module.named_parameters())
-        self.pieces = list(self._find_pieces())
-        self.flats = list({id(piece.flat): piece.flat for piece in self.pieces}.values())
+        self.parts = list(self._find_parts())
+        self.flats = list({id(part.flat): part.flat for part in self.parts}.values())
         self._make_state()
         if isinstance(self._adam, Muon):
             self._place_matrices(self._adam)
@@ -120,25 +110,25 @@ class ShardedTrainer:
         """Updates made so far; left-out ones do not count."""
         return int(self._adam.state[self.flats[0]]["step"]) if self.flats else 0
 
-    def slices(self, own: bool = False) -> Iterator[Slice]:
+    def pieces(self, own: bool = False) -> Iterator[Piece]:
         """Every part of the state that this rank holds; writing into its values changes the state (then call `loaded`).
 
-        `own`: only what no other rank gives, so that all ranks' slices together hold each element once.
+        `own`: only what no other rank gives, so that all ranks' pieces together hold each element once.
         """
-        for number, piece in enumerate(self.pieces):
+        for number, part in enumerate(self.parts):
             if own and self.training.zero_stage == 0 and number % self.world != self.rank:
                 continue  # ZeRO 0: all ranks hold everything and take turns
             for kind in TENSOR_KINDS:
-                yield Slice(kind, piece.name, piece.start, piece.of(self._state_of(piece.flat, kind)))
+                yield part.piece(kind, self._state_of(part.flat, kind))
 
     @torch.no_grad()
     def loaded(self, optimizer_step: int) -> None:
-        """Ends a change of the slices: sets Adam's step and refreshes the weights of the forward pass. On all ranks."""
+        """Ends a change of the pieces: sets Adam's step and refreshes the weights of the forward pass. On all ranks."""
         for flat in self.flats:
             self._adam.state[flat]["step"].fill_(float(optimizer_step))
         self._refresh_forward_weights()
 
-    def _state_of(self, flat: Tensor, kind: str) -> Tensor:
+    def _state_of(self, flat: Tensor, kind: TensorKind) -> Tensor:
         if kind == "weights":
             return flat.data
         if kind == "ema":
@@ -158,17 +148,17 @@ class ShardedTrainer:
 
     def _place_matrices(self, muon: Muon) -> None:
         """Tells Muon what each flat partition holds: this rank's whole matrices, and every one that is split between ranks."""
-        own = {piece.name: piece for piece in self.pieces if matrices_in(piece.name, self.shapes[piece.name])}
+        own = {part.name: part for part in self.parts if matrices_in(part.name, self.shapes[part.name])}
         held: list[dict[str, tuple[int, int]]] = [{}] * self.world  # of every rank: name -> (group, length)
-        dist.all_gather_object(held, {name: (self._group_of(piece.flat), piece.length) for name, piece in own.items()})
+        dist.all_gather_object(held, {name: (self._group_of(part.flat), part.length) for name, part in own.items()})
         for group, flat in enumerate(self._group_flats()):
             placed = []
             for name, shape in self.shapes.items():
-                lengths = [part[name][1] for part in held if name in part and part[name][0] == group]
+                lengths = [of_rank[name][1] for of_rank in held if name in of_rank and of_rank[name][0] == group]
                 split = bool(lengths) and max(lengths) < math.prod(shape)
                 if split or (lengths and name in own):
-                    piece = own.get(name)
-                    place = (piece.start, piece.length, piece.offset) if piece else (0, 0, 0)
+                    part = own.get(name)
+                    place = (part.start, part.length, part.offset) if part else (0, 0, 0)
                     placed.append(MatrixPiece(tuple(shape), matrices_in(name, shape), *place, split))
             muon.place(flat, placed)
 
@@ -186,22 +176,22 @@ class ShardedTrainer:
     def _adam(self) -> torch.optim.AdamW | Muon:
         return self.engine.optimizer if self.training.zero_stage == 0 else self.engine.optimizer.optimizer
 
-    def _find_pieces(self) -> Iterator[ShardPiece]:
+    def _find_parts(self) -> Iterator[HeldPart]:
         stage, optimizer = self.training.zero_stage, self.engine.optimizer
         for name, p in self._named.items():
             if stage == 0:
-                yield ShardPiece(name, 0, p.numel(), p, 0)
+                yield HeldPart(name, 0, p.numel(), p, 0)
             elif stage in (1, 2):
                 if p._hp_mapping is not None:  # else this rank holds nothing of it
                     here, there = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
                     flat = optimizer.single_partition_of_fp32_groups[p._hp_mapping.param_group_index]
-                    yield ShardPiece(name, here.start, here.numel, flat, there.start)
+                    yield HeldPart(name, here.start, here.numel, flat, there.start)
             else:
                 group, offset, width = optimizer.grad_position[optimizer.get_param_id(p)]
                 length = min(width, p.ds_numel - self.rank * width)  # the tail of the last ranks is padding
                 if length > 0:
                     flat = optimizer.fp32_partitioned_groups_flat[group]
-                    yield ShardPiece(name, self.rank * width, length, flat, offset)
+                    yield HeldPart(name, self.rank * width, length, flat, offset)
 
     def _refresh_forward_weights(self) -> None:
         """Masters -> the weights of the forward pass, on all ranks (`refresh_fp32_params` would go the other way)."""

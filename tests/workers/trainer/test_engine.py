@@ -35,7 +35,7 @@ def _batch(step: int):
 
 
 def _sharded(rank, world, cases):
-    """{(optimizer, stage): (gradient norms, weights, EMA)}, gathered from all ranks' slices."""
+    """{(optimizer, stage): (gradient norms, weights, EMA)}, gathered from all ranks' pieces."""
     engine.prepare(use_gpu=False)
     results = {}
     for optimizer, stage in cases:
@@ -65,7 +65,7 @@ def _sharded(rank, world, cases):
 
 
 def _gathered(trainer: ShardedTrainer, kind: str):
-    mine = [(s.name, s.start, s.values.detach().clone()) for s in trainer.slices(own=True) if s.kind == kind]
+    mine = [(p.parameter, p.start, p.values.detach().clone()) for p in trainer.pieces(own=True) if p.kind == kind]
     parts = [None] * trainer.world
     dist.all_gather_object(parts, mine)
     whole = {name: torch.full((torch.Size(shape).numel(),), torch.nan) for name, shape in trainer.shapes.items()}

@@ -14,7 +14,14 @@ from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.store import FileStore
 from sd3core.errors import StoreError
 from sd3core.recipe import Compute
-from sd3core.training_checkpoint import DONE_FILE, DamagedFile, DamagedRecord, list_checkpoints, read_checkpoint_done
+from sd3core.training_checkpoint import (
+    DONE_FILE,
+    DamagedFile,
+    DamagedRecord,
+    Piece,
+    list_checkpoints,
+    read_checkpoint_done,
+)
 from workers.trainer import checkpointing, train
 from workers.trainer.checkpointing import (
     PATIENCE_S,
@@ -24,7 +31,6 @@ from workers.trainer.checkpointing import (
     read_metrics,
     save_checkpoint,
 )
-from workers.trainer.engine import Slice
 from workers.trainer.job import TrainingSuperseded
 
 COMPUTE = Compute(train_ranks=2)
@@ -68,7 +74,7 @@ def job(tmp_path):
 
 def write(store, job, attempt, step=4, warn=print, rows=()):
     trainer = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), optimizer_step=step, shapes={"w": [3]})
-    trainer.slices = lambda own: [Slice("weights", "w", 0, torch.ones(3))]
+    trainer.pieces = lambda own: [Piece("weights", "w", 0, torch.ones(3))]
     return save_checkpoint(store, job, trainer, attempt=attempt, step=step, rows=list(rows), warn=warn)
 
 
@@ -140,7 +146,7 @@ def test_a_bit_of_the_weights_is_found_by_who_reads_them_and_by_nobody_before(jo
     data = store.get(f"{folder}/{name}")
     weights, loaded, told = torch.zeros(3), [], []
     trainer = SimpleNamespace(rank=0, world=1, shapes={"w": [3]}, loaded=loaded.append)
-    trainer.slices = lambda: [Slice("weights", "w", 0, weights)]
+    trainer.pieces = lambda: [Piece("weights", "w", 0, weights)]
     assert load_checkpoint(store, folder, trainer, told.append).steps == 4 and weights.tolist() == [1, 1, 1]
     assert told == [f"reading {folder}/{name}"] and loaded == [4]
     store.put(f"{folder}/{name}", data[:-1] + bytes([data[-1] ^ 1]))

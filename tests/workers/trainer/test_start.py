@@ -16,7 +16,7 @@ from sd3core.errors import CheckpointError
 from sd3core.formulations import find_formulation
 from sd3core.mmdit import DiTConfig, insert_qk_norm, make_model
 from sd3core.mmdit.architectures import CONFIGS
-from workers.trainer.engine import Slice
+from sd3core.training_checkpoint import Piece
 from workers.trainer.loop import PhaseTraining, RankContext, draw_inputs
 from workers.trainer.muon import matrices_in
 from workers.trainer.start import start_weights
@@ -104,10 +104,10 @@ class WholeWeights:
         self.model = make_model(NORMED).requires_grad_(False)
         self.ema = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
 
-    def slices(self):
+    def pieces(self):
         for name, p in self.model.named_parameters():
-            yield Slice("weights", name, 0, p.view(-1))
-            yield Slice("ema", name, 0, self.ema[name].view(-1))
+            yield Piece("weights", name, 0, p.view(-1))
+            yield Piece("ema", name, 0, self.ema[name].view(-1))
 
     def loaded(self, optimizer_step):
         assert optimizer_step == 0
