@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from flows.upstream import Upstream
 from sd3core import specs
-from sd3core.data.manifest import MANIFEST, manifest_ref, read_head, read_manifest
+from sd3core.data.manifest import MANIFEST, ManifestRef, read_head, read_manifest
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError, UserError
 from sd3core.format_changes import format_changes
@@ -205,7 +205,7 @@ class _Look:
             return self.read[first]
         note = self._note(first)
         digest = note.digest if note is not None and note.folder == folder else None
-        head = read_head(self.store, manifest_ref(folder, digest).path) if digest else None
+        head = read_head(self.store, ManifestRef(folder, digest).path) if digest else None
         if head is None:
             head = read_manifest(self.store, folder)  # whole: only its bytes say its digest
             digest = head.digest
@@ -305,7 +305,7 @@ class _Look:
         if kind in ("raw", "captions"):
             return value == folder.rpartition("/")[2]
         if kind in ("text", "latents"):
-            return self.store.exists(manifest_ref(folder, value).path)
+            return self.store.exists(ManifestRef(folder, value).path)
         with suppress(UserError):
             if kind == "towers":
                 return value in read_towers(self.store, folder).digests.values()

@@ -11,7 +11,7 @@ from sd3core.specs import fingerprint
 from sd3core.training_checkpoint import read_checkpoint_done
 from workers.stage import StageResult
 from workers.trainer.checkpointing import read_metrics
-from workers.trainer.job import DataRef, TrainingJob
+from workers.trainer.job import TrainingJob
 from workers.trainer.stage import train_stage
 
 
@@ -38,8 +38,8 @@ def phase_job(run: StageRun, key: str) -> TrainingJob:
         training=phase,
         seed=recipe.training_seed(phase),
         text=recipe.text,
-        latents=DataRef(folder=inputs.latents.folder, digest=inputs.latents.digest),
-        text_features=DataRef(folder=inputs.text.folder, digest=inputs.text.digest),
+        latents=inputs.latents,
+        text_features=inputs.text,
         init=inputs.start,
         recipe=recipe.model_dump(mode="json"),
         previews=preview_settings(run.upstream, phase),

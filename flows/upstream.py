@@ -16,7 +16,7 @@ from typing import TypeVar
 from flows.local.home import local_command
 from sd3core import specs
 from sd3core.checkpoint import CONFIG_FILE, open_checkpoint
-from sd3core.data.manifest import MANIFEST, Manifest, ManifestRef, manifest_ref, read_manifest
+from sd3core.data.manifest import MANIFEST, Manifest, ManifestRef, read_manifest
 from sd3core.data.store import Store, open_store
 from sd3core.errors import CheckpointError, DataError, UserError
 from sd3core.recipe import Recipe
@@ -247,4 +247,4 @@ def _stands(found: Callable[[], object]) -> bool:
 
 
 def _ref(manifest: Manifest | TowersManifest) -> ManifestRef:
-    return manifest_ref(manifest.folder, manifest.digest)
+    return ManifestRef(manifest.folder, manifest.digest)

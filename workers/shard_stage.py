@@ -20,10 +20,10 @@ from sd3core.data.begun import begin
 from sd3core.data.manifest import (
     MANIFEST,
     Manifest,
+    ManifestRef,
     ShardEntry,
     commit_manifest,
     is_whole,
-    manifest_ref,
     read_manifest,
 )
 from sd3core.data.shards import INDEX, DoneRecord, finished_stems, read_shard_done, shard_stem
@@ -244,7 +244,7 @@ def _conclude(
     made_here = [outcome for outcome in outcomes if outcome.task.folder == stage.folder]
     if state.matches and not made_here:
         manifest, reason = state.standing, NOTHING_TO_DO
-        reference = manifest_ref(stage.folder, manifest.digest)
+        reference = ManifestRef(stage.folder, manifest.digest)
         if not state.is_newest:  # another run has added shards to the folder: let later stages find this one first
             commit_manifest(store, stage.folder, manifest)
     else:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sd3core.data.begun import end
-from sd3core.data.manifest import ManifestRef, explain_difference, manifest_ref
+from sd3core.data.manifest import ManifestRef, explain_difference
 from sd3core.data.store import Store
 from sd3core.errors import StoreError, UserError
 from sd3core.words import counted
@@ -125,7 +125,7 @@ class StageResult:
     @property
     def manifest(self) -> ManifestRef:
         """Of a stage that commits one."""
-        return manifest_ref(self.folder, self.digest)
+        return ManifestRef(self.folder, self.digest)
 
 
 def join_results(stage: str, parts: dict[str, StageResult], digest: str, reason: str) -> StageResult:

@@ -14,7 +14,7 @@ import numpy as np
 
 from sd3core.data.begun import begin
 from sd3core.data.images import PixelRules, decode_image
-from sd3core.data.manifest import ManifestRef, manifest_ref, read_manifest
+from sd3core.data.manifest import ManifestRef, read_manifest
 from sd3core.data.store import Store, open_store
 from sd3core.errors import DataError
 from sd3core.files.local_paths import expanded
@@ -63,7 +63,7 @@ def towers_stage(recipe: Recipe, store: Store, raw: ManifestRef | None, report: 
         pinned = {name: finished[name] for name in damaged}
         outcomes = _make(recipe, store, raw, folder, missing, pinned, report) if missing else []
         manifest = commit_towers(store, folder, fields, made_by(outcomes, recipe.compute.actors))
-    reference = manifest_ref(folder, manifest.digest)
+    reference = ManifestRef(folder, manifest.digest)
     remember_stage(store, recipe.run, "towers", folder, reference.digest, fields)
     return StageResult(
         stage="towers",

@@ -78,11 +78,15 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class ManifestRef:
-    """Where a manifest stands (its immutable copy) and which one it is."""
+    """A stage's output pinned by content: its folder in the store, and which of its manifests."""
 
     folder: str
-    path: str
-    digest: str
+    digest: str  # of the manifest, 64 hex digits
+
+    @property
+    def path(self) -> str:
+        """The path of the copy that stays, whatever is committed later."""
+        return f"{self.folder}/MANIFEST.{self.digest[:12]}.json"
 
 
 def commit_manifest(store: Store, folder: str, manifest: Manifest, made_by: Provenance | None = None) -> ManifestRef:
@@ -91,16 +95,12 @@ def commit_manifest(store: Store, folder: str, manifest: Manifest, made_by: Prov
     `made_by` goes beside them, first of all; None leaves what stands there.
     """
     data, digest = manifest.to_bytes(), manifest.digest
-    ref = manifest_ref(folder, digest)
+    ref = ManifestRef(folder, digest)
     if made_by is not None:
         put_provenance(store, provenance_path(folder, digest), made_by)
     store.put(ref.path, data)
     store.put(f"{folder}/{MANIFEST}", data)
     return ref
-
-
-def manifest_ref(folder: str, digest: str) -> ManifestRef:
-    return ManifestRef(folder, f"{folder}/MANIFEST.{digest[:12]}.json", digest)
 
 
 def read_manifest(store: Store, folder_or_path: str, digest: str | None = None) -> Manifest:
@@ -111,7 +111,7 @@ def read_manifest(store: Store, folder_or_path: str, digest: str | None = None) 
     if folder_or_path.endswith(".json"):
         path = folder_or_path
     else:
-        path = manifest_ref(folder_or_path, digest).path if digest else f"{folder_or_path}/{MANIFEST}"
+        path = ManifestRef(folder_or_path, digest).path if digest else f"{folder_or_path}/{MANIFEST}"
     data = _get(store, path)
     if digest is not None and not _is(data, digest):
         newest = _get(store, f"{path.rpartition('/')[0]}/{MANIFEST}")
@@ -132,7 +132,7 @@ def read_manifest(store: Store, folder_or_path: str, digest: str | None = None) 
     if digest is not None and not _is(data, digest):
         raise DataError(f"{store.uri(path)}: not the manifest that was asked for ({digest[:12]}); run the stage again")
     if path.endswith(f"/{MANIFEST}"):  # its copy, written before it, has its digest in the name
-        copy = manifest_ref(path.rpartition("/")[0], hashlib.sha256(data).hexdigest()).path
+        copy = ManifestRef(path.rpartition("/")[0], hashlib.sha256(data).hexdigest()).path
         if not store.exists(copy):
             raise DataError(
                 f"{store.uri(path)}: not a manifest that was committed, {copy} is not there; run the stage again"
@@ -166,7 +166,7 @@ def read_head(store: Store, path: str) -> ManifestHead | None:
 
 def is_whole(store: Store, manifest: Manifest) -> bool:
     """Whether a manifest's copy under its digest stands beside it: what was altered by hand has none."""
-    return _is(_get(store, manifest_ref(manifest.folder, manifest.digest).path), manifest.digest)
+    return _is(_get(store, ManifestRef(manifest.folder, manifest.digest).path), manifest.digest)
 
 
 def _get(store: Store, path: str) -> bytes | None:

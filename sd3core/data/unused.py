@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sd3core.data.begun import BEGUN, Begun, all_begun
-from sd3core.data.manifest import MANIFEST, manifest_ref, read_manifest
+from sd3core.data.manifest import MANIFEST, ManifestRef, read_manifest
 from sd3core.data.shards import DONE
 from sd3core.data.store import Store, StoreEntry, StoreNotFound
 from sd3core.errors import DataError, StoreError
@@ -74,7 +74,7 @@ class _Uses:
 
     def copies(self, folder: str) -> set[str]:
         """Where the manifests that are named would stand in this folder."""
-        return {manifest_ref(folder, digest).path for digest in self.digests if DIGEST.fullmatch(digest)}
+        return {ManifestRef(folder, digest).path for digest in self.digests if DIGEST.fullmatch(digest)}
 
     def item(self, name: str, why: str, entries: Iterable[StoreEntry], doubt: bool = False, folder: str = "") -> Unused:
         """Unfinished where there is a doubt, or a run has begun the folder and not ended."""

@@ -25,7 +25,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sd3core.data.checked_files import CheckedFiles
-from sd3core.data.manifest import MANIFEST
+from sd3core.data.manifest import MANIFEST, ManifestRef
 from sd3core.data.provenance import Provenance, provenance_path, put_provenance
 from sd3core.data.records import FileRecord, record_file
 from sd3core.data.store import Store, StoreNotFound, canonical_json
@@ -173,14 +173,14 @@ def commit_towers(
     manifest = TowersManifest(spec=fingerprint(fields), fields=fields, folder=folder, towers=finished)
     if made_by is not None:
         put_provenance(store, provenance_path(folder, manifest.digest), made_by)
-    store.put(_manifest_path(folder, manifest.digest), manifest.to_bytes())
+    store.put(ManifestRef(folder, manifest.digest).path, manifest.to_bytes())
     store.put(f"{folder}/{MANIFEST}", manifest.to_bytes())
     return manifest
 
 
 def read_towers(store: Store, folder: str, digest: str | None = None) -> TowersManifest:
     """The towers manifest of a folder, or the one with `digest`. Raises DataError if it is missing, damaged or another one."""
-    path = _manifest_path(folder, digest) if digest else f"{folder}/{MANIFEST}"
+    path = ManifestRef(folder, digest).path if digest else f"{folder}/{MANIFEST}"
     try:
         manifest = TowersManifest.model_validate_json(store.get(path))
     except StoreNotFound:
@@ -193,7 +193,7 @@ def read_towers(store: Store, folder: str, digest: str | None = None) -> TowersM
         raise DataError(
             f"{store.uri(path)}: not the towers that were asked for ({digest[:12]}); run the towers stage again"
         )
-    if digest is None and not store.exists(_manifest_path(folder, manifest.digest)):
+    if digest is None and not store.exists(ManifestRef(folder, manifest.digest).path):
         raise DataError(f"{store.uri(path)}: not the manifest that was committed; run the towers stage again")
     return manifest
 
@@ -298,11 +298,6 @@ def _remove_abandoned_fetches(folder: Path) -> None:
 
 def _digest(files: dict[str, FileRecord]) -> str:
     return hashlib.sha256(canonical_json({path: file.sha256 for path, file in files.items()})).hexdigest()
-
-
-def _manifest_path(folder: str, digest: str) -> str:
-    """The path of the copy that stays, whatever towers are committed later."""
-    return f"{folder}/MANIFEST.{digest[:12]}.json"
 
 
 def _done_path(folder: str, name: str) -> str:

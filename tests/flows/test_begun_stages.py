@@ -22,7 +22,7 @@ from sd3core.towers.artifact import TOWER_FOLDERS
 from workers.stage import recall_stage
 
 START = "s3://bucket/runs/base/checkpoints/pretrain/111111111111/000000000008"
-REF = ManifestRef("datasets/d/raw/1", "datasets/d/raw/1/MANIFEST.json", "a" * 64)
+REF = ManifestRef("datasets/d/raw/1", "a" * 64)
 
 
 class Killed(StoreError):

@@ -69,8 +69,8 @@ def test_a_length_that_changes_every_rate_is_told(store):
 
 def test_later_stages_read_the_checkpoints_of_their_own_length(store, finish_checkpoint, monkeypatch):
     """Scores, export and the next phase take what this length has, whatever a longer run left beside it."""
-    monkeypatch.setattr(Upstream, "latents", lambda *_: ManifestRef("l", "l", "0"))
-    monkeypatch.setattr(Upstream, "text", ManifestRef("t", "t", "0"))
+    monkeypatch.setattr(Upstream, "latents", lambda *_: ManifestRef("l", "0"))
+    monkeypatch.setattr(Upstream, "text", ManifestRef("t", "0"))
     stand(store, finish_checkpoint, 32, 64, 96)
 
     def samples(*overrides: str) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from sd3core.data.manifest import ManifestRef
 from sd3core.errors import UserError
 from sd3core.recipe import Text, Training
 from sd3core.sample_settings import Sampler
@@ -20,14 +21,6 @@ class TrainingFailed(UserError):
 
 class TrainingSuperseded(TrainingFailed):
     """A newer attempt of the same phase has begun: this one must not commit anything any more."""
-
-
-class DataRef(BaseModel):
-    """A stage's output pinned by content: its folder in the store and its manifest's digest (64 hex digits)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    folder: str
-    digest: str
 
 
 class PreviewCaption(BaseModel):
@@ -63,8 +56,8 @@ class TrainingJob(BaseModel):
     training: Training
     seed: int
     text: Text
-    latents: DataRef
-    text_features: DataRef
+    latents: ManifestRef
+    text_features: ManifestRef
     init: str | None = None  # URL of a checkpoint, whose EMA weights are the start, or of a model folder
     recipe: dict[str, Any] | None = None  # kept with every checkpoint
     previews: PreviewSettings | None = None

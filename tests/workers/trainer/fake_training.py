@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from sd3core.conditioning import TextFeatures
+from sd3core.data.manifest import ManifestRef
 from sd3core.mmdit import MMDiTConfig
 from sd3core.recipe import Text, Training
-from workers.trainer.job import DataRef, TrainingJob
+from workers.trainer.job import TrainingJob
 
 IMAGES = 40
 TOKENS, CLIP_WIDTH, T5_WIDTH = 4, 8, 24
@@ -103,6 +104,6 @@ def make_job(store: Path, *, phase: str = "pretrain", model: MMDiTConfig = MODEL
         model=model.to_dict(),
         training=make_training(**changes),
         text=Text(),
-        latents=DataRef(folder="datasets/none/latents/0", digest="0" * 64),
-        text_features=DataRef(folder="datasets/none/text/0", digest="0" * 64),
+        latents=ManifestRef(folder="datasets/none/latents/0", digest="0" * 64),
+        text_features=ManifestRef(folder="datasets/none/text/0", digest="0" * 64),
     )

@@ -9,13 +9,12 @@ import torch
 from fake_training import TOKENS, FakeLoader, make_job
 from safetensors.torch import save
 
-from sd3core.data.manifest import Manifest, ShardEntry, commit_manifest
+from sd3core.data.manifest import Manifest, ManifestRef, ShardEntry, commit_manifest
 from sd3core.data.shards import Sample, shard_stem, write_shard
 from sd3core.data.store import open_store
 from sd3core.errors import DataError
 from sd3core.recipe import Text
 from workers.encode_text import pin_null
-from workers.trainer.job import DataRef
 from workers.trainer.loop import RankContext, draw_inputs, read_null
 from workers.trainer.shards import open_shards
 
@@ -44,10 +43,9 @@ def _write(store, stage, samples_of, schema):
         stem = shard_stem(number, f"{number:012d}")
         done = write_shard(store, folder, stem, samples_of(range(20 * number, 20 * number + 20)), [], schema)
         entries.append(ShardEntry(number=number, stem=stem, rows=done.rows, bytes=done.bytes, digest=done.digest))
-    ref = commit_manifest(
+    return commit_manifest(
         store, folder, Manifest(stage=stage, spec="0", fields={}, inputs={"raw": "r"}, folder=folder, shards=entries)
     )
-    return DataRef(folder=folder, digest=ref.digest)
 
 
 @pytest.fixture
@@ -85,7 +83,7 @@ def test_every_world_size_reads_the_same_batches(job):
 
 
 def test_another_manifest_than_the_job_names_is_refused(job):
-    wrong = job.model_copy(update={"latents": DataRef(folder=job.latents.folder, digest="f" * 64)})
+    wrong = job.model_copy(update={"latents": ManifestRef(folder=job.latents.folder, digest="f" * 64)})
     with pytest.raises(DataError, match="no such manifest"):
         open_shards(wrong, open_store(job.store), RankContext(0, 1, CPU, 1), pytest.fail)
 
