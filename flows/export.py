@@ -10,8 +10,8 @@ from typing import Any
 from prefect import flow
 
 from flows.stage import FLOW_OPTIONS, stage
+from sd3core.specs import DONE_FILE
 from sd3core.towers.artifact import fetch_towers
-from sd3core.training_checkpoint import DONE_FILE
 from workers.caches import checked_here, towers_cache
 from workers.export import export_stage
 from workers.stage import StageResult

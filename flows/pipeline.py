@@ -22,6 +22,7 @@ from flows.upgrade import check_upgrade
 from flows.upstream import Upstream
 from sd3core.data.begun import begin, end
 from sd3core.moving_average import short_average_warnings
+from sd3core.specs import run_folder, scores_path
 from workers.ray_session import living_nodes
 
 STAGE_FLOWS = (ingest, towers, caption, encode, pretrain, finetune, evaluate, export)
@@ -41,7 +42,7 @@ def pipeline(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
         before.check_room(living_nodes())
         before.check_start_from()
         before.check_vae()
-        run, folder = opened.recipe.run, f"runs/{opened.recipe.run}"
+        run, folder = opened.recipe.run, run_folder(opened.recipe.run)
         begin(opened.store, run, "pipeline", folder, needs=[opened.recipe.model.start_from])
         for warning in short_average_warnings(opened.recipe):
             get_run_logger().warning(warning)
@@ -52,7 +53,7 @@ def pipeline(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
             ):  # now that it stands, what follows it may show another version's
                 check_upgrade(opened.recipe, opened.store, remake)
             outcomes.append(stage_flow(recipe, overrides))
-        scores = opened.store.get_json(f"{folder}/evaluations/scores.json")
+        scores = opened.store.get_json(scores_path(run))
         summary = write_summary(opened.store, opened.recipe, outcomes, scores, overrides)
         end(opened.store, run, "pipeline", folder)
         return summary

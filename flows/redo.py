@@ -14,14 +14,11 @@ from contextlib import suppress
 
 from flows.upstream import Upstream
 from sd3core import specs
-from sd3core.data.manifest import MANIFEST
-from sd3core.data.shards import DONE
 from sd3core.data.store import Store
 from sd3core.errors import RecipeError, StoreError, UserError
 from sd3core.recipe import Recipe
-from sd3core.specs import FORMATS, STAGES
+from sd3core.specs import DONE, DONE_FILE, FORMATS, MANIFEST, STAGES
 from sd3core.towers.artifact import read_towers
-from sd3core.training_checkpoint import DONE_FILE
 
 
 def check_stage(name: str) -> None:
@@ -58,12 +55,16 @@ def _trained(recipe: Recipe, store: Store) -> dict[str, str]:
 
 def _markers(recipe: Recipe, store: Store, stage: str, trained: dict[str, str]) -> list[str]:
     """The files that say that something of a stage is done."""
-    run = f"runs/{recipe.run}"
     if stage == "evaluate":  # the table is made from the parts
-        parts = (entry.path for entry in store.list(f"{run}/evaluations") if entry.path.endswith(".json"))
+        parts = (
+            entry.path for entry in store.list(specs.evaluations_folder(recipe.run)) if entry.path.endswith(".json")
+        )
         return [path for path in parts if _is_ours(store, path, trained, "checkpoint", "protocol", "evaluations")]
     if stage == "export":
-        exported = (f"{run}/export/{spec}/{MANIFEST}" for spec in store.folders(f"{run}/export"))
+        exported = (
+            f"{specs.exports_folder(recipe.run, spec)}/{MANIFEST}"
+            for spec in store.folders(specs.exports_folder(recipe.run))
+        )
         return [path for path in exported if _is_ours(store, path, trained, "from", "fields", "export")]
     paths = [entry.path for folder in _folders(recipe, store, stage, trained) for entry in store.list(folder)]
     marks = DONE_FILE if stage in ("pretrain", "finetune") else (MANIFEST, DONE)

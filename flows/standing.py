@@ -17,12 +17,12 @@ from pydantic import ValidationError
 
 from flows.upstream import Upstream
 from sd3core import specs
-from sd3core.data.manifest import MANIFEST, ManifestRef, read_head, read_manifest
+from sd3core.data.manifest import ManifestRef, read_head, read_manifest
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError, UserError
 from sd3core.format_changes import format_changes
 from sd3core.recipe import Recipe, Training
-from sd3core.specs import FORMATS, STAGES, fingerprint
+from sd3core.specs import FORMATS, MANIFEST, STAGES, fingerprint
 from sd3core.towers.artifact import TOWER_FOLDERS, read_towers
 from sd3core.training_checkpoint import CheckpointRef, list_checkpoints, read_checkpoint_done
 from workers.stage import StageNote, recall_stage
@@ -91,13 +91,20 @@ class _Look:
 
     def _ingest(self) -> None:
         self._data(
-            "ingest", "ingest", "raw", f"datasets/{self.recipe.data.name}/raw", specs.raw_fields(self.recipe), {}
+            "ingest",
+            "ingest",
+            "raw",
+            specs.data_folder(self.recipe.data.name, "raw"),
+            specs.raw_fields(self.recipe),
+            {},
         )
 
     def _towers(self) -> None:
         recipe = self.recipe
         needs = {"raw": "ingest"} if recipe.towers.small is not None else {}
-        self._data("towers", "towers", "towers", f"towers/{recipe.towers.name}", specs.towers_fields(recipe), needs)
+        self._data(
+            "towers", "towers", "towers", specs.named_towers(recipe.towers.name), specs.towers_fields(recipe), needs
+        )
         if self.parts["towers"].status == "stands":
             try:
                 self.tower_digests = read_towers(self.store, self.today["towers"].folder).digests
@@ -111,7 +118,7 @@ class _Look:
             fields = specs.captions_fields(recipe)
         except DataError:  # the captioner's folder is not on this machine
             return self._put("caption", "caption", "other")
-        parent = f"datasets/{recipe.data.name}/captions"
+        parent = specs.data_folder(recipe.data.name, "captions")
         if recipe.caption.captioner != "none":
             return self._data("caption", "caption", "captions", parent, fields, {"raw": "ingest"})
         self.today["caption"] = _Spec("captions", parent, fields, {})
@@ -128,17 +135,24 @@ class _Look:
         return found
 
     def _encode(self) -> None:
-        recipe, parent = self.recipe, f"datasets/{self.recipe.data.name}"
+        recipe, name = self.recipe, self.recipe.data.name
         try:
             text = specs.text_fields(recipe, self.tower_digests)
         except DataError:  # as for the captions, whose fingerprint stands in it
             self._put("text", "encode", "other")
         else:
-            self._data("text", "encode", "text", f"{parent}/text", text, {"encoders": "towers", "captions": "caption"})
+            self._data(
+                "text",
+                "encode",
+                "text",
+                specs.data_folder(name, "text"),
+                text,
+                {"encoders": "towers", "captions": "caption"},
+            )
         for key, phase in recipe.phases():
             latents = specs.latents_fields(recipe, phase, self.tower_digests)
             needs = {"vae": "towers", "raw": "ingest"}
-            self._data(f"latents.{key}", "encode", "latents", f"{parent}/latents", latents, needs)
+            self._data(f"latents.{key}", "encode", "latents", specs.data_folder(name, "latents"), latents, needs)
 
     def _data(
         self, name: str, stage: str, kind: str, parent: str, fields: dict[str, Any], needs: dict[str, str]
@@ -158,7 +172,7 @@ class _Look:
         keys = [other for other, _ in self.recipe.phases()]
         before = keys[keys.index(key) - 1] if key != keys[0] else None
         needs = {"latents": f"latents.{key}", "text": "text"} | ({"init": before} if before else {})
-        stage, parent = key.partition(".")[0], f"runs/{self.recipe.run}/checkpoints/{key}"
+        stage, parent = key.partition(".")[0], specs.phase_folder(self.recipe.run, key)
         if any(self.parts[other].status == "other" for other in needs.values()) or not self.store.folders(parent):
             return self._put(key, stage, "other")
         try:
@@ -217,10 +231,10 @@ class _Look:
 
     def _evaluate(self) -> None:
         """Scores follow from the checkpoints."""
-        folder = f"runs/{self.recipe.run}/evaluations"
+        folder = specs.evaluations_folder(self.recipe.run)
         statuses = {self.parts[key].status for key, _ in self.recipe.phases()}
         try:
-            protocols = self.store.get_json(f"{folder}/scores.json")["protocols"].values()
+            protocols = self.store.get_json(specs.scores_path(self.recipe.run))["protocols"].values()
             formats = {protocol["format"] for protocol in protocols}
         except (StoreError, KeyError, AttributeError, TypeError):
             formats = set()
@@ -237,7 +251,7 @@ class _Look:
     def _export(self) -> None:
         """An export follows from the last checkpoint. Alone it costs seconds, and asks nothing."""
         statuses = {self.parts[key].status for key, _ in self.recipe.phases()}
-        exported = bool(self.store.folders(f"runs/{self.recipe.run}/export"))
+        exported = bool(self.store.folders(specs.exports_folder(self.recipe.run)))
         remade = "upgrade" in statuses and "other" not in statuses
         self._put("export", "export", "other" if not exported else "upgrade" if remade else "stands")
 

@@ -10,15 +10,12 @@ from sd3core.data.provenance import provenance, provenance_of
 from sd3core.data.store import Store
 from sd3core.errors import StoreError
 from sd3core.recipe import Recipe
+from sd3core.specs import RUNS, summary_path
 
 
 def of_stage(stage: str, words: str) -> str:
     """Words with their stage before them, once: a training phase's own begin with it."""
     return words if words.startswith((f"{stage}:", f"{stage}.")) else f"{stage}: {words}"
-
-
-def summary_path(recipe: Recipe) -> str:
-    return f"runs/{recipe.run}/summary.json"
 
 
 def exported_folder(recipe: Recipe, export: dict[str, Any]) -> str | None:
@@ -31,8 +28,8 @@ def exported_folder(recipe: Recipe, export: dict[str, Any]) -> str | None:
 def finished_runs(store: Store) -> dict[str, str]:
     """Run -> recipe, of the pipeline runs that this store has to their end."""
     runs = {}
-    for entry in store.list("runs"):
-        if re.fullmatch("runs/[^/]+/summary.json", entry.path):
+    for entry in store.list(RUNS):
+        if re.fullmatch(summary_path("[^/]+"), entry.path):
             with suppress(StoreError, KeyError, TypeError):  # a damaged one tells of no run, and stops no other
                 summary = store.get_json(entry.path)
                 runs[summary["run"]] = summary["recipe"]
@@ -61,7 +58,7 @@ def write_summary(
         "shown": scores.get("shown"),
         "export": exported_folder(recipe, stages[-1]),
     }
-    store.put_json(summary_path(recipe), summary)
+    store.put_json(summary_path(recipe.run), summary)
     return summary
 
 

@@ -18,12 +18,12 @@ from rich.table import Table
 from flows.standing import StandingPart, standing_parts
 from sd3core import specs
 from sd3core.costs.stages import stage_costs
-from sd3core.data.manifest import MANIFEST, read_manifest
+from sd3core.data.manifest import read_manifest
 from sd3core.data.provenance import provenance_path, read_provenance
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError, UserError
 from sd3core.recipe import Recipe
-from sd3core.specs import STAGES
+from sd3core.specs import MANIFEST, STAGES, remake_path
 from sd3core.towers.artifact import read_towers
 from sd3core.training_checkpoint import METRICS_FILE, CheckpointRef, list_checkpoints
 from sd3core.words import GB, MB, counted, format_seconds
@@ -57,7 +57,7 @@ def check_upgrade(
     `up_to`: the last stage that is asked for. `from_stage`: the user's wish that this stage and those after it are made again:
     of them nothing is asked, now or when what comes before them has been made.
     """
-    path = f"runs/{recipe.run}/remake.json"
+    path = remake_path(recipe.run)
     before = _permission(store, path)
     permission = before.from_stage(from_stage) if from_stage else before
     parts = permission.asks_of(standing_parts(recipe, store, up_to))

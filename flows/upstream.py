@@ -16,12 +16,13 @@ from typing import TypeVar
 from flows.local.home import local_command
 from sd3core import specs
 from sd3core.checkpoint import CONFIG_FILE, open_checkpoint
-from sd3core.data.manifest import MANIFEST, Manifest, ManifestRef, read_manifest
+from sd3core.data.manifest import Manifest, ManifestRef, read_manifest
 from sd3core.data.store import Store, open_store
 from sd3core.errors import CheckpointError, DataError, UserError
 from sd3core.recipe import Recipe
+from sd3core.specs import DONE_FILE, MANIFEST
 from sd3core.towers.artifact import TowersManifest, check_vae_channels, check_vae_folder, read_towers
-from sd3core.training_checkpoint import DONE_FILE, CheckpointRef, list_checkpoints, read_checkpoint_done
+from sd3core.training_checkpoint import CheckpointRef, list_checkpoints, read_checkpoint_done
 from workers.evaluate import all_scored
 from workers.evaluate_tasks import EvaluationInputs
 from workers.ray_room import Node, actors_problem, ranks_problem

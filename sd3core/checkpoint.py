@@ -28,9 +28,9 @@ from sd3core.mmdit import Backbone, BackboneConfig, config_from_dict, make_model
 from sd3core.mmdit.backbone import config_positions
 from sd3core.recipe import picture_shift
 from sd3core.sample_settings import Weights
+from sd3core.specs import DONE_FILE
 from sd3core.training_checkpoint import (
     CHECKPOINT_FORMAT,
-    DONE_FILE,
     CheckpointDone,
     TensorKind,
     assemble_weights,

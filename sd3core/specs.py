@@ -1,4 +1,4 @@
-"""What each stage's bytes depend on, its fingerprint, and its folder in the store.
+"""What each stage's bytes depend on, its fingerprint, and every path of the store.
 
 A spec is a fingerprint of every recipe field that changes how a stage's bytes are made and of the specs upstream (a Merkle
 chain). It names no content: the content of the inputs is in the shard digests and in the manifest's `inputs`. Format versions
@@ -148,25 +148,93 @@ def train_fields(recipe: Recipe, phase: Training, *, latents: str, text: str, in
     }
 
 
+# Where everything lies in the store: no other file spells a path of it.
+DATASETS, TOWERS, REFERENCES, RUNS, BEGUN = "datasets", "towers", "references", "runs", "begun"
+DATA_STAGES = ("raw", "captions", "text", "latents")  # in the order in which they are made
+MANIFEST = "MANIFEST.json"  # of a stage's folder: written last, it says that all is there
+MANIFEST_COPY = "MANIFEST."  # so begin the names of the copies that stay
+DONE_FILE = "DONE.json"  # of a checkpoint, and of reference features: written last
+DONE, INDEX, TAR, TABLE = ".done.json", ".index.parquet", ".tar", ".parquet"  # of a shard: its stem and these
+SCORES_FILE = "scores.json"
+
+
+def data_folder(name: str, stage: str, *spec: str) -> str:
+    return "/".join((DATASETS, name, stage, *spec))
+
+
 def raw_folder(recipe: Recipe) -> str:
-    return f"datasets/{recipe.data.name}/raw/{fingerprint(raw_fields(recipe))}"
-
-
-def towers_folder(recipe: Recipe) -> str:
-    return f"towers/{recipe.towers.name}/{fingerprint(towers_fields(recipe))}"
+    return data_folder(recipe.data.name, "raw", fingerprint(raw_fields(recipe)))
 
 
 def captions_folder(recipe: Recipe) -> str:
-    return f"datasets/{recipe.data.name}/captions/{fingerprint(captions_fields(recipe))}"
+    return data_folder(recipe.data.name, "captions", fingerprint(captions_fields(recipe)))
 
 
 def text_folder(recipe: Recipe, tower_digests: dict[str, str]) -> str:
-    return f"datasets/{recipe.data.name}/text/{fingerprint(text_fields(recipe, tower_digests))}"
+    return data_folder(recipe.data.name, "text", fingerprint(text_fields(recipe, tower_digests)))
 
 
 def latents_folder(recipe: Recipe, phase: Training, tower_digests: dict[str, str]) -> str:
-    return f"datasets/{recipe.data.name}/latents/{fingerprint(latents_fields(recipe, phase, tower_digests))}"
+    return data_folder(recipe.data.name, "latents", fingerprint(latents_fields(recipe, phase, tower_digests)))
+
+
+def named_towers(name: str, *spec: str) -> str:
+    return "/".join((TOWERS, name, *spec))
+
+
+def towers_folder(recipe: Recipe) -> str:
+    return named_towers(recipe.towers.name, fingerprint(towers_fields(recipe)))
+
+
+def references_folder(data_name: str, *spec: str) -> str:
+    return "/".join((REFERENCES, data_name, *spec))
+
+
+def manifest_copy(folder: str, digest: str) -> str:
+    """The path of the copy of a manifest that stays, whatever is committed later."""
+    return f"{folder}/{MANIFEST_COPY}{digest[:12]}.json"
+
+
+def run_folder(run: str, *inside: str) -> str:
+    return "/".join((RUNS, run, *inside))
+
+
+def phase_folder(run: str, phase_key: str, *spec: str) -> str:
+    """The folder of a phase's checkpoints."""
+    return run_folder(run, "checkpoints", phase_key, *spec)
 
 
 def checkpoints_folder(recipe: Recipe, phase_key: str, fields: dict[str, Any]) -> str:
-    return f"runs/{recipe.run}/checkpoints/{phase_key}/{fingerprint(fields)}"
+    return phase_folder(recipe.run, phase_key, fingerprint(fields))
+
+
+def logs_folder(run: str, phase_key: str, spec: str) -> str:
+    return run_folder(run, "logs", f"{phase_key}-{spec}")
+
+
+def previews_folder(run: str, phase_key: str, spec: str) -> str:
+    return run_folder(run, "previews", f"{phase_key}-{spec}")
+
+
+def evaluations_folder(run: str) -> str:
+    return run_folder(run, "evaluations")
+
+
+def scores_path(run: str) -> str:
+    return f"{evaluations_folder(run)}/{SCORES_FILE}"
+
+
+def exports_folder(run: str, *spec: str) -> str:
+    return run_folder(run, "export", *spec)
+
+
+def summary_path(run: str) -> str:
+    return run_folder(run, "summary.json")
+
+
+def stage_note_path(run: str, stage: str) -> str:
+    return run_folder(run, "stages", f"{stage}.json")
+
+
+def remake_path(run: str) -> str:
+    return run_folder(run, "remake.json")

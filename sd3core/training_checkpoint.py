@@ -30,11 +30,11 @@ from sd3core.data.store import Store, StoreNotFound
 from sd3core.errors import CheckpointError
 from sd3core.files.tensor_files import TensorFiles
 from sd3core.mmdit import BackboneConfig, config_from_dict
+from sd3core.specs import DONE_FILE
 
 CHECKPOINT_FORMAT = 1  # raise it when a reader of today could not read what is written
 TENSOR_KINDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
 TensorKind = Literal["weights", "exp_avg", "exp_avg_sq", "ema"]
-DONE_FILE = "DONE.json"
 METRICS_FILE = "metrics.jsonl"
 
 

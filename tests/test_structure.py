@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -209,6 +210,37 @@ def test_nothing_runs_at_import(trees):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and called(node.value) != "add_typer"
     ]
     assert not working
+
+
+STORE_PATH = re.compile(r"(runs|datasets|towers|references|begun)/|runs$|datasets$|references$")
+STORE_MARKER = re.compile(r"MANIFEST\.|DONE\.json|\.done\.json|\.index\.parquet|scores\.json|NULL\.(json|safetensors)")
+
+
+def written_strings(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, text) of every string but docstrings; of an f-string each written part. Sentences for people have a space."""
+    docs = {
+        node.body[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and node not in docs
+            and " " not in node.value
+        ):
+            yield node.lineno, node.value
+
+
+def test_paths_and_markers_of_the_store_are_spelt_in_one_file(trees):
+    owners = ("sd3core/specs.py", "sd3core/data/encoded_shards.py")
+    assert not [
+        f"{name}:{line} {text!r}"
+        for name, tree in trees.items()
+        for line, text in written_strings(tree)
+        if name not in owners and (STORE_PATH.match(text) or STORE_MARKER.search(text))
+    ]
 
 
 def public_names(tree: ast.Module) -> set[str]:

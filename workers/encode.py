@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 
+from sd3core.data.encoded_shards import NULL_FILE, pin_null
 from sd3core.data.images import PixelRules
 from sd3core.data.manifest import ManifestRef, read_manifest
 from sd3core.data.shards import DoneRecord, parts_digest
@@ -18,7 +19,7 @@ from sd3core.specs import fingerprint, latents_fields, latents_folder, text_fiel
 from sd3core.towers.artifact import read_towers
 from sd3core.words import counted
 from workers.encode_latents import ENLARGED, LatentsSource, LatentsWorker
-from workers.encode_text import NULL_FILE, TOO_LONG, TextSource, TextWorker, pin_null
+from workers.encode_text import TOO_LONG, TextSource, TextWorker
 from workers.inputs import InputShard, actor_device, decode_threads, input_shards
 from workers.shard_stage import ShardStage, ShardTask, run_shard_stages
 from workers.stage import StageResult, join_results, remember_stage

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
-from safetensors.torch import save as save_tensors
 
 from sd3core.buckets import Side, bucket_name, nearest_bucket
+from sd3core.data.encoded_shards import FEATURES, LATENT_SCHEMA, latent_bytes
 from sd3core.data.images import Crop, PixelRules, crop_to, decode_image, enlargement, naming, to_model_range
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.shards import DoneRecord, FailedRow, Sample, write_shard
@@ -29,11 +28,6 @@ from workers.shard_stage import ShardTask
 
 # Counted beside the buckets. A bucket's sides are whole patches, which alone stretches an image by some percent.
 ENLARGED = {over: f"enlarged over {over:g} times" for over in (1.1, 2.0, 4.0, 8.0)}
-LATENT_SCHEMA = pa.schema(
-    [("bucket", pa.string())]
-    + [(f"crop_{side}", pa.int32()) for side in ("top", "left", "height", "width")]
-    + [("split", pa.string())]
-)
 
 
 @dataclass(frozen=True)
@@ -127,9 +121,7 @@ class LatentsWorker:
                 failed.append(FailedRow(key=item.key, reason=f"its latent is not finite in {self.dtype}"))
                 continue
             counts.update(name for over, name in ENLARGED.items() if item.enlarged > over)
-            yield Sample(
-                item.key, {"safetensors": save_tensors({"latent": latent.contiguous()})}, self._row(item, splits)
-            )
+            yield Sample(item.key, {FEATURES: latent_bytes(latent)}, self._row(item, splits))
         self.progress += len(batch)
 
     def _row(self, item: Prepared, splits: dict[str, str]) -> dict[str, Any]:

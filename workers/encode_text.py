@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections import Counter
@@ -10,77 +9,28 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import torch
 
 from sd3core.conditioning import ENCODERS, TextFeatures
+from sd3core.data.encoded_shards import FEATURES, NULL_FILE, ORIGINAL, SYNTHETIC, TEXT_SCHEMA, caption_id
 from sd3core.data.manifest import ManifestRef
-from sd3core.data.records import record_bytes
-from sd3core.data.shards import DONE, TAR_BLOCK, DoneRecord, FailedRow, Sample, read_shard_done, write_shard
-from sd3core.data.store import Store, StoreNotFound, canonical_json
-from sd3core.errors import DataError
+from sd3core.data.shards import TAR_BLOCK, DoneRecord, FailedRow, Sample, read_shard_done, write_shard
+from sd3core.data.store import Store
 from sd3core.progress import ProgressCallback, ignore_progress
 from sd3core.recipe import Text
+from sd3core.specs import DONE
 from sd3core.towers.artifact import fetch_towers
 from workers.caches import towers_cache
 from workers.inputs import InputShard, read_input_index, read_input_table
 from workers.shard_stage import ShardTask
 
-NULL_FILE = "NULL.safetensors"  # the encoded empty string, beside the text shards
-NULL_RECORD = "NULL.json"  # its size and SHA-256, by `pin_null`; absent where an earlier version encoded it
-ORIGINAL, SYNTHETIC = "original", "synthetic"
 TOO_LONG = "captions too long"  # how many images of a shard have one, original or synthetic
-TEXT_SCHEMA = pa.schema(
-    [("kind", pa.string()), ("caption_id", pa.string())] + [(f"{name}_len", pa.int32()) for name in ENCODERS]
-)
 
 
 @dataclass(frozen=True)
 class TextSource:
     raw: InputShard
     captions: InputShard | None
-
-
-def pin_null(store: Store, folder: str) -> str | None:
-    """Writes the record of the encoded empty string where there is none; one that is damaged is taken away, for the
-    stage to make again, and its path returned. One process calls it.
-    """
-    path, record = f"{folder}/{NULL_FILE}", f"{folder}/{NULL_RECORD}"
-    try:
-        data = store.get(path)
-    except StoreNotFound:
-        store.delete(record)  # the next one may be encoded by another machine, with other last bits
-        return None
-    recorded = _is_recorded(store, record, data)
-    if recorded is None:
-        store.put_json(record, record_bytes(data).model_dump())
-    elif not recorded:
-        store.delete(path)
-        store.delete(record)
-        return path
-    return None
-
-
-def read_null_bytes(store: Store, folder: str) -> bytes:
-    """The encoded empty string. Raises DataError where it is not what its record says, or has none."""
-    path, record = f"{folder}/{NULL_FILE}", f"{folder}/{NULL_RECORD}"
-    data = store.get(path)
-    recorded = _is_recorded(store, record, data)
-    if recorded is None:
-        raise DataError(
-            f"{store.uri(path)}: an earlier version encoded it; run the encode stage: it writes {NULL_RECORD} beside it"
-        )
-    if not recorded:
-        raise DataError(f"{store.uri(path)}: damaged, not what was encoded; run the encode stage: it is made again")
-    return data
-
-
-def _is_recorded(store: Store, record: str, data: bytes) -> bool | None:
-    """Whether the record is of these bytes; None where there is none."""
-    try:
-        return store.get(record) == canonical_json(record_bytes(data).model_dump())
-    except StoreNotFound:
-        return None
 
 
 class TextWorker:
@@ -154,7 +104,7 @@ class TextWorker:
                 lengths = dict(zip((f"{name}_len" for name in ENCODERS), real, strict=True))
                 for position, (key, kind) in enumerate(uses[caption]):
                     row = {"key": key, "kind": kind, "caption_id": name, "offset": offset, "length": length, **lengths}
-                    yield Sample(name, {"safetensors": data} if position == 0 else {}, row)
+                    yield Sample(name, {FEATURES: data} if position == 0 else {}, row)
                 offset += length
             encoded += len(captions)
             self.progress = rows * encoded // len(uses)
@@ -162,10 +112,6 @@ class TextWorker:
     def _encode(self, captions: list[str]) -> list[TextFeatures]:
         features = self.encoders.encode(captions).to("cpu").to(self.dtype)
         return [features.index(i) for i in range(len(captions))]
-
-
-def caption_id(caption: str) -> str:
-    return hashlib.sha256(caption.encode()).hexdigest()[:24]
 
 
 def _distinct(captions: Iterable[tuple[str, str, str]]) -> dict[str, list[tuple[str, str]]]:

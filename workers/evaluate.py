@@ -29,10 +29,10 @@ from sd3core.metrics.frechet import ranks_nothing
 from sd3core.progress import Progress, ProgressCallback, ProgressMeter
 from sd3core.recipe import Recipe
 from sd3core.small_world.world import TASKS
-from sd3core.specs import fingerprint
+from sd3core.specs import evaluations_folder, fingerprint, references_folder, scores_path
 from sd3core.words import counted, some
 from workers.caches import checked_here
-from workers.evaluate_tasks import EvaluationInputs, EvaluationTask, ScoredPart, _folder, plan_tasks
+from workers.evaluate_tasks import EvaluationInputs, EvaluationTask, ScoredPart, plan_tasks
 from workers.inputs import actor_device
 from workers.pool import Outcome, PoolSettings, map_over_actors
 from workers.ray_session import start_ray
@@ -60,9 +60,9 @@ def evaluate_stage(
     started = time.monotonic()
     digests = {"raw": inputs.raw.digest, "text": inputs.text.digest}
     digests |= {key: ref.digest for key, ref in inputs.latents.items()}
-    needs = [f"references/{recipe.data.name}", inputs.towers]
+    needs = [references_folder(recipe.data.name), inputs.towers]
     needs += [folder for folders in checkpoints.values() for folder in folders]
-    begin(store, recipe.run, "evaluate", _folder(recipe), digests, needs)
+    begin(store, recipe.run, "evaluate", evaluations_folder(recipe.run), digests, needs)
     tasks = plan_tasks(recipe, store, checkpoints, inputs)
     standing, warnings = _standing_parts(store, tasks, checked_here())
     missing = [task for task in tasks if not standing[task.place]]
@@ -86,12 +86,12 @@ def evaluate_stage(
     parts += others
     warnings += damaged
     _fill_dimensions(store, inputs, [part for _, part in parts])
-    path = f"{_folder(recipe)}/scores.json"
+    path = scores_path(recipe.run)
     summary = summarise(parts) | {"shown": sorted({fingerprint(task.protocol) for task, _ in parts[: len(tasks)]})}
     data = canonical_json(summary | {"made_by": _makers([part for _, part in parts])})
     if not store.exists(path) or store.get(path) != data:
         store.put(path, data)
-    end(store, recipe.run, "evaluate", _folder(recipe))
+    end(store, recipe.run, "evaluate", evaluations_folder(recipe.run))
     total = counted(made + meter.already_done, "part")
     return StageResult(
         "evaluate",
@@ -203,8 +203,14 @@ def _other_parts(
     """What stands of these checkpoints by other protocols; and a line on those that are damaged, whose scores are left out."""
     known = {folder for folders in checkpoints.values() for folder in folders}
     seen = {_identity(task) for task, _ in shown}
-    pattern = re.compile(re.escape(_folder(recipe)) + r"/[^/]+/(\d{12})-(?:ema|live)/[^/]+\.[0-9a-f]{12}\.json")
-    places = [match for match in (pattern.fullmatch(entry.path) for entry in store.list(_folder(recipe))) if match]
+    pattern = re.compile(
+        re.escape(evaluations_folder(recipe.run)) + r"/[^/]+/(\d{12})-(?:ema|live)/[^/]+\.[0-9a-f]{12}\.json"
+    )
+    places = [
+        match
+        for match in (pattern.fullmatch(entry.path) for entry in store.list(evaluations_folder(recipe.run)))
+        if match
+    ]
     checked, others, damaged = checked_here(), [], []
     with ThreadPoolExecutor(PART_THREADS) as threads:
         read = threads.map(lambda match: _read_part(store, match[0], checked), places)

@@ -14,7 +14,7 @@ from sd3core.recipe import Recipe, Training
 from sd3core.sample_settings import SampleSettings, Weights
 from sd3core.small_world.detector import MIN_SIDE_PX
 from sd3core.small_world.world import TASKS
-from sd3core.specs import FORMATS, fingerprint
+from sd3core.specs import FORMATS, evaluations_folder, fingerprint
 from sd3core.towers.artifact import read_towers
 from sd3core.training_checkpoint import read_checkpoint_done
 
@@ -79,7 +79,7 @@ def plan_tasks(
                 for part, protocol in _protocols(
                     recipe, phase, phases[phase], inputs, digests, last=folder == folders[-1]
                 ):
-                    place = f"{_folder(recipe)}/{phase}/{done.samples:012d}-{weights}"
+                    place = f"{evaluations_folder(recipe.run)}/{phase}/{done.samples:012d}-{weights}"
                     names = (part, phase, folder, done.samples, weights)
                     tasks.append(EvaluationTask(*names, protocol, place, done.digest))
     return tasks
@@ -151,7 +151,3 @@ def _protocols(
                 f"grid-{height}x{width}",
                 sampled(height, width) | {"kind": "grid", "grid": evaluate.bucket_grid_prompts},
             )
-
-
-def _folder(recipe: Recipe) -> str:
-    return f"runs/{recipe.run}/evaluations"

@@ -16,10 +16,10 @@ from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.provenance import PROVENANCE_FILE, provenance, put_provenance
 from sd3core.data.records import record_file
 from sd3core.data.store import Store, StoreDamaged, StoreNotFound
-from sd3core.exchange.diffusers_folder import MANIFEST_FILE, export_diffusers
+from sd3core.exchange.diffusers_folder import export_diffusers
 from sd3core.progress import Progress, ProgressCallback, ignore_progress
 from sd3core.recipe import Recipe
-from sd3core.specs import FORMATS, fingerprint
+from sd3core.specs import FORMATS, MANIFEST, exports_folder, fingerprint
 from workers.stage import NOTHING_TO_DO, StageResult, remember_stage
 
 
@@ -53,8 +53,8 @@ def export_stage(
     if shift != facts.shift:  # the recipe's was changed after the checkpoint was written
         fields["shift"] = shift
     spec = fingerprint(fields)
-    folder = f"runs/{recipe.run}/export/{spec}"
-    manifest_path = f"{folder}/{MANIFEST_FILE}"
+    folder = exports_folder(recipe.run, spec)
+    manifest_path = f"{folder}/{MANIFEST}"
     standing = {"stage": "export", "spec": spec, "fields": fields}
     begin(store, recipe.run, "export", folder, fields, [checkpoint])
     skipped, damaged = _look(store, folder, standing, checked)
@@ -87,7 +87,7 @@ def export_stage(
 def _look(store: Store, folder: str, standing: dict[str, Any], checked: CheckedFiles | None) -> tuple[bool, str | None]:
     """(whether the export is there as its manifest says, the file that is not)."""
     checked = checked or CheckedFiles(Path(os.devnull))  # which keeps no notes
-    path = f"{folder}/{MANIFEST_FILE}"
+    path = f"{folder}/{MANIFEST}"
     try:
         manifest = store.get_json(path)
         if manifest | standing != manifest:

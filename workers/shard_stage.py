@@ -17,21 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from sd3core.data.begun import begin
-from sd3core.data.manifest import (
-    MANIFEST,
-    Manifest,
-    ManifestRef,
-    ShardEntry,
-    commit_manifest,
-    is_whole,
-    read_manifest,
-)
-from sd3core.data.shards import INDEX, DoneRecord, finished_stems, read_shard_done, shard_stem
+from sd3core.data.manifest import Manifest, ManifestRef, ShardEntry, commit_manifest, is_whole, read_manifest
+from sd3core.data.shards import DoneRecord, finished_stems, read_shard_done, shard_stem
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError
 from sd3core.progress import Progress, ProgressCallback, ProgressMeter
 from sd3core.recipe import Compute
-from sd3core.specs import fingerprint
+from sd3core.specs import INDEX, MANIFEST, fingerprint
 from sd3core.words import NAMED, counted, some
 from workers.pool import Outcome, PoolSettings, made_by, map_over_actors
 from workers.ray_session import start_ray

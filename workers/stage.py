@@ -15,6 +15,7 @@ from sd3core.data.begun import end
 from sd3core.data.manifest import ManifestRef, explain_difference
 from sd3core.data.store import Store
 from sd3core.errors import StoreError, UserError
+from sd3core.specs import stage_note_path
 from sd3core.words import counted
 
 NOTHING_TO_DO = "finished before, nothing to do"
@@ -33,14 +34,14 @@ class StageNote(BaseModel):
 
 def recall_stage(store: Store, run: str, stage: str) -> StageNote | None:
     try:
-        return StageNote.model_validate(store.get_json(_note_path(run, stage)))
+        return StageNote.model_validate(store.get_json(stage_note_path(run, stage)))
     except (ValidationError, StoreError):
         return None  # none, or written by another version: it explains nothing, and decides nothing
 
 
 def stage_noted_at(store: Store, run: str, stage: str) -> float:
     """When the note was last changed, Unix seconds by the store's clock; 0 where there is none."""
-    path = _note_path(run, stage)
+    path = stage_note_path(run, stage)
     return max((entry.modified for entry in store.list(path.rpartition("/")[0]) if entry.path == path), default=0.0)
 
 
@@ -50,12 +51,8 @@ def remember_stage(
     """The stage has ended with this; the word that it was begun goes after it."""
     note = StageNote(folder=folder, digest=digest, fields=fields, warnings=warnings)
     if recall_stage(store, run, stage) != note:
-        store.put_json(_note_path(run, stage), note.model_dump(mode="json"))
+        store.put_json(stage_note_path(run, stage), note.model_dump(mode="json"))
     end(store, run, stage, folder)
-
-
-def _note_path(run: str, stage: str) -> str:
-    return f"runs/{run}/stages/{stage}.json"
 
 
 def reason_to_work(

@@ -20,7 +20,7 @@ from flows.local.home import home, lock_holder
 from sd3core.data.store import Store, StoreEntry
 from sd3core.data.unused import Unused, find_unused, remove
 from sd3core.errors import UserError
-from sd3core.specs import fingerprint
+from sd3core.specs import TOWERS, fingerprint, named_towers
 from sd3core.towers.artifact import read_towers
 from sd3core.words import DAY_S, GB, counted
 
@@ -87,10 +87,10 @@ def _unused_cache(store: Store, days: float) -> list[Unused]:
     """Fetched towers that are none of this store's and that nobody has read for so many days: they are fetched again."""
     folders = [path for path in (home() / "cache").glob("towers-*") if path.is_dir()]
     used = set()
-    for name in store.folders("towers") if folders else []:
-        for spec in store.folders(f"towers/{name}"):
+    for name in store.folders(TOWERS) if folders else []:
+        for spec in store.folders(named_towers(name)):
             try:
-                used.add(f"towers-{fingerprint(read_towers(store, f'towers/{name}/{spec}').digests)}")
+                used.add(f"towers-{fingerprint(read_towers(store, named_towers(name, spec)).digests)}")
             except UserError:  # not finished: nobody has fetched it
                 continue
     items = (_cached(path) for path in sorted(folders) if path.name not in used)

@@ -9,12 +9,13 @@ from rich.table import Table
 
 from flows.local.home import local_command
 from flows.local.services import Services
-from flows.summary import of_stage, summary_path
+from flows.summary import of_stage
 from flows.ui.scores import bench_rows, score_rows, shown_of
 from sd3core.data.provenance import Provenance
 from sd3core.data.store import Store
 from sd3core.files.local_paths import shown_place
 from sd3core.recipe import Recipe
+from sd3core.specs import evaluations_folder, summary_path
 
 PICTURES_NAMED = 6
 TASKS_PREFIX = "shapes_bench/"
@@ -50,10 +51,10 @@ def print_summary(
     for (phase, size), picture in [*newest.items()][-PICTURES_NAMED:]:
         height, _, width = size.partition("x")
         say("pictures", f"{_shown(store, picture['path'])}  {phase} {height if height == width else size} px")
-    say("all", _shown(store, f"runs/{recipe.run}/evaluations"))
+    say("all", _shown(store, evaluations_folder(recipe.run)))
     if summary["export"]:
         say("export", shown_place(summary["export"]))
-    say("summary", _shown(store, summary_path(recipe)))
+    say("summary", _shown(store, summary_path(recipe.run)))
     for line in maker_lines(summary["stages"]):
         say("made by", line)
     say("UI", f"{services.ui_url}  (password: {local_command('sd3 ui')})")

@@ -20,7 +20,7 @@ from flows.local.prefect_environment import prefect_folder
 from flows.local.recipes import DEFAULT_RECIPE, find_recipe
 from flows.local.services import ServiceError, Services, start_services, worker_lives
 from flows.redo import check_stage, forget_from
-from flows.summary import of_stage, summary_path
+from flows.summary import of_stage
 from flows.upgrade import check_upgrade
 from sd3core.data.folder_source import READABLE_SUFFIXES, holds_nothing
 from sd3core.data.store import Store
@@ -30,6 +30,7 @@ from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
 from sd3core.recipe_yaml import yaml_text
 from sd3core.shown_text import is_utf8, shell_word
+from sd3core.specs import summary_path
 from sd3core.words import cut_at_word, one_line
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def run_demo(
         raise RunFailed(
             f"{_first_failure(view)} (the same command{' without --from-stage' if from_stage else ''} goes on from there)"
         )
-    summary = store.get_json(summary_path(recipe))
+    summary = store.get_json(summary_path(recipe.run))
     command = sample_command(recipe, _example_prompt(recipe, store))
     print_summary(summary, store, recipe, services, console, command)
     return summary

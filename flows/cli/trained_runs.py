@@ -12,10 +12,11 @@ from sd3core.data.store import Store
 from sd3core.errors import UserError
 from sd3core.recipe import Recipe, Training
 from sd3core.recipe_file import recipe_of
-from sd3core.training_checkpoint import DONE_FILE, read_checkpoint_done
+from sd3core.specs import DONE_FILE, RUNS, phase_folder, run_folder
+from sd3core.training_checkpoint import read_checkpoint_done
 from workers.stage import recall_stage, stage_noted_at
 
-CHECKPOINT = re.compile(rf"runs/([^/]+)/checkpoints/([^/]+)/([^/]+)/(\d{{12}})/{re.escape(DONE_FILE)}")
+CHECKPOINT = re.compile(rf"{phase_folder('([^/]+)', '([^/]+)', '([^/]+)')}/(\d{{12}})/{re.escape(DONE_FILE)}")
 NAMED_RUNS = 12  # of the runs that an error names
 
 
@@ -35,7 +36,7 @@ def trained_run(store: Store, run: str, overrides: list[str] | None = None) -> T
 
     `overrides` change the recipe that is read with it. UserError where the run has none: it names those that have.
     """
-    found = _checkpoints(store, f"runs/{run}/checkpoints") if _is_name(run) else []
+    found = _checkpoints(store, run_folder(run, "checkpoints")) if _is_name(run) else []
     if not found:
         raise UserError(f"--run {run}: {_those_that_are(store)}")
     phase = max((checkpoint.phase for checkpoint in found), key=_order)
@@ -104,7 +105,7 @@ def _is_name(run: str) -> bool:
 
 
 def _those_that_are(store: Store) -> str:
-    runs = sorted({checkpoint.run for checkpoint in _checkpoints(store, "runs")})
+    runs = sorted({checkpoint.run for checkpoint in _checkpoints(store, RUNS)})
     if not runs:
         return f"no run in {store.url} has a checkpoint"
     more = f" and {len(runs) - NAMED_RUNS} more" if len(runs) > NAMED_RUNS else ""

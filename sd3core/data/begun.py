@@ -20,9 +20,8 @@ from typing import Any
 from sd3core.data.store import Store, StoreDamaged, StoreEntry, StoreNotFound
 from sd3core.errors import DataError
 from sd3core.files.local_paths import sd3_home
-from sd3core.specs import fingerprint
+from sd3core.specs import BEGUN, fingerprint
 
-BEGUN = "begun"
 RECORD = re.compile(rf"{BEGUN}/([^/]+)/([^/]+)\.[0-9a-f]{{12}}\.json")
 
 

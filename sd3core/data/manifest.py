@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sd3core.data.provenance import Provenance, provenance_path, put_provenance
 from sd3core.data.store import Store, StoreNotFound, canonical_json
 from sd3core.errors import DataError, StoreError
+from sd3core.specs import MANIFEST, manifest_copy
 
-MANIFEST = "MANIFEST.json"
 UNSET = "unset"
 FIELDS_KEY, INPUTS_KEY, HEAD_BYTES = (
     '"fields": ',
@@ -86,7 +86,7 @@ class ManifestRef:
     @property
     def path(self) -> str:
         """The path of the copy that stays, whatever is committed later."""
-        return f"{self.folder}/MANIFEST.{self.digest[:12]}.json"
+        return manifest_copy(self.folder, self.digest)
 
 
 def commit_manifest(store: Store, folder: str, manifest: Manifest, made_by: Provenance | None = None) -> ManifestRef:

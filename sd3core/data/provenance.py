@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sd3core.data.store import Store, canonical_json
 from sd3core.errors import StoreError
 from sd3core.files.local_paths import PROJECT
+from sd3core.specs import DONE_FILE, MANIFEST_COPY
 
 DISTRIBUTION = "sd3-pipeline"
 GIT_SECONDS = 10
@@ -94,9 +95,9 @@ def provenance_of(store: Store, path: str) -> list[Provenance]:
     """Who made what this record stands for: a manifest, a checkpoint's DONE.json, scores.json. Empty where nobody kept it."""
     folder, _, name = path.rpartition("/")
     try:
-        if name.startswith("MANIFEST."):
+        if name.startswith(MANIFEST_COPY):
             beside = [f"{folder}/{name.replace('MANIFEST', 'PROVENANCE', 1)}"]
-        elif name == "DONE.json":
+        elif name == DONE_FILE:
             files = store.get_json(path)["files"]
             beside = [f"{folder}/{file}" for file in sorted(files) if file.startswith(CHECKPOINT_FILE)]
         else:

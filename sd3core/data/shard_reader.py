@@ -13,26 +13,24 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from sd3core.conditioning import TextFeatures
+from sd3core.data.encoded_shards import CAPTION_KINDS, FEATURES, Split, latent_of
 from sd3core.data.manifest import Manifest, ShardEntry
 from sd3core.data.plan import WINDOW_SHARDS, PlanTable
 from sd3core.data.shard_cache import ShardCache
 from sd3core.data.shards import read_samples, read_shard_index, sample_id
 from sd3core.data.store import Store, StoreNotFound
 from sd3core.errors import DataError
+from sd3core.specs import TAR
 
-Split = Literal["train", "held_out"]
-CAPTION_KINDS = ("original", "synthetic")
 INDEX_THREADS = 16
 DECODED_BYTES = 8e9  # of decoded shards in memory; a window of the plan's shards should fit
 NAMED_SHARDS = 5  # shards that an error names
@@ -268,7 +266,7 @@ class ShardReader:
         where = f"{self.latents.folder}/{rows.latents.stem}"
         stacks: dict[str, list[Tensor]] = {}
         place = np.zeros(len(keys), dtype=np.int64)
-        samples = list(read_samples(self.cache.read(f"{where}.tar", rows.latents.digest)))
+        samples = list(read_samples(self.cache.read(f"{where}{TAR}", rows.latents.digest)))
         if [key for key, _ in samples] != keys:
             raise DataError(f"{where}: the tar's rows are not those of its index; run encode again")
         for row, (key, files) in enumerate(samples):
@@ -281,11 +279,11 @@ class ShardReader:
     def _decode_text(self, entry: ShardEntry) -> tuple[TextFeatures | None, dict[str, int]]:
         """The features of every distinct caption, and where each caption id stands in them."""
         features, position = [], {}
-        data = self.cache.read(f"{self.text.folder}/{entry.stem}.tar", entry.digest)
+        data = self.cache.read(f"{self.text.folder}/{entry.stem}{TAR}", entry.digest)
         for caption, files in read_samples(data):
             position[caption] = len(features)
             features.append(
-                TextFeatures.from_bytes(files["safetensors"], clip_tokens=self.clip_tokens, t5_tokens=self.t5_tokens)
+                TextFeatures.from_bytes(files[FEATURES], clip_tokens=self.clip_tokens, t5_tokens=self.t5_tokens)
             )
         return TextFeatures.stack(features) if features else None, position
 
@@ -293,7 +291,7 @@ class ShardReader:
 def _latent(files: dict[str, bytes], bucket: str, where: str) -> Tensor:
     height, width = map(int, bucket.split("x"))
     try:
-        latent = load_tensors(files["safetensors"])["latent"]
+        latent = latent_of(files[FEATURES])
     except (KeyError, SafetensorError):
         raise DataError(f"{where} holds no latent; run encode again") from None
     if tuple(latent.shape[1:]) != (height // 8, width // 8):

@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict
 from sd3core.data.records import sha256_of
 from sd3core.data.store import Store, canonical_json
 from sd3core.errors import DataError, StoreError
+from sd3core.specs import DONE, INDEX, TABLE, TAR
 
-DONE, INDEX = ".done.json", ".index.parquet"
 TAR_BLOCK = tarfile.BLOCKSIZE
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")  # of the image in a raw sample
 
@@ -113,10 +113,10 @@ def write_shard(
                     _add(tar, f"{sample.key}.{extension}", data)
                 rows.append({"key": sample.key, "offset": offset, "length": tar.offset - offset, **sample.row})
         digest, size = sha256_of(local), local.stat().st_size
-        store.put_file(f"{folder}/{stem}.tar", local)
+        store.put_file(f"{folder}/{stem}{TAR}", local)
     index = _parquet_bytes(_index_table(rows, schema))
     store.put(f"{folder}/{stem}{INDEX}", index)
-    files = {".tar": digest, INDEX: hashlib.sha256(index).hexdigest()}
+    files = {TAR: digest, INDEX: hashlib.sha256(index).hexdigest()}
     extra = {**(counts or {}), **(_count(rows, count_by) if count_by else {})}
     return _finish(store, folder, stem, len(rows), failed, size + len(index), files, digest, extra)
 
@@ -124,9 +124,9 @@ def write_shard(
 def write_table(store: Store, folder: str, stem: str, table: pa.Table, failed: list[FailedRow]) -> DoneRecord:
     """Writes FOLDER/STEM.parquet, then the done record: a shard that is rows without files (captions)."""
     data = _parquet_bytes(table)
-    store.put(f"{folder}/{stem}.parquet", data)
+    store.put(f"{folder}/{stem}{TABLE}", data)
     digest = hashlib.sha256(data).hexdigest()
-    return _finish(store, folder, stem, table.num_rows, failed, len(data), {".parquet": digest}, digest, {})
+    return _finish(store, folder, stem, table.num_rows, failed, len(data), {TABLE: digest}, digest, {})
 
 
 def finished_stems(store: Store, folder: str) -> set[str]:
@@ -154,7 +154,7 @@ def read_shard_index(store: Store, folder: str, stem: str, digest: str | None = 
 
 
 def read_table(store: Store, folder: str, stem: str, digest: str | None = None) -> pa.Table:
-    return _read_parquet(store, f"{folder}/{stem}.parquet", digest)
+    return _read_parquet(store, f"{folder}/{stem}{TABLE}", digest)
 
 
 def check_digest(data: bytes, digest: str, uri: str) -> None:
@@ -165,7 +165,7 @@ def check_digest(data: bytes, digest: str, uri: str) -> None:
 
 def not_of_its_manifest(uri: str) -> DataError:
     """A damaged tar, index or table of a shard, and the mend."""
-    stem = uri.rpartition("/")[2].removesuffix(".tar").removesuffix(INDEX).removesuffix(".parquet")
+    stem = uri.rpartition("/")[2].removesuffix(TAR).removesuffix(INDEX).removesuffix(TABLE)
     return DataError(
         f"{uri}: its bytes are not those of its manifest; delete {stem}{DONE} beside it and run the stage again"
     )
@@ -201,7 +201,7 @@ def read_raw_samples(
     store: Store, folder: str, stem: str, digest: str | None = None
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The samples of a stored tar, after its SHA-256 is checked against `digest`."""
-    path = f"{folder}/{stem}.tar"
+    path = f"{folder}/{stem}{TAR}"
     data = store.get(path)
     if digest is not None:
         check_digest(data, digest, store.uri(path))

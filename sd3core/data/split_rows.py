@@ -12,6 +12,7 @@ from sd3core.data.images import PixelRules, crop_to, decode_image
 from sd3core.data.manifest import Manifest
 from sd3core.data.shards import image_of, not_of_its_manifest, read_samples, read_shard_index, sample_id
 from sd3core.data.store import Store
+from sd3core.specs import TAR
 
 DECODE_BATCH = 64
 
@@ -61,7 +62,7 @@ def read_row_images(
     _check_shards(store, raw, {row.stem for row in rows}, checked)
     images = []
     for row in rows:
-        data = store.get_range(f"{raw.folder}/{row.stem}.tar", row.offset, row.length)
+        data = store.get_range(f"{raw.folder}/{row.stem}{TAR}", row.offset, row.length)
         (_, files), *_ = read_samples(data)
         image = image_of(files, f"{store.uri(raw.folder)}/{row.stem}.tar: {row.key}")
         images.append(crop_to(decode_image(image, rules), side_px, side_px)[0])
@@ -72,7 +73,7 @@ def _check_shards(store: Store, raw: Manifest, stems: set[str], checked: Checked
     if checked is None:
         return
     for entry in (shard for shard in raw.shards if shard.stem in stems):
-        path = f"{raw.folder}/{entry.stem}.tar"
+        path = f"{raw.folder}/{entry.stem}{TAR}"
         local = store.local_path(path)
         if local is not None and not checked.is_whole(local, entry.digest, store.size(path)):
             raise not_of_its_manifest(store.uri(path))

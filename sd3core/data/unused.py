@@ -18,18 +18,38 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from sd3core.data.begun import BEGUN, Begun, all_begun
-from sd3core.data.manifest import MANIFEST, ManifestRef, read_manifest
-from sd3core.data.shards import DONE
+from sd3core.data.begun import Begun, all_begun
+from sd3core.data.manifest import ManifestRef, read_manifest
 from sd3core.data.store import Store, StoreEntry, StoreNotFound
 from sd3core.errors import DataError, StoreError
+from sd3core.specs import (
+    BEGUN,
+    DATA_STAGES,
+    DATASETS,
+    DONE,
+    DONE_FILE,
+    MANIFEST,
+    MANIFEST_COPY,
+    REFERENCES,
+    RUNS,
+    TOWERS,
+    data_folder,
+    exports_folder,
+    logs_folder,
+    phase_folder,
+    previews_folder,
+    run_folder,
+    scores_path,
+    summary_path,
+)
 from sd3core.words import DAY_S
 
-DATA_STAGES = ("raw", "captions", "text", "latents")
 SPEC = re.compile(r"[0-9a-f]{12}")
 STEM = re.compile(r"(\d{5,}\.[0-9a-f]{12})\.")
 DIGEST = re.compile(r"[0-9a-f]{64}")
-OF_RUN = re.compile(r"(runs/[^/]+/(?:checkpoints/[^/]+|export))/([0-9a-f]{12})(?=/|$)")
+OF_RUN = re.compile(
+    rf"({phase_folder('[^/]+', '[^/]+')}|{exports_folder('[^/]+')})/([0-9a-f]{{12}})(?=/|$)"
+)  # a training's folder, or an export's
 SAFE_DAYS = 7.0  # what is younger may be of a run that has not noted it
 SHARDS, UNFINISHED = "/shards", "/unfinished"  # of the names of what lies in a folder that is used
 GOES_ON = "where a run was interrupted, the same command goes on with it"
@@ -89,7 +109,7 @@ def find_unused(store: Store, days: float = SAFE_DAYS) -> list[Unused]:
     """Everything of the store that no run uses and nobody has written to for so many days by the store's clock, by name."""
     before = store.now() - days * DAY_S
     uses = _uses_of_begun(store)
-    of_runs = [part for run in store.folders("runs") for part in _look_at_run(store, run, uses)]
+    of_runs = [part for run in store.folders(RUNS) for part in _look_at_run(store, run, uses)]
     found = [*_unused_data(store, uses), *_unused_towers(store, uses)]
     found += [uses.item(folder, *rest) for folder, *rest in of_runs if not uses.names(folder)]
     for folder, begun in [*uses.begun.items()]:  # in a folder that is used, or that has nothing in it
@@ -118,11 +138,11 @@ def remove(store: Store, item: Unused) -> bool:
 
 def _rank(path: str) -> int:
     name = path.rpartition("/")[2]
-    if name in (MANIFEST, "DONE.json"):
+    if name in (MANIFEST, DONE_FILE):
         return 0
     if name.endswith(DONE):
         return 1
-    return 3 if name.startswith("MANIFEST.") or path.startswith(f"{BEGUN}/") else 2
+    return 3 if name.startswith(MANIFEST_COPY) or path.startswith(f"{BEGUN}/") else 2
 
 
 def _newest(entries: Iterable[StoreEntry]) -> float:
@@ -140,7 +160,7 @@ def _uses_of_begun(store: Store) -> _Uses:
 
 def _look_at_run(store: Store, run: str, uses: _Uses) -> list[tuple[str, str, list[StoreEntry], bool]]:
     """Gathers what a run's records name. Returns folder, why, objects and doubt of what its own notes have superseded."""
-    entries = store.list(f"runs/{run}")
+    entries = store.list(run_folder(run))
     uses.written[run] = _newest(entries)
     noted = _gather_records(store, run, entries, uses)
     parts: dict[str, list[StoreEntry]] = defaultdict(list)
@@ -162,17 +182,17 @@ def _look_at_run(store: Store, run: str, uses: _Uses) -> list[tuple[str, str, li
             if since < when
             else f"written to after {last}, which is the last that is noted; {GOES_ON}"
         )
-        at_work = f"runs/{run}" in uses.begun  # of which home, and with which settings, is not known
+        at_work = run_folder(run) in uses.begun  # of which home, and with which settings, is not known
         why += "; a pipeline of this run has begun and not ended" if at_work else ""
-        beside = (f"runs/{run}/logs/{phase}-{spec}/", f"runs/{run}/previews/{phase}-{spec}/")
+        beside = (f"{logs_folder(run, phase, spec)}/", f"{previews_folder(run, phase, spec)}/")
         inside += [entry for entry in entries if phase and entry.path.startswith(beside)]
         found.append((folder, why, inside, at_work or since >= when))
     ends = tuple(
-        f"runs/{run}/{name}" for name in ("stages/", "checkpoints/", "evaluations/", "export/", "summary.json")
+        run_folder(run, name) for name in ("stages/", "checkpoints/", "evaluations/", "export/", "summary.json")
     )
     if not any(entry.path.startswith(ends) for entry in entries):
         begun = any(each.run == run for several in uses.begun.values() for each in several)
-        found.append((f"runs/{run}", "nothing of it came to an end", entries, begun))
+        found.append((run_folder(run), "nothing of it came to an end", entries, begun))
     return found
 
 
@@ -180,8 +200,8 @@ def _gather_records(store: Store, run: str, entries: list[StoreEntry], uses: _Us
     """The folder that was noted last for each phase and for the exports, and when."""
     noted: dict[str, tuple[str, float]] = {}
     for entry in entries:
-        is_note = entry.path.startswith(f"runs/{run}/stages/")
-        if not is_note and entry.path not in (f"runs/{run}/summary.json", f"runs/{run}/evaluations/scores.json"):
+        is_note = entry.path.startswith(run_folder(run, "stages/"))
+        if not is_note and entry.path not in (summary_path(run), scores_path(run)):
             continue
         record = _json(store, entry.path)
         for name in ("digest", "fields", "protocols", "stages"):
@@ -201,7 +221,7 @@ def _gather_records(store: Store, run: str, entries: list[StoreEntry], uses: _Us
 
 def _gather_checkpoint(store: Store, entries: list[StoreEntry], uses: _Uses) -> None:
     """Gathers what one training's newest checkpoint names: the others were made from the same."""
-    finished = [entry.path for entry in entries if entry.path.endswith("/DONE.json")]
+    finished = [entry.path for entry in entries if entry.path.endswith(f"/{DONE_FILE}")]
     if finished:
         done = _json(store, max(finished))
         _gather(done.get("specs"), uses)
@@ -235,17 +255,17 @@ def _json(store: Store, path: str) -> dict[str, Any]:
 
 
 def _unused_data(store: Store, uses: _Uses) -> Iterator[Unused]:
-    names = store.folders("datasets")
+    names = store.folders(DATASETS)
     for stage in reversed(DATA_STAGES):  # what a stage was made from comes after it
         for name in names:
-            for spec in filter(SPEC.fullmatch, store.folders(f"datasets/{name}/{stage}")):
-                yield from _unused_in(store, f"datasets/{name}/{stage}/{spec}", uses)
+            for spec in filter(SPEC.fullmatch, store.folders(data_folder(name, stage))):
+                yield from _unused_in(store, data_folder(name, stage, spec), uses)
 
 
 def _unused_in(store: Store, folder: str, uses: _Uses) -> Iterator[Unused]:
     entries = store.list(folder)
     standing = {
-        entry.path: entry.modified for entry in entries if entry.path.rpartition("/")[2].startswith("MANIFEST.")
+        entry.path: entry.modified for entry in entries if entry.path.rpartition("/")[2].startswith(MANIFEST_COPY)
     }
     named = standing.keys() & uses.copies(folder)
     if not named and not uses.names(folder):
@@ -293,14 +313,14 @@ def _stems_named(store: Store, manifests: Iterable[str], wanted: set[str]) -> se
 
 
 def _unused_towers(store: Store, uses: _Uses) -> Iterator[Unused]:
-    for folder in _spec_folders(store, "towers"):
+    for folder in _spec_folders(store, TOWERS):
         entries = store.list(folder)
-        whole = any(entry.path.startswith(f"{folder}/MANIFEST.") for entry in entries)
+        whole = any(entry.path.startswith(f"{folder}/{MANIFEST_COPY}") for entry in entries)
         if not uses.names(folder) and not _tower_digests(store, folder) & uses.digests:
             yield uses.item(
                 folder, NOBODYS if whole else f"towers without a manifest; {GOES_ON}", entries, doubt=not whole
             )
-    for folder in _spec_folders(store, "references"):
+    for folder in _spec_folders(store, REFERENCES):
         if folder.rpartition("/")[2] not in uses.specs:
             begun = folder.rpartition("/")[0] in uses.texts
             why = "; an evaluation of such images has begun and not ended" if begun else ""

@@ -27,10 +27,10 @@ from sd3core.exchange.export_readme import readme
 from sd3core.files.whole_output import atomic_output
 from sd3core.mmdit import MMDiTConfig
 from sd3core.sample_settings import Weights
+from sd3core.specs import MANIFEST
 from sd3core.towers.artifact import TOWER_FOLDERS
 
 TEXT_TOWERS = {name: TOWER_FOLDERS[name] for name in ("clip_l", "clip_g", "t5")}  # folders of model and tokenizer
-MANIFEST_FILE = "MANIFEST.json"
 
 
 def export_diffusers(
@@ -71,7 +71,7 @@ def check_exported(folder: Path, checked: CheckedFiles, part: str = "") -> None:
 
     A folder without a manifest of this system's export stage is another's: nothing is known of its bytes.
     """
-    path = folder / MANIFEST_FILE
+    path = folder / MANIFEST
     if not path.is_file() or not (folder / "model_index.json").is_file():
         return
     try:

@@ -41,7 +41,7 @@ from sd3core.files.weight_files import (
 from sd3core.mmdit import MMDiTConfig
 from sd3core.mmdit.config import HEAD_WIDTH
 from sd3core.recipe import TOKENS_AT_MOST
-from sd3core.training_checkpoint import DONE_FILE
+from sd3core.specs import DONE_FILE
 
 FLOATS = ("float32", "float16", "bfloat16")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")

@@ -20,7 +20,7 @@ from sd3core.data.images import PixelRules
 from sd3core.data.manifest import Manifest
 from sd3core.data.split_rows import DECODE_BATCH, read_row_images, read_rows
 from sd3core.data.store import Store, StoreDamaged, StoreNotFound
-from sd3core.specs import fingerprint
+from sd3core.specs import DONE_FILE, fingerprint, references_folder
 
 if TYPE_CHECKING:
     from sd3core.towers.judge import Judge
@@ -63,7 +63,7 @@ def reference_features(
 
     Two workers may make them at once: they write the same bytes.
     """
-    folder = f"references/{name}/{fingerprint(fields)}"
+    folder = references_folder(name, fingerprint(fields))
     standing, damaged = _standing_reference(store, folder)
     if standing is not None:
         return standing
@@ -82,7 +82,9 @@ def reference_features(
     data = save_arrays({"features": features})
     store.put(f"{folder}/features.safetensors", data)
     keys = [row.key for row in rows]
-    store.put_json(f"{folder}/DONE.json", {"fields": fields, "keys": keys, "sha256": hashlib.sha256(data).hexdigest()})
+    store.put_json(
+        f"{folder}/{DONE_FILE}", {"fields": fields, "keys": keys, "sha256": hashlib.sha256(data).hexdigest()}
+    )
     return Reference(features, keys, damaged)
 
 
@@ -90,15 +92,15 @@ def _standing_reference(store: Store, folder: str) -> tuple[Reference | None, st
     """(what stands, the file that is damaged)."""
     path = f"{folder}/features.safetensors"
     try:
-        done = store.get_json(f"{folder}/DONE.json")
+        done = store.get_json(f"{folder}/{DONE_FILE}")
         data, keys = store.get(path), [str(key) for key in done["keys"]]
         if done["sha256"] != hashlib.sha256(data).hexdigest():
             return None, path
         if fingerprint(done["fields"]) != folder.rpartition("/")[2]:
-            return None, f"{folder}/DONE.json"
+            return None, f"{folder}/{DONE_FILE}"
         features = load_arrays(data)["features"]
     except StoreNotFound:
         return None, None
     except (StoreDamaged, KeyError, TypeError, SafetensorError):
-        return None, f"{folder}/DONE.json"
-    return (Reference(features, keys), None) if len(keys) == len(features) else (None, f"{folder}/DONE.json")
+        return None, f"{folder}/{DONE_FILE}"
+    return (Reference(features, keys), None) if len(keys) == len(features) else (None, f"{folder}/{DONE_FILE}")

@@ -25,14 +25,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sd3core.data.checked_files import CheckedFiles
-from sd3core.data.manifest import MANIFEST, ManifestRef
+from sd3core.data.manifest import ManifestRef
 from sd3core.data.provenance import Provenance, provenance_path, put_provenance
 from sd3core.data.records import FileRecord, record_file
 from sd3core.data.store import Store, StoreNotFound, canonical_json
 from sd3core.errors import DataError
 from sd3core.files.local_paths import expanded
 from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
-from sd3core.specs import fingerprint
+from sd3core.specs import DONE, MANIFEST, fingerprint
 
 DIFFUSERS_CHANNELS = 4  # of an AutoencoderKL whose config does not say
 FETCH = ".fetch-"  # of a folder that a file is fetched into
@@ -221,7 +221,7 @@ def fetch_towers(
         with _one_at_a_time(local / f".{name}.lock"):
             for path, file in entry.files.items():
                 if not checked.is_whole(local / path, file.sha256, file.bytes, reread=reread):
-                    _fetch_file(store, f"{folder}/{path}", local / path, file, f"{name}.done.json", checked)
+                    _fetch_file(store, f"{folder}/{path}", local / path, file, f"{name}{DONE}", checked)
         meter.advance(len(entry.files), name)
     return local
 
@@ -301,4 +301,4 @@ def _digest(files: dict[str, FileRecord]) -> str:
 
 
 def _done_path(folder: str, name: str) -> str:
-    return f"{folder}/{name}.done.json"
+    return f"{folder}/{name}{DONE}"

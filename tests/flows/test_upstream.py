@@ -13,13 +13,13 @@ from counting_store import CountingStore
 from flows import finetune
 from flows.upstream import NoRoomError, NotFinishedError, Upstream
 from sd3core.checkpoint import save_model
-from sd3core.data.manifest import MANIFEST, Manifest, commit_manifest
+from sd3core.data.manifest import Manifest, commit_manifest
 from sd3core.data.records import sealed
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError, DataError
 from sd3core.mmdit import make_model
 from sd3core.recipe_file import load_recipe
-from sd3core.specs import captions_folder, fingerprint, latents_folder, raw_fields, raw_folder
+from sd3core.specs import MANIFEST, captions_folder, fingerprint, latents_folder, raw_fields, raw_folder
 from sd3core.training_checkpoint import CheckpointRef
 from workers.evaluate_tasks import plan_tasks
 from workers.ray_room import Node

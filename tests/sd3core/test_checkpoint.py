@@ -14,8 +14,8 @@ from sd3core.data.records import record_file
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError
 from sd3core.mmdit import MMDiT
+from sd3core.specs import DONE_FILE
 from sd3core.training_checkpoint import (
-    DONE_FILE,
     TENSOR_KINDS,
     CheckpointDone,
     assemble_weights,

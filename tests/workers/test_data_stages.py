@@ -14,6 +14,7 @@ from safetensors.torch import load as load_tensors
 
 from sd3core.buckets import bucket_sides, nearest_bucket
 from sd3core.conditioning import TextFeatures
+from sd3core.data.encoded_shards import caption_id
 from sd3core.data.images import PixelRules, crop_to, to_model_range
 from sd3core.data.loader import load_split
 from sd3core.data.manifest import read_manifest
@@ -26,7 +27,7 @@ from sd3core.small_world.captioner import caption_from_pixels
 from sd3core.towers.artifact import fetch_towers
 from sd3core.towers.autoencoder import load_autoencoder
 from sd3core.towers.text_encoders import load_text_encoders
-from workers.encode_text import TOO_LONG, TextWorker, caption_id
+from workers.encode_text import TOO_LONG, TextWorker
 from workers.ingest import ingest_stage
 from workers.inputs import input_shards, shard_images
 from workers.stage import NOTHING_TO_DO

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load as load_tensors
 
 from sd3core.conditioning import ENCODERS, TextFeatures
+from sd3core.data.encoded_shards import NULL_FILE, NULL_RECORD, pin_null, read_null_bytes
 from sd3core.data.images import PixelRules
 from sd3core.data.manifest import Manifest, commit_manifest
 from sd3core.data.shards import Sample, read_samples, read_shard_index, write_shard
@@ -24,7 +25,7 @@ from sd3core.recipe_file import load_recipe
 from workers import encode_latents
 from workers.encode import LOAD_S, EncodeWorker, _with_enlarged_images, cut_advice
 from workers.encode_latents import LatentsSource, LatentsWorker
-from workers.encode_text import NULL_FILE, NULL_RECORD, TOO_LONG, TextWorker, pin_null, read_null_bytes
+from workers.encode_text import TOO_LONG, TextWorker
 from workers.inputs import InputShard, map_ahead
 from workers.shard_stage import ShardTask, _entry
 from workers.stage import StageResult

@@ -32,8 +32,8 @@ from sd3core.precision import CPU, has_bf16_arithmetic, resolve_precision
 from sd3core.progress import Progress
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
-from sd3core.specs import fingerprint
-from sd3core.training_checkpoint import DONE_FILE, CheckpointDone, checkpoint_folder, piece_name, rank_file
+from sd3core.specs import DONE_FILE, fingerprint
+from sd3core.training_checkpoint import CheckpointDone, checkpoint_folder, piece_name, rank_file
 from workers.encode import encode_stage
 from workers.evaluate import EvaluationFailed, _chosen, _read_part, _to_be_of_one_precision, evaluate_stage
 from workers.evaluate_tasks import EvaluationInputs, plan_tasks

@@ -29,8 +29,8 @@ from sd3core.data.provenance import device_kind, provenance, provenance_bytes, p
 from sd3core.data.records import FileRecord, record_file
 from sd3core.data.store import Store, StoreNotFound, is_transient
 from sd3core.errors import CheckpointError, StoreError
+from sd3core.specs import DONE_FILE
 from sd3core.training_checkpoint import (
-    DONE_FILE,
     METRICS_FILE,
     CheckpointDone,
     CheckpointRef,

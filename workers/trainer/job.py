@@ -13,6 +13,7 @@ from sd3core.data.manifest import ManifestRef
 from sd3core.errors import UserError
 from sd3core.recipe import Text, Training
 from sd3core.sample_settings import Sampler
+from sd3core.specs import logs_folder, phase_folder, previews_folder
 
 
 class TrainingFailed(UserError):
@@ -65,15 +66,15 @@ class TrainingJob(BaseModel):
 
     @property
     def folder(self) -> str:
-        return f"runs/{self.run}/checkpoints/{self.phase}/{self.spec}"
+        return phase_folder(self.run, self.phase, self.spec)
 
     @property
     def logs_folder(self) -> str:
-        return f"runs/{self.run}/logs/{self.phase}-{self.spec}"
+        return logs_folder(self.run, self.phase, self.spec)
 
     @property
     def previews_folder(self) -> str:
-        return f"runs/{self.run}/previews/{self.phase}-{self.spec}"
+        return previews_folder(self.run, self.phase, self.spec)
 
     @property
     def total_steps(self) -> int:

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from sd3core import conditioning, moving_average, randomness
 from sd3core.conditioning import TextFeatures
+from sd3core.data.encoded_shards import read_null_bytes
 from sd3core.data.store import Store, open_store
 from sd3core.formulations import Formulation, find_formulation
 from sd3core.mmdit import config_from_dict, make_model, max_attention_logit, use_lean_steps
 from sd3core.precision import PRECISION_DTYPES, has_bf16_arithmetic
 from sd3core.training_checkpoint import DamagedFile
-from workers.encode_text import read_null_bytes
 from workers.trainer import engine
 from workers.trainer.checkpointing import (
     begin_attempt,

@@ -11,8 +11,8 @@ from sd3core.data.store import Store
 from sd3core.moving_average import short_average_warning
 from sd3core.progress import Progress, ProgressCallback, ignore_progress
 from sd3core.recipe import Recipe
-from sd3core.specs import fingerprint
-from sd3core.training_checkpoint import DONE_FILE, read_checkpoint_done
+from sd3core.specs import DONE_FILE, fingerprint
+from sd3core.training_checkpoint import read_checkpoint_done
 from workers.stage import (
     NOTHING_TO_DO,
     StageNote,

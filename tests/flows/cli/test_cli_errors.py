@@ -236,7 +236,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(sd3, monkeypatch):
 def test_a_machine_without_room_says_so(sd3, monkeypatch, tmp_path):
     """A file that could not be written is named, and keeps what it was."""
     (tmp_path / "services.json").write_text("before")
-    monkeypatch.setattr(home.os, "replace", full)
+    monkeypatch.setattr("sd3core.files.whole_output.os.replace", full)
     with pytest.raises(OSError) as raised:
         home.write_whole(tmp_path / "services.json", "after")
     assert raised.value.filename == str(tmp_path / "services.json")

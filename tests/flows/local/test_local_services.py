@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from uuid import uuid4
@@ -166,6 +167,8 @@ def test_a_worker_that_asks_another_server_is_stopped(asks):
     script = [sys.executable, "-c", "import time; time.sleep(60)"]
     with subprocess.Popen(script, env=os.environ | services.environment(found) | asks) as worker:
         found.worker, said = Process.of(worker.pid), []
+        while not found.worker.environment():  # the system shows it a moment after the program has begun
+            time.sleep(0.01)
         services._end_a_worker_of_another_server(found, said.append)
         assert found.worker.alive() != bool(asks)
         assert [line[:50] for line in said] == ["worker: stopped, since it asks another server; it "] * bool(asks)

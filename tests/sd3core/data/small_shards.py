@@ -11,7 +11,8 @@ from safetensors.torch import save
 
 from sd3core.conditioning import TextFeatures
 from sd3core.data.manifest import Manifest, ShardEntry
-from sd3core.data.shards import INDEX, DoneRecord, Sample, is_held_out, parts_digest, shard_stem, write_shard
+from sd3core.data.shards import DoneRecord, Sample, is_held_out, parts_digest, shard_stem, write_shard
+from sd3core.specs import INDEX
 
 BUCKETS = ("64x64", "64x48")
 CLIP_TOKENS, T5_TOKENS, HELD_OUT = 4, 6, 0.25

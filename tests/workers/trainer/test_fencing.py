@@ -14,14 +14,8 @@ from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.store import FileStore
 from sd3core.errors import StoreError
 from sd3core.recipe import Compute
-from sd3core.training_checkpoint import (
-    DONE_FILE,
-    DamagedFile,
-    DamagedRecord,
-    Piece,
-    list_checkpoints,
-    read_checkpoint_done,
-)
+from sd3core.specs import DONE_FILE
+from sd3core.training_checkpoint import DamagedFile, DamagedRecord, Piece, list_checkpoints, read_checkpoint_done
 from workers.trainer import checkpointing, train
 from workers.trainer.checkpointing import (
     PATIENCE_S,

@@ -9,12 +9,12 @@ import torch
 from fake_training import TOKENS, FakeLoader, make_job
 from safetensors.torch import save
 
+from sd3core.data.encoded_shards import pin_null
 from sd3core.data.manifest import Manifest, ManifestRef, ShardEntry, commit_manifest
 from sd3core.data.shards import Sample, shard_stem, write_shard
 from sd3core.data.store import open_store
 from sd3core.errors import DataError
 from sd3core.recipe import Text
-from workers.encode_text import pin_null
 from workers.trainer.loop import RankContext, draw_inputs, read_null
 from workers.trainer.shards import open_shards
 

@@ -1,0 +1,96 @@
+"""What text and latent shards hold: columns, tensors, the encoded empty string.
+
+Workers write them, the trainer and evaluation read them.
+
+    text tar       CAPTION_ID.safetensors   `TextFeatures`, each distinct caption of the shard once
+    text index     a row for each key and kind of caption (TEXT_SCHEMA)
+    latents tar    KEY.safetensors          "latent" (16, H/8, W/8), not normalised
+    latents index  bucket, crop and split of each key (LATENT_SCHEMA)
+    NULL_FILE      the encoded empty string, beside the text shards; NULL_RECORD has its size and SHA-256
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import pyarrow as pa
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from sd3core.conditioning import ENCODERS
+from sd3core.data.records import record_bytes
+from sd3core.data.store import Store, StoreNotFound, canonical_json
+from sd3core.errors import DataError
+
+FEATURES = "safetensors"  # ending of both tars' files
+ORIGINAL, SYNTHETIC = "original", "synthetic"
+CAPTION_KINDS = (ORIGINAL, SYNTHETIC)
+Split = Literal["train", "held_out"]
+NULL_FILE = "NULL.safetensors"
+NULL_RECORD = "NULL.json"  # absent where an earlier version encoded it
+TEXT_SCHEMA = pa.schema(
+    [("kind", pa.string()), ("caption_id", pa.string())] + [(f"{name}_len", pa.int32()) for name in ENCODERS]
+)
+LATENT_SCHEMA = pa.schema(
+    [("bucket", pa.string())]
+    + [(f"crop_{side}", pa.int32()) for side in ("top", "left", "height", "width")]
+    + [("split", pa.string())]
+)
+
+
+def caption_id(caption: str) -> str:
+    """The name of a caption's features in its shard's tar."""
+    return hashlib.sha256(caption.encode()).hexdigest()[:24]
+
+
+def latent_bytes(latent: Tensor) -> bytes:
+    return save_tensors({"latent": latent.contiguous()})
+
+
+def latent_of(data: bytes) -> Tensor:
+    """Raises SafetensorError or KeyError for what is no latent."""
+    return load_tensors(data)["latent"]
+
+
+def pin_null(store: Store, folder: str) -> str | None:
+    """Writes the record of the encoded empty string where there is none; one that is damaged is taken away, for the
+    stage to make again, and its path returned. One process calls it.
+    """
+    path, record = f"{folder}/{NULL_FILE}", f"{folder}/{NULL_RECORD}"
+    try:
+        data = store.get(path)
+    except StoreNotFound:
+        store.delete(record)  # the next one may be encoded by another machine, with other last bits
+        return None
+    recorded = _is_recorded(store, record, data)
+    if recorded is None:
+        store.put_json(record, record_bytes(data).model_dump())
+    elif not recorded:
+        store.delete(path)
+        store.delete(record)
+        return path
+    return None
+
+
+def read_null_bytes(store: Store, folder: str) -> bytes:
+    """The encoded empty string. Raises DataError where it is not what its record says, or has none."""
+    path, record = f"{folder}/{NULL_FILE}", f"{folder}/{NULL_RECORD}"
+    data = store.get(path)
+    recorded = _is_recorded(store, record, data)
+    if recorded is None:
+        raise DataError(
+            f"{store.uri(path)}: an earlier version encoded it; run the encode stage: it writes {NULL_RECORD} beside it"
+        )
+    if not recorded:
+        raise DataError(f"{store.uri(path)}: damaged, not what was encoded; run the encode stage: it is made again")
+    return data
+
+
+def _is_recorded(store: Store, record: str, data: bytes) -> bool | None:
+    """Whether the record is of these bytes; None where there is none."""
+    try:
+        return store.get(record) == canonical_json(record_bytes(data).model_dump())
+    except StoreNotFound:
+        return None
