@@ -60,6 +60,9 @@ class _Spec:
         return f"{self.parent}/{fingerprint(self.fields)}"
 
 
+OLDER = "older"  # in place of a format's number that nothing says
+
+
 class _Look:
     """Goes through the stages in their order; each part is judged by what is known of those before it."""
 
@@ -361,7 +364,7 @@ class _Look:
             return None
         made_from = {name: done.specs[name] for name in ("latents", "text")}
         init = self.today[key].fields["init"]
-        return specs.train_fields(recipe, recipe.pretrain, init=init, **made_from) | {"format": "older"}
+        return specs.train_fields(recipe, recipe.pretrain, init=init, **made_from) | {"format": OLDER}
 
     def _note(self, name: str) -> StageNote | None:
         if name not in self.notes:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from flows.standing import StandingPart, standing_parts
+from flows.standing import OLDER, StandingPart, standing_parts
 from sd3core import specs
 from sd3core.costs.stages import stage_costs
 from sd3core.data.manifest import read_manifest
@@ -44,6 +44,13 @@ class Permission(BaseModel):
     def asks_of(self, parts: list[StandingPart]) -> list[StandingPart]:
         return [part for part in parts if self.stages.get(part.stage) != specs.version_numbers()]
 
+    def covers(self, change: str) -> bool:
+        """Whether a change is allowed. One whose first number is not known ("older") is the same as one to that number."""
+        begin, _, end = change.partition(" -> ")
+        kind, older = begin.rpartition(" ")[0], begin.endswith(f" {OLDER}")
+        same = [other for other in self.allowed if other.startswith(f"{kind} ") and other.endswith(f" -> {end}")]
+        return change in same or any(older or other.startswith(f"{kind} {OLDER} ") for other in same)
+
     def from_stage(self, first: str) -> Permission:
         stages = dict.fromkeys(STAGES[STAGES.index(first) :], specs.version_numbers())
         return self.model_copy(update={"stages": self.stages | stages})
@@ -62,7 +69,7 @@ def check_upgrade(
     permission = before.from_stage(from_stage) if from_stage else before
     parts = permission.asks_of(standing_parts(recipe, store, up_to))
     changes = {change for part in parts for change in part.changes}
-    if not changes <= set(before.allowed):
+    if not all(map(before.covers, changes)):
         if not remake:
             raise RemakeNeeded(_told(recipe, store, parts))
         permission = permission.model_copy(update={"allowed": sorted(changes | set(before.allowed))})

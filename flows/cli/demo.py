@@ -112,6 +112,7 @@ def run_demo(
             forgotten = forget_from(recipe, store, from_stage)
         console.print(f"made again: {', '.join(forgotten)}", soft_wrap=True, highlight=False)
     parameters = ({"recipe": source} if source != name else {}) | ({"overrides": overrides} if overrides else {})
+    parameters |= {"remake": True} if remake else {}  # also what only shows when the stages before it are made again
     view = _run_to_the_end(run_id, recipe, f"pipeline/{name}", parameters, services, console)
     if view.state.value != "COMPLETED":
         raise RunFailed(

@@ -20,10 +20,13 @@ from flows.local.deployments import FLOWS, PARAMETERS
 from flows.redo import forget_from
 from flows.standing import standing_parts
 from flows.upgrade import RemakeNeeded, check_upgrade, print_upgrade
+from flows.upstream import Upstream
 from sd3core import specs
 from sd3core.data.manifest import read_manifest
 from sd3core.data.store import FileStore
 from sd3core.recipe_file import load_recipe
+from sd3core.training_checkpoint import read_checkpoint_done
+from workers.stage import remember_stage
 
 DATA = ["ingest", "towers", "caption", "text", "latents.pretrain", "latents.finetune.0"]
 RESULTS = ["pretrain", "finetune.0", "evaluate", "export"]
@@ -144,6 +147,24 @@ def test_a_phase_that_did_not_come_to_its_end_is_not_begun_again_unasked(store, 
     part = next(part for part in standing_parts(recipe(), store) if part.name == "pretrain")
     assert part.changes == ("train format older -> 6",)
     assert parts_of(recipe("pretrain.learning_rate=0.01"), store) == []
+
+
+def test_what_was_allowed_is_allowed_when_only_the_newer_half_says_its_number(store, rise, finish_checkpoint):
+    """Pretraining has been made again: its note is of the new one, so nothing says by which format the older one was made."""
+    rise("train")
+    check_upgrade(recipe(), store, remake=True)
+    first, own = recipe().phases()[0]
+    fields = Upstream(recipe(), store).phase_inputs(first).fields
+    folder = specs.checkpoints_folder(recipe(), first, fields)
+    finish_checkpoint(store, f"{folder}/{own.last_samples:012d}", recipe())
+    digest = read_checkpoint_done(store, f"{folder}/{own.last_samples:012d}").digest
+    remember_stage(store, "tiny-test", first, folder, digest, fields)
+    told = [change for part in standing_parts(recipe(), store) for change in part.changes]
+    assert "train format older -> 6" in told
+    check_upgrade(recipe(), store, remake=False)
+    rise("text", "train")
+    with pytest.raises(RemakeNeeded):
+        check_upgrade(recipe(), store, remake=False)
 
 
 def test_stages_that_are_made_again_by_wish_are_not_asked_about_and_those_before_are(store, rise):
