@@ -215,6 +215,8 @@ def _end_a_worker_with_other_keys(services: Services, say: Say) -> None:
     if not (services.worker and services.worker.alive()):
         return
     has = services.worker.environment()
+    if not has:  # it has only just begun, so it has this shell's
+        return
     changed = sorted(name for name, value in os.environ.items() if name.startswith("AWS_") and has.get(name) != value)
     if not changed:
         return

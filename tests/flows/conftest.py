@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,10 @@ RECORDS = Path(__file__).parents[1] / "_written_before" / "tiny-test-records.jso
 def child():
     """A process that lives for as long as a test needs it."""
     started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    while not Path(
+        f"/proc/{started.pid}/environ"
+    ).read_bytes():  # the system shows it a moment after the program has begun
+        time.sleep(0.01)
     yield started
     started.kill()
     started.wait()

@@ -242,4 +242,5 @@ def _end(actor: Any, finished: Any, label: str) -> None:
     ray.kill(actor)
     for group in ray.util.placement_group_table().values():
         if group["name"].startswith(label) and group["state"] != "REMOVED":
-            ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
+            with suppress(ValueError):  # it has gone since it was listed
+                ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
