@@ -52,15 +52,15 @@ $(READY): $(LOCK) pyproject.toml
 	@$(call need,$(PYTHON),python3.11 (3.12 and 3.13 do as well; PYTHON=/path/to/python names one))
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "make: $(PYTHON) is no Python 3.11, 3.12 or 3.13; name one with PYTHON=/path/to/python"; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "make: $(PYTHON) lacks its venv module; install the package python3-venv (Debian, Ubuntu), or python3.N-venv of its version"; exit 1; }
 	@$(call need,git,git)
 	@$(call need,g++,g++)
 	@echo "installing the $(VARIANT) lock into $(VENV) (once; two to three minutes)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)  # a venv that was cut short has no pip
 ifeq ($(VARIANT)$(PIP_ARGS),cpu)
-	@$(PIP) --no-deps --retries 0 --timeout 10 --index-url $(CPU_INDEX) $(TORCH) 2>/dev/null || \
-	  echo "PyTorch's CPU index does not answer: torch comes from pip's own index, PyPI's with CUDA for Linux (three gigabytes more)"
+	@why=$$($(PIP) --no-deps --retries 1 --timeout 10 --index-url $(CPU_INDEX) $(TORCH) 2>&1) || \
+	  echo "PyTorch's CPU index gives no $(TORCH) ($$(echo "$$why" | tail -n 1)): it comes from pip's own index, PyPI's with CUDA for Linux (three gigabytes more)"
 endif
 	@$(PIP) $(PIP_ARGS) -r $(LOCK)
 	@$(PIP) --no-deps --no-build-isolation --editable .

@@ -54,6 +54,11 @@ def _with_shared_training(fields: dict[str, Any], where: str) -> dict[str, Any]:
         raise RecipeError(
             f"{where}: unknown key {SHARED}.{shortened(unknown, KEY_CHARS)}{_nearest(unknown, _valid_keys((SHARED,)))}"
         )
+    phases = [fields.get("pretrain"), *(fields["finetune"] if isinstance(fields.get("finetune"), list) else [])]
+    if lost := next((key for key in shared if all(isinstance(phase, dict) and key in phase for phase in phases)), None):
+        raise RecipeError(
+            f"{where}: {SHARED}.{lost} reaches no phase, since each has its own; set pretrain.{lost}, finetune.0.{lost}"
+        )
     whole = {key: value for key, value in fields.items() if key != SHARED}
     if isinstance(whole.get("pretrain", {}), dict) and shared:
         whole["pretrain"] = shared | whole.get("pretrain", {})

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
-SHELL = ("sh", "grep", "touch", "echo", "mkdir", "cp", "dirname", "cat")
+SHELL = ("sh", "tail", "grep", "touch", "echo", "mkdir", "cp", "dirname", "cat")
 # A Python that writes down how it is called; `-m venv` makes one more, and pip fails where the index does not answer.
 STUB = """#!/bin/sh
 echo "$(basename "$0") $*" >> "$CALLS"
@@ -84,10 +84,10 @@ def test_torch_comes_from_the_index_of_cpu_builds_else_from_pips_own(machine):
     first, whole, own = downloads(calls)
     assert code == 0 and first.endswith(f"--index-url https://download.pytorch.org/whl/cpu {torch}")
     assert whole.endswith("-r infra/locks/cpu.txt") and "--index-url" not in whole and own.endswith("--editable .")
-    assert "PyTorch's CPU index does not answer" in output
+    assert "PyTorch's CPU index gives no torch==" in output
 
 
 def test_an_index_of_ones_own_is_the_only_one_asked(machine):
     _, output, calls = machine("python3.11", "git", "g++", arguments=("PIP_ARGS=--index-url https://mirror",))
     assert len(downloads(calls)) == 2 and not any("download.pytorch.org" in call for call in calls)
-    assert "does not answer" not in output
+    assert "CPU index" not in output

@@ -12,13 +12,12 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
+from flows.local.home import TAG, WORK_POOL
 from flows.local.prefect_client import AT_ONCE, prefect_client, read_whole
 from flows.local.prefect_environment import prefect_folder
 from flows.local.recipes import known_recipes
 from sd3core.files.local_paths import PROJECT
 from sd3core.specs import STAGES, fingerprint
-
-WORK_POOL, TAG = "local", "sd3"
 
 FLOWS = (*STAGES, "pipeline")
 ENTRYPOINT = "flows.{flow}.{flow}"

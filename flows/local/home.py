@@ -20,6 +20,7 @@ from sd3core.recipe import Recipe
 from sd3core.shown_text import is_utf8, shell_word
 
 LEAST_FREE_MB = 10
+WORK_POOL, TAG = "local", "sd3"  # here, where nothing imports Prefect: its settings are chosen before it is
 
 
 def home() -> Path:

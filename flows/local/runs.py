@@ -33,8 +33,8 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Cancelling, Crashed
 
-from flows.local.deployments import WORK_POOL, tagged_deployments
-from flows.local.home import ensure, home, run_store, write_whole
+from flows.local.deployments import tagged_deployments
+from flows.local.home import WORK_POOL, ensure, home, run_store, write_whole
 from flows.local.prefect_client import AT_ONCE, prefect_client, read_whole
 from flows.local.prefect_environment import prefect_folder
 from flows.local.processes import Process

@@ -22,8 +22,7 @@ from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from pathlib import Path
 
-from flows.local.deployments import WORK_POOL
-from flows.local.home import check_home, ensure, full_disk, home, local_command, one_at_a_time, write_whole
+from flows.local.home import WORK_POOL, check_home, ensure, full_disk, home, local_command, one_at_a_time, write_whole
 from flows.local.interrupt import put_off, unheard
 from flows.local.prefect_environment import (
     basic_authorization,
@@ -43,6 +42,7 @@ FIRST_PORT, PORTS_TRIED = 4200, 20
 SERVER_SECONDS, SLOW_SERVER_SECONDS, WORKER_SECONDS = 120, 30, 60
 SERVICES_FORMAT = 2  # of services.json; before, a server asked for no password
 SERVER = ("-m", "flows.local.prefect_server")
+SERVER_BEFORE = ("-m", "flows.prefect_server")  # as versions before called it
 WORKER = ("-m", "prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process", "--name", "local")
 START_MARK = "--- start"  # in the logs
 CAUSES = (
@@ -95,7 +95,7 @@ class Services:
 
     @classmethod
     def _from_processes(cls) -> Services:
-        server = find_process(SERVER, SD3_HOME=str(home()))
+        server = find_process(SERVER, SD3_HOME=str(home())) or find_process(SERVER_BEFORE, SD3_HOME=str(home()))
         port = server.environment().get("PREFECT_SERVER_API_PORT") if server else None
         return cls(int(port or FIRST_PORT), server, find_process(WORKER, SD3_HOME=str(home())))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -70,12 +69,12 @@ def train(
     warnings: list[str] = []
     stands = _samples_that_stand(job)
     if stands == job.last_samples:
-        stands = _samples_that_stand(job, lambda message: warnings.append(f"{job.phase}: {message}"), checked_here())
+        stands = _samples_that_stand(job, checked_here())  # the ranks, which read what is damaged, tell of it
     if stands < job.last_samples:
         with start_ray(compute):
             if problem := ranks_problem(compute, living_nodes()):
                 raise TrainingFailed(problem)
-            warnings += _supervise(job, compute, report, tell, stands, open_loader)
+            warnings = _supervise(job, compute, report, tell, stands, open_loader)
         if _samples_that_stand(job) < job.last_samples:
             raise TrainingFailed(f"{job.phase}: the ranks ended before the last checkpoint was written")
     store = open_store(job.store)
@@ -140,10 +139,8 @@ class _Told:
         self(TrainingNews())
 
 
-def _samples_that_stand(
-    job: TrainingJob, warn: Callable[[str], None] = lambda message: None, checked: CheckedFiles | None = None
-) -> int:
-    last = last_whole_checkpoint(open_store(job.store), job.folder, warn, job.last_samples, checked)
+def _samples_that_stand(job: TrainingJob, checked: CheckedFiles | None = None) -> int:
+    last = last_whole_checkpoint(open_store(job.store), job.folder, last_samples=job.last_samples, checked=checked)
     return last.samples if last else 0
 
 

@@ -13,6 +13,7 @@ from sd3core.progress import Progress, ProgressCallback, ignore_progress
 from sd3core.recipe import Recipe
 from sd3core.specs import DONE_FILE, fingerprint
 from sd3core.training_checkpoint import read_checkpoint_done
+from workers.caches import checked_here
 from workers.stage import (
     NOTHING_TO_DO,
     StageNote,
@@ -94,6 +95,8 @@ def start_point(store: Store, job: TrainingJob, note: StageNote | None) -> Start
     last trained it.
     """
     standing = last_whole_checkpoint(store, job.folder, last_samples=job.last_samples)
+    if standing and standing.samples == job.last_samples:  # nobody else may read it before its weights are needed
+        standing = last_whole_checkpoint(store, job.folder, last_samples=job.last_samples, checked=checked_here())
     if standing and standing.samples == job.last_samples:
         return StartPoint(standing.samples, NOTHING_TO_DO, NOTHING_TO_DO)
     if standing:

@@ -119,3 +119,9 @@ def test_a_socks_proxy_is_told_before_anything_starts(monkeypatch, name):
     with pytest.raises(UserError, match=f"^{name}: Prefect's client knows no SOCKS proxies; unset it here") as told:
         prefect_environment.check_proxies()
     assert "secret" not in str(told.value)
+
+
+def test_the_services_and_the_demo_are_there_before_prefect_is():
+    """Its settings are chosen before it is imported: else a user's own .env or profile ends every command."""
+    look = "import sys, flows.cli.commands, flows.cli.demo, flows.local.services; sys.exit('prefect' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", look], check=False).returncode == 0

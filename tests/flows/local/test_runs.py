@@ -14,7 +14,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.local import deployments, prefect_client, runs
-from flows.local.deployments import WORK_POOL
+from flows.local.home import WORK_POOL
 from flows.local.processes import Process
 from flows.local.runs import Reads
 from sd3core.recipe_file import load_recipe

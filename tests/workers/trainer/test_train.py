@@ -125,7 +125,7 @@ def test_a_killed_rank_changes_nothing(undisturbed, tmp_path):
 )
 @pytest.mark.usefixtures("own_ray")
 def test_a_process_of_rays_own_that_dies_costs_a_restart(undisturbed, tmp_path, victim, warning):
-    """What Ray Train cannot restart: its desk and controller, and Ray below it. The same call goes on from the last checkpoint."""
+    """What Ray Train cannot restart: its actor and controller, and Ray below it. The same call goes on from the last checkpoint."""
     calm_job, _, _ = undisturbed
     job = make_job(tmp_path / "store")
     killed, told = [], []
