@@ -48,6 +48,13 @@ def buckets_for_area(
     ]
 
 
+def off_centre(sides: Sequence[Side], table_px: int) -> list[Side]:
+    """The sides whose patches cannot lie in the middle of a square position table of `table_px`: half a patch off, up or
+    left, since the released code crops whole places of the table.
+    """
+    return [side for side in sides if any((table_px - px) // PATCH_PX % 2 for px in side)]
+
+
 def nearest_bucket(width: int, height: int, buckets: Sequence[Side]) -> Side:
     """The bucket whose aspect is nearest to the image's on a logarithmic scale, where 2:1 and 1:2 are equally far from
     1:1.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from sd3core.buckets import bucket_name, off_centre
 from sd3core.costs.phases import PhaseCost, compare_backbones, phase_cost, text_bytes
 from sd3core.costs.stages import (
     CAPTION_CONTEXT_TOKENS,
@@ -47,6 +48,15 @@ def _print_phases(recipe: Recipe, phases: list[PhaseCost], console: Console) -> 
     console.print(table)
     for warning in short_average_warnings(recipe):
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+    for key, phase in recipe.phases():
+        off = off_centre(phase.bucket_sides(), recipe.model.max_side_px)
+        if 0 < len(off) < len(phase.bucket_sides()):
+            console.print(
+                f"note: {key}: of its sizes {', '.join(map(bucket_name, off))} px lie half a patch off the others' positions, as the"
+                " released code has them; sides that are all odd or all even numbers of 16 px lie alike",
+                highlight=False,
+                soft_wrap=True,
+            )
     console.print()
     console.print(
         f"training state of one of {recipe.compute.train_ranks} ranks, GiB (activations come on top)", highlight=False

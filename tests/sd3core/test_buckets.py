@@ -6,9 +6,12 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
-from sd3core.buckets import bucket_name, bucket_sides, buckets_for_area, nearest_bucket
+from sd3core.buckets import bucket_name, bucket_sides, buckets_for_area, nearest_bucket, off_centre
+from sd3core.mmdit.positions import crop_positions
 from sd3core.recipe import Buckets, Training
+from sd3core.recipe_file import load_recipe
 
 RATIOS = (0.5, 0.5625, 0.75, 1.0, 1.3333, 1.7778, 2.0)
 
@@ -83,3 +86,23 @@ def test_nearest_is_symmetric_in_the_logarithm():
     assert nearest_bucket(int(1e6 * edge) + 10, 10**6, sides) == (112, 144)
     assert nearest_bucket(int(1e6 * edge) - 10, 10**6, sides) == (128, 128)
     assert bucket_name((112, 144)) == "112x144"
+
+
+def test_sizes_whose_patches_lie_half_a_patch_off_are_found():
+    """Against the crop itself: the middle of the grid that is cut out, beside the middle of the table."""
+    table = torch.arange(16.0)[:, None].expand(16, 16).reshape(1, 256, 1)
+    sides = [(16 * h, 16 * w) for h in range(1, 9) for w in range(1, 9)]
+    off = [
+        (h, w)
+        for h, w in sides
+        if {
+            crop_positions(z, h // 16, w // 16).mean().item()
+            for z in (table, table.view(1, 16, 16, 1).transpose(1, 2).reshape(1, 256, 1))
+        }
+        != {7.5}
+    ]
+    assert off_centre(sides, 256) == off and off_centre([(80, 80), (64, 96)], 256) == [(80, 80)]
+    assert off_centre([(80, 80), (64, 96)], 272) == [(64, 96)]
+    for name in ("sd3-2b", "sd3-8b"):
+        recipe = load_recipe(name)
+        assert not any(off_centre(phase.bucket_sides(), recipe.model.max_side_px) for _, phase in recipe.phases())

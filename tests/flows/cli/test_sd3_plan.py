@@ -84,3 +84,9 @@ def test_the_plan_says_where_an_export_would_hold_no_average():
         for more in ((), every)
     )
     assert [short in printed.output for printed in runs] == [False, True]
+
+
+def test_sizes_that_lie_half_a_patch_off_the_others_are_told():
+    mini, large = (CliRunner().invoke(app, ["plan", "--recipe", name]).output for name in ("mini", "sd3-2b"))
+    assert "note: finetune.0: of its sizes 80x80 px lie half a patch off the others' positions" in mini
+    assert "half a patch" not in large
