@@ -39,10 +39,22 @@ def recipe_of(fields: dict[str, Any], overrides: list[str] | None, where: str) -
     """The recipe of the fields of a file, or of a checkpoint that keeps its run's. RecipeError begins with `where`."""
     for override in overrides or []:
         _apply_override(fields, override)
+    _check_reach(fields, overrides or [], where)
     try:
         return Recipe.model_validate(_with_shared_training(fields, where))
     except ValidationError as error:
         raise RecipeError(f"{where}: {_first_problem(error, fields)}") from None
+
+
+def _check_reach(fields: dict[str, Any], overrides: list[str], where: str) -> None:
+    """An override of `training:` that every phase's own value stands before would change nothing, in silence."""
+    phases = [fields.get("pretrain"), *(fields["finetune"] if isinstance(fields.get("finetune"), list) else [])]
+    for override in overrides:
+        section, _, key = override.partition("=")[0].partition(".")
+        if section == SHARED and all(isinstance(phase, dict) and key.partition(".")[0] in phase for phase in phases):
+            raise RecipeError(
+                f"{where}: {SHARED}.{key} reaches no phase, since each has its own; set pretrain.{key}, finetune.0.{key}"
+            )
 
 
 def _with_shared_training(fields: dict[str, Any], where: str) -> dict[str, Any]:
@@ -53,11 +65,6 @@ def _with_shared_training(fields: dict[str, Any], where: str) -> dict[str, Any]:
     if unknown := next((key for key in shared if key not in Training.model_fields), None):
         raise RecipeError(
             f"{where}: unknown key {SHARED}.{shortened(unknown, KEY_CHARS)}{_nearest(unknown, _valid_keys((SHARED,)))}"
-        )
-    phases = [fields.get("pretrain"), *(fields["finetune"] if isinstance(fields.get("finetune"), list) else [])]
-    if lost := next((key for key in shared if all(isinstance(phase, dict) and key in phase for phase in phases)), None):
-        raise RecipeError(
-            f"{where}: {SHARED}.{lost} reaches no phase, since each has its own; set pretrain.{lost}, finetune.0.{lost}"
         )
     whole = {key: value for key, value in fields.items() if key != SHARED}
     if isinstance(whole.get("pretrain", {}), dict) and shared:
