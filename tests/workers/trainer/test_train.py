@@ -140,7 +140,8 @@ def test_a_process_of_rays_own_that_dies_costs_a_restart(undisturbed, tmp_path, 
 
     result = train(job, COMPUTE, report, open_fake_stuck_once, told.append)
     assert killed and result.attempts == 2
-    assert result.warnings == [f"pretrain: {warning}; went on from 32 samples"]
+    said = [f"pretrain: {words}; went on from 32 samples" for words in ("Ray Train's own process died", warning)]
+    assert result.warnings in (said[1:], said)  # a raylet whose agent has died ends the actors first, then itself
     assert rows_of(job) == rows_of(calm_job)
     assert list(told[-1].warnings) == result.warnings
     assert [samples for samples, _ in told[-1].losses] == sorted({samples for samples, _ in told[-1].losses})
