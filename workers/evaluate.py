@@ -22,7 +22,7 @@ from typing import Any
 
 from sd3core.data.begun import begin, end
 from sd3core.data.checked_files import CheckedFiles
-from sd3core.data.records import own_digest, record_bytes, sealed
+from sd3core.data.records import FileRecord, own_digest, record_bytes, sealed
 from sd3core.data.store import Store, StoreDamaged, StoreNotFound, canonical_json
 from sd3core.errors import UserError
 from sd3core.metrics.frechet import ranks_nothing
@@ -126,9 +126,9 @@ def _read_part(store: Store, path: str, checked: CheckedFiles) -> tuple[ScoredPa
         if part["sha256"] != own_digest(part):
             return None, path
         for file, record in (item for picture in part["pictures"] for item in picture["files"].items()):
-            if not checked.holds(store, file, record["sha256"], record["bytes"]):
+            if not checked.holds(store, file, FileRecord.model_validate(record)):
                 return None, file
-    except (StoreNotFound, StoreDamaged, KeyError, TypeError, AttributeError):
+    except (StoreNotFound, StoreDamaged, KeyError, ValueError, TypeError, AttributeError):
         return None, path
     return part, None
 

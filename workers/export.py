@@ -14,7 +14,7 @@ from sd3core.checkpoint import open_checkpoint
 from sd3core.data.begun import begin
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.provenance import PROVENANCE_FILE, provenance, put_provenance
-from sd3core.data.records import record_file
+from sd3core.data.records import FileRecord, record_file
 from sd3core.data.store import Store, StoreDamaged, StoreNotFound
 from sd3core.exchange.diffusers_folder import export_diffusers
 from sd3core.progress import Progress, ProgressCallback, ignore_progress
@@ -93,10 +93,10 @@ def _look(store: Store, folder: str, standing: dict[str, Any], checked: CheckedF
         if manifest | standing != manifest:
             return False, path
         for name, record in sorted(manifest["files"].items()):
-            if not checked.holds(store, f"{folder}/{name}", record["sha256"], record["bytes"]):
+            if not checked.holds(store, f"{folder}/{name}", FileRecord.model_validate(record)):
                 return False, f"{folder}/{name}"
     except StoreNotFound:
         return False, None
-    except (StoreDamaged, KeyError, TypeError, AttributeError):
+    except (StoreDamaged, KeyError, ValueError, TypeError, AttributeError):
         return False, path
     return True, None

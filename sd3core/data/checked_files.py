@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from sd3core.data.records import sha256_of
+from sd3core.data.records import FileRecord, sha256_of
 from sd3core.data.store import Store, StoreNotFound
 
 SPAN_BYTES = 64 << 20  # of an object that is read to be compared: it need fit neither memory nor disk
@@ -27,46 +27,45 @@ class CheckedFiles:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
 
-    def is_whole(self, path: Path, sha256: str, size: int, *, reread: bool = False) -> bool:
+    def is_whole(self, path: Path, record: FileRecord, *, reread: bool = False) -> bool:
         """Whether the file is there with these bytes. It is read unless it was found whole before and has not been
         changed since; `reread` reads it whatever was found before.
         """
-        return self._compare(partial(_of_file, path), partial(sha256_of, path), sha256, size, reread)
+        return self._compare(partial(_of_file, path), partial(sha256_of, path), record, reread)
 
-    def holds(self, store: Store, path: str, sha256: str, size: int) -> bool:
+    def holds(self, store: Store, path: str, record: FileRecord) -> bool:
         """Whether a stored object is there with these bytes, read as a file is."""
         local = store.local_path(path)
         if local is not None:
-            return self.is_whole(local, sha256, size)
+            return self.is_whole(local, record)
         return self._compare(
-            partial(_of_object, store, path), partial(_sha256_of_object, store, path, size), sha256, size
+            partial(_of_object, store, path), partial(_sha256_of_object, store, path, record.bytes), record
         )
 
-    def fetch(self, store: Store, path: str, target: Path, sha256: str, size: int) -> bool:
+    def fetch(self, store: Store, path: str, target: Path, record: FileRecord) -> bool:
         """Fetches an object of a store elsewhere; says whether it came with these bytes, and notes it of both."""
         before = _of_object(store, path)
         store.get_file(path, target)
-        whole = self.is_whole(target, sha256, size, reread=True)
+        whole = self.is_whole(target, record, reread=True)
         if not whole or _of_object(store, path) == before:
-            self._note(sha256, before, whole)
+            self._note(record.sha256, before, whole)
         return whole
 
     def _compare(
         self,
         standing: Callable[[], Standing | None],
         digest: Callable[[], str | None],
-        sha256: str,
-        size: int,
+        record: FileRecord,
         reread: bool = False,
     ) -> bool:
         before = standing()
-        if before is None or before[2] != size:
+        if before is None or before[2] != record.bytes:
             return False
-        if not reread and self._path(sha256, before).exists():
+        if not reread and self._path(record.sha256, before).exists():
             return True
-        whole = digest() == sha256
+        whole = digest() == record.sha256
         if not whole or standing() == before:  # else somebody wrote to it meanwhile
-            self._note(sha256, before, whole)
+            self._note(record.sha256, before, whole)
         return whole
 
     def _note(self, sha256: str, standing: Standing | None, whole: bool) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.images import PixelRules, crop_to, decode_image
 from sd3core.data.manifest import Manifest
+from sd3core.data.records import FileRecord
 from sd3core.data.shards import image_of, not_of_its_manifest, read_samples, read_shard_index, sample_id
 from sd3core.data.store import Store
 from sd3core.specs import TAR
@@ -75,5 +76,5 @@ def _check_shards(store: Store, raw: Manifest, stems: set[str], checked: Checked
     for entry in (shard for shard in raw.shards if shard.stem in stems):
         path = f"{raw.folder}/{entry.stem}{TAR}"
         local = store.local_path(path)
-        if local is not None and not checked.is_whole(local, entry.digest, store.size(path)):
+        if local is not None and not checked.is_whole(local, FileRecord(sha256=entry.digest, bytes=store.size(path))):
             raise not_of_its_manifest(store.uri(path))

@@ -21,6 +21,7 @@ import torch
 from sd3core.checkpoint import open_checkpoint
 from sd3core.checkpoint_facts import CheckpointFacts
 from sd3core.data.checked_files import CheckedFiles
+from sd3core.data.records import FileRecord
 from sd3core.errors import CheckpointError
 from sd3core.exchange.convert import DtypeName, open_source, write_config, write_transformer
 from sd3core.exchange.export_readme import readme
@@ -78,13 +79,13 @@ def check_exported(folder: Path, checked: CheckedFiles, part: str = "") -> None:
         manifest = json.loads(path.read_bytes())
         if manifest.get("stage") != "export":
             return
-        records = {name: (record["sha256"], record["bytes"]) for name, record in manifest["files"].items()}
+        records = {name: FileRecord.model_validate(record) for name, record in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(
             f"{path}: damaged; run the export stage again, or delete it to take the files as they are"
         ) from None
     for name, record in sorted(records.items()):
-        if name.startswith(part) and not checked.is_whole(folder / name, *record):
+        if name.startswith(part) and not checked.is_whole(folder / name, record):
             raise CheckpointError(
                 f"{folder / name}: damaged, not the file that was exported; run the export stage again"
             )

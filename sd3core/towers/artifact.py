@@ -156,7 +156,7 @@ def damaged_towers(store: Store, folder: str, finished: dict[str, TowerEntry], c
     damaged: dict[str, str] = {}
     for name, entry in finished.items():
         for path, file in entry.files.items():
-            if not checked.holds(store, f"{folder}/{path}", file.sha256, file.bytes):
+            if not checked.holds(store, f"{folder}/{path}", file):
                 damaged.setdefault(name, path)
     return damaged
 
@@ -220,7 +220,7 @@ def fetch_towers(
     for name, entry in wanted.items():
         with _one_at_a_time(local / f".{name}.lock"):
             for path, file in entry.files.items():
-                if not checked.is_whole(local / path, file.sha256, file.bytes, reread=reread):
+                if not checked.is_whole(local / path, file, reread=reread):
                     _fetch_file(store, f"{folder}/{path}", local / path, file, f"{name}{DONE}", checked)
         meter.advance(len(entry.files), name)
     return local
@@ -276,9 +276,9 @@ def _fetch_file(store: Store, path: str, target: Path, file: FileRecord, done: s
         standing = store.local_path(path)
         if standing is not None and standing.is_file():
             arrived.symlink_to(standing.resolve())
-            whole = checked.is_whole(arrived, file.sha256, file.bytes, reread=True)
+            whole = checked.is_whole(arrived, file, reread=True)
         else:
-            whole = checked.fetch(store, path, arrived, file.sha256, file.bytes)
+            whole = checked.fetch(store, path, arrived, file)
         if not whole:
             raise DataError(
                 f"{store.uri(path)}: damaged, not the file that was committed; run the towers stage: it makes the tower"

@@ -111,10 +111,8 @@ def _damage(store: Store, folder: str, checked: CheckedFiles | None) -> str | No
         done = read_checkpoint_done(store, folder)
         damaged = _damaged_files(store, folder, done)
         if checked and not damaged and store.local_path(folder) is not None:
-            records = {name: done.files[name] for name in done.rank_files}
-            changed = (
-                name for name, r in records.items() if not checked.holds(store, f"{folder}/{name}", r.sha256, r.bytes)
-            )
+            files = {f"{folder}/{name}": name for name in done.rank_files}
+            changed = (name for path, name in files.items() if not checked.holds(store, path, done.files[name]))
             damaged = [f"{name} is damaged" for name in changed]
     except DamagedRecord as error:
         return error.damage
