@@ -36,9 +36,8 @@ def pipeline(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
     """
     with session(recipe, overrides) as opened:
         check_upgrade(opened.recipe, opened.store, remake)
-        before = Upstream(
-            opened.recipe, opened.store
-        )  # each stage makes its own: it finds what those before it have made
+        # each stage makes its own: it finds what those before it have made
+        before = Upstream(opened.recipe, opened.store)
         before.check_room(living_nodes())
         before.check_start_from()
         before.check_vae()
@@ -48,9 +47,8 @@ def pipeline(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
             get_run_logger().warning(warning)
         outcomes: list[dict[str, Any]] = []
         for stage_flow in STAGE_FLOWS:
-            if (
-                outcomes and outcomes[-1]["state"] == "done"
-            ):  # now that it stands, what follows it may show another version's
+            # now that it stands, what follows it may show another version's
+            if outcomes and outcomes[-1]["state"] == "done":
                 check_upgrade(opened.recipe, opened.store, remake)
             outcomes.append(stage_flow(recipe, overrides))
         scores = opened.store.get_json(scores_path(run))

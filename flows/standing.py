@@ -215,9 +215,8 @@ class _Look:
         DataError where what it was made from is not what the run reads of that.
         """
         folder = self.today[name].folder
-        first = next(
-            other for other, spec in self.today.items() if spec.folder == folder
-        )  # of phases that share latents
+        # of phases that share latents
+        first = next(other for other, spec in self.today.items() if spec.folder == folder)
         if first in self.read:
             return self.read[first]
         note = self._note(first)

@@ -63,9 +63,8 @@ class TextFeatures:
         kept = {}
         for column, name in enumerate(ENCODERS):
             sequence = getattr(self, name)  # (B, T, W)
-            real = (
-                torch.arange(sequence.shape[1], device=sequence.device) < self.lengths[:, column : column + 1]
-            )  # (B, T)
+            # (B, T)
+            real = torch.arange(sequence.shape[1], device=sequence.device) < self.lengths[:, column : column + 1]
             kept[name] = sequence * real[..., None].to(sequence.dtype)
         return TextFeatures(
             **kept, clip_l_pooled=self.clip_l_pooled, clip_g_pooled=self.clip_g_pooled, lengths=self.lengths

@@ -77,9 +77,8 @@ class Data(Section):
     folder: str | None = None  # a local folder: name.jpg with name.txt, or a metadata.jsonl with file_name and text
     caption: Literal["whole", "first_line"] = "whole"  # folder only: what a caption file holds, or its first line
     images: int = Field(4096, ge=1, le=100_000_000)  # small world only: how many scenes
-    image_side_px: int = Field(
-        128, ge=16, le=LARGEST_SIDE_PX
-    )  # small world only: side of the square whose area each scene has
+    # small world only: side of the square whose area each scene has
+    image_side_px: int = Field(128, ge=16, le=LARGEST_SIDE_PX)
     aspect_ratios: AspectRatios = (1.0,)  # small world only: drawn evenly
     max_objects: int = Field(4, ge=1, le=4)  # small world only
     min_side_px: int = Field(32, ge=1)  # smaller images are rejected
@@ -273,12 +272,10 @@ class Encode(Section):
 
 class Model(Section):
     depth: int = Field(24, ge=1, le=256)  # blocks; width 64 * depth, heads = depth
-    base_side_px: int = Field(
-        256, ge=16, le=LARGEST_SIDE_PX
-    )  # the side whose positions are 0, 1, 2, ... (256 in the paper)
-    max_side_px: int = Field(
-        2048, ge=16, le=LARGEST_SIDE_PX
-    )  # longest side of any bucket: the size of the position table
+    # the side whose positions are 0, 1, 2, ... (256 in the paper)
+    base_side_px: int = Field(256, ge=16, le=LARGEST_SIDE_PX)
+    # longest side of any bucket: the size of the position table
+    max_side_px: int = Field(2048, ge=16, le=LARGEST_SIDE_PX)
     architecture: Literal["mmdit", "dit", "cross_dit", "uvit"] = "mmdit"  # or a rival of the paper's figure 4
     streams: Literal[2, 3] = 2  # mmdit: sets of weights, for text and image or for CLIP, T5 and image
     dual_attention_blocks: int = Field(0, ge=0)  # mmdit: the first n blocks have SD3.5-medium's second attention
@@ -406,9 +403,8 @@ class Evaluate(Section):
     sampler: Sampler = "euler"
     shift: float | None = Field(None, gt=0)  # of the sampler's levels, in every phase; None: the phase's own
     bench_prompts_per_task: int = Field(60, ge=0)  # ShapesBench; small world only
-    earlier_bench_prompts_per_task: int | None = Field(
-        None, ge=0
-    )  # for all but a phase's last checkpoint; None: the same
+    # for all but a phase's last checkpoint; None: the same
+    earlier_bench_prompts_per_task: int | None = Field(None, ge=0)
     bench_images_per_prompt: int = Field(1, ge=1)
     scored_images: int = Field(256, ge=0)  # for CLIP score and FID, prompts from the held-out part
     reference_images: int = Field(5_000, ge=0)  # held-out images that FID compares with, at most
@@ -445,9 +441,8 @@ class Compute(Section):
     stall_timeout_s: float = Field(600.0, gt=0)  # no progress for so long is a failure
     object_store_mb: int = Field(200, ge=80)  # local Ray only
     cache_gb: float = Field(2.0, gt=0)  # local shard cache of a training rank
-    decoded_gb: float = Field(
-        8.0, gt=0
-    )  # decoded shards in a training rank's memory: the nine that a step draws from should fit
+    # decoded shards in a training rank's memory: the nine that a step draws from should fit
+    decoded_gb: float = Field(8.0, gt=0)
 
     @field_validator("gpus_per_actor", "gpus_per_rank")
     @classmethod

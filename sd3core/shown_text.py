@@ -15,9 +15,8 @@ import unicodedata
 
 JOINERS = "\u200c\u200d"  # within emoji and words of several scripts; they neither move nor hide anything
 UNSHOWN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's categories: control, format, surrogates, line and paragraph breaks
-MARKDOWN = re.compile(
-    r"[\\`*~|&<>\[\]]|(?<!\w)_|_(?!\w)"
-)  # what begins something; an underscore only beside a word does
+# what begins something; an underscore only beside a word does
+MARKDOWN = re.compile(r"[\\`*~|&<>\[\]]|(?<!\w)_|_(?!\w)")
 
 
 def printable(text: str) -> str:

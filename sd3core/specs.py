@@ -51,10 +51,11 @@ def version_numbers() -> str:
 def raw_fields(recipe: Recipe) -> dict[str, Any]:
     """How images are read and kept. The number of images is content, not spec: a data set that grows keeps its shards."""
     left_out, drawn = {"name", "images", "folder"}, recipe.data.source == "small_world"
+    # of files; from before them fingerprints are good
     for later, plain in (
         ("caption", "whole"),
         ("background", "white"),
-    ):  # of files; from before them fingerprints are good
+    ):
         if drawn or getattr(recipe.data, later) == plain:
             left_out.add(later)
     fields = {"format": FORMATS["raw"], "data": recipe.data.model_dump(mode="json", exclude=left_out)}

@@ -17,9 +17,8 @@ CHAINS = "tests/end_to_end/"
 
 # Prefect reads its settings when it is imported: the tests keep off the user's profile and send nothing.
 _PREFECT_HOME = tempfile.mkdtemp(prefix="sd3-test-prefect-")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # two test processes share the cores: threads of torch's would wait for each other
+# two test processes share the cores: threads of torch's would wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(PREFECT_HOME=_PREFECT_HOME, PREFECT_SERVER_ANALYTICS_ENABLED="false", DO_NOT_TRACK="1")
 # In the environment of all that the tests start: the process that began them.
 _SESSION = "TESTS_BEGUN_BY"

@@ -378,9 +378,8 @@ def test_a_phases_own_value_wins_and_an_override_reaches_all_phases():
         RecipeError, match="training.learning_rate reaches no phase, since each has its own; set pretrain"
     ):
         load_recipe("tiny-test", ["training.learning_rate=0.5"])
-    both = load_recipe(
-        "tiny-test", ["pretrain.ema_decay=0.5", "finetune.0.ema_decay=0.6"]
-    )  # nothing of the shared one is left
+    # nothing of the shared one is left
+    both = load_recipe("tiny-test", ["pretrain.ema_decay=0.5", "finetune.0.ema_decay=0.6"])
     assert [phase.ema_decay for _, phase in both.phases()] == [0.5, 0.6]
 
 

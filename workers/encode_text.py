@@ -46,9 +46,10 @@ class TextWorker:
         device: str,
         report: ProgressCallback = ignore_progress,  # of fetching the encoders
     ) -> None:
+        # here, so that a latents worker does not import transformers
         from sd3core.towers.text_encoders import (
             load_text_encoders,
-        )  # here, so that a latents worker does not import transformers
+        )
 
         self.store, self.text, self.batch = store, text, batch
         self.dtype = getattr(torch, dtype)

@@ -262,9 +262,10 @@ def _run_tasks(
     def tell(warning: str) -> None:
         meter.update(meter.done, warning, warning)
 
+    # here, so that a stage with nothing to do loads no models' libraries
     from workers.evaluate_worker import (
         EvaluationWorker,
-    )  # here, so that a stage with nothing to do loads no models' libraries
+    )
 
     worker = {"store_url": store.url, "recipe": recipe, "inputs": inputs, "device": actor_device(recipe.compute)}
     outcomes = map_over_actors(EvaluationWorker, worker, tasks, PoolSettings.of(recipe.compute), ended, working, tell)

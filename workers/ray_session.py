@@ -246,9 +246,8 @@ def _knock(address: str) -> None:
     try:
         found = address.partition("://")[2] or services.canonicalize_bootstrap_address_or_die(address)
         host, port = services.parse_address(found) or ("", "")
-        where += (
-            f" ({found})" if found != address else ""
-        )  # "auto" finds one, and Ray turns 127.0.0.1 into this machine's address
+        # "auto" finds one, and Ray turns 127.0.0.1 into this machine's address
+        where += f" ({found})" if found != address else ""
         socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
     except (OSError, ValueError) as error:
         raise RayFailed(

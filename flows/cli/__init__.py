@@ -20,9 +20,8 @@ def main() -> None:
         from sd3core.loopback import keep_loopback_direct
 
         keep_loopback_direct()
-        os.environ.setdefault(
-            "TORCHINDUCTOR_CACHE_DIR", str(home() / "cache" / "compiled")
-        )  # else in /tmp, where others write
+        # else in /tmp, where others write
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "cache" / "compiled"))
         sys.exit(run(_print))
     except Interrupted as stopped:
         end_on_the_next()

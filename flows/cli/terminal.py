@@ -34,11 +34,12 @@ from sd3core.specs import STAGES
 from sd3core.words import format_seconds
 
 POLL_SECONDS, PICTURE_SECONDS, LINE_SECONDS, SERVER_AWAY_SECONDS = 2.0, 10.0, 20.0, 60.0
+# beside table and picture: headings, what is above, the cursor
 PICTURE_COLUMNS, PICTURE_MIN_ROWS, LINES_BESIDE = (
     80,
     6,
     4,
-)  # beside table and picture: headings, what is above, the cursor
+)
 DATA_URL = re.compile(r"\(data:image/\w+;base64,([^)]+)\)")
 EXCEPTION = re.compile(r"^Flow run encountered an exception: (?:([\w.]+): )?")  # Prefect's words before an error's own
 FINAL = {StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}

@@ -19,10 +19,11 @@ from flows.local.home import ensure, home, local_command, private_folder, write_
 from sd3core.errors import UserError
 from sd3core.loopback import direct_loopback
 
+# of the shell: they change no more than what is logged
 KEPT = (
     "PREFECT_LOGGING_LEVEL",
     "PREFECT_SERVER_LOGGING_LEVEL",
-)  # of the shell: they change no more than what is logged
+)
 
 
 def prefect_folder() -> Path:

@@ -107,9 +107,8 @@ def _birth(pid: int) -> tuple[float, str, str]:
         process = psutil.Process(pid)
         return process.create_time(), "", "Z" if process.status() == psutil.STATUS_ZOMBIE else "R"
     try:
-        fields = (
-            Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        )  # a name may hold anything
+        # a name may hold anything
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         raise psutil.NoSuchProcess(pid) from None
     return int(fields[START_FIELD]), _boot_id(), fields[0]

@@ -173,9 +173,8 @@ def cancel_waiting_runs() -> list[str]:
 
 def cancel_run(flow_run_id: UUID, reason: str = "Ctrl-C in the terminal that started it.") -> None:
     """Ends a run's processes, then the run and its stages are Cancelled. A server that is away finds out at the next start."""
-    write_whole(
-        _cancelled(str(flow_run_id)), ""
-    )  # a worker that has just taken the run may start its process after this
+    # a worker that has just taken the run may start its process after this
+    write_whole(_cancelled(str(flow_run_id)), "")
     with suppress(httpx.HTTPError):
         _set_states(flow_run_id, Cancelling())
     if _end_processes(flow_run_id):

@@ -45,10 +45,11 @@ SERVER = ("-m", "flows.local.prefect_server")
 SERVER_BEFORE = ("-m", "flows.prefect_server")  # as versions before called it
 WORKER = ("-m", "prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process", "--name", "local")
 START_MARK = "--- start"  # in the logs
+# the first tells more
 CAUSES = (
     re.compile(r"(?:\w+\.)*\w*(?:Error|Exception)\b.*"),
     re.compile(r".*\b(?:ERROR|CRITICAL)\b.*"),
-)  # the first tells more
+)
 
 Say = Callable[[str], None]
 
@@ -175,9 +176,8 @@ def _start_what_is_missing(services: Services, say: Say) -> None:
         services.save()
     _end_a_worker_with_other_keys(services, say)
     starts_worker = not (services.worker and services.worker.alive())
-    for name in fail_dead_runs(
-        no_worker=starts_worker
-    ):  # before the next worker takes runs, which are not to be taken for lost
+    # before the next worker takes runs, which are not to be taken for lost
+    for name in fail_dead_runs(no_worker=starts_worker):
         say(f"run {name}: its process is gone, marked as crashed; the same command goes on with it")
     if starts_worker:
         _start_worker(services, say)

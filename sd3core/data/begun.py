@@ -67,9 +67,8 @@ def end(store: Store, run: str, stage: str, folder: str) -> None:
     for entry in store.list(f"{BEGUN}/{run}"):
         name = RECORD.fullmatch(entry.path)
         if name and name[2] == stage:
-            with suppress(
-                StoreNotFound, StoreDamaged, DataError
-            ):  # another home's: it ended just now, or `sd3 clean` names the damage
+            # another home's: it ended just now, or `sd3 clean` names the damage
+            with suppress(StoreNotFound, StoreDamaged, DataError):
                 if entry.path == own or _read(store, entry).folder == folder:
                     store.delete(entry.path)
 

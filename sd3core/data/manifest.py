@@ -22,11 +22,12 @@ from sd3core.errors import DataError, StoreError
 from sd3core.specs import MANIFEST, manifest_copy
 
 UNSET = "unset"
+# keys are sorted: both stand before the shards
 FIELDS_KEY, INPUTS_KEY, HEAD_BYTES = (
     '"fields": ',
     '"inputs": ',
     1 << 16,
-)  # keys are sorted: both stand before the shards
+)
 
 
 class ShardEntry(BaseModel):

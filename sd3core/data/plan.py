@@ -96,9 +96,8 @@ class TrainingPlan:
         """
         reach = len(self._codes) + 1
         start = max(0.0, step - reach)
-        passed = np.maximum(0, np.ceil(start * self._shares - self._phases)).astype(
-            np.int64
-        )  # due before `start`, by bucket
+        # due before `start`, by bucket
+        passed = np.maximum(0, np.ceil(start * self._shares - self._phases)).astype(np.int64)
         due = [
             ((number + phase) / share, position, number)
             for position, (share, phase) in enumerate(zip(self._shares, self._phases, strict=True))
@@ -118,9 +117,8 @@ class TrainingPlan:
     def _make_order(self, code: int, epoch: int) -> np.ndarray:
         """The bucket's rows (positions in the table) in the order of one epoch."""
         rows = self._rows[code]
-        visited = _generator(self.seed, "shards", epoch).permutation(
-            self._shards
-        )  # the same for all buckets: they share the cache
+        # the same for all buckets: they share the cache
+        visited = _generator(self.seed, "shards", epoch).permutation(self._shards)
         jitter = _generator(self.seed, "rows", epoch, code).random(len(rows)) * min(self.window_shards, self._shards)
         return rows[np.argsort(visited[self.table.shard[rows]] + jitter, kind="stable")]
 

@@ -47,9 +47,8 @@ from sd3core.words import DAY_S
 SPEC = re.compile(r"[0-9a-f]{12}")
 STEM = re.compile(r"(\d{5,}\.[0-9a-f]{12})\.")
 DIGEST = re.compile(r"[0-9a-f]{64}")
-OF_RUN = re.compile(
-    rf"({phase_folder('[^/]+', '[^/]+')}|{exports_folder('[^/]+')})/([0-9a-f]{{12}})(?=/|$)"
-)  # a training's folder, or an export's
+# a training's folder, or an export's
+OF_RUN = re.compile(rf"({phase_folder('[^/]+', '[^/]+')}|{exports_folder('[^/]+')})/([0-9a-f]{{12}})(?=/|$)")
 SAFE_DAYS = 7.0  # what is younger may be of a run that has not noted it
 SHARDS, UNFINISHED = "/shards", "/unfinished"  # of the names of what lies in a folder that is used
 GOES_ON = "where a run was interrupted, the same command goes on with it"
@@ -84,9 +83,8 @@ class _Uses:
     digests: set[str] = field(default_factory=set)  # of manifests
     specs: set[str] = field(default_factory=set)  # of references
     texts: list[str] = field(default_factory=list)  # starts, needs and exports, as URLs or paths
-    begun: dict[str, list[Begun]] = field(
-        default_factory=lambda: defaultdict(list)
-    )  # by folder, until an item names them
+    # by folder, until an item names them
+    begun: dict[str, list[Begun]] = field(default_factory=lambda: defaultdict(list))
     written: dict[str, float] = field(default_factory=dict)  # by run: when anything of it was
 
     def names(self, folder: str) -> bool:
@@ -212,9 +210,8 @@ def _gather_records(store: Store, run: str, entries: list[StoreEntry], uses: _Us
         uses.texts += manifests
         for part in filter(None, map(OF_RUN.search, [folder, *manifests])):
             newer = entry.modified >= noted.get(part[1], ("", 0.0))[1]
-            if newer and (
-                is_note or part[1].endswith("/export")
-            ):  # a summary is written again where nothing was trained
+            # a summary is written again where nothing was trained
+            if newer and (is_note or part[1].endswith("/export")):
                 noted[part[1]] = (part[0], entry.modified)
     return noted
 

@@ -217,9 +217,8 @@ def _read_entry(entry: dict[str, Any]) -> tuple[TensorInfo, tuple[int, int]]:
         raise ValueError(f"{len(shape)} dimensions")
     if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, low, high)):
         raise ValueError(f"shape {shape}, offsets {low} to {high}")
-    if (
-        math.prod(max(number, 1) for number in shape) >= 2**48
-    ):  # beside a 0 it has no bytes, and no tensor can be made of it
+    # beside a 0 it has no bytes, and no tensor can be made of it
+    if math.prod(max(number, 1) for number in shape) >= 2**48:
         raise ValueError(f"shape {shape}")
     if entry["dtype"] not in SAFETENSORS_DTYPES:
         raise ValueError(f"dtype {entry['dtype']!r}")

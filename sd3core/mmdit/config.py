@@ -40,9 +40,8 @@ class BackboneConfig:
     position_max: int = 192
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(
-            self
-        ):  # sizes; the annotations are strings, and 0 is allowed where it is the default
+        # sizes; the annotations are strings, and 0 is allowed where it is the default
+        for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), 0 if field.default == 0 else 1
             unset = field.type == "int | None" and value is None
             most = MOST_BLOCKS if field.name in ("depth", "conv_blocks") else MOST

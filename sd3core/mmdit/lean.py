@@ -323,9 +323,8 @@ def common_part(keys: Sequence[Tensor]) -> Tensor:
     decimal place.
     """
     wide, per_key = [_at_least_fp32(k) for k in keys], 1 / sum(k.shape[2] for k in keys)
-    mean = (
-        sum(k.sum(dim=2, keepdim=True) for k in wide) * per_key
-    )  # compiled, it is made again for every key: no division
+    # compiled, it is made again for every key: no division
+    mean = sum(k.sum(dim=2, keepdim=True) for k in wide) * per_key
     mean_square = sum(k.square().sum(dim=2, keepdim=True) for k in wide) * per_key
     return torch.where(2 * mean.square() > mean_square, mean, 0.0)
 

@@ -25,9 +25,8 @@ _MIN_CHROMA = 0.42  # of the palette's chroma: where an object begins
 _MIN_IOU = 0.84  # whole shapes reach 0.92, three quarters of one 0.8, a diamond against a circle 0.83
 _BLURS = (0.5, 1.0, 1.5, 2.0)  # standard deviations, pixels at 64 px, that a shape may have been blurred by
 _MAX_HUE_ERROR = 26.0  # degrees
-_PLANE = np.array(
-    [[1 / 2**0.5, -1 / 2**0.5, 0], [1 / 6**0.5, 1 / 6**0.5, -2 / 6**0.5]]
-).T  # (3, 2): colour without its grey
+# (3, 2): colour without its grey
+_PLANE = np.array([[1 / 2**0.5, -1 / 2**0.5, 0], [1 / 6**0.5, 1 / 6**0.5, -2 / 6**0.5]]).T
 _NAMES = tuple(COLOURS)
 _PALETTE = np.array([COLOURS[name] for name in _NAMES], dtype=np.float64) @ _PLANE  # (6, 2)
 _CHROMA = np.hypot(*_PALETTE.T)  # (6,)

@@ -173,17 +173,15 @@ def test_text_holds_each_caption_of_a_shard_once_and_both_kinds(chain, towers_fo
         for row in index:
             caption = {"original": original, "synthetic": synthetic}[row["kind"]][row["key"]]
             assert row["caption_id"] == caption_id(caption)
-            ((name, files),) = read_samples(
-                chain.store.get_range(path, row["offset"], row["length"])
-            )  # the range is one sample
+            # the range is one sample
+            ((name, files),) = read_samples(chain.store.get_range(path, row["offset"], row["length"]))
             assert name == row["caption_id"] and files == dict(stored)[name]
             seen.add((row["key"], row["kind"]))
         live = encoders.encode([original[index[0]["key"]]])
         cached = from_bytes(chain, dict(stored)[index[0]["caption_id"]]["safetensors"])
         for field in ("clip_l", "clip_g", "t5", "clip_l_pooled", "clip_g_pooled"):
-            torch.testing.assert_close(
-                getattr(cached, field).float(), getattr(live, field), rtol=2e-3, atol=2e-3
-            )  # float16
+            # float16
+            torch.testing.assert_close(getattr(cached, field).float(), getattr(live, field), rtol=2e-3, atol=2e-3)
         assert [index[0][f"{name}_len"] for name in ("clip_l", "clip_g", "t5")] == live.lengths[0].tolist()
     assert seen == {(key, kind) for key in original for kind in ("original", "synthetic")}
     null = from_bytes(chain, chain.store.get(f"{manifest.folder}/NULL.safetensors"))

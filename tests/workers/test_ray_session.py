@@ -47,9 +47,8 @@ def test_an_address_where_nobody_listens_is_told_in_seconds(listener):
         f"Ray at compute.ray_address '{host}:{free}' does not answer: [Errno 111] Connection refused; start it there, or correct the address"
     )
     told = refused(f"127.0.0.1:{free}")
-    assert told.startswith(
-        f"Ray at compute.ray_address '127.0.0.1:{free}' ({host}:{free}) does not answer"
-    )  # as Ray reads it
+    # as Ray reads it
+    assert told.startswith(f"Ray at compute.ray_address '127.0.0.1:{free}' ({host}:{free}) does not answer")
     assert refused(f"ray://{host}:{free}").startswith(f"Ray at compute.ray_address 'ray://{host}:{free}'")
     assert time.monotonic() - began < 10
 

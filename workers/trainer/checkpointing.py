@@ -48,13 +48,14 @@ from sd3core.training_checkpoint import (
 from workers.trainer.engine import ShardedTrainer
 from workers.trainer.job import TrainingJob, TrainingSuperseded
 
+# between the tries of a write; the ranks that wait for it are silent so long
 PATIENCE_S = (
     10.0,
     20.0,
     30.0,
     60.0,
     60.0,
-)  # between the tries of a write; the ranks that wait for it are silent so long
+)
 
 
 def begin_attempt(store: Store, folder: str) -> int:

@@ -101,9 +101,8 @@ def _build(small: SmallT5, vocabulary: int) -> T5ForConditionalGeneration:
         decoder_start_token_id=0,
     )
     model = T5ForConditionalGeneration(config)
-    model.lm_head.weight.data.mul_(
-        small.width**-0.5
-    )  # an untied head starts so loud that its loss is all there is to see
+    # an untied head starts so loud that its loss is all there is to see
+    model.lm_head.weight.data.mul_(small.width**-0.5)
     return model
 
 

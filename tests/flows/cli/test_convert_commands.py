@@ -34,9 +34,8 @@ def test_import_says_what_it_found_and_what_it_took_for_granted(sd3):
     assert note == "note: released.safetensors: left aside: the VAE"
     assert found.startswith("single file, depth 1, ") and "QK-norm; to be sampled at 64 px with shift 3" in found
     assert "77 CLIP and 20 T5 tokens, no prompt = empty" in found
-    command = local_command(
-        "sd3 sample --checkpoint model --towers FOLDER 'a prompt'"
-    )  # with its whole path: the test is elsewhere
+    # with its whole path: the test is elsewhere
+    command = local_command("sd3 sample --checkpoint model --towers FOLDER 'a prompt'")
     assert Path(command.split()[0]).is_absolute() and follows == f"model: try `{command}`"
     facts = open_checkpoint("model").facts
     assert (facts.null, facts.side_px, facts.shift, facts.text.t5_tokens) == ("empty", 64, 3.0, 20)

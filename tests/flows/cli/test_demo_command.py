@@ -39,10 +39,11 @@ def test_a_users_folder_becomes_a_recipe_of_its_own(tmp_path):
     assert recipe.run.startswith("my-photos-2026-raw-x-")
     assert recipe.caption.captioner == "none"  # the drawn world's captioner reads drawn scenes only
     assert recipe.pretrain == load_recipe("tiny-test").pretrain
+    # what people write is longer than the drawn world's
     assert (recipe.text.clip_tokens, recipe.text.t5_tokens) == (
         32,
         32,
-    )  # what people write is longer than the drawn world's
+    )
     assert not [
         override for override in folder_overrides(load_recipe("sd3-2b"), folder) if override.startswith("text.")
     ]
@@ -53,9 +54,8 @@ def test_folders_of_one_name_do_not_meet(tmp_path):
         (tmp_path / parent / "photos").mkdir(parents=True)
     runs = {on_folder("tiny-test", tmp_path / parent / "photos").run for parent in "ab"}
     assert len(runs) == 2
-    assert (
-        on_folder("tiny-test", tmp_path / "b" / ".." / "a" / "photos").run in runs
-    )  # one folder, however it is written
+    # one folder, however it is written
+    assert on_folder("tiny-test", tmp_path / "b" / ".." / "a" / "photos").run in runs
 
 
 @pytest.mark.parametrize("name", ["...", "写真", "2026", "x" * 200, "a_b.c"])

@@ -151,10 +151,11 @@ def test_sample_and_the_line_that_the_demo_prints(store, finish, monkeypatch, tm
     assert sample_command(load_recipe("mini")) == [".venv/bin/sd3", "sample", "'a red circle left of a blue square'"]
     on_s3 = sample_command(load_recipe("mini", ["store=s3://b/a b"]), "x")
     assert on_s3 == [".venv/bin/sd3", "sample", "x", "--set", "'store=\"s3://b/a b\"'"]
+    # other checkpoints, or other pictures of them
     for settings in (
         ["pretrain.samples=9600"],
         ["evaluate.guidance_scale=3"],
-    ):  # other checkpoints, or other pictures of them
+    ):
         assert sample_command(load_recipe("mini", settings), "x") == [".venv/bin/sd3", "sample", "x", "--run", "mini"]
     of_a_file = load_recipe("tiny-test", ["name=mine", "run=mini"])
     assert sample_command(of_a_file, "x") == [".venv/bin/sd3", "sample", "x", "--run", "mini"]

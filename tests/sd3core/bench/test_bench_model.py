@@ -54,9 +54,8 @@ def test_peak_memory_counts_what_is_held_at_once():
     x = torch.zeros(1000)
     peak = peak_bytes_above_start(lambda: (x + 1) + (x + 2), CPU)  # two sums and the sum of both
     assert peak == pytest.approx(3 * x.nbytes, rel=0.01)
-    assert peak_bytes_above_start(lambda: ((x + 1), None)[1] or (x + 1), CPU) == pytest.approx(
-        x.nbytes, rel=0.01
-    )  # one after the other
+    # one after the other
+    assert peak_bytes_above_start(lambda: ((x + 1), None)[1] or (x + 1), CPU) == pytest.approx(x.nbytes, rel=0.01)
 
 
 @pytest.mark.parametrize("mode", bench_model.MODES)
@@ -75,9 +74,8 @@ def test_a_training_step_changes_both_models_alike(mode):
     changed = max((value - before[name]).abs().max() for name, value in pair[OURS].module.named_parameters())
     assert changed > 5e-3
     off = torch.cat([(ours[name].float() - theirs[name].float()).abs().flatten() for name in ours])
-    assert off.mean() < (
-        1e-5 if mode == "fp32" else 1e-3
-    )  # Adam's first step is the gradient's sign; bf16 may turn a few
+    # Adam's first step is the gradient's sign; bf16 may turn a few
+    assert off.mean() < (1e-5 if mode == "fp32" else 1e-3)
 
 
 @pytest.mark.parametrize("wrong", [1.0, torch.nan])

@@ -321,9 +321,8 @@ def test_a_captioner_does_not_caption_over_what_was_not_understood(folder):
         "2 images without a caption that was understood: the captioner's alone will describe them; stop here and mend that if"
         " they should have their own: b.jpg, c.jpg",
     ]
-    assert (
-        _listed(folder)[0]["d.jpg"] == "its caption file is not UTF-8; save it as UTF-8"
-    )  # left out, not captioned over
+    # left out, not captioned over
+    assert _listed(folder)[0]["d.jpg"] == "its caption file is not UTF-8; save it as UTF-8"
 
 
 def test_whole_or_first_line(folder):

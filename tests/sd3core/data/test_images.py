@@ -192,9 +192,8 @@ def test_crop_is_resize_to_cover_then_centre(size, bucket):
     assert (crop.top, crop.left) == ((resized.height - bucket[0]) // 2, (resized.width - bucket[1]) // 2)
     assert (crop.height, crop.width) == bucket
     expected = np.asarray(resized)[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-    assert (
-        np.abs(pixels.astype(int) - expected.astype(int)).max() <= 4
-    )  # at the cut, where resize sees what lies outside
+    # at the cut, where resize sees what lies outside
+    assert np.abs(pixels.astype(int) - expected.astype(int)).max() <= 4
 
 
 def test_an_image_of_the_bucket_s_size_is_not_touched():

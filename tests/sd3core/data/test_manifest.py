@@ -50,9 +50,8 @@ def test_commit_and_read(store):
     assert ref.path == f"{FOLDER}/MANIFEST.{first.digest[:12]}.json" and store.exists(ref.path)
     later = commit_manifest(store, FOLDER, second)
     assert read_manifest(store, FOLDER) == second
-    assert (
-        read_manifest(store, FOLDER, ref.digest) == read_manifest(store, ref.path) == first
-    )  # whatever was added since
+    # whatever was added since
+    assert read_manifest(store, FOLDER, ref.digest) == read_manifest(store, ref.path) == first
     assert read_manifest(store, later.path, later.digest) == second
     assert commit_manifest(store, FOLDER, first) == ref and read_manifest(store, FOLDER) == first
 

@@ -82,9 +82,8 @@ def test_rows_come_from_a_moving_window_of_shards():
     plan = TrainingPlan(table, seed=0, global_batch=50, window_shards=8)
     batches = [set(plan.batch(step).shard.tolist()) for step in range(100)]
     steps_of = {shard: [step for step, batch in enumerate(batches) if shard in batch] for shard in range(100)}
-    assert (
-        max(steps[-1] - steps[0] for steps in steps_of.values()) <= 10
-    )  # used for so long, then no more in this epoch
+    # used for so long, then no more in this epoch
+    assert max(steps[-1] - steps[0] for steps in steps_of.values()) <= 10
     assert max(map(len, batches)) <= 10 and np.mean([len(batch) for batch in batches[10:90]]) > 7  # and mixed well
     order = sorted(range(100), key=lambda shard: steps_of[shard][0])
     assert order != list(range(100))

@@ -187,9 +187,8 @@ def test_a_training_that_is_newer_than_the_noted_one_is_kept(store):
     noted = checkpoint(store, "r", "1")
     note(store, "r", "pretrain", noted)
     later(store)
-    newer = checkpoint(
-        store, "r", "2"
-    )  # with other settings, stopped; this store was written before runs said what they begin
+    # with other settings, stopped; this store was written before runs said what they begin
+    newer = checkpoint(store, "r", "2")
     assert names(store) == [newer] and "written to after 111111111111" in kept(store)[newer]
     later(store)
     note(store, "r", "pretrain", checkpoint(store, "r", "3"))
@@ -210,9 +209,8 @@ def test_a_training_that_has_begun_is_kept_whatever_the_times_say_with_what_it_s
     later(store)
     note(store, "r", "pretrain", noted)
     why = kept(store)
-    assert (
-        names(store) == sorted(why) == ["runs/elsewhere/checkpoints/pretrain/555555555555/unfinished", stopped]
-    )  # killed before its first byte
+    # killed before its first byte
+    assert names(store) == sorted(why) == ["runs/elsewhere/checkpoints/pretrain/555555555555/unfinished", stopped]
     assert "pretrain of run r began 20" in why[stopped] and "the same command goes on" in why[stopped]
     for item in find_unused(store, NOW):
         assert remove(store, item)  # by its own name: its word goes with it

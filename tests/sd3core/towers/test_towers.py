@@ -219,9 +219,8 @@ def test_files_are_read_once_a_machine_and_again_on_request(store, committed, tm
     assert len(read) == count
     status = (folder / "vae/config.json").stat()
     flip(folder.joinpath("vae/config.json").resolve())
-    os.utime(
-        folder / "vae/config.json", ns=(status.st_atime_ns, status.st_mtime_ns)
-    )  # as a disk's own damage leaves it
+    # as a disk's own damage leaves it
+    os.utime(folder / "vae/config.json", ns=(status.st_atime_ns, status.st_mtime_ns))
     fetch_towers(store, "towers/t/0", tmp_path / "cache")
     with pytest.raises(DataError, match="vae/config.json"):
         fetch_towers(store, "towers/t/0", tmp_path / "cache", reread=True)
