@@ -24,7 +24,7 @@ from sd3core.specs import DONE_FILE, MANIFEST
 from sd3core.towers.artifact import TowersManifest, check_vae_channels, check_vae_folder, read_towers
 from sd3core.training_checkpoint import CheckpointRef, list_checkpoints, read_checkpoint_done
 from workers.evaluate import all_scored
-from workers.evaluate_tasks import EvaluationInputs
+from workers.evaluate_tasks import EvaluationInputs, ScoredCheckpoint
 from workers.ray_room import Node, actors_problem, ranks_problem
 from workers.stage import recall_stage
 from workers.trainer.start import check_start
@@ -152,14 +152,26 @@ class Upstream:
 
     def last_digest(self, phase_key: str) -> str:
         """The digest that names the content of a phase's last checkpoint."""
-        last = self.last_checkpoint(phase_key).folder
-        return self._once("digest", phase_key, lambda: read_checkpoint_done(self.store, last).digest)
+        return self._digest(self.last_checkpoint(phase_key))
 
-    def to_be_scored(self) -> tuple[dict[str, list[str]], EvaluationInputs]:
-        """What evaluation goes by: the checkpoints of every phase, oldest first, and the data."""
-        trained = {key: [checkpoint.folder for checkpoint in self.checkpoints(key)] for key in self._phases}
-        latents = {key: self.latents(key) for key in self._phases}
-        return trained, EvaluationInputs(raw=self.raw, text=self.text, latents=latents, towers=self.towers.folder)
+    def _digest(self, checkpoint: CheckpointRef) -> str:
+        folder = checkpoint.folder
+        return self._once("digest", folder, lambda: read_checkpoint_done(self.store, folder).digest)
+
+    def to_be_scored(self) -> EvaluationInputs:
+        """What evaluation goes by."""
+        trained = {
+            key: [ScoredCheckpoint(ref.folder, ref.samples, self._digest(ref)) for ref in self.checkpoints(key)]
+            for key in self._phases
+        }
+        return EvaluationInputs(
+            checkpoints=trained,
+            raw=self.raw,
+            text=self.text,
+            latents={key: self.latents(key) for key in self._phases},
+            towers=self.towers.folder,
+            tower_digests=self.towers_manifest.digests,
+        )
 
     def check_start_from(self) -> None:
         """Says of `model.start_from`, before the hours of earlier stages, what pretraining would say after them."""
@@ -184,7 +196,7 @@ class Upstream:
         recipe makes it has nothing to do, and needs none.
         """
         compute, (last, _) = self.recipe.compute, self.recipe.phases()[-1]
-        scored = lambda: all_scored(self.recipe, self.store, *self.to_be_scored())
+        scored = lambda: all_scored(self.recipe, self.store, self.to_be_scored())
         if (problem := actors_problem(compute, nodes)) and not _stands(scored):
             raise NoRoomError(problem)
         if (problem := ranks_problem(compute, nodes)) and not _stands(lambda: self.checkpoints(last)):

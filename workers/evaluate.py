@@ -46,14 +46,8 @@ class EvaluationFailed(UserError):
     """Parts that could not be made, after all others were."""
 
 
-def evaluate_stage(
-    recipe: Recipe,
-    store: Store,
-    checkpoints: dict[str, list[str]],
-    inputs: EvaluationInputs,
-    report: ProgressCallback,
-) -> StageResult:
-    """checkpoints: phase key -> finished checkpoint folders of the store, oldest first. The result names scores.json.
+def evaluate_stage(recipe: Recipe, store: Store, inputs: EvaluationInputs, report: ProgressCallback) -> StageResult:
+    """Scores the checkpoints of `inputs`; the result names scores.json.
 
     Raises EvaluationFailed naming the parts given up and why; the finished ones stay.
     """
@@ -61,9 +55,10 @@ def evaluate_stage(
     digests = {"raw": inputs.raw.digest, "text": inputs.text.digest}
     digests |= {key: ref.digest for key, ref in inputs.latents.items()}
     needs = [references_folder(recipe.data.name), inputs.towers]
-    needs += [folder for folders in checkpoints.values() for folder in folders]
+    folders = {checkpoint.folder for found in inputs.checkpoints.values() for checkpoint in found}
+    needs += sorted(folders)
     begin(store, recipe.run, "evaluate", evaluations_folder(recipe.run), digests, needs)
-    tasks = plan_tasks(recipe, store, checkpoints, inputs)
+    tasks = plan_tasks(recipe, inputs)
     standing, warnings = _standing_parts(store, tasks, checked_here())
     missing = [task for task in tasks if not standing[task.place]]
     meter = ProgressMeter(len(tasks), "parts", report, already_done=len(tasks) - len(missing))
@@ -82,7 +77,7 @@ def evaluate_stage(
                 warnings += _run_tasks(recipe, store, inputs, other, meter)
                 standing, _ = _standing_parts(store, tasks, checked_here())
     parts = _chosen(tasks, standing)
-    others, damaged = _other_parts(recipe, store, checkpoints, parts)
+    others, damaged = _other_parts(recipe, store, folders, parts)
     parts += others
     warnings += damaged
     _fill_dimensions(store, inputs, [part for _, part in parts])
@@ -106,9 +101,9 @@ def evaluate_stage(
     )
 
 
-def all_scored(recipe: Recipe, store: Store, checkpoints: dict[str, list[str]], inputs: EvaluationInputs) -> bool:
+def all_scored(recipe: Recipe, store: Store, inputs: EvaluationInputs) -> bool:
     """Whether `evaluate_stage` has no part to make."""
-    tasks = plan_tasks(recipe, store, checkpoints, inputs)
+    tasks = plan_tasks(recipe, inputs)
     standing, _ = _standing_parts(store, tasks, checked_here())
     return all(standing.values()) and not _to_be_of_one_precision(tasks, standing)
 
@@ -197,11 +192,10 @@ def _chosen(
 def _other_parts(
     recipe: Recipe,
     store: Store,
-    checkpoints: dict[str, list[str]],
+    known: set[str],
     shown: Sequence[tuple[EvaluationTask, ScoredPart]],
 ) -> tuple[list[tuple[EvaluationTask, ScoredPart]], list[str]]:
-    """What stands of these checkpoints by other protocols; and a line on those that are damaged, whose scores are left out."""
-    known = {folder for folders in checkpoints.values() for folder in folders}
+    """What stands of the checkpoints `known` (folders) by other protocols; and a line on those that are damaged, whose scores are left out."""
     seen = {_identity(task) for task, _ in shown}
     pattern = re.compile(
         re.escape(evaluations_folder(recipe.run)) + r"/[^/]+/(\d{12})-(?:ema|live)/[^/]+\.[0-9a-f]{12}\.json"
@@ -287,8 +281,8 @@ def summarise(parts: Sequence[tuple[EvaluationTask, ScoredPart]]) -> dict[str, A
     which score, and why there is none. `bench`: a row for each task of ShapesBench with its tallies (all, seen, unseen,
     and by size, "HEIGHTxWIDTH") and chance.
     """
-    scores, left_out, pictures, bench_tasks, protocols = [], [], [], [], {}
-    bench: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    scores, left_out, pictures, shapes_bench_tasks, protocols = [], [], [], [], {}
+    by_checkpoint: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for task, part in parts:
         protocol = fingerprint(task.protocol)
         own = {"checkpoint": task.checkpoint, "phase": task.phase, "samples": task.samples, "weights": task.weights}
@@ -299,9 +293,9 @@ def summarise(parts: Sequence[tuple[EvaluationTask, ScoredPart]]) -> dict[str, A
         pictures += [own | picture for picture in part["pictures"]]
         if task.part.startswith("bench-") and part["scores"]:
             key = (task.checkpoint, task.weights, protocol)
-            bench.setdefault(key, []).extend(scores[len(scores) - len(part["scores"]) :])
-            bench_tasks.append(own | {"task": task.part.removeprefix("bench-")} | part["details"])
-    for rows in bench.values():
+            by_checkpoint.setdefault(key, []).extend(scores[len(scores) - len(part["scores"]) :])
+            shapes_bench_tasks.append(own | {"task": task.part.removeprefix("bench-")} | part["details"])
+    for rows in by_checkpoint.values():
         if len(rows) == len(TASKS):  # GenEval: the plain mean of the six
             overall = {
                 "value": sum(row["value"] for row in rows) / len(rows),
@@ -310,7 +304,7 @@ def summarise(parts: Sequence[tuple[EvaluationTask, ScoredPart]]) -> dict[str, A
             scores.append(rows[0] | {"metric": "shapes_bench/overall"} | overall)
     return {
         "scores": scores,
-        "bench": bench_tasks,
+        "bench": shapes_bench_tasks,
         "left_out": left_out,
         "pictures": pictures,
         "protocols": protocols,

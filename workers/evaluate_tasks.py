@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sd3core.data.manifest import ManifestRef
-from sd3core.data.store import Store
 from sd3core.metrics.reference import reference_fields
 from sd3core.metrics.validation_loss import LEVELS
 from sd3core.recipe import Recipe, Training
@@ -15,21 +14,30 @@ from sd3core.sample_settings import SampleSettings, Weights
 from sd3core.small_world.detector import MIN_SIDE_PX
 from sd3core.small_world.world import TASKS
 from sd3core.specs import FORMATS, evaluations_folder, fingerprint
-from sd3core.towers.artifact import read_towers
-from sd3core.training_checkpoint import read_checkpoint_done
 
 ScoredPart = dict[str, Any]
 SCORED_WEIGHTS: dict[str, tuple[Weights, ...]] = {"both": ("ema", "live"), "ema": ("ema",)}
 
 
 @dataclass(frozen=True)
-class EvaluationInputs:
-    """What scores are made from besides checkpoints: pinned manifests, and the folder of the towers in the store."""
+class ScoredCheckpoint:
+    """A finished checkpoint to be scored. `digest` names its content."""
 
+    folder: str  # in the store
+    samples: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """What scores are made from: the checkpoints of every phase, oldest first, pinned manifests, and the towers' folder."""
+
+    checkpoints: dict[str, list[ScoredCheckpoint]]  # by phase key
     raw: ManifestRef
     text: ManifestRef
     latents: dict[str, ManifestRef]  # by phase key
-    towers: str
+    towers: str  # folder in the store
+    tower_digests: dict[str, str]  # by tower
 
 
 @dataclass(frozen=True)
@@ -62,36 +70,28 @@ class EvaluationTask:
         return f"{self.phase} {self.samples:,} {self.weights} {self.part}"
 
 
-def plan_tasks(
-    recipe: Recipe, store: Store, checkpoints: dict[str, list[str]], inputs: EvaluationInputs
-) -> list[EvaluationTask]:
-    """Every part of every checkpoint, in the order of the table. A pure function of its arguments and the manifests'
-    digests.
-    """
+def plan_tasks(recipe: Recipe, inputs: EvaluationInputs) -> list[EvaluationTask]:
+    """Every part of every checkpoint, in the order of the table. A pure function of its arguments."""
     phases = dict(recipe.phases())
-    digests = read_towers(store, inputs.towers).digests
     tasks = []
-    for phase, folders in checkpoints.items():
-        chosen = folders[-1:] if recipe.evaluate.checkpoints == "last" else folders
-        for folder in chosen:
-            done = read_checkpoint_done(store, folder)
+    for phase, checkpoints in inputs.checkpoints.items():
+        for checkpoint in checkpoints[-1:] if recipe.evaluate.checkpoints == "last" else checkpoints:
+            last = checkpoint is checkpoints[-1]
             for weights in SCORED_WEIGHTS[recipe.evaluate.weights]:
-                for part, protocol in _protocols(
-                    recipe, phase, phases[phase], inputs, digests, last=folder == folders[-1]
-                ):
-                    place = f"{evaluations_folder(recipe.run)}/{phase}/{done.samples:012d}-{weights}"
-                    names = (part, phase, folder, done.samples, weights)
-                    tasks.append(EvaluationTask(*names, protocol, place, done.digest))
+                for part, protocol in _protocols(recipe, phase, phases[phase], inputs, last=last):
+                    place = f"{evaluations_folder(recipe.run)}/{phase}/{checkpoint.samples:012d}-{weights}"
+                    names = (part, phase, checkpoint.folder, checkpoint.samples, weights)
+                    tasks.append(EvaluationTask(*names, protocol, place, checkpoint.digest))
     return tasks
 
 
 def _protocols(
-    recipe: Recipe, phase_key: str, phase: Training, inputs: EvaluationInputs, towers: dict[str, str], *, last: bool
+    recipe: Recipe, phase_key: str, phase: Training, inputs: EvaluationInputs, *, last: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(part, protocol): whatever a score depends on besides the checkpoint, so that equal fingerprints are comparable
     scores.
     """
-    evaluate = recipe.evaluate
+    evaluate, towers = recipe.evaluate, inputs.tower_digests
     common = {
         "format": FORMATS["evaluations"],
         "precision": evaluate.precision,
@@ -138,13 +138,13 @@ def _protocols(
     if recipe.data.source == "small_world" and per_task:
         readable = [sides for sides in all_sides if min(sides) >= MIN_SIDE_PX]
         for task in TASKS:
-            bench = {
+            shapes_bench = {
                 "kind": "shapes_bench",
                 "prompts_per_task": per_task,
                 "images_per_prompt": evaluate.bench_images_per_prompt,
-                "sizes": readable,  # (height, width); none: the bench is left out
+                "sizes": readable,  # (height, width); none: ShapesBench is left out
             }
-            yield f"bench-{task}", square | bench
+            yield f"bench-{task}", square | shapes_bench
     for height, width in all_sides:
         if len(all_sides) > 1 and height != width and evaluate.bucket_grid_prompts:
             yield (

@@ -66,7 +66,7 @@ class EvaluationWorker:
         self.progress = None  # else a new part would first show the end of the one before
         parts = {"validation_loss": self._validate, "clip_and_fid": self._score_pictures, "grid": self._draw_grid}
         result = _Part()
-        parts.get(task.protocol["kind"], self._bench)(task, result)
+        parts.get(task.protocol["kind"], self._shapes_bench)(task, result)
         fields = {"part": task.part, "phase": task.phase, "checkpoint": task.checkpoint, "weights": task.weights}
         made_by = provenance(device_kind(torch.device(self.device).type)).model_dump(mode="json", exclude_none=True)
         fields |= {"protocol": task.protocol, "precision": task.protocol["precision"], "made_by": made_by}
@@ -165,7 +165,7 @@ class EvaluationWorker:
         grid = self._grid_prompts(task)
         self._write_grid(task, result, grid, self._sample(task, grid))
 
-    def _bench(self, task: EvaluationTask, result: _Part) -> None:
+    def _shapes_bench(self, task: EvaluationTask, result: _Part) -> None:
         """Every prompt keeps its seeds, whichever of the prompts are taken. The pictures take the phase's sizes in turn."""
         protocol, name = task.protocol, task.part.removeprefix("bench-")
         sizes, copies = protocol["sizes"], protocol["images_per_prompt"]

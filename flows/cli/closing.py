@@ -10,7 +10,7 @@ from rich.table import Table
 from flows.local.home import local_command
 from flows.local.services import Services
 from flows.summary import of_stage
-from flows.ui.scores import bench_rows, score_rows, shown_of
+from flows.ui.scores import score_rows, shapes_bench_rows, shown_of
 from sd3core.data.provenance import Provenance
 from sd3core.data.store import Store
 from sd3core.files.local_paths import shown_place
@@ -40,7 +40,7 @@ def print_summary(
             console.print(of_stage(stage["name"], warning), soft_wrap=True, highlight=False)
     shown = summary.get("shown")
     _print_scores(score_rows(shown_of(summary["scores"], shown)), console)
-    _print_scores(bench_rows(shown_of(summary["bench"], shown)), console)
+    _print_scores(shapes_bench_rows(shown_of(summary["bench"], shown)), console)
     console.print()
     say = lambda label, text: console.print(f"{label:<10}{text}", soft_wrap=True, highlight=False)
     newest = {

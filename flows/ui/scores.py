@@ -75,7 +75,7 @@ def _real(row: dict[str, Any]) -> str:
     return f"; as many real pictures against the others score {real['value']:.1f} +- {real['spread']:.1f} ({real['sets']} sets)"
 
 
-def bench_rows(tasks: list[dict[str, Any]]) -> list[dict[str, object]]:
+def shapes_bench_rows(tasks: list[dict[str, Any]]) -> list[dict[str, object]]:
     """ShapesBench of the newest EMA weights: a row a task, right pictures of all and by kind and size, beside what chance gives."""
     ema = [row for row in tasks if row["weights"] == "ema"]
     newest = [row for row in ema if row["checkpoint"] == ema[-1]["checkpoint"]]

@@ -1,4 +1,4 @@
-"""From the plan to batches: each rank's slice of every step, made ahead.
+"""From the training plan to batches: each rank's slice of every step, made ahead.
 
 The held-out part is read here too.
 
@@ -14,10 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from sd3core.data.encoded_shards import Split
-from sd3core.data.plan import PlanTable, TrainingPlan
 from sd3core.data.shard_cache import ShardCache
 from sd3core.data.shard_reader import Batch, ShardReader
 from sd3core.data.shards import sample_id
+from sd3core.data.training_plan import PlanTable, TrainingPlan
 from sd3core.errors import DataError
 from sd3core.randomness import uniform
 

@@ -24,10 +24,10 @@ from torch import Tensor
 from sd3core.conditioning import TextFeatures
 from sd3core.data.encoded_shards import CAPTION_KINDS, FEATURES, Split, latent_of
 from sd3core.data.manifest import Manifest, ShardEntry
-from sd3core.data.plan import WINDOW_SHARDS, PlanTable
 from sd3core.data.shard_cache import ShardCache
 from sd3core.data.shards import read_samples, read_shard_index, sample_id
 from sd3core.data.store import Store, StoreNotFound
+from sd3core.data.training_plan import WINDOW_SHARDS, PlanTable
 from sd3core.errors import DataError
 from sd3core.specs import TAR
 

@@ -111,8 +111,10 @@ def test_an_export_is_noted_when_it_ends(run, in_flow, monkeypatch):
 
 
 def test_an_evaluation_says_the_checkpoints_that_it_scores(run, in_flow, monkeypatch):
-    ref = SimpleNamespace(folder="runs/tiny-test/checkpoints/pretrain/1/000000000008")
+    ref = SimpleNamespace(folder="runs/tiny-test/checkpoints/pretrain/1/000000000008", samples=8)
     monkeypatch.setattr(Upstream, "checkpoints", lambda *_: [ref])
+    monkeypatch.setattr(Upstream, "_digest", lambda *_: "b" * 64)
+    monkeypatch.setattr(Upstream, "towers_manifest", SimpleNamespace(digests={}))
     monkeypatch.setattr(Upstream, "latents", lambda *_: REF)
     for name in ("raw", "text", "towers"):
         monkeypatch.setattr(Upstream, name, REF)

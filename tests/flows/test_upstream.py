@@ -177,7 +177,7 @@ def test_what_no_node_holds_is_said_before_the_first_stage_but_not_of_work_that_
     Upstream(trains, store).check_room(laptop)
     with pytest.raises(NoRoomError, match=no_actors):  # evaluation is still to come
         Upstream(encodes, store).check_room(laptop)
-    for task in plan_tasks(recipe, store, *Upstream(recipe, store).to_be_scored()):
+    for task in plan_tasks(recipe, Upstream(recipe, store).to_be_scored()):
         store.put_json(task.settled("fp32").path, sealed({"precision": "fp32", "pictures": []}))
     Upstream(encodes, store).check_room(laptop)
     longer = load_recipe("tiny-test", ["pretrain.samples=960", "compute.gpus_per_rank=1"])
@@ -215,10 +215,12 @@ def test_what_evaluation_asks_of_the_stages_before_it_is_read_once(finish_phases
     """
     recipe = finish_phases(phases)
     counting = CountingStore(tmp_path)
-    trained, inputs = Upstream(recipe, counting).to_be_scored()
-    assert [len(folders) for folders in trained.values()] == [1] * phases and len(inputs.latents) == phases
+    inputs = Upstream(recipe, counting).to_be_scored()
+    assert [len(found) for found in inputs.checkpoints.values()] == [1] * phases and len(inputs.latents) == phases
+    planned = dict(counting.asked)
+    assert plan_tasks(recipe, inputs) and counting.asked == planned  # what is scored follows from these alone
     assert max(Counter(counting.whole).values()) == 1
-    assert counting.asked == {"get": 6 + 3 * phases, "size": 5 + phases, "list": phases}  # 21 in all of two phases
+    assert counting.asked == {"get": 7 + 3 * phases, "size": 5 + phases, "list": phases}  # 22 in all of two phases
 
 
 def test_what_was_found_is_kept_and_what_was_missing_is_looked_for_again(finish_phases, finish_checkpoint, store):

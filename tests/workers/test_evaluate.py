@@ -33,10 +33,11 @@ from sd3core.progress import Progress
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
 from sd3core.specs import DONE_FILE, fingerprint
+from sd3core.towers.artifact import read_towers
 from sd3core.training_checkpoint import CheckpointDone, checkpoint_folder, piece_name, rank_file
 from workers.encode import encode_stage
 from workers.evaluate import EvaluationFailed, _chosen, _read_part, _to_be_of_one_precision, evaluate_stage
-from workers.evaluate_tasks import EvaluationInputs, plan_tasks
+from workers.evaluate_tasks import EvaluationInputs, ScoredCheckpoint, plan_tasks
 from workers.ingest import ingest_stage
 from workers.pool import Outcome
 from workers.towers import towers_stage
@@ -63,7 +64,7 @@ def in_this_process(worker_class, worker_kwargs, tasks, settings, report=None, w
     return outcomes
 
 
-def write_checkpoint(store: Store, recipe: Recipe, phase_key: str, samples: int, seed: int) -> str:
+def write_checkpoint(store: Store, recipe: Recipe, phase_key: str, samples: int, seed: int) -> ScoredCheckpoint:
     """A training checkpoint of random weights, the live ones further out than the EMA."""
     phase = dict(recipe.phases())[phase_key]
     torch.manual_seed(seed)
@@ -91,14 +92,13 @@ def write_checkpoint(store: Store, recipe: Recipe, phase_key: str, samples: int,
         recipe=recipe.model_dump(mode="json"),
     )
     store.put_json(f"{folder}/{DONE_FILE}", done.model_dump(mode="json"))
-    return folder
+    return ScoredCheckpoint(folder, samples, done.digest)
 
 
 @dataclass
 class World:
     recipe: Recipe
     store: Store
-    checkpoints: dict[str, list[str]]
     inputs: EvaluationInputs
 
 
@@ -124,7 +124,9 @@ def world(patched, tmp_path_factory) -> World:
         "finetune.0": [write_checkpoint(store, recipe, "finetune.0", 32, 5)],
     }
     latents = {key: encoded[f"latents.{key}"].manifest for key, _ in recipe.phases()}
-    return World(recipe, store, checkpoints, EvaluationInputs(raw, encoded["text"].manifest, latents, towers.folder))
+    digests = read_towers(store, towers.folder).digests
+    inputs = EvaluationInputs(checkpoints, raw, encoded["text"].manifest, latents, towers.folder, digests)
+    return World(recipe, store, inputs)
 
 
 @pytest.fixture(scope="module")
@@ -138,20 +140,20 @@ def ignore(progress: Progress) -> None:
 
 def evaluate(world: World, recipe: Recipe | None = None, report=ignore) -> SimpleNamespace:
     """The stage's result, with the tables of scores.json as they stand then."""
-    result = evaluate_stage(recipe or world.recipe, world.store, world.checkpoints, world.inputs, report)
+    result = evaluate_stage(recipe or world.recipe, world.store, world.inputs, report)
     return SimpleNamespace(**vars(result) | {"warnings": result.notes}, **world.store.get_json(result.path))
 
 
 def planned(world: World, recipe: Recipe | None = None):
     """The tasks, in what this machine computes in."""
     precision = resolve_precision("auto", bf16=has_bf16_arithmetic(CPU))
-    tasks = plan_tasks(recipe or world.recipe, world.store, world.checkpoints, world.inputs)
+    tasks = plan_tasks(recipe or world.recipe, world.inputs)
     return [task.settled(precision) for task in tasks]
 
 
 def test_every_checkpoint_has_every_score_for_both_weights(world, result):
-    for phase, folders in world.checkpoints.items():
-        for folder in folders:
+    for phase, checkpoints in world.inputs.checkpoints.items():
+        for folder in (checkpoint.folder for checkpoint in checkpoints):
             for weights in ("ema", "live"):
                 rows = {r["metric"]: r for r in result.scores if (r["checkpoint"], r["weights"]) == (folder, weights)}
                 assert rows["validation_loss"]["count"] == 10 and rows["clip_score"]["count"] == 8
@@ -284,17 +286,13 @@ def test_only_the_last_checkpoints_on_request(world):
     last = world.recipe.model_copy(
         update={"evaluate": world.recipe.evaluate.model_copy(update={"checkpoints": "last"})}
     )
-    assert {
-        task.samples
-        for task in plan_tasks(last, world.store, world.checkpoints, world.inputs)
-        if task.phase == "pretrain"
-    } == {64}
+    assert {task.samples for task in plan_tasks(last, world.inputs) if task.phase == "pretrain"} == {64}
 
 
 def test_only_the_averaged_weights_on_request(world):
     evaluate = world.recipe.evaluate.model_copy(update={"weights": "ema"})
     ema = world.recipe.model_copy(update={"evaluate": evaluate})
-    every, chosen = (plan_tasks(r, world.store, world.checkpoints, world.inputs) for r in (world.recipe, ema))
+    every, chosen = (plan_tasks(r, world.inputs) for r in (world.recipe, ema))
     assert chosen == [task for task in every if task.weights == "ema"]  # the same scores at the same places
     assert 2 * len(chosen) == len(every)
 
@@ -310,7 +308,7 @@ def test_held_out_rows_are_held_out_and_fixed(world):
 
 def test_a_part_that_fails_is_named_and_the_others_stay(world, result):
     tasks = planned(world)
-    damaged = world.store.local_path(f"{world.checkpoints['pretrain'][0]}/{rank_file(0, 1)}")
+    damaged = world.store.local_path(f"{world.inputs.checkpoints['pretrain'][0].folder}/{rank_file(0, 1)}")
     lost = [task for task in tasks if task.part == "validation" and task.phase == "pretrain" and task.weights == "ema"]
     for task in lost:
         world.store.delete(task.path)
@@ -471,9 +469,7 @@ def test_scores_in_another_precision_are_of_another_protocol_and_stay(world, res
 
 def test_a_rows_parts_in_two_precisions_are_completed_in_fp32(world, result, monkeypatch):
     """As where some of the actors have arithmetic for bf16: no mean is taken over both."""
-    tasks = [
-        task for task in plan_tasks(world.recipe, world.store, world.checkpoints, world.inputs) if task.weights == "ema"
-    ]
+    tasks = [task for task in plan_tasks(world.recipe, world.inputs) if task.weights == "ema"]
     row = [task for task in tasks if task.checkpoint == tasks[-1].checkpoint]
     mixed = {task.place: {"fp32" if place == 0 else "bf16": {}} for place, task in enumerate(row)}
     assert _to_be_of_one_precision(row, mixed) == [task.settled("fp32") for task in row[1:]]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from sd3core.data.loader import BatchLoader
 from sd3core.data.manifest import read_manifest
-from sd3core.data.plan import TrainingPlan
 from sd3core.data.shard_cache import ShardCache
 from sd3core.data.shard_reader import ShardReader
 from sd3core.data.store import Store
+from sd3core.data.training_plan import TrainingPlan
 from workers.caches import shards_cache
 from workers.trainer.job import TrainingJob
 from workers.trainer.loop import RankContext, Warn

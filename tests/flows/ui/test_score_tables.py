@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from flows.ui.scores import (
     PICTURES_SHOWN,
-    bench_rows,
     left_out_lines,
     score_notes,
     score_rows,
+    shapes_bench_rows,
     shown_of,
     thumbnails,
 )
@@ -52,7 +52,7 @@ def bench(checkpoint, weights, task, seen, unseen, chance, **sizes):
 
 def test_shapes_bench_beside_seen_unseen_and_chance():
     """Of the newest checkpoint's EMA alone; the mean is over tasks, and of unseen combinations over those that have any."""
-    rows = bench_rows(
+    rows = shapes_bench_rows(
         [
             bench("old", "ema", "colors", (0, 20), (0, 0), 0.01),
             bench("new", "ema", "colors", (18, 20), (0, 0), 0.01),
@@ -83,11 +83,11 @@ def test_shapes_bench_beside_seen_unseen_and_chance():
             "chance": "0.020",
         },
     ]
-    assert bench_rows([]) == []
+    assert shapes_bench_rows([]) == []
 
 
 def test_shapes_bench_by_size_where_there_are_several():
-    rows = bench_rows(
+    rows = shapes_bench_rows(
         [
             bench("new", "ema", "colors", (18, 20), (0, 0), 0.01, _96x96=(9, 10), _80x112=(5, 10)),
             bench("new", "ema", "counting", (4, 10), (1, 10), 0.03, _96x96=(1, 10), _80x112=(0, 0)),

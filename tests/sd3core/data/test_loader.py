@@ -15,10 +15,10 @@ import torch
 
 from sd3core.conditioning import TextFeatures
 from sd3core.data.loader import BatchLoader, load_split
-from sd3core.data.plan import TrainingPlan
 from sd3core.data.shard_cache import ShardCache
 from sd3core.data.shard_reader import ShardReader
 from sd3core.data.shards import sample_id
+from sd3core.data.training_plan import TrainingPlan
 from sd3core.errors import DataError
 from sd3core.randomness import uniform
 

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sd3core.data.plan import BucketReport, PlanTable, TrainingPlan
+from sd3core.data.training_plan import BucketReport, PlanTable, TrainingPlan
 from sd3core.errors import DataError
 
 
