@@ -7,10 +7,11 @@ A deployment's name is the recipe's; its parameters are the recipe and an empty 
 from __future__ import annotations
 
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
-from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags, FlowFilter, FlowFilterName
 from prefect.client.schemas.responses import DeploymentResponse
-from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.flows import load_flow_from_entrypoint
+from prefect.utilities.callables import parameter_schema
 
 from flows.local.home import TAG, WORK_POOL
 from flows.local.prefect_client import AT_ONCE, prefect_client, read_whole
@@ -43,28 +44,35 @@ def apply_deployments(recipes: dict[str, str] | None = None, work_pool: str = WO
     This home's runs begin in a folder that holds no settings of Prefect's. Elsewhere it is the checkout: a worker there finds the
     flows in it.
     """
-    with prefect_client() as client:
+    begins_in = str(prefect_folder() if work_pool == WORK_POOL else PROJECT)
+    with prefect_client() as client:  # one for all: each would ask for the server's version and a token to write with
         try:
             client.create_work_pool(WorkPoolCreate(name=work_pool, type="process"))
         except ObjectAlreadyExists:
             pass
-    paths = {each.id: each.path for each in tagged_deployments()}
-    begins_in = str(prefect_folder() if work_pool == WORK_POOL else PROJECT)
-    for flow in FLOWS:
-        for name, recipe in (recipes or known_recipes()).items():
-            deployment = RunnerDeployment.from_entrypoint(
-                ENTRYPOINT.format(flow=flow),
-                name=name,
-                parameters={"recipe": recipe, "overrides": []},
-                work_pool_name=work_pool,
-                job_variables={"working_dir": begins_in},
-                tags=[TAG],
-            )
-            deployment._path = begins_in  # private: from any other folder Prefect copies all files before each run
-            deployment_id = deployment.apply()
-            if paths.get(deployment_id, begins_in) != begins_in:  # Prefect leaves it as it was
-                with prefect_client() as client:
-                    client.update_deployment(deployment_id, DeploymentUpdate(path=begins_in))
+        ours = FlowFilter(name=FlowFilterName(any_=list(FLOWS)))
+        found = read_whole(lambda offset: client.read_deployments(flow_filter=ours, limit=AT_ONCE, offset=offset))
+        standing = {(each.flow_id, each.name): each.id for each in found}
+        for name in FLOWS:
+            flow = load_flow_from_entrypoint(ENTRYPOINT.format(flow=name))
+            flow_id = client.create_flow_from_name(flow.name)
+            for recipe_name, recipe in (recipes or known_recipes()).items():
+                fields = {
+                    "version": flow.version,
+                    "description": flow.description,
+                    "entrypoint": ENTRYPOINT.format(flow=name),
+                    "parameters": {"recipe": recipe, "overrides": []},
+                    "parameter_openapi_schema": parameter_schema(flow).model_dump(exclude_unset=True),
+                    "enforce_parameter_schema": True,
+                    "work_pool_name": work_pool,
+                    "job_variables": {"working_dir": begins_in},
+                    "path": begins_in,  # from any other folder Prefect copies all files before each run
+                    "tags": [TAG],
+                }
+                if stands := standing.get((flow_id, recipe_name)):  # keeps what else it has: a schedule, a limit
+                    client.update_deployment(stands, DeploymentUpdate(**fields))
+                else:
+                    client.create_deployment(flow_id, recipe_name, pull_steps=[], **fields)
 
 
 def tagged_deployments() -> list[DeploymentResponse]:
