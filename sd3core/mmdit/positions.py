@@ -46,9 +46,8 @@ def position_table(coordinates: np.ndarray, hidden_size: int) -> Tensor:
 def crop_positions(table: Tensor, height: int, width: int) -> Tensor:
     """The centre of the table for a grid of height x width patches. (1, max * max, H) -> (1, height * width, H).
 
-    The margin is floored, so a grid of odd height lies half a patch off the centre, as in the released checkpoints and in
-    diffusers, which draw from ours too. Fine-tuning learns that: with odd grids centred exactly, `mini`'s 80 px (5 x 5
-    patches beside 4 x 6) scored the same from the same pretrained weights, and stayed below the other sizes.
+    The margin is floored, so a grid of odd height or width lies half a patch off the centre, as in the released
+    checkpoints and in diffusers, which draw from ours too. The shipped recipes have even grids only.
     Raises DataError when the grid is larger than the table.
     """
     side = round(table.shape[1] ** 0.5)

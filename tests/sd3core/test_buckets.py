@@ -103,6 +103,6 @@ def test_sizes_whose_patches_lie_half_a_patch_off_are_found():
     ]
     assert off_centre(sides, 256) == off and off_centre([(80, 80), (64, 96)], 256) == [(80, 80)]
     assert off_centre([(80, 80), (64, 96)], 272) == [(64, 96)]
-    for name in ("sd3-2b", "sd3-8b"):
+    for name in ("mini", "small", "sd3-2b", "sd3-8b"):
         recipe = load_recipe(name)
         assert not any(off_centre(phase.bucket_sides(), recipe.model.max_side_px) for _, phase in recipe.phases())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import fake_training
 import psutil
@@ -69,13 +70,33 @@ def kill_a_rank_after_a_checkpoint(job):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """A whole phase, outside the main thread: Prefect runs tasks in threads."""
-    job = make_job(tmp_path_factory.mktemp("undisturbed") / "store")
-    seen = []
+def calm(tmp_path_factory):
+    """In one Ray: a whole phase, outside the main thread, as Prefect runs tasks in threads; then calls that must not start one."""
+
+    def open_nothing(job, store, place, warn):
+        raise DataError("datasets/none/latents/0: no manifest; run the encode stage")
+
+    root = tmp_path_factory.mktemp("calm")
+    jobs = {name: make_job(root / name) for name in ("whole", "mistaken", "many")}
+    jobs["many-singly"] = make_job(root / "many-singly", micro_batch=1)
+    eight = COMPUTE.model_copy(update={"train_ranks": 8})
+    seen, failed = [], {}
     with start_ray(COMPUTE), ThreadPoolExecutor(1) as thread:
-        result = thread.submit(train, job, COMPUTE, seen.append, open_fake).result()
-    return job, result, seen
+        result = thread.submit(train, jobs["whole"], COMPUTE, seen.append, open_fake).result()
+        for name, compute, opens in (
+            ("mistaken", COMPUTE, open_nothing),
+            ("many", eight, None),
+            ("many-singly", eight, None),
+        ):
+            with pytest.raises(TrainingFailed) as raised:
+                train(jobs[name], compute, open_loader=opens)
+            failed[name] = str(raised.value)
+    return SimpleNamespace(jobs=jobs, result=result, seen=seen, failed=failed)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(calm):
+    return calm.jobs["whole"], calm.result, calm.seen
 
 
 def test_an_undisturbed_phase(undisturbed):
@@ -158,16 +179,16 @@ def test_a_stall_is_an_error_that_says_so(tmp_path):
     assert time.monotonic() - started < 40
 
 
-@pytest.mark.usefixtures("own_ray")
-def test_an_error_of_the_user_is_not_tried_again(tmp_path):
-    def open_nothing(job, store, place, warn):
-        raise DataError("datasets/none/latents/0: no manifest; run the encode stage")
-
-    job = make_job(tmp_path / "store")
-    with pytest.raises(TrainingFailed, match="^datasets/none/latents/0: no manifest"):
-        train(job, COMPUTE, open_loader=open_nothing)
+def test_an_error_of_the_user_is_not_tried_again(calm):
+    assert calm.failed["mistaken"].startswith("datasets/none/latents/0: no manifest")
+    job = calm.jobs["mistaken"]
     store = open_store(job.store)
     assert len(store.list(f"{job.folder}/attempts/")) == 1 and list_checkpoints(store, job.folder) == []
+
+
+def test_more_ranks_than_the_machine_has(calm):
+    assert "global_batch 8 is not a multiple of pretrain.micro_batch 2 x" in calm.failed["many"]
+    assert "compute.train_ranks 8 x compute.cpus_per_rank 1 is more than the 2 CPUs" in calm.failed["many-singly"]
 
 
 @pytest.mark.parametrize("stand", [[32, 64, 64], [0]])
@@ -219,11 +240,3 @@ def test_a_store_that_stays_away_is_named_in_one_line(tmp_path):
     compute = COMPUTE.model_copy(update={"max_restarts": 1})
     with pytest.raises(TrainingFailed, match=r"failed 2 times .*; last: s3://bucket: cannot be reached$"):
         train(make_job(tmp_path / "store"), compute, open_loader=open_away)
-
-
-@pytest.mark.usefixtures("own_ray")
-def test_more_ranks_than_the_machine_has(tmp_path):
-    with pytest.raises(TrainingFailed, match="global_batch 8 is not a multiple of pretrain.micro_batch 2 x"):
-        train(make_job(tmp_path / "store"), COMPUTE.model_copy(update={"train_ranks": 8}))
-    with pytest.raises(TrainingFailed, match="compute.train_ranks 8 x compute.cpus_per_rank 1 is more than the 2 CPUs"):
-        train(make_job(tmp_path / "store", micro_batch=1), COMPUTE.model_copy(update={"train_ranks": 8}))
