@@ -14,6 +14,7 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 CHAINS = "tests/end_to_end/"
+OWN_HOMES = CHAINS + "test_homes.py"
 
 # Prefect reads its settings when it is imported: the tests keep off the user's profile and send nothing.
 _PREFECT_HOME = tempfile.mkdtemp(prefix="sd3-test-prefect-")
@@ -44,7 +45,7 @@ class _ChainsInOne(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return CHAINS if file.startswith(CHAINS) else file
+        return CHAINS if file.startswith(CHAINS) and file != OWN_HOMES else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:

@@ -33,7 +33,7 @@ COMMANDS_RUN_BY = {
     r"make demo.*|sd3 demo.*": "tests/end_to_end/test_chain.py::test_the_same_command_goes_on",
     r"make test": "tests/test_makefile.py::test_the_python_that_runs_here_is_taken",
     r"sd3 up|eval SUBSTITUTED|sd3 env": "tests/end_to_end/test_chain.py::test_prefects_own_commands_list_what_is_there",
-    r"sd3 down": "tests/end_to_end/test_doors.py::test_a_server_that_nobody_wrote_down_is_found",
+    r"sd3 down": "tests/end_to_end/test_homes.py::test_a_server_that_nobody_wrote_down_is_found",
     r"sd3 ui": "tests/end_to_end/test_ui.py::test_the_pages_of_a_stage_at_work",
     r"sd3 status": "tests/flows/cli/test_cli_errors.py::test_status_and_down_where_nothing_was_started",
     r"prefect deployment ls": "tests/end_to_end/test_chain.py::test_prefects_own_commands_list_what_is_there",

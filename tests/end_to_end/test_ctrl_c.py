@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import socket
-from collections.abc import Iterator
 
 import pytest
-from conftest import DATA, FIRST, OVERRIDES, STAGES, described
+from conftest import DATA, FIRST, OVERRIDES, STAGES
 from installation import FileState, Installation, demo_command, finished_files
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -16,7 +14,6 @@ CANCELLED = (
     "sd3: the run is cancelled and its processes have ended; the same command goes on from there,"
     " `.venv/bin/sd3 down` stops the services"
 )
-STOPPED = "sd3: stopped; what was finished stays, and nothing that it started is left running"
 SETTLES_SECONDS = 20  # Prefect's worker looks after a cancelled run with a process of its own
 
 
@@ -85,28 +82,3 @@ def test_a_run_that_was_joined_goes_on(installation):
     installation.wait("its processes to end", installation.only_services_run, 60)
     installation.command("sd3", "up", seconds=120)
     assert not installation.running()
-
-
-@pytest.fixture
-def fresh() -> Iterator[Installation]:
-    made = Installation()
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-def test_while_services_start_on_a_port_that_is_taken(fresh):
-    """The server takes another port and says so; Ctrl-C leaves nothing of what was being started."""
-    port = fresh.services["port"]
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", port))
-        taken.listen()
-        code, printed = fresh.interrupted(["sd3", "up"], "waiting for the Prefect server")
-    assert printed.startswith(f"port {port} is taken by another program; the server takes {fresh.services['port']}\n")
-    assert (code, printed.splitlines()[-1]) == (130, STOPPED), printed
-    assert not fresh.processes(), [described(process) for process in fresh.processes()]
-    for moment in ("deployments: writing", "waiting for the Prefect worker"):
-        code, printed = fresh.interrupted(["sd3", "up"], moment)
-        assert (code, printed.splitlines()[-1]) == (130, STOPPED), printed
-        assert not fresh.processes(), [described(process) for process in fresh.processes()]
