@@ -26,6 +26,7 @@ import psutil
 PROJECT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 TAIL_LINES = 40
+BUSY_TRIES = 5
 RUN_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -156,9 +157,14 @@ class Installation:
         return RUN_ID.search(printed).group(0)
 
     def api(self, path: str, /, **body: Any) -> Any:
-        answer = httpx.post(
-            f"{self.ui}/api/{path}", json=body, headers=self.authorization() | self.csrf_token(), timeout=30
-        )
+        """The server's answer. One that is too busy says 503, and is asked again, as Prefect's own clients do."""
+        for attempt in range(BUSY_TRIES):
+            answer = httpx.post(
+                f"{self.ui}/api/{path}", json=body, headers=self.authorization() | self.csrf_token(), timeout=30
+            )
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+            time.sleep(1 + attempt)
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
