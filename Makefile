@@ -28,8 +28,7 @@ demo: $(READY)
 	@$(BIN)/sd3 demo --recipe "$(RECIPE)" $(if $(DATA),--data "$(DATA)") $(if $(FROM),--from-stage $(FROM)) $(if $(REMAKE),--remake) $(foreach s,$(SET),--set "$(s)")
 
 test: lint
-	@$(BIN)/python -m pytest $(TWO) -m "not slow"
-	@$(BIN)/python -m pytest $(TWO) -m "slow and not kills" --durations=20
+	@$(BIN)/python -m pytest $(TWO) --durations=20
 
 lint: $(READY)
 	@$(BIN)/ruff check --quiet

@@ -30,6 +30,12 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C, so that what follows is done
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start servers, a Ray or ranks come first: the short ones then fill both processes to the end."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 def pytest_unconfigure() -> None:
     """A test process that is interrupted leaves its fixtures' services: the one that began it ends them."""
     shutil.rmtree(_PREFECT_HOME, ignore_errors=True)

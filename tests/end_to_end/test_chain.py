@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import BATCH, DATA, FIRST, LAST, OVERRIDES, RUN, STAGES, STEPS, Finished, demo
+from conftest import BATCH, DATA, FEW_SCORES, FIRST, LAST, OVERRIDES, RUN, STAGES, STEPS, Finished, demo
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -149,7 +149,7 @@ def test_a_finished_pipeline_ends_at_once_and_changes_nothing(resumed, repeated)
 def changed(installation, repeated) -> Finished:
     """Fewer text positions for the T5, and no more training than it takes to see that there was some."""
     short = ("pretrain.samples=32", "pretrain.checkpoint_every_samples=32")
-    return demo(installation, (*OVERRIDES, *short, "text.t5_tokens=12"))
+    return demo(installation, (*OVERRIDES, *FEW_SCORES, *short, "text.t5_tokens=12", "compute.train_ranks=1"))
 
 
 def test_a_changed_field_redoes_what_depends_on_it_and_says_why(repeated, changed):

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import OVERRIDES, RUN
+from conftest import FEW_SCORES, OVERRIDES, RUN
 
 from sd3core.data.store import Store, open_store
 
@@ -48,7 +48,7 @@ class OnS3:
 @pytest.fixture(scope="module")
 def on_s3(installation, resumed, bucket) -> OnS3:
     before = installation.files("")
-    printed = installation.demo([*OVERRIDES, "compute.actors=2", f"store={URL}"])
+    printed = installation.demo([*OVERRIDES, *FEW_SCORES, "compute.actors=2", f"store={URL}"])
     return OnS3(printed, bucket.get_json(f"{RUN}/summary.json"), before, installation.files(""))
 
 
