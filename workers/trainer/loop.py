@@ -5,11 +5,12 @@ drawn by (seed, epoch, sample), so a restart or another number of ranks changes 
 from __future__ import annotations
 
 import math
-import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,13 +37,14 @@ from workers.trainer.checkpointing import (
 )
 from workers.trainer.engine import ShardedTrainer
 from workers.trainer.job import TrainingFailed, TrainingJob
-from workers.trainer.metrics import StepLoss, flops_per_sample, learning_rate, peak_flops
+from workers.trainer.metrics import StepClock, StepLoss, flops_per_sample, learning_rate, peak_flops
 from workers.trainer.previews import Previews
 from workers.trainer.records import Records
 from workers.trainer.start import fitted_scales, start_weights
 
 NON_FINITE_IN_A_ROW = 5  # then training goes back to the last checkpoint
 GO_BACKS = 2  # then it fails
+STEPS_AHEAD = 2  # whose inputs are drawn while a step computes
 LOGIT_SAMPLES = 2  # of a rank's micro batch, for the attention-logit maximum
 
 
@@ -109,15 +111,16 @@ class StepInputs:
 def draw_inputs(batch: TrainingBatch, job: TrainingJob, null: TextFeatures | None, device: torch.device) -> StepInputs:
     """t = quantile(u) of the shifted formulation, noise ~ N(0, 1), encoders dropped with text dropout's two probabilities.
 
-    Every draw is by (seed, epoch, sample).
+    Every draw is by (seed, epoch, sample). Stored features travel to the device as they are stored.
     """
     training, drawn_by = job.training, (job.seed, batch.epochs, batch.sample_ids)
     u = torch.from_numpy(randomness.uniform(*drawn_by, "timestep"))  # float64
     t = _formulation(job).quantile(u)
     noise = torch.from_numpy(randomness.normal(*drawn_by, "noise", batch.latent.shape[1:]))
     keep = ~conditioning.drop_mask(*drawn_by, training.text_dropout, training.text_dropout_together)
-    context, pooled = conditioning.join_features(batch.text.to(torch.float32), keep, null, job.model["context_dim"])
-    x0, noise, t, context, pooled = (z.to(device) for z in (batch.latent.float(), noise, t.float(), context, pooled))
+    text = batch.text.to(device).to(torch.float32)
+    context, pooled = conditioning.join_features(text, keep.to(device), null, job.model["context_dim"])
+    x0, noise, t = batch.latent.to(device).float(), noise.to(device), t.float().to(device)
     return StepInputs(x0, noise, t, context, pooled, batch)
 
 
@@ -130,7 +133,8 @@ class PhaseTraining:
         self.attempt = self._from_first_rank(lambda: begin_attempt(self.store, job.folder))
         self.config = config_from_dict(job.model)
         self.formulation = _formulation(job)
-        self.null = self._from_first_rank(lambda: read_null(self.store, job))
+        null = self._from_first_rank(lambda: read_null(self.store, job))
+        self.null = null and null.to(place.device)
         self.loader = open_loader(job, self.store, place, self._warn)
         self.previews = Previews(job, self.store, self.null, place.device, self._shown_samples, self._warn)
         model = make_model(self.config).to(place.device)  # its weights do not matter: `_restore` sets them
@@ -183,6 +187,7 @@ class PhaseTraining:
 
     def _train_from(self, first: int) -> None:
         job, streak, checkpoint_due = self.job, 0, False
+        self.clock = StepClock()
         for step, inputs in enumerate(self._inputs_from(first), start=first + 1):
             row = self._take_step(step, inputs)
             streak = streak + 1 if "warning" in row else 0
@@ -198,9 +203,10 @@ class PhaseTraining:
             if ends_here:
                 self._tell(row, ", writing a checkpoint")
                 rows = self.records.since_checkpoint
-                save_checkpoint(
-                    self.store, job, self.trainer, attempt=self.attempt, step=step, rows=rows, warn=self._warn
-                )
+                with self.clock.spending("checkpoint_s"):
+                    save_checkpoint(
+                        self.store, job, self.trainer, attempt=self.attempt, step=step, rows=rows, warn=self._warn
+                    )
                 self.records.checkpoint_stands()
                 checkpoint_due = False
             if self.previews.due(step):
@@ -213,22 +219,23 @@ class PhaseTraining:
         return self.loader.samples((shown.shard, shown.key) for shown in self.job.previews.captions)
 
     def _inputs_from(self, first: int) -> Iterator[StepInputs]:
-        """The inputs of every step after `first`, drawn one step ahead in a thread."""
+        """The inputs of every step after `first`; a thread draws those of the steps ahead."""
 
         def draw(step: int) -> StepInputs:
             return draw_inputs(self.loader.batch(step), self.job, self.null, self.place.device)
 
-        with ThreadPoolExecutor(1, thread_name_prefix="inputs") as ahead:
-            following = ahead.submit(draw, first)
-            for step in range(first, self.job.total_steps):
-                inputs = following.result()
-                if step + 1 < self.job.total_steps:
-                    following = ahead.submit(draw, step + 1)
+        steps = iter(range(first, self.job.total_steps))
+        with ThreadPoolExecutor(1, thread_name_prefix="inputs") as thread:
+            ahead = deque(thread.submit(draw, step) for step in islice(steps, STEPS_AHEAD))
+            while ahead:
+                with self.clock.spending("wait_s"):
+                    inputs = ahead.popleft().result()
+                ahead.extend(thread.submit(draw, step) for step in islice(steps, 1))
                 yield inputs
 
     def _take_step(self, step: int, inputs: StepInputs) -> dict[str, Any]:
         """One update of the weights; returns its row. Where the gradient is not finite the update is left out."""
-        training, started = self.job.training, time.perf_counter()
+        training = self.job.training
         lr = learning_rate(training, self.job.samples_at(step - 1))
         step_loss, norm = StepLoss(self.place.device), None
         for x0, noise, t, context, pooled in inputs.micro_batches(training.micro_batch):
@@ -246,10 +253,11 @@ class PhaseTraining:
             row |= step_loss.row() | {"grad_norm": norm}
         else:
             row |= self._name_bad_samples(step, inputs, losses_finite=bool(step_loss.totals.isfinite().all()))
-        rate = training.global_batch / (time.perf_counter() - started)
+        seconds, spent = self.clock.end_step(self.place.device)
+        rate = training.global_batch / seconds
         tokens = inputs.x0[0, 0].numel() // self.config.patch_size**2
         flops = flops_per_sample(self.config, tokens, inputs.context.shape[1])
-        return row | {"samples_per_s": rate, "mfu": rate * flops / (self.peak * self.place.world)}
+        return row | spent | {"samples_per_s": rate, "mfu": rate * flops / (self.peak * self.place.world)}
 
     def _name_bad_samples(self, step: int, inputs: StepInputs, losses_finite: bool) -> dict[str, Any]:
         """The part of a row that says which samples gave a step without a finite gradient. All ranks call it."""

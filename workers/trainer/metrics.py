@@ -1,10 +1,14 @@
-"""Measures a training step: loss by timestep, rate, FLOPs and MFU."""
+"""Measures a training step: loss by timestep, where its time went, FLOPs and MFU."""
 
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sd3core.machine import matmul_flops_per_second
@@ -45,6 +49,31 @@ class StepLoss:
         sums, counts = self.totals.tolist()
         by_bin = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
         return {"loss": sum(sums) / sum(counts), "loss_by_t": by_bin}
+
+
+class StepClock:
+    """Wall time. A step lasts from the end of the one before to its own end, with all that was done between them."""
+
+    PARTS = ("wait_s", "checkpoint_s")  # for inputs; for a checkpoint that was written before the step
+
+    def __init__(self) -> None:
+        self._began, self._spent = time.perf_counter(), dict.fromkeys(self.PARTS, 0.0)
+
+    @contextmanager
+    def spending(self, part: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent[part] += time.perf_counter() - begin
+
+    def end_step(self, device: torch.device) -> tuple[float, dict[str, float]]:
+        """(seconds that the step took, those of its parts on the rank that spent most). All ranks call it."""
+        spent = torch.tensor([self._spent[part] for part in self.PARTS], dtype=torch.float64, device=device)
+        dist.all_reduce(spent, op=dist.ReduceOp.MAX)
+        ended, began = time.perf_counter(), self._began
+        self._began, self._spent = ended, dict.fromkeys(self.PARTS, 0.0)
+        return ended - began, dict(zip(self.PARTS, spent.tolist(), strict=True))
 
 
 def flops_per_sample(config: BackboneConfig, image_tokens: int, text_tokens: int) -> float:

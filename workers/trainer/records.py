@@ -10,7 +10,7 @@ from sd3core.data.store import Store
 from sd3core.shown_text import markdown_text
 from workers.trainer.job import TrainingJob
 
-SCALARS = ("loss", "grad_norm", "lr", "samples_per_s", "mfu", "attention_logit_max")
+SCALARS = ("loss", "grad_norm", "lr", "samples_per_s", "mfu", "wait_s", "checkpoint_s", "attention_logit_max")
 
 
 class Records:

@@ -16,6 +16,7 @@ from sd3core.recipe import Text, Training
 from workers.trainer.job import TrainingJob
 
 IMAGES = 40
+UNTIMED = ("samples_per_s", "mfu", "wait_s", "checkpoint_s")  # of a step's row: what another run has otherwise
 TOKENS, CLIP_WIDTH, T5_WIDTH = 4, 8, 24
 MODEL = MMDiTConfig.from_depth(2, context_dim=24, pooled_dim=16, position_base=4, position_side=4, position_max=8)
 
@@ -32,17 +33,23 @@ class FakeBatch:
 
 @dataclass(frozen=True)
 class FakeLoader:
-    """`nan_steps`: steps (from 0) whose first sample has a NaN in its latent. `stuck_at`: the step whose batch never comes."""
+    """`nan_steps`: steps (from 0) whose first sample has a NaN in its latent. `stuck_at`: the step whose batch never comes,
+    `slow_at`: the one whose batch takes `slow_s`.
+    """
 
     global_batch: int
     rank: int
     world: int
     nan_steps: tuple[int, ...] = ()
     stuck_at: int | None = None
+    slow_at: int | None = None
+    slow_s: float = 3.0
 
     def batch(self, step: int) -> FakeBatch:
         if step == self.stuck_at:
             time.sleep(3600)
+        if step == self.slow_at:
+            time.sleep(self.slow_s)
         part = self.global_batch // self.world
         positions = step * self.global_batch + np.arange(self.rank * part, (self.rank + 1) * part)
         batch = _batch(positions % IMAGES, positions // IMAGES)

@@ -89,14 +89,14 @@ def _train(rank, world, job, loader_changes=None):
 
 @dataclass(frozen=True)
 class Usurper:
-    """A loader during whose batch of step 5 a newer attempt registers."""
+    """A loader during whose batch of step 6 a newer attempt registers."""
 
     loader: FakeLoader
     store: str
     folder: str
 
     def batch(self, step: int):
-        if step == 5:
+        if step == 6:
             begin_attempt(open_store(self.store), self.folder)
         return self.loader.batch(step)
 
@@ -107,6 +107,7 @@ def _single_rank_stories(rank, world, root: Path):
     job = make_job(root / "one-nan")
     stories["one-nan"] = _train(rank, world, job, {"nan_steps": (5,)})
     stories["clean"] = _train(rank, world, make_job(root / "clean"))
+    stories["slow"] = _train(rank, world, make_job(root / "slow"), {"slow_at": 6})
     for name, changes in OTHER_FORMULATIONS.items():
         stories[name] = _train(rank, world, make_job(root / name, **changes))
     for name, (model, changes) in RIVALS.items():
@@ -171,6 +172,24 @@ def test_checkpoints_and_rows_follow_the_clock(root, stories):
     done = read_checkpoint_done(store, f"{job.folder}/000000000096")
     assert (done.steps, done.optimizer_step, done.attempt, done.null) == (12, 12, 1, "zeros")
     assert list(Path(job.log_dir).glob("events*")) and store.list(job.logs_folder + "/")
+
+
+def test_a_loader_that_is_slow_shows_in_the_rates(root, stories):
+    """Step 7's batch takes three seconds; two steps are ready when it is begun."""
+    assert stories["slow"][0] is None
+    rows = rows_of(root, "slow")
+    slow, others = rows[6], [*rows[1:6], *rows[7:]]
+    assert slow["wait_s"] > max(0.5, *(row["wait_s"] for row in others))
+    assert slow["samples_per_s"] < 8 / slow["wait_s"]
+    assert len({round(row["mfu"] / row["samples_per_s"], 12) for row in rows}) == 1  # so over the same wall time
+    calm = rows_of(root, "clean")
+    assert [row["loss"] for row in rows] == [row["loss"] for row in calm]
+
+
+def test_a_step_says_how_long_the_checkpoint_before_it_took(root, stories):
+    rows = rows_of(root, "clean")
+    assert [row["step"] for row in rows if row["checkpoint_s"] > 0] == [5, 9]
+    assert all(row["samples_per_s"] < 8 / row["checkpoint_s"] for row in rows if row["checkpoint_s"])
 
 
 @pytest.mark.parametrize("name", OTHER_FORMULATIONS)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from fake_training import FakeLoader, make_job
+from fake_training import UNTIMED, FakeLoader, make_job
 from rank_processes import run_ranks
 from safetensors import safe_open
 
@@ -33,7 +33,6 @@ SHOWN = PreviewSettings(
     guidance_scale=2.0,
     shift=1.5,
 )
-UNTIMED = ("samples_per_s", "mfu")
 
 
 class Deskless:

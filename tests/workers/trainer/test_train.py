@@ -11,7 +11,7 @@ import fake_training
 import psutil
 import pytest
 import torch
-from fake_training import FakeLoader, make_job
+from fake_training import UNTIMED, FakeLoader, make_job
 from ray import cloudpickle
 
 from sd3core.data.provenance import device_kind, provenance_of
@@ -29,7 +29,6 @@ for module in (fake_training, sys.modules[__name__]):  # ranks do not have the t
     cloudpickle.register_pickle_by_value(module)
 COMPUTE = Compute(train_ranks=2, cpus_per_rank=1)
 pytestmark = pytest.mark.slow
-UNTIMED = ("samples_per_s", "mfu")
 
 
 @pytest.fixture
