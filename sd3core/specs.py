@@ -24,7 +24,8 @@ FORMATS = {
     "captions": 1,
     "text": 2,  # 2: the index has the digest of every row's file
     "latents": 2,  # 2: likewise, and rows are sorted by bucket and split
-    "train": 2,  # 2: the EMA's decay grows from nothing; `samples` only where the schedule depends on it
+    # 2: the EMA's decay grows from nothing; `samples` only where the schedule depends on it. 3: another order of the rows
+    "train": 3,
     "evaluations": 2,
     "export": 2,
 }

@@ -19,11 +19,11 @@ def open_shards(job: TrainingJob, store: Store, place: RankContext, warn: Warn) 
     text = read_manifest(store, job.text_features.folder, job.text_features.digest)
     cache = ShardCache(store, shards_cache(), place.cache_bytes)
     tokens = {"clip_tokens": job.text.clip_tokens, "t5_tokens": job.text.t5_tokens}
-    reader = ShardReader(store, latents, text, cache, **tokens, decoded_bytes=place.decoded_bytes, warn=warn)
-    table, without_caption = reader.table("train")
+    reader = ShardReader(store, latents, text, cache, **tokens)
+    counts, without_caption = reader.counts("train")
     if without_caption:
         warn(f"{without_caption} images have no caption and are left out of training")
-    plan = TrainingPlan(table, job.seed, job.training.global_batch)
+    plan = TrainingPlan(counts, job.seed, job.training.global_batch)
     return BatchLoader(
         reader,
         plan,
@@ -31,4 +31,6 @@ def open_shards(job: TrainingJob, store: Store, place: RankContext, warn: Warn) 
         seed=job.seed,
         rank=place.rank,
         world=place.world,
+        steps=job.total_steps,
+        read_ahead_bytes=place.decoded_bytes,
     )
