@@ -4,9 +4,11 @@ What may be needed again is kept on its disk.
 
 In `folder`, which the processes of a machine share and which has at most about `max_bytes`, lie
 
-    rows-NAME       tables that are made once a machine and mapped by all of its processes (sd3core.data.shard_rows)
-    kept-NAME       of a store elsewhere, the rows of a tar that were fetched, at their places: a sparse file
+    rows-NAME-BOOT  tables that are made once a machine and mapped by all of its processes (sd3core.data.shard_rows)
+    kept-NAME-BOOT  of a store elsewhere, the rows of a tar that were fetched, at their places: a sparse file
     checked-NAME    of a store of files, a byte for each block of a tar: whether the row that begins there was checked
+
+BOOT names the start of the machine: what nobody has waited for the disk to write is good for as long as it runs.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -35,6 +38,15 @@ READ_THREADS = 16  # requests under way
 WASTE = 1 / 8  # of the bytes of a request that may lie between the rows that are wanted
 SPAN_BYTES_AT_MOST = 64 << 20
 SCANS = 64  # the folder is looked through after so small a part of its room has been written by this process
+
+
+@cache
+def boot() -> str:
+    """Names the start of this machine."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+    except OSError:  # not Linux
+        return f"{round((time.time() - time.monotonic()) / 600):08x}"
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,8 @@ class ShardCache:
         return [files[row.path, row.offset] for row in rows]
 
     def table(self, name: str, make: Callable[[], pa.Table]) -> pa.Table:
-        """A table of this machine, made by the first process that asks for it."""
+        """A table of this machine, made by the first process that asks for it since the machine was started."""
+        name = f"{name}-{boot()}"
         table = self._map(name)
         if table is None:
             with self._only_one(name):
@@ -149,13 +162,13 @@ class ShardCache:
             os.utime(path)
         except FileNotFoundError:  # never there, or another process made room
             return None
-        except pa.ArrowInvalid:  # a disk that lost what it had been told to keep
+        except pa.ArrowInvalid:  # somebody has written to it
             path.unlink(missing_ok=True)
             return None
         return table
 
     def _put(self, name: str, data: pa.Buffer) -> None:
-        with self.writing(data.size), atomic_replacement(self.folder / name, mode=0o600) as file:
+        with self.writing(data.size), atomic_replacement(self.folder / name, mode=0o600, durable=False) as file:
             file.write(data)
 
     @contextmanager
@@ -267,14 +280,6 @@ def spans_of(rows: Sequence[StoredRow]) -> list[list[StoredRow]]:
             spans.append([row])
             begin, wanted = row.offset, row.length
     return spans
-
-
-def boot() -> str:
-    """Names the time since this machine was started: what was written without waiting for the disk is good as long."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
-    except OSError:  # not Linux
-        return f"{round((time.time() - time.monotonic()) / 600):08x}"
 
 
 def _file_of(data: bytes, row: StoredRow) -> bytes:

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sd3core.data.encoded_shards import CAPTION_KINDS, FILE_DIGEST, Split
 from sd3core.data.manifest import ShardEntry
@@ -20,6 +21,7 @@ from sd3core.errors import DataError
 
 JOIN = 1  # raise it when the joined table changes: files of before are not read
 LATENT = "latent"
+PLACE = ("offset", "length", "sha256")  # columns of both indexes
 FILES = (LATENT, *CAPTION_KINDS)  # what a row may have: -1 as its offset says that it has not
 
 
@@ -80,26 +82,25 @@ def join_rows(store: Store, latents: ShardEntry, latents_folder: str, text: Shar
     """Reads and joins the indexes of a shard. DataError where one is gone, damaged, or of an earlier version."""
     rows = _read_checked_index(store, latents_folder, latents)
     captions = _read_checked_index(store, text_folder, text)
-    row_of = {key: row for row, key in enumerate(rows["key"].to_pylist())}
     buckets = rows["bucket"].combine_chunks().dictionary_encode()
-    columns: dict[str, pa.Array] = {
+    columns = {
         "key": rows["key"].combine_chunks(),
-        "sample_id": pa.array([sample_id(key) for key in row_of], pa.int64()),
+        "sample_id": pa.array([sample_id(key) for key in rows["key"].to_pylist()], pa.int64()),
         "bucket": buckets.indices.cast(pa.int32()),
-        "held_out": pa.array([int(split == "held_out") for split in rows["split"].to_pylist()], pa.uint8()),
+        "held_out": pc.equal(rows["split"], "held_out").combine_chunks().cast(pa.uint8()),
     }
-    places = {LATENT: rows["offset"].to_pylist(), **{kind: [-1] * len(row_of) for kind in CAPTION_KINDS}}
-    lengths = {LATENT: rows["length"].to_pylist(), **{kind: [0] * len(row_of) for kind in CAPTION_KINDS}}
-    digests = {LATENT: rows["sha256"].to_pylist(), **{kind: [bytes(32)] * len(row_of) for kind in CAPTION_KINDS}}
-    wanted = [captions[name].to_pylist() for name in ("key", "kind", "offset", "length", "sha256")]
-    for key, kind, offset, length, digest in zip(*wanted, strict=True):
-        row = row_of.get(key)
-        if row is not None:  # else its image could not be encoded
-            places[kind][row], lengths[kind][row], digests[kind][row] = offset, length, digest
-    for name in FILES:
-        columns[f"{name}_offset"] = pa.array(places[name], pa.int64())
-        columns[f"{name}_length"] = pa.array(lengths[name], pa.int64())
-        columns[f"{name}_sha256"] = pa.array(digests[name], FILE_DIGEST[1])
+    columns |= {f"{LATENT}_{name}": rows[name].combine_chunks() for name in PLACE}
+    row_of_caption = pc.index_in(captions["key"], value_set=columns["key"])  # none: its image could not be encoded
+    for kind in CAPTION_KINDS:
+        used = pc.and_(pc.equal(captions["kind"], kind), pc.is_valid(row_of_caption))
+        row, found = row_of_caption.filter(used).to_numpy(), captions.filter(used)
+        caption_of_row = np.full(len(rows), -1)
+        caption_of_row[row] = np.arange(len(row))
+        chosen = pa.array(caption_of_row, mask=caption_of_row < 0)
+        absent = {"offset": -1, "length": 0, "sha256": bytes(32)}
+        for name in PLACE:
+            filled = found[name].combine_chunks().take(chosen).fill_null(pa.scalar(absent[name], found[name].type))
+            columns[f"{kind}_{name}"] = filled
     return pa.table(columns).replace_schema_metadata({"buckets": " ".join(buckets.dictionary.to_pylist())})
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from sd3core.data import shard_cache
-from sd3core.data.shard_cache import STALE_PARTIAL_S, WASTE, ShardCache, StoredRow, spans_of
+from sd3core.data.shard_cache import STALE_PARTIAL_S, WASTE, ShardCache, StoredRow, boot, spans_of
 from sd3core.data.shards import Sample, read_shard_index, write_shard
 from sd3core.data.store import open_store
 from sd3core.errors import DataError, StoreError
@@ -177,7 +177,7 @@ def test_a_table_is_made_once_on_a_machine(file_store, tmp_path):
     assert len(made) == 1 and len(found) == 6
     assert all(table.equals(_table()) and table.schema.metadata == {b"k": b"v"} for table in found)
     assert pa.total_allocated_bytes() < 1e6  # mapped, not read
-    (caches[0].folder / "rows-0").write_bytes(b"ARROW1")
+    (caches[0].folder / f"rows-0-{boot()}").write_bytes(b"ARROW1")
     assert caches[0].table("rows-0", make).equals(_table()) and len(made) == 2
 
 
@@ -185,11 +185,11 @@ def test_what_was_not_used_for_longest_makes_room(file_store, tmp_path):
     cache = ShardCache(file_store, tmp_path / "cache", 200_000)
     for number in range(3):
         cache.table(f"rows-{number}", lambda: _table(3000))  # 50 kB each
-        os.utime(cache.folder / f"rows-{number}", (time.time() - 30 + number,) * 2)
+        os.utime(cache.folder / f"rows-{number}-{boot()}", (time.time() - 30 + number,) * 2)
     cache.table("rows-0", _table)  # the oldest is used again
     for name in ("rows-3", "rows-4"):
         assert cache.table(name, lambda: _table(3000)).num_rows == 3000
-    assert "rows-0" in _names(cache) and "rows-1" not in _names(cache)
+    assert f"rows-0-{boot()}" in _names(cache) and f"rows-1-{boot()}" not in _names(cache)
     assert sum(file.stat().st_size for file in cache.folder.iterdir()) <= 200_000
     assert cache.table("rows-large", lambda: _table(30_000)).num_rows == 30_000  # more than there is room for at all
 
