@@ -7,10 +7,11 @@ Workers write them, the trainer and evaluation read them.
     latents tar    KEY.safetensors          "latent" (16, H/8, W/8), not normalised
     latents index  bucket, crop and split of each key (LATENT_SCHEMA)
     NULL_FILE      the encoded empty string, beside the text shards; NULL_RECORD has its size and SHA-256
+    UNCAPTIONED    how many rows of each shard and bucket have no caption, where any has none (sd3core.data.uncaptioned)
 
 Every row of both indexes has the SHA-256 of its file, so that rows are read by their ranges and checked one by one. Rows
 of latents are sorted by bucket and split: what is trained on of one bucket is one range of the tar. The manifests' counts
-say how many rows that are, and where a row has no caption: a plan needs no index.
+say how many rows that are, and which shards have rows without a caption: a plan needs no index.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ CAPTION_KINDS = (ORIGINAL, SYNTHETIC)
 Split = Literal["train", "held_out"]
 NULL_FILE = "NULL.safetensors"
 NULL_RECORD = "NULL.json"  # absent where an earlier version encoded it
+UNCAPTIONED = "UNCAPTIONED."  # begins the name of a record of how many rows have none, beside the latents
 WITHOUT_CAPTION = "without caption"  # a text shard's count of rows that have none
 FILE_DIGEST = ("sha256", pa.binary(32))  # of the row's file, without its tar header
 TEXT_SCHEMA = pa.schema(

@@ -33,6 +33,7 @@ from sd3core.data.shard_cache import ShardCache, StoredRow
 from sd3core.data.shard_rows import LATENT, ShardRows, join_rows, joined_name
 from sd3core.data.store import Store
 from sd3core.data.training_plan import UnitCounts
+from sd3core.data.uncaptioned import SPLITS, Uncaptioned
 from sd3core.errors import DataError
 from sd3core.specs import TAR
 
@@ -85,9 +86,9 @@ class ShardReader:
         self, store: Store, latents: Manifest, text: Manifest, cache: ShardCache, *, clip_tokens: int, t5_tokens: int
     ) -> None:
         _check_line_up(latents, text, {"clip_tokens": clip_tokens, "t5_tokens": t5_tokens})
-        self.store, self.cache = store, cache
+        self.store, self.cache, self.latents = store, cache, latents
         self.clip_tokens, self.t5_tokens = clip_tokens, t5_tokens
-        self.latents_folder, self.text_folder = latents.folder, text.folder
+        self.text_folder = text.folder
         texts = {shard.number: shard for shard in text.shards}
         self.shards = [EncodedShard(shard, texts[shard.number]) for shard in latents.shards]
         self.row_bytes = latents.bytes / max(1, latents.rows) + text.bytes / max(1, text.rows)
@@ -97,27 +98,23 @@ class ShardReader:
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(INDEX_THREADS, thread_name_prefix="indexes")
 
-    def counts(self, split: Split = "train") -> tuple[UnitCounts, int]:
+    def counts(self, split: Split = "train", uncaptioned: Uncaptioned | None = None) -> tuple[UnitCounts, int]:
         """Rows of the split that have a caption, and how many were left out for having none.
 
-        The manifests say it; only where a shard has rows without a caption its indexes are read.
+        The manifests say it, and `uncaptioned` where a shard has rows without a caption; None reads it from the indexes.
         """
-        counts, without = self.rows_in_manifest(split), 0
-        lacking = [place for place, shard in enumerate(self.shards) if shard.text.buckets.get(WITHOUT_CAPTION)]
-        for place, rows in self.open(lacking).items():
-            counts.rows[place] = [len(rows.of(name, split)) for name in counts.buckets]
-            without += rows.without_caption(split)
+        counts, without = rows_in_manifest(self.latents, split), 0
+        place_of = {shard.latents.number: place for place, shard in enumerate(self.shards)}
+        if uncaptioned is None:
+            lacking = [place for place, shard in enumerate(self.shards) if shard.text.buckets.get(WITHOUT_CAPTION)]
+            opened = self.open(lacking)
+            uncaptioned = {self.shards[place].latents.number: rows.without_caption() for place, rows in opened.items()}
+        for number, found in uncaptioned.items():
+            for bucket, rows in found.items():
+                missing = rows[SPLITS.index(split)]
+                counts.rows[place_of[number], counts.buckets.index(bucket)] -= missing
+                without += missing
         return counts, without
-
-    def rows_in_manifest(self, split: Split) -> UnitCounts:
-        """Rows of the split, with a caption or without."""
-        names = sorted({name for shard in self.shards for name in shard.latents.buckets if BUCKET.fullmatch(name)})
-        rows = np.zeros((len(self.shards), len(names)), dtype=np.int64)
-        for code, name in enumerate(names):
-            held_out = [shard.latents.buckets.get(held_out_count(name), 0) for shard in self.shards]
-            whole = [shard.latents.buckets.get(name, 0) for shard in self.shards]
-            rows[:, code] = held_out if split == "held_out" else np.subtract(whole, held_out)
-        return UnitCounts(rows, tuple(names))
 
     def rows(self, position: int) -> ShardRows:
         """The rows of a shard; those of the shards used last stay mapped."""
@@ -127,7 +124,7 @@ class ShardReader:
                 self._open.move_to_end(position)
                 return found
         shard = self.shards[position]
-        where = (shard.latents, self.latents_folder, shard.text, self.text_folder)
+        where = (shard.latents, self.latents.folder, shard.text, self.text_folder)
         table = self.cache.table(joined_name(shard.latents, shard.text), lambda: join_rows(self.store, *where))
         found = ShardRows(table)
         with self._lock:
@@ -173,7 +170,7 @@ class ShardReader:
             chosen, wanted = found.of(bucket, split), np.flatnonzero(shards == position)
             if units[wanted].max() >= len(chosen):
                 raise DataError(
-                    f"{self.store.uri(self.latents_folder)}/{self.shards[position].latents.stem}: its index has"
+                    f"{self.store.uri(self.latents.folder)}/{self.shards[position].latents.stem}: its index has"
                     f" {len(chosen)} rows of {bucket} px with a caption, its manifest more; run the encode stage again"
                 )
             rows[wanted] = chosen[units[wanted]]
@@ -189,7 +186,7 @@ class ShardReader:
         for position, row, wanted in zip(shards.tolist(), rows.tolist(), synthetic.tolist(), strict=True):
             shard, table = self.shards[position], opened[position]
             kind = table.caption_kind(row, SYNTHETIC if wanted else ORIGINAL)
-            latents = f"{self.latents_folder}/{shard.latents.stem}{TAR}"
+            latents = f"{self.latents.folder}/{shard.latents.stem}{TAR}"
             text = f"{self.text_folder}/{shard.text.stem}{TAR}"
             stored.append(StoredRow(latents, shard.latents.digest, *table.place(row, LATENT)))
             stored.append(StoredRow(text, shard.text.digest, *table.place(row, kind)))
@@ -226,6 +223,19 @@ class ShardReader:
                 if row >= 0 and rows.caption_kind(row, CAPTION_KINDS[0]):
                     found.append((position_of[number], row, rows.bucket_of(row)))
         return found
+
+
+def rows_in_manifest(latents: Manifest, split: Split) -> UnitCounts:
+    """Rows of a split by shard and bucket, with a caption or without."""
+    counts = [shard.buckets for shard in latents.shards]
+    names = sorted({name for found in counts for name in found if BUCKET.fullmatch(name)})
+    rows = np.zeros((len(counts), len(names)), dtype=np.int64)
+    for code, name in enumerate(names):
+        held_out = [found.get(held_out_count(name), 0) for found in counts]
+        rows[:, code] = held_out
+        if split == "train":
+            rows[:, code] = np.subtract([found.get(name, 0) for found in counts], held_out)
+    return UnitCounts(rows, tuple(names))
 
 
 def _latent(sample: StoredSample, bucket: str) -> Tensor:

@@ -53,9 +53,14 @@ class ShardRows:
         wanted = (self._bucket == self.buckets.index(bucket)) & (self._held_out == (split == "held_out"))
         return np.flatnonzero(wanted & captioned)
 
-    def without_caption(self, split: Split) -> int:
-        wanted = int((self._held_out == (split == "held_out")).sum())
-        return wanted - sum(len(self.of(bucket, split)) for bucket in self.buckets)
+    def without_caption(self) -> dict[str, list[int]]:
+        """By bucket how many rows to train on and how many held-out ones have none, where there are any."""
+        found = {}
+        for code, bucket in enumerate(self.buckets):
+            whole = np.bincount(self._held_out[self._bucket == code], minlength=2)
+            lacking = [int(whole[0]) - len(self.of(bucket, "train")), int(whole[1]) - len(self.of(bucket, "held_out"))]
+            found |= {bucket: lacking} if any(lacking) else {}
+        return found
 
     def bucket_of(self, row: int) -> str:
         return self.buckets[self._bucket[row]]

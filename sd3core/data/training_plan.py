@@ -32,11 +32,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from sd3core.errors import DataError
+from sd3core.words import counted, some
 
 PIECE_ROWS = 8  # neighbours that stay together, one batch after the other: one request for latents
 SMALL_BUCKET_ROWS = (
     1 << 16
 )  # below, every row is a piece: so little data lies on the machine, and is mixed all the more
+SMALL_BUCKETS_SHARE = 0.02  # of all rows, that may be left out for standing in buckets of less than a batch
 FEISTEL_ROUNDS = 12
 GOLDEN = 0x9E3779B97F4A7C15  # of splitmix64 (Steele et al. 2014), as are the two factors of `_mix`
 NO_ROWS = (
@@ -75,6 +77,36 @@ class BucketReport:
     rows: int
     batches: int
     repeated: int
+
+
+def small_buckets(counts: UnitCounts, global_batch: int) -> dict[str, int]:
+    """The buckets that an epoch does not fill a batch of, with their rows: a step would show the same few several times."""
+    rows = counts.rows.sum(axis=0).tolist()
+    return {name: count for name, count in zip(counts.buckets, rows, strict=True) if 0 < count < global_batch}
+
+
+def leave_out_small_buckets(counts: UnitCounts, global_batch: int) -> UnitCounts:
+    """The counts without `small_buckets`, where these have at most SMALL_BUCKETS_SHARE of all rows; else as they are."""
+    small = small_buckets(counts, global_batch)
+    if sum(small.values()) > SMALL_BUCKETS_SHARE * len(counts):
+        return counts
+    kept = [name not in small for name in counts.buckets]
+    return UnitCounts(counts.rows * np.array(kept, dtype=np.int64), counts.buckets)
+
+
+def small_buckets_warning(counts: UnitCounts, global_batch: int) -> str | None:
+    """What is said of buckets that do not fill a batch; None where all do."""
+    small = small_buckets(counts, global_batch)
+    if not small:
+        return None
+    rows = sum(small.values())
+    what = f"{counted(rows, 'image')} in buckets with fewer images than a batch of {global_batch} ({some([*small], len(small))} px)"
+    if len(leave_out_small_buckets(counts, global_batch)) < len(counts):
+        return f"{what} left out of training: a step of theirs would show the same few again and again"
+    return (
+        f"{what}, {rows / len(counts):.0%} of all: their steps show images several times; fewer buckets (aspect_ratios,"
+        " buckets.max_ratio) or a smaller global_batch would not"
+    )
 
 
 class TrainingPlan:

@@ -9,7 +9,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sd3core.data.training_plan import BucketReport, TrainingPlan, UnitCounts, permute
+from sd3core.data.training_plan import (
+    BucketReport,
+    TrainingPlan,
+    UnitCounts,
+    leave_out_small_buckets,
+    permute,
+    small_buckets,
+    small_buckets_warning,
+)
 from sd3core.errors import DataError
 
 
@@ -189,6 +197,31 @@ def test_report_and_empty_buckets():
     counts = UnitCounts(np.array([[16, 0, 4]]), ("full", "empty", "small"))
     assert TrainingPlan(counts, 0, 8).epoch_report() == {"full": BucketReport(16, 2, 0), "small": BucketReport(4, 1, 4)}
     assert {TrainingPlan(counts, 0, 8).batch(step).bucket for step in range(20)} == {"full", "small"}
+
+
+def test_buckets_of_less_than_a_batch_are_left_out_where_they_are_few():
+    """No step is made of one image again and again, unless most images stand in such buckets."""
+    counts = UnitCounts(np.array([[500, 3, 0, 60], [480, 4, 0, 70]]), ("many", "few", "none", "some"))
+    assert small_buckets(counts, 128) == {"few": 7} and small_buckets(counts, 131) == {"few": 7, "some": 130}
+    kept = leave_out_small_buckets(counts, 128)
+    assert kept.rows.tolist() == [[500, 0, 0, 60], [480, 0, 0, 70]] and kept.buckets == counts.buckets
+    plan = TrainingPlan(kept, 0, 128)
+    assert {plan.batch(step).bucket for step in range(100)} == {"many", "some"}
+    assert leave_out_small_buckets(counts, 131) is counts  # 137 of 1,117 are too many
+    assert leave_out_small_buckets(counts, 5000) is counts
+
+
+def test_what_is_said_of_small_buckets():
+    counts = UnitCounts(np.array([[995, 3, 2]]), ("64x64", "32x128", "128x32"))
+    assert small_buckets_warning(counts, 2) is None
+    assert small_buckets_warning(counts, 4) == (
+        "5 images in buckets with fewer images than a batch of 4 (32x128, 128x32 px) left out of training:"
+        " a step of theirs would show the same few again and again"
+    )
+    assert small_buckets_warning(counts, 1000).startswith(
+        "1,000 images in buckets with fewer images than a batch of 1000"
+    )
+    assert "100% of all: their steps show images several times" in small_buckets_warning(counts, 1000)
 
 
 def test_nothing_to_train_on_is_an_error():

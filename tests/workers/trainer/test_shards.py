@@ -14,7 +14,8 @@ from safetensors.torch import save
 from sd3core.data.encoded_shards import FILE_DIGEST, pin_null
 from sd3core.data.manifest import Manifest, ManifestRef, commit_manifest
 from sd3core.data.shards import Sample, shard_stem, write_shard
-from sd3core.data.store import open_store
+from sd3core.data.store import FileStore, open_store
+from sd3core.data.uncaptioned import read_uncaptioned, record_uncaptioned
 from sd3core.errors import DataError
 from sd3core.recipe import Text
 from workers.shard_stage import _entry
@@ -63,6 +64,7 @@ def _write(store, stage, samples_of):
 def job(tmp_path):
     store = open_store(str(tmp_path / "store"))
     data = {"latents": _write(store, "latents", _latents), "text_features": _write(store, "text", _text)}
+    record_uncaptioned(store, data["latents"], data["text_features"])
     null = FakeLoader(8, 0, 1).batch(0).text.index(0)
     store.put(f"{data['text_features'].folder}/NULL.safetensors", null.to_bytes("reference"))
     pin_null(store, data["text_features"].folder)
@@ -104,3 +106,20 @@ def test_named_samples_whatever_their_split(job):
     assert torch.equal(batch.latent, whole.latent[[25, 3, 0]])
     assert torch.equal(batch.text.t5, whole.text.t5[[25, 3, 0]])
     assert loader.samples([]) == []
+
+
+def test_rows_without_a_caption_are_recorded_once_and_a_rank_reads_no_index_to_begin(job, monkeypatch):
+    store, asked, real = open_store(job.store), [], FileStore.get
+    monkeypatch.setattr(FileStore, "get", lambda self, path: (asked.append(path), real(self, path))[1])
+    pair = job.latents, job.text_features
+    assert read_uncaptioned(store, *pair) == {0: {"64x64": [1, 0]}}
+    asked.clear()
+    record_uncaptioned(store, *pair)  # it stands
+    open_shards(job, store, RankContext(0, 1, CPU, 1), lambda message: None)
+    assert not [path for path in asked if path.endswith(".parquet")] and len(asked) <= 6
+    [record] = [entry.path for entry in store.list() if "UNCAPTIONED" in entry.path]
+    store.put(record, store.get(record).replace(b"1,", b"2,"))
+    with pytest.raises(DataError, match="UNCAPTIONED.*not there or damaged; run the encode stage: it writes it again"):
+        open_shards(job, store, RankContext(0, 1, CPU, 1), lambda message: None)
+    record_uncaptioned(store, *pair)
+    assert read_uncaptioned(store, *pair) == {0: {"64x64": [1, 0]}}
