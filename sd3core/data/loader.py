@@ -17,7 +17,7 @@ import numpy as np
 
 from sd3core.conditioning import TextFeatures
 from sd3core.data.encoded_shards import Split
-from sd3core.data.shard_reader import Batch, ShardReader, StoredSample, rows_in_manifest
+from sd3core.data.shard_reader import Batch, ShardReader, StoredSample
 from sd3core.data.training_plan import PlannedBatch, TrainingPlan
 from sd3core.errors import DataError
 from sd3core.randomness import uniform
@@ -188,7 +188,7 @@ def _spread(reader: ShardReader, split: Split, limit: int | None) -> list[tuple[
     of those the first by sample id; a shard's rows stay together.
     """
     taken: list[tuple[int, int, int, str]] = []
-    counts = rows_in_manifest(reader.latents, split).rows.sum(axis=1)
+    counts = reader.all_rows(split).rows.sum(axis=1)
     for position in sorted(np.flatnonzero(counts).tolist(), key=lambda p: _hash(reader.shards[p].latents.number)):
         if limit is not None and len(taken) >= limit:
             break

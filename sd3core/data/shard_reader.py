@@ -23,17 +23,16 @@ from sd3core.data.encoded_shards import (
     CAPTION_KINDS,
     ORIGINAL,
     SYNTHETIC,
-    WITHOUT_CAPTION,
     Split,
     held_out_count,
     latent_of,
 )
-from sd3core.data.manifest import Manifest, ShardEntry
+from sd3core.data.manifest import Manifest
 from sd3core.data.shard_cache import ShardCache, StoredRow
-from sd3core.data.shard_rows import LATENT, ShardRows, join_rows, joined_name
+from sd3core.data.shard_rows import LATENT, ShardFiles, ShardRows, join_rows, joined_name
 from sd3core.data.store import Store
 from sd3core.data.training_plan import UnitCounts
-from sd3core.data.uncaptioned import SPLITS, Uncaptioned
+from sd3core.data.uncaptioned import SPLITS, Uncaptioned, shards_without_captions
 from sd3core.errors import DataError
 from sd3core.specs import TAR
 
@@ -56,12 +55,12 @@ class Batch:
     bucket: str  # HEIGHTxWIDTH in px
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EncodedShard:
     """One shard's latents and text, as their manifests name them."""
 
-    latents: ShardEntry
-    text: ShardEntry
+    latents: ShardFiles
+    text: ShardFiles
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,14 @@ class ShardReader:
         self, store: Store, latents: Manifest, text: Manifest, cache: ShardCache, *, clip_tokens: int, t5_tokens: int
     ) -> None:
         _check_line_up(latents, text, {"clip_tokens": clip_tokens, "t5_tokens": t5_tokens})
-        self.store, self.cache, self.latents = store, cache, latents
+        self.store, self.cache = store, cache
         self.clip_tokens, self.t5_tokens = clip_tokens, t5_tokens
-        self.text_folder = text.folder
-        texts = {shard.number: shard for shard in text.shards}
-        self.shards = [EncodedShard(shard, texts[shard.number]) for shard in latents.shards]
+        self.latents_folder, self.text_folder = latents.folder, text.folder
+        # The manifests themselves are let go of: their counts of 41 buckets take a kilobyte a shard as they stand there.
+        texts = {shard.number: ShardFiles.of(shard) for shard in text.shards}
+        self.shards = [EncodedShard(ShardFiles.of(shard), texts[shard.number]) for shard in latents.shards]
+        self._rows = {split: rows_in_manifest(latents, split) for split in SPLITS}
+        self._lacking = shards_without_captions(text)
         self.row_bytes = latents.bytes / max(1, latents.rows) + text.bytes / max(1, text.rows)
         # A data set that this machine has room for is fetched once, and every epoch after the first reads the copy.
         self._keep = latents.bytes + text.bytes <= KEPT_SHARE * cache.max_bytes
@@ -103,11 +105,10 @@ class ShardReader:
 
         The manifests say it, and `uncaptioned` where a shard has rows without a caption; None reads it from the indexes.
         """
-        counts, without = rows_in_manifest(self.latents, split), 0
+        counts, without = self.all_rows(split), 0
         place_of = {shard.latents.number: place for place, shard in enumerate(self.shards)}
         if uncaptioned is None:
-            lacking = [place for place, shard in enumerate(self.shards) if shard.text.buckets.get(WITHOUT_CAPTION)]
-            opened = self.open(lacking)
+            opened = self.open(place_of[number] for number in self._lacking)
             uncaptioned = {self.shards[place].latents.number: rows.without_caption() for place, rows in opened.items()}
         for number, found in uncaptioned.items():
             for bucket, rows in found.items():
@@ -115,6 +116,10 @@ class ShardReader:
                 counts.rows[place_of[number], counts.buckets.index(bucket)] -= missing
                 without += missing
         return counts, without
+
+    def all_rows(self, split: Split) -> UnitCounts:
+        """Rows of the split by shard and bucket, with a caption or without."""
+        return UnitCounts(self._rows[split].rows.copy(), self._rows[split].buckets)
 
     def rows(self, position: int) -> ShardRows:
         """The rows of a shard; those of the shards used last stay mapped."""
@@ -124,7 +129,7 @@ class ShardReader:
                 self._open.move_to_end(position)
                 return found
         shard = self.shards[position]
-        where = (shard.latents, self.latents.folder, shard.text, self.text_folder)
+        where = (shard.latents, self.latents_folder, shard.text, self.text_folder)
         table = self.cache.table(joined_name(shard.latents, shard.text), lambda: join_rows(self.store, *where))
         found = ShardRows(table)
         with self._lock:
@@ -170,7 +175,7 @@ class ShardReader:
             chosen, wanted = found.of(bucket, split), np.flatnonzero(shards == position)
             if units[wanted].max() >= len(chosen):
                 raise DataError(
-                    f"{self.store.uri(self.latents.folder)}/{self.shards[position].latents.stem}: its index has"
+                    f"{self.store.uri(self.latents_folder)}/{self.shards[position].latents.stem}: its index has"
                     f" {len(chosen)} rows of {bucket} px with a caption, its manifest more; run the encode stage again"
                 )
             rows[wanted] = chosen[units[wanted]]
@@ -186,7 +191,7 @@ class ShardReader:
         for position, row, wanted in zip(shards.tolist(), rows.tolist(), synthetic.tolist(), strict=True):
             shard, table = self.shards[position], opened[position]
             kind = table.caption_kind(row, SYNTHETIC if wanted else ORIGINAL)
-            latents = f"{self.latents.folder}/{shard.latents.stem}{TAR}"
+            latents = f"{self.latents_folder}/{shard.latents.stem}{TAR}"
             text = f"{self.text_folder}/{shard.text.stem}{TAR}"
             stored.append(StoredRow(latents, shard.latents.digest, *table.place(row, LATENT)))
             stored.append(StoredRow(text, shard.text.digest, *table.place(row, kind)))
@@ -229,7 +234,7 @@ def rows_in_manifest(latents: Manifest, split: Split) -> UnitCounts:
     """Rows of a split by shard and bucket, with a caption or without."""
     counts = [shard.buckets for shard in latents.shards]
     names = sorted({name for found in counts for name in found if BUCKET.fullmatch(name)})
-    rows = np.zeros((len(counts), len(names)), dtype=np.int64)
+    rows = np.zeros((len(counts), len(names)), dtype=np.int32)
     for code, name in enumerate(names):
         held_out = [found.get(held_out_count(name), 0) for found in counts]
         rows[:, code] = held_out

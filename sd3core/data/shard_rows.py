@@ -7,6 +7,7 @@ rank holds no table of its own, however many rows there are.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -23,6 +24,21 @@ JOIN = 1  # raise it when the joined table changes: files of before are not read
 LATENT = "latent"
 PLACE = ("offset", "length", "sha256")  # columns of both indexes
 FILES = (LATENT, *CAPTION_KINDS)  # what a row may have: -1 as its offset says that it has not
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFiles:
+    """What a manifest says of a shard's files: all that is kept of it, for all shards at once."""
+
+    number: int
+    stem: str
+    rows: int
+    digest: str
+    index_digest: str | None
+
+    @staticmethod
+    def of(entry: ShardEntry) -> ShardFiles:
+        return ShardFiles(entry.number, entry.stem, entry.rows, entry.digest, entry.index_digest)
 
 
 class ShardRows:
@@ -77,13 +93,13 @@ class ShardRows:
         return int(self._offset[file][row]), int(self._length[file][row]), self._digest[file][row].as_py()
 
 
-def joined_name(latents: ShardEntry, text: ShardEntry) -> str:
+def joined_name(latents: ShardFiles, text: ShardFiles) -> str:
     """The name of the joined table on this machine: it says which indexes it was made from."""
     digests = f"{JOIN}/{latents.index_digest}/{text.index_digest}"
     return f"rows-{hashlib.sha256(digests.encode()).hexdigest()[:32]}"
 
 
-def join_rows(store: Store, latents: ShardEntry, latents_folder: str, text: ShardEntry, text_folder: str) -> pa.Table:
+def join_rows(store: Store, latents: ShardFiles, latents_folder: str, text: ShardFiles, text_folder: str) -> pa.Table:
     """Reads and joins the indexes of a shard. DataError where one is gone, damaged, or of an earlier version."""
     rows = _read_checked_index(store, latents_folder, latents)
     captions = _read_checked_index(store, text_folder, text)
@@ -109,7 +125,7 @@ def join_rows(store: Store, latents: ShardEntry, latents_folder: str, text: Shar
     return pa.table(columns).replace_schema_metadata({"buckets": " ".join(buckets.dictionary.to_pylist())})
 
 
-def _read_checked_index(store: Store, folder: str, shard: ShardEntry) -> pa.Table:
+def _read_checked_index(store: Store, folder: str, shard: ShardFiles) -> pa.Table:
     where = f"{store.uri(folder)}/{shard.stem}"
     try:
         index = read_shard_index(store, folder, shard.stem, shard.index_digest)

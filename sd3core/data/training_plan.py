@@ -54,7 +54,7 @@ class UnitCounts:
     buckets: tuple[str, ...]
 
     def __len__(self) -> int:
-        return int(self.rows.sum())
+        return int(self.rows.sum(dtype=np.int64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ class BucketReport:
 
 def small_buckets(counts: UnitCounts, global_batch: int) -> dict[str, int]:
     """The buckets that an epoch does not fill a batch of, with their rows: a step would show the same few several times."""
-    rows = counts.rows.sum(axis=0).tolist()
+    rows = counts.rows.sum(axis=0, dtype=np.int64).tolist()
     return {name: count for name, count in zip(counts.buckets, rows, strict=True) if 0 < count < global_batch}
 
 
@@ -91,7 +91,7 @@ def leave_out_small_buckets(counts: UnitCounts, global_batch: int) -> UnitCounts
     if sum(small.values()) > SMALL_BUCKETS_SHARE * len(counts):
         return counts
     kept = [name not in small for name in counts.buckets]
-    return UnitCounts(counts.rows * np.array(kept, dtype=np.int64), counts.buckets)
+    return UnitCounts(counts.rows * np.array(kept, dtype=counts.rows.dtype), counts.buckets)
 
 
 def small_buckets_warning(counts: UnitCounts, global_batch: int) -> str | None:
@@ -117,7 +117,7 @@ class TrainingPlan:
         if len(counts) == 0:
             raise DataError(NO_ROWS)
         self.buckets, self.seed, self.global_batch = counts.buckets, seed, global_batch
-        codes = np.flatnonzero(counts.rows.sum(axis=0)).tolist()
+        codes = np.flatnonzero(counts.rows.any(axis=0)).tolist()
         self._streams = [
             _Stream(counts.rows[:, code], _key(seed, "rows", counts.buckets[code]), global_batch, piece_rows)
             for code in codes

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from sd3core.data.encoded_shards import UNCAPTIONED, WITHOUT_CAPTION, Split
 from sd3core.data.manifest import Manifest, ManifestRef, read_manifest
 from sd3core.data.records import own_digest, sealed
-from sd3core.data.shard_rows import ShardRows, join_rows
+from sd3core.data.shard_rows import ShardFiles, ShardRows, join_rows
 from sd3core.data.store import Store, StoreDamaged, StoreNotFound
 from sd3core.errors import DataError
 from sd3core.specs import fingerprint
@@ -37,13 +37,13 @@ def record_uncaptioned(store: Store, latents: ManifestRef, text: ManifestRef) ->
     if not lacking or _read(store, latents, text) is not None:
         return
     images = read_manifest(store, latents.folder, latents.digest)
-    text_of = {shard.number: shard for shard in texts.shards}
+    text_of = {shard.number: ShardFiles.of(shard) for shard in texts.shards}
 
     def count(number: int) -> dict[str, list[int]]:
         table = join_rows(store, latents_of[number], images.folder, text_of[number], texts.folder)
         return ShardRows(table).without_caption()
 
-    latents_of = {shard.number: shard for shard in images.shards if shard.number in lacking}
+    latents_of = {shard.number: ShardFiles.of(shard) for shard in images.shards if shard.number in lacking}
     with ThreadPoolExecutor(READING_THREADS, thread_name_prefix="captions") as threads:
         counts = dict(zip(latents_of, threads.map(count, latents_of), strict=True))
     rows = {str(number): found for number, found in counts.items() if found}

@@ -20,6 +20,7 @@ Requests are for a latent or a run of them, and a caption or a run of them. When
 from __future__ import annotations
 
 import time
+import tracemalloc
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,7 @@ from synthetic_shards import TOKENS, Sizes, SyntheticShards
 
 from sd3core.data import loader, shard_reader
 from sd3core.data.loader import FEWEST_AHEAD, BatchLoader
+from sd3core.data.manifest import Manifest
 from sd3core.data.shard_cache import ShardCache
 from sd3core.data.shard_reader import ShardReader
 from sd3core.data.training_plan import TrainingPlan, UnitCounts
@@ -191,7 +193,9 @@ def test_few_images_are_fetched_once_a_machine_whatever_the_epochs(tmp_path, ran
 
 
 def test_start_costs_manifests_alone(tmp_path):
-    """10,000 shards of 1,000 rows in 41 buckets: no request but the manifests', which the caller reads, and 2 s here."""
+    """10,000 shards of 1,000 rows in 41 buckets: no request but the manifests', which the caller reads: 13 MB, parsed in 0.3 s
+    here, and 0.2 s for all the rest. 100,000 shards take 132 MB, 2.4 s and 3.7 s.
+    """
     store = SyntheticShards(10_000, 1000, 41, LARGE[41][1])
     manifests = store.manifests()
     started = time.perf_counter()
@@ -201,6 +205,24 @@ def test_start_costs_manifests_alone(tmp_path):
     plan.batch(10**6)
     assert time.perf_counter() - started < 5 and not store.requests
     assert (len(counts), without) == (10_000_000, 0)
+
+
+def test_a_rank_keeps_little_of_a_row_and_nothing_of_an_epoch(tmp_path):
+    """2,000 shards of 1,000 rows in 41 buckets: 1.6 bytes a row, by what Python and numpy have allocated."""
+    store = SyntheticShards(2000, 1000, 41, LARGE[41][1])
+    stored = [manifest.to_bytes() for manifest in store.manifests()]
+    tracemalloc.start()
+    try:
+        manifests = [Manifest.model_validate_json(data) for data in stored]
+        reader = ShardReader(store, *manifests, ShardCache(store, tmp_path, CACHE_BYTES), **TOKENS)
+        del manifests
+        plan = TrainingPlan(reader.counts()[0], 0, 1024)
+        for step in range(0, 10_000_000, 1_000_000):  # of many epochs
+            plan.batch(step)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept <= 5 * 2_000_000
 
 
 def test_a_batch_has_rows_of_thousands_of_shards():
