@@ -18,9 +18,11 @@ opens each piece alone, reads all of it as one range, and trains on all of it:
 
 The permutation is a keyed one (Feistel rounds), so no order is ever stored or sorted: any step, in any epoch, at any
 world size, costs the same few array operations over the slots that are asked for. What is kept is one number for each
-shard and bucket. `python -m timeit -s "from sd3core.data import training_plan as t; import numpy as n;
-p=t.TrainingPlan(t.UnitCounts(n.full((100000,41),244),tuple(map(str,range(41)))),0,4096)" "p.batch(10**7)"` says how
-long a batch takes with 1,000 million rows in 4.1 million units (2 ms; 40 ms and 33 MB to make the plan).
+shard and bucket. With 1,000 million rows in 100,000 shards and 41 buckets a plan takes 0.2 s and 33 MB to make, and a batch
+of 4,096 takes 3 ms, also the first of an epoch:
+
+    python -m timeit -s "from sd3core.data.training_plan import *; rows = np.full((100_000, 41), 244)" \\
+      -s "plan = TrainingPlan(UnitCounts(rows, tuple(map(str, range(41)))), 0, 4096)" "plan.batch(10**7)"
 """
 
 from __future__ import annotations
@@ -35,9 +37,8 @@ from sd3core.errors import DataError
 from sd3core.words import counted, some
 
 PIECE_ROWS = 8  # neighbours that stay together, one batch after the other: one request for latents
-SMALL_BUCKET_ROWS = (
-    1 << 16
-)  # below, every row is a piece: so little data lies on the machine, and is mixed all the more
+# Of a bucket with fewer, every row is a piece: such data soon lies on the machine, and is mixed all the more.
+SMALL_BUCKET_ROWS = 1 << 16
 SMALL_BUCKETS_SHARE = 0.02  # of all rows, that may be left out for standing in buckets of less than a batch
 FEISTEL_ROUNDS = 12
 GOLDEN = 0x9E3779B97F4A7C15  # of splitmix64 (Steele et al. 2014), as are the two factors of `_mix`
