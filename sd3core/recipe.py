@@ -440,9 +440,8 @@ class Compute(Section):
     max_restarts: int = Field(3, ge=0)  # of training without a checkpoint between them, by Ray Train
     stall_timeout_s: float = Field(600.0, gt=0)  # no progress for so long is a failure
     object_store_mb: int = Field(200, ge=80)  # local Ray only
-    cache_gb: float = Field(2.0, gt=0)  # local shard cache of a training rank
-    # decoded shards in a training rank's memory: the nine that a step draws from should fit
-    decoded_gb: float = Field(8.0, gt=0)
+    cache_gb: float = Field(2.0, gt=0)  # on a machine's disk: tables of rows, and a store's data where all of it fits
+    decoded_gb: float = Field(2.0, gt=0)  # read ahead in a training rank's memory: half rows, half batches
 
     @field_validator("gpus_per_actor", "gpus_per_rank")
     @classmethod

@@ -22,9 +22,10 @@ FORMATS = {
     "raw": 3,
     "towers": 1,
     "captions": 1,
-    "text": 1,
-    "latents": 1,
-    "train": 2,  # 2: the EMA's decay grows from nothing; `samples` only where the schedule depends on it
+    "text": 2,  # 2: the index has the digest of every row's file
+    "latents": 2,  # 2: likewise, and rows are sorted by bucket and split
+    # 2: the EMA's decay grows from nothing; `samples` only where the schedule depends on it. 3: another order of the rows
+    "train": 3,
     "evaluations": 2,
     "export": 2,
 }

@@ -606,6 +606,8 @@ def test_fields_that_came_later_leave_fingerprints_as_they_were(monkeypatch):
     """Golden: from before there were other architectures, a rule of buckets, and fitted scales of QK-norm. The small world had no
     number then; training's format 1 had the length in every fingerprint.
     """
+    for kind, number in (("train", 2), ("latents", 1)):
+        monkeypatch.setitem(specs.FORMATS, kind, number)
     raw_fields = specs.raw_fields
     monkeypatch.setattr(specs, "raw_fields", lambda r: {k: v for k, v in raw_fields(r).items() if k != "world"})
     recipe = load_recipe("tiny-test", ["finetune.0.qk_norm_start=one"])

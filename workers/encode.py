@@ -11,8 +11,11 @@ import time
 from sd3core.data.encoded_shards import NULL_FILE, pin_null
 from sd3core.data.images import PixelRules
 from sd3core.data.manifest import ManifestRef, read_manifest
+from sd3core.data.shard_reader import rows_in_manifest
 from sd3core.data.shards import DoneRecord, parts_digest
 from sd3core.data.store import Store, open_store
+from sd3core.data.training_plan import small_buckets_warning
+from sd3core.data.uncaptioned import record_uncaptioned
 from sd3core.progress import Progress, ProgressCallback
 from sd3core.recipe import TOKENS_AT_MOST, Recipe, Text
 from sd3core.specs import fingerprint, latents_fields, latents_folder, text_fields, text_folder
@@ -82,8 +85,17 @@ def encode_stage(
     for phase_key, phase in recipe.phases():
         name = f"latents.{phase_key}"
         results[name] = _with_enlarged_images(store, f"{phase_key} ({phase.side_px} px)", results[name])
+        results[name] = _with_small_buckets(store, phase_key, phase.global_batch, results[name])
+        record_uncaptioned(store, results[name].manifest, results["text"].manifest)
     digest = fingerprint({name: result.digest for name, result in results.items()})
     return join_results("encode", results, digest, "; ".join(sorted({result.reason for result in results.values()})))
+
+
+def _with_small_buckets(store: Store, phase: str, global_batch: int, result: StageResult) -> StageResult:
+    """Says before any training what it will say of buckets that do not fill a batch."""
+    manifest = read_manifest(store, result.manifest.folder, result.manifest.digest)
+    warning = small_buckets_warning(rows_in_manifest(manifest, "train"), global_batch)
+    return dataclasses.replace(result, warnings=[*result.warnings, f"{phase}: {warning}"]) if warning else result
 
 
 def _with_enlarged_images(store: Store, phase: str, result: StageResult) -> StageResult:

@@ -5,21 +5,23 @@ Threads decode ahead of the encoding.
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import IO, Any
 
 import numpy as np
 import torch
 
 from sd3core.buckets import Side, bucket_name, nearest_bucket
-from sd3core.data.encoded_shards import FEATURES, LATENT_SCHEMA, latent_bytes
+from sd3core.data.encoded_shards import FEATURES, LATENT_SCHEMA, held_out_count, latent_bytes
 from sd3core.data.images import Crop, PixelRules, crop_to, decode_image, enlargement, naming, to_model_range
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.shards import DoneRecord, FailedRow, Sample, write_shard
 from sd3core.data.store import Store
-from sd3core.errors import DataError
+from sd3core.errors import DataError, StoreError
 from sd3core.progress import ProgressCallback, ignore_progress
 from sd3core.towers.artifact import fetch_towers
 from workers.caches import towers_cache
@@ -77,7 +79,7 @@ class LatentsWorker:
         splits = dict(zip(index["key"].to_pylist(), index["split"].to_pylist(), strict=True))
         failed: list[FailedRow] = []
         counts: Counter[str] = Counter()
-        samples = self._samples(task.source, splits, failed, counts)
+        samples = in_bucket_order(self._samples(task.source, splits, failed, counts), list(splits), counts)
         return write_shard(
             self.store, task.folder, task.stem, samples, failed, LATENT_SCHEMA, count_by="bucket", counts=counts
         )
@@ -121,7 +123,9 @@ class LatentsWorker:
                 failed.append(FailedRow(key=item.key, reason=f"its latent is not finite in {self.dtype}"))
                 continue
             counts.update(name for over, name in ENLARGED.items() if item.enlarged > over)
-            yield Sample(item.key, {FEATURES: latent_bytes(latent)}, self._row(item, splits))
+            data = latent_bytes(latent)
+            row = self._row(item, splits) | {"sha256": hashlib.sha256(data).digest()}
+            yield Sample(item.key, {FEATURES: data}, row)
         self.progress += len(batch)
 
     def _row(self, item: Prepared, splits: dict[str, str]) -> dict[str, Any]:
@@ -134,3 +138,31 @@ class LatentsWorker:
             "crop_width": crop.width,
             "split": splits[item.key],
         }
+
+
+def in_bucket_order(samples: Iterable[Sample], keys: list[str], counts: Counter[str]) -> Iterator[Sample]:
+    """The samples by bucket, those to train on first, then as `keys`, the raw shard, has them; counts the held-out ones.
+
+    Their latents wait on disk: of a shard of large images they are a gigabyte.
+    """
+    place = {key: number for number, key in enumerate(keys)}
+    waiting: list[tuple[str, bool, int, int, int, Sample]] = []
+    with tempfile.TemporaryFile(prefix="sd3-latents-") as spool:
+        for sample in samples:
+            held_out, data = sample.row["split"] == "held_out", sample.files[FEATURES]
+            if held_out:
+                counts[held_out_count(sample.row["bucket"])] += 1
+            order = (sample.row["bucket"], held_out, place[sample.key])
+            waiting.append((*order, spool.tell(), len(data), replace(sample, files={})))
+            _spool(spool, data)
+        for *_, start, length, sample in sorted(waiting, key=lambda item: item[:3]):
+            spool.seek(start)
+            yield replace(sample, files={FEATURES: spool.read(length)})
+
+
+def _spool(spool: IO[bytes], data: bytes) -> None:
+    try:
+        spool.write(data)
+        spool.flush()
+    except OSError as error:
+        raise StoreError(f"temporary folder {tempfile.gettempdir()} (TMPDIR): {error.strerror or error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections import Counter
@@ -12,7 +13,15 @@ from typing import Any
 import torch
 
 from sd3core.conditioning import ENCODERS, TextFeatures
-from sd3core.data.encoded_shards import FEATURES, NULL_FILE, ORIGINAL, SYNTHETIC, TEXT_SCHEMA, caption_id
+from sd3core.data.encoded_shards import (
+    FEATURES,
+    NULL_FILE,
+    ORIGINAL,
+    SYNTHETIC,
+    TEXT_SCHEMA,
+    WITHOUT_CAPTION,
+    caption_id,
+)
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.shards import TAR_BLOCK, DoneRecord, FailedRow, Sample, read_shard_done, write_shard
 from sd3core.data.store import Store
@@ -67,6 +76,7 @@ class TextWorker:
         failed: list[FailedRow] = []
         counts: Counter[str] = Counter()
         samples = self._samples(_distinct(self._captions(task.source)), task.rows, failed, counts)
+        samples = count_without_caption(samples, task.rows, counts)
         return write_shard(self.store, task.folder, task.stem, samples, failed, TEXT_SCHEMA, counts=counts)
 
     def _captions(self, source: TextSource) -> Iterator[tuple[str, str, str]]:
@@ -102,9 +112,10 @@ class TextWorker:
                 if real == [self.encoders.tokens[name] for name in ENCODERS] and self.encoders.too_long([caption]):
                     cut.update(key for key, _ in uses[caption])
                     counts[TOO_LONG] = len(cut)
-                lengths = dict(zip((f"{name}_len" for name in ENCODERS), real, strict=True))
+                stored = {f"{name}_len": count for name, count in zip(ENCODERS, real, strict=True)}
+                stored |= {"offset": offset, "length": length, "sha256": hashlib.sha256(data).digest()}
                 for position, (key, kind) in enumerate(uses[caption]):
-                    row = {"key": key, "kind": kind, "caption_id": name, "offset": offset, "length": length, **lengths}
+                    row = {"key": key, "kind": kind, "caption_id": name, **stored}
                     yield Sample(name, {FEATURES: data} if position == 0 else {}, row)
                 offset += length
             encoded += len(captions)
@@ -113,6 +124,16 @@ class TextWorker:
     def _encode(self, captions: list[str]) -> list[TextFeatures]:
         features = self.encoders.encode(captions).to("cpu").to(self.dtype)
         return [features.index(i) for i in range(len(captions))]
+
+
+def count_without_caption(samples: Iterable[Sample], rows: int, counts: Counter[str]) -> Iterator[Sample]:
+    """The samples as they are; at their end `counts` has how many of the raw shard's rows none of them is for."""
+    captioned = set()
+    for sample in samples:
+        captioned.add(sample.row["key"])
+        yield sample
+    if rows > len(captioned):
+        counts[WITHOUT_CAPTION] = rows - len(captioned)
 
 
 def _distinct(captions: Iterable[tuple[str, str, str]]) -> dict[str, list[tuple[str, str]]]:

@@ -7,6 +7,11 @@ Workers write them, the trainer and evaluation read them.
     latents tar    KEY.safetensors          "latent" (16, H/8, W/8), not normalised
     latents index  bucket, crop and split of each key (LATENT_SCHEMA)
     NULL_FILE      the encoded empty string, beside the text shards; NULL_RECORD has its size and SHA-256
+    UNCAPTIONED    how many rows of each shard and bucket have no caption, where any has none (sd3core.data.uncaptioned)
+
+Every row of both indexes has the SHA-256 of its file, so that rows are read by their ranges and checked one by one. Rows
+of latents are sorted by bucket and split: what is trained on of one bucket is one range of the tar. The manifests' counts
+say how many rows that are, and which shards have rows without a caption: a plan needs no index.
 """
 
 from __future__ import annotations
@@ -30,14 +35,23 @@ CAPTION_KINDS = (ORIGINAL, SYNTHETIC)
 Split = Literal["train", "held_out"]
 NULL_FILE = "NULL.safetensors"
 NULL_RECORD = "NULL.json"  # absent where an earlier version encoded it
+UNCAPTIONED = "UNCAPTIONED."  # begins the name of a record of how many rows have none, beside the latents
+WITHOUT_CAPTION = "without caption"  # a text shard's count of rows that have none
+FILE_DIGEST = ("sha256", pa.binary(32))  # of the row's file, without its tar header
 TEXT_SCHEMA = pa.schema(
-    [("kind", pa.string()), ("caption_id", pa.string())] + [(f"{name}_len", pa.int32()) for name in ENCODERS]
+    [("kind", pa.string()), ("caption_id", pa.string()), FILE_DIGEST]
+    + [(f"{name}_len", pa.int32()) for name in ENCODERS]
 )
 LATENT_SCHEMA = pa.schema(
-    [("bucket", pa.string())]
+    [("bucket", pa.string()), FILE_DIGEST]
     + [(f"crop_{side}", pa.int32()) for side in ("top", "left", "height", "width")]
     + [("split", pa.string())]
 )
+
+
+def held_out_count(bucket: str) -> str:
+    """The name under which a latents shard counts its held-out rows of a bucket, beside the bucket's, which has all."""
+    return f"{bucket} held out"
 
 
 def caption_id(caption: str) -> str:

@@ -2,36 +2,55 @@
 
 The held-out part is read here too.
 
-A batch is gathered from decoded shards by row numbers; nothing is parsed in the training loop.
+What a rank reads is what it trains on: the rows of its slots, each with the one caption that is drawn for it. Where
+there is room, the rest of a row's piece, which its slot takes in later batches, comes by the same request and waits.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields
 
 import numpy as np
 
+from sd3core.conditioning import TextFeatures
 from sd3core.data.encoded_shards import Split
-from sd3core.data.shard_cache import ShardCache
-from sd3core.data.shard_reader import Batch, ShardReader
-from sd3core.data.shards import sample_id
-from sd3core.data.training_plan import PlanTable, TrainingPlan
+from sd3core.data.shard_reader import Batch, ShardReader, StoredSample
+from sd3core.data.training_plan import PlannedBatch, TrainingPlan
 from sd3core.errors import DataError
 from sd3core.randomness import uniform
 
-__all__ = ["Batch", "BatchLoader", "ShardCache", "ShardReader", "load_split"]
+READ_AHEAD_BYTES = 2e9  # of batches that are ready, and of rows that wait for theirs: half of it each
+FEWEST_AHEAD, MOST_AHEAD = 2, 16  # batches
 
-BATCHES_AHEAD = 4
-SHARDS_AHEAD = 16  # steps: shards are asked for so much earlier than their batch is made
+Claim = tuple["_Fetched", int]
+PlannedRow = tuple[str, int, int, int]  # bucket, epoch, position of the shard, row counted within shard and bucket
+
+
+class _Fetched:
+    """Rows that one job fetches. A row is let go of when it is taken."""
+
+    def __init__(self, job: Future[list[StoredSample | None]]) -> None:
+        self.job = job
+
+    def take(self, place: int) -> StoredSample:
+        samples = self.job.result()
+        sample, samples[place] = samples[place], None
+        assert sample is not None, "a row is taken once"
+        return sample
+
+    @property
+    def failed(self) -> bool:
+        return self.job.cancelled() or (self.job.done() and self.job.exception() is not None)
 
 
 class BatchLoader:
     """`batch(step)`: this rank's consecutive slice of the global batch that the plan has for the step (from 0 on).
 
-    The steps after it are made by threads meanwhile, and shards that come later are fetched, so that training does not
-    wait. Any step may be asked for next.
+    The steps after it are read and made by threads meanwhile, so many as `read_ahead_bytes` holds, so that training does
+    not wait. Any step may be asked for next.
     """
 
     def __init__(
@@ -43,111 +62,151 @@ class BatchLoader:
         seed: int,
         rank: int,
         world: int,
-        ahead: int = BATCHES_AHEAD,
+        steps: int | None = None,
+        read_ahead_bytes: float = READ_AHEAD_BYTES,
+        ahead: int | None = None,
         threads: int = 2,
     ) -> None:
+        """`steps`: how many there will be, so that nothing is read for later ones; `ahead`: batches, instead of as many as
+        there is room for.
+        """
         if plan.global_batch % world:
             raise DataError(
                 f"global_batch {plan.global_batch} is not a multiple of {world} ranks; change compute.train_ranks"
             )
-        self.reader, self.plan, self.original_fraction, self.seed, self.ahead = (
-            reader,
-            plan,
-            original_fraction,
-            seed,
-            ahead,
-        )
+        self.reader, self.plan, self.original_fraction, self.seed = reader, plan, original_fraction, seed
+        self.steps, self.read_ahead_bytes, self._ahead = steps, read_ahead_bytes, ahead
         share = plan.global_batch // world
-        self._slice = slice(rank * share, (rank + 1) * share)
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="batches")
-        self._warming = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        self._slots = slice(rank * share, (rank + 1) * share)
+        self._making = ThreadPoolExecutor(threads, thread_name_prefix="batches")
+        self._fetching = ThreadPoolExecutor(threads, thread_name_prefix="rows")
         self._made: dict[int, Future[Batch]] = {}
+        self._waiting: dict[PlannedRow, Claim] = {}  # rows that are here, or on their way, for later batches
+        self._next = 0
+        self._batch_bytes = 0
+
+    @property
+    def ahead(self) -> int:
+        """Batches that are made before they are asked for: of those that have been made the size is known."""
+        if self._ahead is not None:
+            return self._ahead
+        room = self.read_ahead_bytes / 2 / self._batch_bytes if self._batch_bytes else FEWEST_AHEAD
+        return max(FEWEST_AHEAD, min(MOST_AHEAD, int(room)))
 
     def batch(self, step: int) -> Batch:
         """Original or synthetic caption: by (seed, epoch, sample), so neither ranks nor restarts change it."""
-        wanted, was_ahead = range(step, step + 1 + self.ahead), step in self._made
-        self._drop(self._made.keys() - set(wanted))
-        for coming in wanted:
-            if coming not in self._made:
-                self._made[coming] = self._threads.submit(self._make, coming)
-        if self.ahead:
-            self._warming.submit(self._fetch_shards, step + SHARDS_AHEAD)
+        was_ahead = step in self._made
+        if step != self._next:  # rows that wait are for steps that follow each other
+            self._drop(list(self._made))
+            self._waiting = {}
+        self._next = step + 1
+        for coming in range(step, step + 1 + self.ahead):
+            if coming not in self._made and (coming == step or self.steps is None or coming < self.steps):
+                self._made[coming] = self._submit(coming)
         try:
-            return self._made.pop(step).result()
+            batch = self._made.pop(step).result()
         except Exception:
             self._drop(list(self._made))
+            self._waiting = {}
             if not was_ahead:
                 raise
-            return self._make(step)  # what failed ahead, perhaps long ago, is tried once more now that it is needed
+            batch = self._submit(step).result()  # what failed ahead, perhaps long ago, is tried once more when needed
+        self._batch_bytes = max(self._batch_bytes, _bytes_of(batch))
+        return batch
 
     def samples(self, wanted: Iterable[tuple[int, str]]) -> list[Batch]:
         """The samples with these (shard number, key), in batches of one bucket; those that do not stand are left out."""
         places: dict[str, list[tuple[int, int]]] = {}
-        for number, key in wanted:
-            if found := self.reader.find(number, key):
-                position, row, bucket = found
-                places.setdefault(bucket, []).append((position, row))
+        for position, row, bucket in self.reader.find(wanted):
+            places.setdefault(bucket, []).append((position, row))
         batches = []
         for bucket, pairs in places.items():
             shards, rows = np.array(pairs, dtype=np.int64).T
-            batches.append(_originals(self.reader, shards, rows, bucket))
+            batches.append(self.reader.originals(shards, rows, bucket))
         return batches
 
     def close(self) -> None:
         """Stops making batches ahead."""
-        for threads in (self._threads, self._warming):
+        for threads in (self._making, self._fetching):
             threads.shutdown(wait=True, cancel_futures=True)
 
     def _drop(self, steps: Iterable[int]) -> None:
         for step in steps:
             self._made.pop(step).cancel()
 
-    def _make(self, step: int) -> Batch:
-        planned, mine = self.plan.batch(step), self._slice
-        shards, rows, epochs = planned.shard[mine], planned.row[mine], planned.epoch[mine]
-        ids = np.array([sample_id(key) for key in self.reader.keys_of(shards, rows)], dtype=np.int64)
-        synthetic = uniform(self.seed, epochs, ids, "caption") >= self.original_fraction
-        return self.reader.gather(shards, rows, synthetic, epochs, planned.bucket)
+    def _submit(self, step: int) -> Future[Batch]:
+        """Begins to make a batch. Steps are submitted in order, so that each takes the rows that earlier ones left for it."""
+        planned = self.plan.batch(step, self._slots)
+        return self._making.submit(self._make, planned, self._claim(step, planned))
 
-    def _fetch_shards(self, step: int) -> None:
-        """A failure here is told by the step that needs the shard."""
-        for position in np.unique(self.plan.batch(step).shard[self._slice]).tolist():
-            self.reader.decoded(position)
+    def _claim(self, step: int, planned: PlannedBatch) -> list[Claim]:
+        """Where each row of the batch will come from; what is not on its way is sent for."""
+        rows = _rows_of(planned)
+        lacking = [place for place, row in enumerate(rows) if row not in self._waiting or self._waiting[row][0].failed]
+        if lacking:
+            mine = np.arange(self._slots.start, self._slots.stop)[lacking]
+            self._fetch([rows[place] for place in lacking], self.plan.piece(step, mine, self.steps))
+        return [self._waiting.pop(row) for row in rows]
+
+    def _fetch(self, rows: list[PlannedRow], rest: PlannedBatch) -> None:
+        """Sends for rows, and for as much of what lies behind them as there is room for."""
+        room = int(self.read_ahead_bytes / 2 / self.reader.row_bytes) - len(self._waiting)
+        behind = [row for row in _rows_of(rest)[: max(0, room)] if row not in self._waiting]
+        wanted = rows + behind
+        fetched = _Fetched(self._fetching.submit(self._read, wanted))
+        self._waiting |= {row: (fetched, place) for place, row in enumerate(wanted)}
+
+    def _read(self, wanted: Sequence[PlannedRow]) -> list[StoredSample | None]:
+        """Rows of one bucket, each with the caption that is drawn for it."""
+        epochs, shards, units = np.array([row[1:] for row in wanted], dtype=np.int64).T
+
+        def draw(ids: np.ndarray) -> np.ndarray:
+            return uniform(self.seed, epochs, ids, "caption") >= self.original_fraction
+
+        return list(self.reader.read_units(shards, units, wanted[0][0], draw))
+
+    def _make(self, planned: PlannedBatch, claims: list[Claim]) -> Batch:
+        samples = [fetched.take(place) for fetched, place in claims]
+        return self.reader.decode(samples, planned.epoch, planned.bucket)
 
 
 def load_split(reader: ShardReader, split: Split, batch: int, limit: int | None = None) -> Iterator[Batch]:
     """At most `limit` rows of a split, original captions first choice, in batches of one bucket, for evaluation.
 
     Shards, then rows, are taken in the order of a hash: the choice does not follow the order of the data, is the same
-    at every resolution, and of a large data set only as many shards are read as are needed.
+    at every resolution, and of a large data set only as many shards are opened as are needed.
     """
-    table, _ = reader.table(split)
-    chosen = _spread(reader, table, len(table) if limit is None else limit)
-    for code, bucket in enumerate(table.buckets):
-        rows = chosen[table.bucket[chosen] == code]
-        for start in range(0, len(rows), batch):
-            part = rows[start : start + batch]
-            yield _originals(reader, table.shard[part], table.row[part], bucket)
+    chosen = _spread(reader, split, limit)
+    for bucket in sorted({bucket for _, _, bucket in chosen}):
+        places = np.array([(position, row) for position, row, name in chosen if name == bucket], dtype=np.int64)
+        for start in range(0, len(places), batch):
+            yield reader.originals(*places[start : start + batch].T, bucket)
 
 
-def _originals(reader: ShardReader, shards: np.ndarray, rows: np.ndarray, bucket: str) -> Batch:
-    """Rows with their original captions first choice, outside any epoch."""
-    synthetic, epochs = np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=np.int64)
-    return reader.gather(shards, rows, synthetic, epochs, bucket)
-
-
-def _spread(reader: ShardReader, table: PlanTable, limit: int) -> np.ndarray:
-    """Rows of the table: whole shards in the order of their numbers' hashes until there are enough, of those the first
-    by sample id.
+def _spread(reader: ShardReader, split: Split, limit: int | None) -> list[tuple[int, int, str]]:
+    """(position of the shard, row, bucket): whole shards in the order of their numbers' hashes until there are enough,
+    of those the first by sample id; a shard's rows stay together.
     """
-    taken: list[int] = []
-    for position in sorted(np.unique(table.shard).tolist(), key=lambda p: _hash(reader.shards[p].latents.number)):
-        if len(taken) >= limit:
+    taken: list[tuple[int, int, int, str]] = []
+    counts = reader.all_rows(split).rows.sum(axis=1)
+    for position in sorted(np.flatnonzero(counts).tolist(), key=lambda p: _hash(reader.shards[p].latents.number)):
+        if limit is not None and len(taken) >= limit:
             break
-        taken += np.flatnonzero(table.shard == position).tolist()
-    keys = reader.keys_of(table.shard[taken], table.row[taken])
-    first = sorted(range(len(taken)), key=lambda place: sample_id(keys[place]))[:limit]
-    return np.sort(np.array([taken[place] for place in first], dtype=np.int64))  # a shard's rows together
+        rows = reader.rows(position)
+        for bucket in rows.buckets:
+            for row in rows.of(bucket, split).tolist():
+                taken.append((int(rows.sample_ids[row]), position, row, bucket))
+    first = sorted(taken)[:limit]
+    return sorted((position, row, bucket) for _, position, row, bucket in first)
+
+
+def _rows_of(planned: PlannedBatch) -> list[PlannedRow]:
+    places = zip(planned.epoch.tolist(), planned.shard.tolist(), planned.row.tolist(), strict=True)
+    return [(planned.bucket, *place) for place in places]
+
+
+def _bytes_of(batch: Batch) -> int:
+    return batch.latent.nbytes + sum(getattr(batch.text, f.name).nbytes for f in fields(TextFeatures))
 
 
 def _hash(number: int) -> bytes:

@@ -1,39 +1,46 @@
-"""Joins latents and text shard by shard, and gathers rows into batches.
+"""Joins latents and text, row by row, and gathers rows into batches.
 
-Indexes are checked, tensors decoded once.
-
-Every file is checked against the digest in its manifest before it is used.
+A row is read by the ranges of its latent and of the one caption that is wanted, each compared with its digest. What is
+not trained on is not read.
 """
 
 from __future__ import annotations
 
-import math
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from sd3core.conditioning import TextFeatures
-from sd3core.data.encoded_shards import CAPTION_KINDS, FEATURES, Split, latent_of
-from sd3core.data.manifest import Manifest, ShardEntry
-from sd3core.data.shard_cache import ShardCache
-from sd3core.data.shards import read_samples, read_shard_index, sample_id
-from sd3core.data.store import Store, StoreNotFound
-from sd3core.data.training_plan import WINDOW_SHARDS, PlanTable
+from sd3core.data.encoded_shards import (
+    CAPTION_KINDS,
+    ORIGINAL,
+    SYNTHETIC,
+    Split,
+    held_out_count,
+    latent_of,
+)
+from sd3core.data.manifest import Manifest
+from sd3core.data.shard_cache import ShardCache, StoredRow
+from sd3core.data.shard_rows import LATENT, ShardFiles, ShardRows, join_rows, joined_name
+from sd3core.data.store import Store
+from sd3core.data.training_plan import UnitCounts
+from sd3core.data.uncaptioned import SPLITS, Uncaptioned, shards_without_captions
 from sd3core.errors import DataError
 from sd3core.specs import TAR
 
 INDEX_THREADS = 16
-DECODED_BYTES = 8e9  # of decoded shards in memory; a window of the plan's shards should fit
+MAPPED_SHARDS = 1024  # tables of rows that a process has mapped: the files of a machine, not its memory
 NAMED_SHARDS = 5  # shards that an error names
+KEPT_SHARE = 0.75  # of the local cache that a data set may fill, to be kept in it whole
+BUCKET = re.compile(r"[0-9]+x[0-9]+")  # its name, among a shard's counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,176 +55,101 @@ class Batch:
     bucket: str  # HEIGHTxWIDTH in px
 
 
-@dataclass(frozen=True, eq=False)
-class ShardRows:
-    """What one shard's indexes say about its rows, kept for all shards at once."""
+@dataclass(frozen=True, slots=True)
+class EncodedShard:
+    """One shard's latents and text, as their manifests name them."""
 
-    latents: ShardEntry
-    text: ShardEntry
-    keys: pa.ChunkedArray
-    buckets: list[str]  # of this shard
-    bucket: np.ndarray  # (rows,) index into `buckets`
-    splits: pa.ChunkedArray
-    captioned: np.ndarray  # (rows,) bool
+    latents: ShardFiles
+    text: ShardFiles
 
 
-@dataclass(frozen=True, eq=False)
-class DecodedShard:
-    """A shard's tensors: latents stacked by bucket, every distinct caption's features stacked once."""
+@dataclass(frozen=True)
+class StoredSample:
+    """A row's files as they are stored, checked."""
 
-    keys: list[str]
-    latents: dict[str, Tensor]  # bucket -> (n, 16, h, w)
-    place: np.ndarray  # (rows,) position within the row's bucket
-    text: TextFeatures | None
-    captions: np.ndarray  # (rows, 2) position in `text` by KINDS, -1 where there is none
-
-    @property
-    def bytes(self) -> int:
-        tensors = list(self.latents.values())
-        tensors += [getattr(self.text, f.name) for f in fields(TextFeatures)] if self.text is not None else []
-        return sum(tensor.nbytes for tensor in tensors)
+    latent: bytes
+    text: bytes
+    key: str
+    sample_id: int
+    where: str  # for messages
 
 
 class ShardReader:
-    """Joins the latents and the text of one data set, shard by shard. Shards line up by their numbers.
+    """Reads rows of one data set. Shards line up by their numbers, and a shard stands at its `position` in the manifest.
 
     Raises DataError, naming the first few shards and how many there are, where the manifests do not line up or an index
     is not the one that its manifest names.
     """
 
     def __init__(
-        self,
-        store: Store,
-        latents: Manifest,
-        text: Manifest,
-        cache: ShardCache,
-        *,
-        clip_tokens: int,
-        t5_tokens: int,
-        decoded_bytes: float = DECODED_BYTES,
-        warn: Callable[[str], None] = lambda message: None,
+        self, store: Store, latents: Manifest, text: Manifest, cache: ShardCache, *, clip_tokens: int, t5_tokens: int
     ) -> None:
-        """`warn` hears once where the shards that a step draws from do not fit into `decoded_bytes`."""
         _check_line_up(latents, text, {"clip_tokens": clip_tokens, "t5_tokens": t5_tokens})
-        self.store, self.latents, self.text, self.cache = store, latents, text, cache
-        self.clip_tokens, self.t5_tokens, self.decoded_bytes = clip_tokens, t5_tokens, decoded_bytes
-        self._warn: Callable[[str], None] | None = warn
-        self.shards = self._read_indexes()
-        self._decoded: OrderedDict[int, Future[DecodedShard]] = OrderedDict()
+        self.store, self.cache = store, cache
+        self.clip_tokens, self.t5_tokens = clip_tokens, t5_tokens
+        self.latents_folder, self.text_folder = latents.folder, text.folder
+        # The manifests themselves are let go of: their counts of 41 buckets take a kilobyte a shard as they stand there.
+        texts = {shard.number: ShardFiles.of(shard) for shard in text.shards}
+        self.shards = [EncodedShard(ShardFiles.of(shard), texts[shard.number]) for shard in latents.shards]
+        self._rows = {split: rows_in_manifest(latents, split) for split in SPLITS}
+        self._lacking = shards_without_captions(text)
+        self.row_bytes = latents.bytes / max(1, latents.rows) + text.bytes / max(1, text.rows)
+        # A data set that this machine has room for is fetched once, and every epoch after the first reads the copy.
+        self._keep = latents.bytes + text.bytes <= KEPT_SHARE * cache.max_bytes
+        self._open: OrderedDict[int, ShardRows] = OrderedDict()
         self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(INDEX_THREADS, thread_name_prefix="indexes")
 
-    def table(self, split: Split = "train") -> tuple[PlanTable, int]:
-        """Rows of the split that have a caption, and how many were left out for having none."""
-        names = sorted({bucket for shard in self.shards for bucket in shard.buckets})
-        columns: list[np.ndarray] = [np.zeros((3, 0), dtype=np.int64)]
-        without = 0
-        for position, shard in enumerate(self.shards):
-            wanted = pc.equal(shard.splits, split).to_numpy()
-            without += int((wanted & ~shard.captioned).sum())
-            rows = np.flatnonzero(wanted & shard.captioned)
-            codes = np.array([names.index(bucket) for bucket in shard.buckets], dtype=np.int64)
-            columns.append(np.stack([np.full(len(rows), position), rows, codes[shard.bucket[rows]]]))
-        shards, rows, buckets = np.concatenate(columns, axis=1)
-        return PlanTable(shards, rows, buckets, tuple(names)), without
+    def counts(self, split: Split = "train", uncaptioned: Uncaptioned | None = None) -> tuple[UnitCounts, int]:
+        """Rows of the split that have a caption, and how many were left out for having none.
 
-    def gather(
-        self, shards: np.ndarray, rows: np.ndarray, synthetic: np.ndarray, epochs: np.ndarray, bucket: str
-    ) -> Batch:
-        """Rows as a batch. `synthetic` (B,) bool: which caption is wanted; where there is only one, it is taken."""
-        latents, texts, order = [], [], []
-        for position in np.unique(shards).tolist():
-            shard, places = self.decoded(position), np.flatnonzero(shards == position)
-            chosen, wanted = shard.captions[rows[places]], synthetic[places].astype(np.int64)  # (n, 2), (n,)
-            first, second = chosen[np.arange(len(places)), wanted], chosen[np.arange(len(places)), 1 - wanted]
-            latents.append(shard.latents[bucket][torch.from_numpy(shard.place[rows[places]])])
-            texts.append(shard.text.index(torch.from_numpy(np.where(first >= 0, first, second))))
-            order.append(places)
-        back = torch.from_numpy(np.argsort(np.concatenate(order)))
-        keys = self.keys_of(shards, rows)
-        ids = np.array([sample_id(key) for key in keys], dtype=np.int64)
-        return Batch(torch.cat(latents)[back].float(), TextFeatures.stack(texts).index(back), ids, epochs, keys, bucket)
-
-    def keys_of(self, shards: np.ndarray, rows: np.ndarray) -> list[str]:
-        pairs = zip(shards.tolist(), rows.tolist(), strict=True)
-        return [self.shards[position].keys[row].as_py() for position, row in pairs]
-
-    def find(self, number: int, key: str) -> tuple[int, int, str] | None:
-        """(position of the shard, row, bucket) of a sample; None where it has no caption or is not there."""
-        for position, shard in enumerate(self.shards):
-            row = pc.index(shard.keys, key).as_py() if shard.latents.number == number else -1
-            if row >= 0 and shard.captioned[row]:
-                return position, row, shard.buckets[shard.bucket[row]]
-        return None
-
-    def decoded(self, position: int) -> DecodedShard:
-        """A shard in memory. Each is decoded by one thread while others wait; those used longest ago make room.
-
-        A failure is raised to the thread whose attempt it was. One that only waited makes an attempt of its own, so that
-        what went wrong for a moment while fetching ahead does not stop a training step.
+        The manifests say it, and `uncaptioned` where a shard has rows without a caption; None reads it from the indexes.
         """
-        while True:
-            with self._lock:
-                future = self._decoded.get(position)
-                mine = future is None
-                if mine:
-                    future = self._decoded[position] = Future()
-                self._decoded.move_to_end(position)
-            if mine:
-                return self._decode_into(future, position)
-            if future.exception() is None:  # waits for the other thread
-                return future.result()
+        counts, without = self.all_rows(split), 0
+        place_of = {shard.latents.number: place for place, shard in enumerate(self.shards)}
+        if uncaptioned is None:
+            opened = self.open(place_of[number] for number in self._lacking)
+            uncaptioned = {self.shards[place].latents.number: rows.without_caption() for place, rows in opened.items()}
+        for number, found in uncaptioned.items():
+            for bucket, rows in found.items():
+                missing = rows[SPLITS.index(split)]
+                counts.rows[place_of[number], counts.buckets.index(bucket)] -= missing
+                without += missing
+        return counts, without
 
-    def _decode_into(self, future: Future[DecodedShard], position: int) -> DecodedShard:
-        try:
-            shard = self._decode(self.shards[position])
-        except BaseException as error:
-            with self._lock:
-                del self._decoded[position]
-            future.set_exception(error)
-            raise
-        future.set_result(shard)
-        self._make_room()
-        return shard
+    def all_rows(self, split: Split) -> UnitCounts:
+        """Rows of the split by shard and bucket, with a caption or without."""
+        return UnitCounts(self._rows[split].rows.copy(), self._rows[split].buckets)
 
-    def _make_room(self) -> None:
+    def rows(self, position: int) -> ShardRows:
+        """The rows of a shard; those of the shards used last stay mapped."""
         with self._lock:
-            done = {p: f.result().bytes for p, f in self._decoded.items() if f.done() and f.exception() is None}
-            total = sum(done.values())
-            for position in list(done)[:-1]:
-                if total <= self.decoded_bytes:
-                    break
-                if len(done) <= self._window:
-                    self._warn_of_a_small_cache(total / len(done))
-                total -= done.pop(position)
-                del self._decoded[position]
+            found = self._open.get(position)
+            if found is not None:
+                self._open.move_to_end(position)
+                return found
+        shard = self.shards[position]
+        where = (shard.latents, self.latents_folder, shard.text, self.text_folder)
+        table = self.cache.table(joined_name(shard.latents, shard.text), lambda: join_rows(self.store, *where))
+        found = ShardRows(table)
+        with self._lock:
+            self._open[position] = found
+            while len(self._open) > MAPPED_SHARDS:
+                self._open.popitem(last=False)
+        return found
 
-    @property
-    def _window(self) -> int:
-        """The shards that a step draws from: the plan's window moves by less than one while they are read."""
-        return min(WINDOW_SHARDS + 1, len(self.shards))
+    def open(self, positions: Iterable[int]) -> dict[int, ShardRows]:
+        """The rows of several shards, fetched together. What is wrong with any of them is told in one line."""
 
-    def _warn_of_a_small_cache(self, shard_bytes: float) -> None:
-        if self._warn is not None:
-            needed = math.ceil(self._window * shard_bytes / 1e8) / 10
-            self._warn(
-                f"a step draws from {self._window} shards of {shard_bytes / 1e9:.3g} GB, and compute.decoded_gb"
-                f" {self.decoded_bytes / 1e9:.3g} holds fewer, so that each is decoded again in every step: set it to"
-                f" {needed:.1f}, or take fewer data.rows_per_shard"
-            )
-            self._warn = None
-
-    def _read_indexes(self) -> list[ShardRows]:
-        by_number = {shard.number: shard for shard in self.text.shards}
-
-        def read(latents: ShardEntry) -> ShardRows | DataError:
+        def rows_or_error(position: int) -> ShardRows | DataError:
             try:
-                return self._read_rows(latents, by_number[latents.number])
+                return self.rows(position)
             except DataError as error:
                 return error
 
-        with ThreadPoolExecutor(INDEX_THREADS, thread_name_prefix="index") as threads:
-            found = list(threads.map(read, self.latents.shards))
-        errors = [str(error) for error in found if isinstance(error, DataError)]
+        wanted = sorted(set(positions))
+        found = dict(zip(wanted, self._threads.map(rows_or_error, wanted), strict=True))
+        errors = [str(error) for error in found.values() if isinstance(error, DataError)]
         if errors:
             more = f"; and {len(errors) - NAMED_SHARDS} more" if len(errors) > NAMED_SHARDS else ""
             raise DataError(
@@ -225,89 +157,103 @@ class ShardReader:
             )
         return found
 
-    def _read_rows(self, latents: ShardEntry, text: ShardEntry) -> ShardRows:
-        index = _read_checked_index(self.store, self.latents.folder, latents)
-        captioned = _read_checked_index(self.store, self.text.folder, text)["key"]
-        buckets = index["bucket"].combine_chunks().dictionary_encode()
-        return ShardRows(
-            latents,
-            text,
-            keys=index["key"],
-            buckets=buckets.dictionary.to_pylist(),
-            bucket=buckets.indices.to_numpy(zero_copy_only=False).astype(np.int64),
-            splits=index["split"],
-            captioned=pc.is_in(index["key"], value_set=captioned.combine_chunks()).to_numpy(),
-        )
+    def read_units(
+        self,
+        shards: np.ndarray,
+        units: np.ndarray,
+        bucket: str,
+        draw_synthetic: Callable[[np.ndarray], np.ndarray],
+        split: Split = "train",
+    ) -> list[StoredSample]:
+        """The files of rows that are counted within their shard, bucket and split (n,), as a plan counts them.
 
-    def _decode(self, rows: ShardRows) -> DecodedShard:
-        keys = rows.keys.to_pylist()
-        latents, place = self._decode_latents(rows, keys)
-        text, position = self._decode_text(rows.text)
-        row_of, captions = (
-            {key: row for row, key in enumerate(keys)},
-            np.full((len(keys), len(CAPTION_KINDS)), -1, dtype=np.int64),
-        )
-        index = (
-            _read_checked_index(self.store, self.text.folder, rows.text)
-            .select(["key", "kind", "caption_id"])
-            .to_pydict()
-        )
-        for key, kind, caption in zip(index["key"], index["kind"], index["caption_id"], strict=True):
-            if caption not in position:
+        `draw_synthetic`: sample ids (n,) -> which caption is wanted (n,) bool.
+        """
+        opened = self.open(shards.tolist())
+        rows = np.empty(len(shards), dtype=np.int64)
+        for position, found in opened.items():
+            chosen, wanted = found.of(bucket, split), np.flatnonzero(shards == position)
+            if units[wanted].max() >= len(chosen):
                 raise DataError(
-                    f"{self.text.folder}/{rows.text.stem}: caption {caption} of {key} is in the index, not in the tar;"
-                    " run the encode stage again"
+                    f"{self.store.uri(self.latents_folder)}/{self.shards[position].latents.stem}: its index has"
+                    f" {len(chosen)} rows of {bucket} px with a caption, its manifest more; run the encode stage again"
                 )
-            if key in row_of:  # else its image could not be encoded
-                captions[row_of[key], CAPTION_KINDS.index(kind)] = position[caption]
-        return DecodedShard(keys, latents, place, text, captions)
+            rows[wanted] = chosen[units[wanted]]
+        pairs = zip(shards.tolist(), rows.tolist(), strict=True)
+        ids = np.array([opened[position].sample_ids[row] for position, row in pairs], dtype=np.int64)
+        return self._read(opened, shards, rows, draw_synthetic(ids))
 
-    def _decode_latents(self, rows: ShardRows, keys: list[str]) -> tuple[dict[str, Tensor], np.ndarray]:
-        where = f"{self.latents.folder}/{rows.latents.stem}"
-        stacks: dict[str, list[Tensor]] = {}
-        place = np.zeros(len(keys), dtype=np.int64)
-        samples = list(read_samples(self.cache.read(f"{where}{TAR}", rows.latents.digest)))
-        if [key for key, _ in samples] != keys:
-            raise DataError(f"{where}: the tar's rows are not those of its index; run encode again")
-        for row, (key, files) in enumerate(samples):
-            bucket = rows.buckets[rows.bucket[row]]
-            stack = stacks.setdefault(bucket, [])
-            place[row] = len(stack)
-            stack.append(_latent(files, bucket, f"{where}: {key}"))
-        return {bucket: torch.stack(stack) for bucket, stack in stacks.items()}, place
+    def _read(
+        self, opened: dict[int, ShardRows], shards: np.ndarray, rows: np.ndarray, synthetic: np.ndarray
+    ) -> list[StoredSample]:
+        """The files of rows of indexes (n,), with the captions wanted (n,); where a row has only one, it is taken."""
+        stored, found = [], []
+        for position, row, wanted in zip(shards.tolist(), rows.tolist(), synthetic.tolist(), strict=True):
+            shard, table = self.shards[position], opened[position]
+            kind = table.caption_kind(row, SYNTHETIC if wanted else ORIGINAL)
+            latents = f"{self.latents_folder}/{shard.latents.stem}{TAR}"
+            text = f"{self.text_folder}/{shard.text.stem}{TAR}"
+            stored.append(StoredRow(latents, shard.latents.digest, *table.place(row, LATENT)))
+            stored.append(StoredRow(text, shard.text.digest, *table.place(row, kind)))
+            found.append((table.keys[row].as_py(), int(table.sample_ids[row]), latents))
+        files = self.cache.read(stored, keep=self._keep)
+        return [
+            StoredSample(latent, text, key, number, f"{where}: {key}")
+            for latent, text, (key, number, where) in zip(files[::2], files[1::2], found, strict=True)
+        ]
 
-    def _decode_text(self, entry: ShardEntry) -> tuple[TextFeatures | None, dict[str, int]]:
-        """The features of every distinct caption, and where each caption id stands in them."""
-        features, position = [], {}
-        data = self.cache.read(f"{self.text.folder}/{entry.stem}{TAR}", entry.digest)
-        for caption, files in read_samples(data):
-            position[caption] = len(features)
-            features.append(
-                TextFeatures.from_bytes(files[FEATURES], clip_tokens=self.clip_tokens, t5_tokens=self.t5_tokens)
-            )
-        return TextFeatures.stack(features) if features else None, position
+    def decode(self, samples: Sequence[StoredSample], epochs: np.ndarray, bucket: str) -> Batch:
+        """Rows of one bucket as a batch."""
+        latents = torch.stack([_latent(sample, bucket) for sample in samples])
+        tokens = {"clip_tokens": self.clip_tokens, "t5_tokens": self.t5_tokens}
+        text = TextFeatures.stack([TextFeatures.from_bytes(sample.text, **tokens) for sample in samples])
+        ids = np.array([sample.sample_id for sample in samples], dtype=np.int64)
+        return Batch(latents.float(), text, ids, epochs, [sample.key for sample in samples], bucket)
+
+    def originals(self, shards: np.ndarray, rows: np.ndarray, bucket: str) -> Batch:
+        """Rows of indexes with their original captions first choice, outside any epoch."""
+        samples = self._read(self.open(shards.tolist()), shards, rows, np.zeros(len(rows), dtype=bool))
+        return self.decode(samples, np.zeros(len(rows), dtype=np.int64), bucket)
+
+    def find(self, wanted: Iterable[tuple[int, str]]) -> list[tuple[int, int, str]]:
+        """(position of the shard, row, bucket) of samples by (shard number, key); those that have no caption or are not there
+        are left out.
+        """
+        position_of = {shard.latents.number: position for position, shard in enumerate(self.shards)}
+        found = []
+        for number, key in wanted:
+            if number in position_of:
+                rows = self.rows(position_of[number])
+                row = rows.keys.index(key).as_py()
+                if row >= 0 and rows.caption_kind(row, CAPTION_KINDS[0]):
+                    found.append((position_of[number], row, rows.bucket_of(row)))
+        return found
 
 
-def _latent(files: dict[str, bytes], bucket: str, where: str) -> Tensor:
+def rows_in_manifest(latents: Manifest, split: Split) -> UnitCounts:
+    """Rows of a split by shard and bucket, with a caption or without."""
+    counts = [shard.buckets for shard in latents.shards]
+    names = sorted({name for found in counts for name in found if BUCKET.fullmatch(name)})
+    rows = np.zeros((len(counts), len(names)), dtype=np.int32)
+    for code, name in enumerate(names):
+        held_out = [found.get(held_out_count(name), 0) for found in counts]
+        rows[:, code] = held_out
+        if split == "train":
+            rows[:, code] = np.subtract([found.get(name, 0) for found in counts], held_out)
+    return UnitCounts(rows, tuple(names))
+
+
+def _latent(sample: StoredSample, bucket: str) -> Tensor:
     height, width = map(int, bucket.split("x"))
     try:
-        latent = latent_of(files[FEATURES])
+        latent = latent_of(sample.latent)
     except (KeyError, SafetensorError):
-        raise DataError(f"{where} holds no latent; run encode again") from None
+        raise DataError(f"{sample.where} holds no latent; run encode again") from None
     if tuple(latent.shape[1:]) != (height // 8, width // 8):
-        raise DataError(f"{where} has a latent of {tuple(latent.shape)}, its bucket is {bucket} px; run encode again")
+        raise DataError(
+            f"{sample.where} has a latent of {tuple(latent.shape)}, its bucket is {bucket} px; run encode again"
+        )
     return latent
-
-
-def _read_checked_index(store: Store, folder: str, shard: ShardEntry) -> pa.Table:
-    where = f"{store.uri(folder)}/{shard.stem}"
-    try:
-        index = read_shard_index(store, folder, shard.stem, shard.index_digest)
-    except StoreNotFound:
-        raise DataError(f"{where}: its index is gone; delete its done record and run the stage again") from None
-    if index.num_rows != shard.rows:
-        raise DataError(f"{where}: its index has {index.num_rows} rows, its manifest {shard.rows}; run the stage again")
-    return index
 
 
 def _check_line_up(latents: Manifest, text: Manifest, tokens: dict[str, int]) -> None:
@@ -322,7 +268,8 @@ def _check_line_up(latents: Manifest, text: Manifest, tokens: dict[str, int]) ->
     for there, absent in ((latents, text), (text, latents)):
         missing = sorted({shard.number for shard in there.shards} - {shard.number for shard in absent.shards})
         if missing:
-            rows = sum(shard.rows for shard in there.shards if shard.number in missing)
+            lacking = set(missing)
+            rows = sum(shard.rows for shard in there.shards if shard.number in lacking)
             raise DataError(
                 f"{absent.folder}: no {absent.stage} for {rows} rows of {there.stage}, in shards {_first(missing)}"
                 f" ({len(missing)} in all); run the encode stage again"

@@ -49,8 +49,9 @@ def test_later_stages_are_undone_and_earlier_ones_stay(finished):
 
 
 def test_of_training_scores_and_exports_only_those_of_these_settings_and_this_version_are_undone(
-    tmp_path, write_records, train_today
+    tmp_path, write_records, train_today, rise
 ):
+    rise("train")
     recipe, store = load_recipe("tiny-test"), open_store(str(tmp_path))
     write_records(store)
     ours = train_today(recipe, store)

@@ -99,7 +99,8 @@ def test_a_users_growth_of_the_data_is_not_taken_for_a_version(store, rise):
     assert {part.name: part.status for part in standing_parts(recipe(), store)}["pretrain"] == "other"
 
 
-def test_without_its_captioner_only_what_needs_it_is_not_known(store):
+def test_without_its_captioner_only_what_needs_it_is_not_known(store, rise):
+    rise("train")
     statuses = {part.name: part.status for part in standing_parts(recipe(*ABSENT), store)}
     assert [name for name, status in statuses.items() if status == "stands"] == [
         "ingest",
@@ -132,7 +133,7 @@ def test_without_a_captioner_no_captions_are_spoken_of_and_their_version_still_c
     assert "caption," not in str(stopped.value) and "caption;" not in str(stopped.value)
 
 
-def test_asking_of_a_large_data_set_for_which_there_is_nothing_to_do_costs_little(store, train_today, tmp_path):
+def test_asking_of_a_large_data_set_for_which_there_is_nothing_to_do_costs_little(store, rise, train_today, tmp_path):
     """5,000 shards of each kind: the heads of their manifests are read, once each, and nothing of another spec."""
     make_again(store, recipe(), times=1_700)
     note_today(store, recipe())

@@ -156,7 +156,7 @@ def test_without_a_fine_tuning_phase_the_stage_names_the_pretrained_checkpoint(m
 
 
 def test_what_no_node_holds_is_said_before_the_first_stage_but_not_of_work_that_is_done(
-    store, write_records, train_today
+    store, write_records, train_today, rise
 ):
     """A finished run, or one whose training ran elsewhere, goes on a machine without a GPU."""
     laptop, no_ranks, no_actors = (
@@ -164,6 +164,7 @@ def test_what_no_node_holds_is_said_before_the_first_stage_but_not_of_work_that_
         "^compute.train_ranks 2 x .* the 0 GPUs",
         "^compute.gpus_per_actor 1 ",
     )
+    rise("train")
     recipe = load_recipe("tiny-test")
     trains, encodes = (load_recipe("tiny-test", [f"compute.gpus_per_{process}=1"]) for process in ("rank", "actor"))
     write_records(store)  # a run that was trained, with scores and notes, by other fields than today's
@@ -189,10 +190,11 @@ def test_what_no_node_holds_is_said_before_the_first_stage_but_not_of_work_that_
 
 
 @pytest.fixture
-def finish_phases(store, write_records, train_today):
+def finish_phases(store, write_records, train_today, rise):
     """A run of tiny-test with so many phases, each with latents of its own, finished as far as evaluation needs it."""
 
     def finish(phases: int):
+        rise("train")
         recipe = load_recipe("tiny-test")
         more = [recipe.finetune[0].model_copy(update={"side_px": 64 + 16 * n}) for n in range(phases - 1)]
         recipe = recipe.model_copy(update={"finetune": tuple(more)})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections import Counter
@@ -92,6 +93,24 @@ def test_batches_are_of_one_bucket_and_do_not_change_the_latents(shard):
     assert index == {"k0": "32x32", "k1": "32x48", "k2": "32x32", "k3": "32x48", "k4": "32x32"}
     assert record.extra == {"32x32": 3, "32x48": 2}
     assert made.progress == 7
+
+
+def test_rows_are_sorted_by_bucket_and_split_and_have_their_files_digest(shard, monkeypatch):
+    """What is trained on of one bucket is one range; the held-out rows are counted beside all."""
+    store, raw = shard
+    keys, held_out = ["k0", "k1", "k2", "k3", "k4", "white", "broken"], {"k0": "held_out", "k1": "held_out"}
+    monkeypatch.setattr(
+        encode_latents,
+        "read_input_index",
+        lambda *_: pa.table({"key": keys, "split": [held_out.get(key, "train") for key in keys]}),
+    )
+    record, latents, _ = encode(store, raw, "a", batch=2)
+    index = read_shard_index(store, "a", record.stem).to_pylist()
+    assert [row["key"] for row in index] == list(latents) == ["k2", "k4", "k0", "k3", "k1"]
+    assert record.extra == {"32x32": 3, "32x32 held out": 1, "32x48": 2, "32x48 held out": 1}
+    for row in index:
+        [(key, files)] = read_samples(store.get_range(f"a/{record.stem}.tar", row["offset"], row["length"]))
+        assert key == row["key"] and hashlib.sha256(files["safetensors"]).digest() == row["sha256"]
 
 
 def test_unreadable_pictures_and_non_finite_latents_are_failed_rows(shard):

@@ -72,8 +72,8 @@ class RankContext:
     world: int
     device: torch.device
     threads: int
-    cache_bytes: float = 2e9  # of stored shards, on this machine
-    decoded_bytes: float = 8e9  # of decoded shards, in this rank's memory
+    cache_bytes: float = 2e9  # on this machine's disk
+    decoded_bytes: float = 2e9  # read ahead, in this rank's memory
 
 
 class Watcher(Protocol):

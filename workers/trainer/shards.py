@@ -7,7 +7,8 @@ from sd3core.data.manifest import read_manifest
 from sd3core.data.shard_cache import ShardCache
 from sd3core.data.shard_reader import ShardReader
 from sd3core.data.store import Store
-from sd3core.data.training_plan import TrainingPlan
+from sd3core.data.training_plan import TrainingPlan, leave_out_small_buckets, small_buckets_warning
+from sd3core.data.uncaptioned import read_uncaptioned, shards_without_captions
 from workers.caches import shards_cache
 from workers.trainer.job import TrainingJob
 from workers.trainer.loop import RankContext, Warn
@@ -19,11 +20,17 @@ def open_shards(job: TrainingJob, store: Store, place: RankContext, warn: Warn) 
     text = read_manifest(store, job.text_features.folder, job.text_features.digest)
     cache = ShardCache(store, shards_cache(), place.cache_bytes)
     tokens = {"clip_tokens": job.text.clip_tokens, "t5_tokens": job.text.t5_tokens}
-    reader = ShardReader(store, latents, text, cache, **tokens, decoded_bytes=place.decoded_bytes, warn=warn)
-    table, without_caption = reader.table("train")
+    reader = ShardReader(store, latents, text, cache, **tokens)
+    uncaptioned = {}
+    if shards_without_captions(text):
+        uncaptioned = read_uncaptioned(store, job.latents, job.text_features)
+    counts, without_caption = reader.counts("train", uncaptioned)
     if without_caption:
         warn(f"{without_caption} images have no caption and are left out of training")
-    plan = TrainingPlan(table, job.seed, job.training.global_batch)
+    if warning := small_buckets_warning(counts, job.training.global_batch):
+        warn(warning)
+    counts = leave_out_small_buckets(counts, job.training.global_batch)
+    plan = TrainingPlan(counts, job.seed, job.training.global_batch)
     return BatchLoader(
         reader,
         plan,
@@ -31,4 +38,6 @@ def open_shards(job: TrainingJob, store: Store, place: RankContext, warn: Warn) 
         seed=job.seed,
         rank=place.rank,
         world=place.world,
+        steps=job.total_steps,
+        read_ahead_bytes=place.decoded_bytes,
     )

@@ -54,7 +54,7 @@ class Store(ABC):
 
     @abstractmethod
     def get_range(self, path: str, offset: int, length: int) -> bytes:
-        """Reads just those bytes; StoreError where the object ends before them."""
+        """Reads just those bytes; StoreDamaged where the object ends before them."""
 
     @abstractmethod
     def put(self, path: str, data: bytes) -> None:
@@ -147,5 +147,5 @@ def checked(path: str) -> str:
     return path
 
 
-def too_short(uri: str, end: int) -> StoreError:
-    return StoreError(f"{uri}: ends before byte {end}; it is not the file that its index describes")
+def too_short(uri: str, end: int) -> StoreDamaged:
+    return StoreDamaged(f"{uri}: ends before byte {end}; it is not the file that its index describes")

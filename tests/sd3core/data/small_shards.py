@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -10,14 +12,15 @@ import torch
 from safetensors.torch import save
 
 from sd3core.conditioning import TextFeatures
+from sd3core.data.encoded_shards import FILE_DIGEST, WITHOUT_CAPTION, caption_id, held_out_count
 from sd3core.data.manifest import Manifest, ShardEntry
-from sd3core.data.shards import DoneRecord, Sample, is_held_out, parts_digest, shard_stem, write_shard
+from sd3core.data.shards import TAR_BLOCK, DoneRecord, Sample, is_held_out, parts_digest, shard_stem, write_shard
 from sd3core.specs import INDEX
 
 BUCKETS = ("64x64", "64x48")
 CLIP_TOKENS, T5_TOKENS, HELD_OUT = 4, 6, 0.25
-LATENTS_SCHEMA = pa.schema([("bucket", pa.string()), ("split", pa.string())])
-TEXT_SCHEMA = pa.schema([("kind", pa.string()), ("caption_id", pa.string())])
+LATENTS_SCHEMA = pa.schema([("bucket", pa.string()), ("split", pa.string()), FILE_DIGEST])
+TEXT_COLUMNS = pa.schema([("kind", pa.string()), ("caption_id", pa.string()), FILE_DIGEST])
 
 
 def key_of(number: int, row: int) -> str:
@@ -65,31 +68,44 @@ def entry_of(record: DoneRecord) -> ShardEntry:
 
 
 def write_latents(store, folder: str, number: int, rows: int) -> ShardEntry:
-    samples = [
-        Sample(
-            key, {"safetensors": save({"latent": latent_of(key)})}, {"bucket": bucket_of(key), "split": split_of(key)}
-        )
-        for key in (key_of(number, row) for row in range(rows))
-    ]
+    """As the encode stage does, sorted by bucket and split."""
+    samples, counts = [], Counter()
+    for key in sorted(
+        (key_of(number, row) for row in range(rows)), key=lambda k: (bucket_of(k), split_of(k) != "train")
+    ):
+        data, bucket, split = save({"latent": latent_of(key)}), bucket_of(key), split_of(key)
+        if split == "held_out":
+            counts[held_out_count(bucket)] += 1
+        row = {"bucket": bucket, "split": split, "sha256": hashlib.sha256(data).digest()}
+        samples.append(Sample(key, {"safetensors": data}, row))
     stem = shard_stem(number, parts_digest(folder, str(number)))
-    return entry_of(write_shard(store, folder, stem, samples, [], LATENTS_SCHEMA, count_by="bucket"))
+    return entry_of(
+        write_shard(store, folder, stem, samples, [], LATENTS_SCHEMA, count_by="bucket", counts=dict(counts))
+    )
 
 
 def write_text(store, folder: str, number: int, rows: int) -> ShardEntry:
     uses: dict[str, list[tuple[str, str]]] = {}
-    for key in (key_of(number, row) for row in range(rows)):
+    keys = [key_of(number, row) for row in range(rows)]
+    for key in keys:
         for kind, caption in captions_of(key).items():
             uses.setdefault(caption, []).append((key, kind))
 
     def samples():
+        offset = 0
         for caption, pairs in uses.items():
-            name = hashlib.sha256(caption.encode()).hexdigest()[:24]
+            name, data = caption_id(caption), features_of(caption).to_bytes("trimmed")
+            length = TAR_BLOCK * (1 + math.ceil(len(data) / TAR_BLOCK))
             for place, (key, kind) in enumerate(pairs):
-                files = {"safetensors": features_of(caption).to_bytes("trimmed")} if place == 0 else {}
-                yield Sample(name, files, {"key": key, "kind": kind, "caption_id": name})
+                row = {"key": key, "kind": kind, "caption_id": name, "offset": offset, "length": length}
+                row["sha256"] = hashlib.sha256(data).digest()
+                yield Sample(name, {"safetensors": data} if place == 0 else {}, row)
+            offset += length
 
     stem = shard_stem(number, parts_digest(folder, str(number)))
-    return entry_of(write_shard(store, folder, stem, samples(), [], TEXT_SCHEMA))
+    without = sum(not captions_of(key) for key in keys)
+    counts = {WITHOUT_CAPTION: without} if without else {}
+    return entry_of(write_shard(store, folder, stem, samples(), [], TEXT_COLUMNS, counts=counts))
 
 
 def split_of(key: str) -> str:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import small_shards as made
 import torch
 
 from sd3core.conditioning import TextFeatures
-from sd3core.data.loader import BatchLoader, load_split
+from sd3core.data import shard_reader
+from sd3core.data.loader import FEWEST_AHEAD, MOST_AHEAD, BatchLoader, load_split
 from sd3core.data.shard_cache import ShardCache
 from sd3core.data.shard_reader import ShardReader
 from sd3core.data.shards import sample_id
@@ -36,7 +37,7 @@ def _reader(store, data_set, tmp_path, max_bytes=1e9, **options) -> ShardReader:
 
 
 def _loader(reader, rank=0, world=1, original_fraction=0.5, **options) -> BatchLoader:
-    plan = TrainingPlan(reader.table("train")[0], SEED, GLOBAL_BATCH)
+    plan = TrainingPlan(reader.counts("train")[0], SEED, GLOBAL_BATCH, options.pop("piece_rows", 3))
     return BatchLoader(reader, plan, original_fraction=original_fraction, seed=SEED, rank=rank, world=world, **options)
 
 
@@ -79,11 +80,11 @@ def test_one_kind_only_where_the_fraction_says_so(store, data_set, tmp_path, fra
 
 def test_an_epoch_is_the_training_part_with_captions(file_store, tmp_path):
     reader = _reader(file_store, made.write_data_set(file_store), tmp_path)
-    table, without = reader.table("train")
+    counts, without = reader.counts("train")
     train = {key for key in made.all_keys() if made.split_of(key) == "train"}
     assert without == sum(not made.captions_of(key) for key in train) > 0
     wanted = {key for key in train if made.captions_of(key)}
-    assert len(table) == len(wanted)
+    assert len(counts) == len(wanted)
     loader = _loader(reader)
     batches = [loader.batch(step) for step in range(20)]
     seen = Counter(
@@ -112,14 +113,16 @@ def test_any_step_may_be_next(file_store, tmp_path):
     jumping = _loader(_reader(file_store, data_set, tmp_path))
     for step in (7, 8, 3, 3, 11, 0):  # a resume, a roll-back, a repeat
         _assert_same(jumping.batch(step), batches[step])
-    assert len(jumping._made) <= 4
+    assert (
+        len(jumping._made) <= MOST_AHEAD and len(jumping._waiting) <= 3 * GLOBAL_BATCH
+    )  # nothing is left of steps left out
     straight.close()
     jumping.close()
 
 
 def test_the_next_batches_are_made_meanwhile(file_store, tmp_path):
     reader = _reader(file_store, made.write_data_set(file_store), tmp_path)
-    loader = _loader(reader)
+    loader = _loader(reader, ahead=4)
     loader.batch(0)
     deadline = time.monotonic() + 10
     while not all(future.done() for future in loader._made.values()) and time.monotonic() < deadline:
@@ -127,80 +130,84 @@ def test_the_next_batches_are_made_meanwhile(file_store, tmp_path):
     assert sorted(loader._made) == [1, 2, 3, 4] and all(future.done() for future in loader._made.values())
 
 
-def test_a_shard_is_decoded_once_and_memory_is_bounded(file_store, tmp_path, monkeypatch):
-    data_set = made.write_data_set(file_store)
-    decoded = Counter()
-    real = ShardReader._decode
+class Counted:
+    """Counts the rows that are read of the tars, and what is decoded of them."""
 
-    def counting(self, rows):
-        decoded[rows.latents.number] += 1
-        time.sleep(0.02)
-        return real(self, rows)
+    def __init__(self, monkeypatch) -> None:
+        self.read, self.latents, self.texts = Counter(), Counter(), Counter()
+        read, decode, from_bytes = ShardCache.read, shard_reader.latent_of, TextFeatures.from_bytes
 
-    monkeypatch.setattr(ShardReader, "_decode", counting)
-    reader = _reader(file_store, data_set, tmp_path)
-    threads = [threading.Thread(target=reader.decoded, args=(n % 3,)) for n in range(12)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert decoded == {0: 1, 1: 1, 2: 1} and len(reader._decoded) == 3
-    one = reader.decoded(0).bytes
-    warned = []
-    small = _reader(file_store, data_set, tmp_path, decoded_bytes=1.5 * one, warn=warned.append)
-    for position in (0, 1, 2, 0):
-        assert small.decoded(position).keys[0] == made.key_of(position, 0)
-        assert len(small._decoded) == 1
-    assert decoded[0] == 3 and decoded[1] == 2
-    [warning] = warned
-    assert warning.startswith(
-        f"a step draws from {len(small.shards)} shards of {one / 1e9:.3g} GB, and compute.decoded_gb"
-    )
-    assert warning.endswith("set it to 0.1, or take fewer data.rows_per_shard")
-    for position in range(len(small.shards)):
-        reader.decoded(position)
-    assert len(warned) == 1
+        def counting(cache, rows, **options):
+            self.read.update((row.path, row.offset) for row in rows)
+            return read(cache, rows, **options)
+
+        monkeypatch.setattr(ShardCache, "read", counting)
+        monkeypatch.setattr(shard_reader, "latent_of", lambda data: (self.latents.update([data]), decode(data))[1])
+        monkeypatch.setattr(
+            TextFeatures,
+            "from_bytes",
+            staticmethod(lambda data, **tokens: (self.texts.update(["text"]), from_bytes(data, **tokens))[1]),
+        )
 
 
-def test_a_failure_while_fetching_ahead_does_not_stop_a_step(file_store, tmp_path, monkeypatch):
+@pytest.mark.parametrize("piece_rows", [1, 3, 100])
+@pytest.mark.parametrize("world", [1, 4])
+def test_every_row_trained_on_is_read_and_decoded_once_and_nothing_else(
+    file_store, tmp_path, monkeypatch, piece_rows, world
+):
+    data_set, counted, steps = made.write_data_set(file_store), Counted(monkeypatch), 30
+    trained = Counter()
+    for rank in range(world):
+        options = {"piece_rows": piece_rows, "steps": steps}
+        loader = _loader(_reader(file_store, data_set, tmp_path), rank, world, **options)
+        for step in range(steps):
+            trained.update(loader.batch(step).keys)
+        assert not loader._waiting  # nor is anything read for steps that never come
+        loader.close()
+    latents = Counter({place: count for place, count in counted.read.items() if place[0].startswith("latents")})
+    assert latents.total() == counted.latents.total() == counted.texts.total() == steps * GLOBAL_BATCH
+    assert sorted(latents.values()) == sorted(trained.values())  # of each row as often as it was trained on
+    assert counted.read.total() == 2 * steps * GLOBAL_BATCH  # a row's latent and one caption
+
+
+def test_what_waits_and_what_is_ready_keeps_to_its_bytes(file_store, tmp_path):
     reader = _reader(file_store, made.write_data_set(file_store), tmp_path)
-    real, started, go_on, attempts = reader._decode, threading.Event(), threading.Event(), []
-
-    def fails_first(rows):
-        attempts.append(rows)
-        if len(attempts) == 1:
-            started.set()
-            go_on.wait(10)
-            raise DataError("for a moment")
-        return real(rows)
-
-    monkeypatch.setattr(reader, "_decode", fails_first)
-    with ThreadPoolExecutor(2) as threads:
-        ahead = threads.submit(reader.decoded, 0)
-        assert started.wait(10)
-        waiting = threads.submit(reader.decoded, 0)  # joins the attempt that is under way
-        time.sleep(0.05)
-        assert len(attempts) == 1
-        go_on.set()
-        assert isinstance(ahead.exception(10), DataError)
-        assert waiting.result(10).keys[0] == made.key_of(0, 0) and len(attempts) == 2
+    free = _loader(reader, piece_rows=100)
+    batches = [free.batch(step) for step in range(12)]
+    assert free.ahead == MOST_AHEAD and len(free._waiting) > GLOBAL_BATCH
+    tight = _loader(reader, piece_rows=100, read_ahead_bytes=2 * 5 * reader.row_bytes)
+    for step in range(12):
+        _assert_same(tight.batch(step), batches[step])  # the same batches, by more requests
+        assert tight.ahead == FEWEST_AHEAD and len(tight._waiting) <= 5
+    free.close()
+    tight.close()
 
 
 def test_a_batch_that_failed_ahead_is_made_again_when_it_is_needed(file_store, tmp_path, monkeypatch):
     reader = _reader(file_store, made.write_data_set(file_store), tmp_path)
-    expected = _loader(reader, ahead=0).batch(2)
-    loader, broken = _loader(reader), threading.Event()
-    real = loader._make
+    straight = _loader(reader, ahead=0)
+    expected = [straight.batch(step) for step in range(4)]
+    loader, broken, read = _loader(reader, ahead=2), threading.Event(), reader.read_units
 
-    def make(step):
-        if broken.is_set() and threading.current_thread() is not threading.main_thread():
+    def breaking(*args):
+        if broken.is_set():
             raise DataError("for a moment")
-        return real(step)
+        return read(*args)
 
-    monkeypatch.setattr(loader, "_make", make)
+    monkeypatch.setattr(reader, "read_units", breaking)
     broken.set()
     with pytest.raises(DataError, match="for a moment"):
         loader.batch(0)  # asked for now, so it is told
-    loader._made[2] = loader._threads.submit(make, 2)
-    _assert_same(loader.batch(2), expected)
+    broken.clear()
+    _assert_same(loader.batch(0), expected[0])
+    broken.set()
+    loader.batch(1)  # begins to make the fourth
+    while not loader._made[3].done():
+        time.sleep(0.01)
+    assert isinstance(loader._made[3].exception(), DataError)
+    broken.clear()
+    _assert_same(loader.batch(2), expected[2])
+    _assert_same(loader.batch(3), expected[3])
 
 
 def test_held_out_part(store, data_set, tmp_path):
@@ -223,7 +230,7 @@ def test_held_out_part(store, data_set, tmp_path):
 def test_few_held_out_rows_read_few_shards(file_store, tmp_path):
     reader = _reader(file_store, made.write_data_set(file_store, shards=6), tmp_path)
     assert sum(len(batch.keys) for batch in load_split(reader, "held_out", 4, limit=4)) == 4
-    assert len(reader._decoded) == 1
+    assert len(reader._open) == 1
 
 
 def test_an_empty_shard_is_no_trouble(file_store, tmp_path):
@@ -265,7 +272,7 @@ def test_damaged_indexes_are_named_together(file_store, tmp_path):
     file_store.put(f"latents/{stems[0]}.index.parquet", index[:-1] + b"!")
     file_store.delete(f"text/{text.shards[2].stem}.index.parquet")
     with pytest.raises(DataError) as error:
-        _reader(file_store, (latents, text), tmp_path)
+        _reader(file_store, (latents, text), tmp_path).open(range(3))
     message = str(error.value)
     assert message.startswith("2 of 3 shards cannot be trained on: ") and "\n" not in message
     assert f"latents/{stems[0]}.index.parquet: its bytes are not those" in message
@@ -277,26 +284,33 @@ def test_damaged_or_missing_tars_stop_training(store, data_set, tmp_path, kind):
     manifest = dict(zip(("latents", "text"), data_set, strict=True))[kind]
     path = f"{kind}/{manifest.shards[0].stem}.tar"
     good = store.get(path)
-    for damage in (good[:600] + b"?" + good[601:], None):
+    damages = (good[:600] + b"?" + good[601:], good[: len(good) // 2], b"\0" * len(good), None)
+    for number, damage in enumerate(damages):
         if damage is None:
             store.delete(path)
         else:
             store.put(path, damage)
-        loader = _loader(_reader(store, data_set, tmp_path))
+        loader = _loader(_reader(store, data_set, tmp_path / str(number)))
         with pytest.raises(
             DataError, match=f"{path}: its (bytes are not those of its manifest|manifest names it and it is gone)"
         ):
-            [loader.batch(step) for step in range(10)]
+            [loader.batch(step) for step in range(12)]
     store.put(path, good)  # mended: the same loader goes on, a failure is not remembered
     assert [loader.batch(step) for step in range(10)]
 
 
-def test_a_caption_that_the_tar_lacks_is_refused(file_store, tmp_path):
+def test_a_manifest_with_more_rows_than_its_index_is_refused(file_store, tmp_path):
     latents, text = made.write_data_set(file_store)
-    other = made.write_text(file_store, "elsewhere", 0, 10)
-    first = text.shards[0]
-    file_store.put(f"text/{first.stem}.tar", file_store.get(f"elsewhere/{other.stem}.tar"))
-    lying = first.model_copy(update={"digest": other.digest})
-    reader = _reader(file_store, (latents, text.model_copy(update={"shards": [lying, *text.shards[1:]]})), tmp_path)
-    with pytest.raises(DataError, match="is in the index, not in the tar"):
-        reader.decoded(0)
+    first = latents.shards[0]
+    lying = first.model_copy(update={"buckets": first.buckets | {"64x48": first.buckets["64x48"] + 1}})
+    text = text.model_copy(update={"shards": [s.model_copy(update={"buckets": {}}) for s in text.shards]})
+    latents = latents.model_copy(update={"shards": [lying, *latents.shards[1:]]})
+    with pytest.raises(DataError, match="its index has [0-9]+ rows of 64x48 px with a caption, its manifest more"):
+        [_loader(_reader(file_store, (latents, text), tmp_path)).batch(step) for step in range(10)]
+
+
+def test_an_index_of_an_earlier_version_is_refused(file_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(made, "LATENTS_SCHEMA", pa.schema([*made.LATENTS_SCHEMA][:2]))
+    data_set = made.write_data_set(file_store)
+    with pytest.raises(DataError, match="its index is of an earlier version; run the encode stage again"):
+        _reader(file_store, data_set, tmp_path).open([0])

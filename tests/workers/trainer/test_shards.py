@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,24 +11,30 @@ import torch
 from fake_training import TOKENS, FakeLoader, make_job
 from safetensors.torch import save
 
-from sd3core.data.encoded_shards import pin_null
-from sd3core.data.manifest import Manifest, ManifestRef, ShardEntry, commit_manifest
+from sd3core.data.encoded_shards import FILE_DIGEST, pin_null
+from sd3core.data.manifest import Manifest, ManifestRef, commit_manifest
 from sd3core.data.shards import Sample, shard_stem, write_shard
-from sd3core.data.store import open_store
+from sd3core.data.store import FileStore, open_store
+from sd3core.data.uncaptioned import read_uncaptioned, record_uncaptioned
 from sd3core.errors import DataError
 from sd3core.recipe import Text
+from workers.shard_stage import _entry
 from workers.trainer.loop import RankContext, draw_inputs, read_null
 from workers.trainer.shards import open_shards
 
 CPU = torch.device("cpu")
-TEXT_SCHEMA = pa.schema([("kind", pa.string()), ("caption_id", pa.string())])
+SCHEMAS = {
+    "latents": pa.schema([("bucket", pa.string()), ("split", pa.string()), FILE_DIGEST]),
+    "text": pa.schema([("kind", pa.string()), ("caption_id", pa.string()), FILE_DIGEST]),
+}
 
 
 def _latents(numbers: range):
     for i, image in zip(numbers, FakeLoader(40, 0, 1).batch(0).latent[numbers.start : numbers.stop], strict=True):
         split = "held_out" if i % 5 == 0 else "train"
         data = save({"latent": image.contiguous()})
-        yield Sample(f"k{i}", {"safetensors": data}, {"bucket": "64x64", "split": split})
+        row = {"bucket": "64x64", "split": split, "sha256": hashlib.sha256(data).digest()}
+        yield Sample(f"k{i}", {"safetensors": data}, row)
 
 
 def _text(numbers: range):
@@ -34,15 +42,19 @@ def _text(numbers: range):
     for i in numbers:
         if i != 7:  # an image without a caption
             data = features.index(i).to_bytes("reference")
-            yield Sample(f"c{i}", {"safetensors": data}, {"key": f"k{i}", "kind": "original", "caption_id": f"c{i}"})
+            row = {"key": f"k{i}", "kind": "original", "caption_id": f"c{i}", "sha256": hashlib.sha256(data).digest()}
+            yield Sample(f"c{i}", {"safetensors": data}, row)
 
 
-def _write(store, stage, samples_of, schema):
+def _write(store, stage, samples_of):
     folder, entries = f"datasets/d/{stage}/0", []
     for number in range(2):
-        stem = shard_stem(number, f"{number:012d}")
-        done = write_shard(store, folder, stem, samples_of(range(20 * number, 20 * number + 20)), [], schema)
-        entries.append(ShardEntry(number=number, stem=stem, rows=done.rows, bytes=done.bytes, digest=done.digest))
+        stem, counts = shard_stem(number, f"{number:012d}"), {"64x64": 20, "64x64 held out": 4}
+        if stage == "text":
+            counts = {"without caption": 1} if number == 0 else {}
+        rows = range(20 * number, 20 * number + 20)
+        done = write_shard(store, folder, stem, samples_of(rows), [], SCHEMAS[stage], counts=counts)
+        entries.append(_entry(done))
     return commit_manifest(
         store, folder, Manifest(stage=stage, spec="0", fields={}, inputs={"raw": "r"}, folder=folder, shards=entries)
     )
@@ -51,11 +63,8 @@ def _write(store, stage, samples_of, schema):
 @pytest.fixture
 def job(tmp_path):
     store = open_store(str(tmp_path / "store"))
-    latents_schema = pa.schema([("bucket", pa.string()), ("split", pa.string())])
-    data = {
-        "latents": _write(store, "latents", _latents, latents_schema),
-        "text_features": _write(store, "text", _text, TEXT_SCHEMA),
-    }
+    data = {"latents": _write(store, "latents", _latents), "text_features": _write(store, "text", _text)}
+    record_uncaptioned(store, data["latents"], data["text_features"])
     null = FakeLoader(8, 0, 1).batch(0).text.index(0)
     store.put(f"{data['text_features'].folder}/NULL.safetensors", null.to_bytes("reference"))
     pin_null(store, data["text_features"].folder)
@@ -97,3 +106,20 @@ def test_named_samples_whatever_their_split(job):
     assert torch.equal(batch.latent, whole.latent[[25, 3, 0]])
     assert torch.equal(batch.text.t5, whole.text.t5[[25, 3, 0]])
     assert loader.samples([]) == []
+
+
+def test_rows_without_a_caption_are_recorded_once_and_a_rank_reads_no_index_to_begin(job, monkeypatch):
+    store, asked, real = open_store(job.store), [], FileStore.get
+    monkeypatch.setattr(FileStore, "get", lambda self, path: (asked.append(path), real(self, path))[1])
+    pair = job.latents, job.text_features
+    assert read_uncaptioned(store, *pair) == {0: {"64x64": [1, 0]}}
+    asked.clear()
+    record_uncaptioned(store, *pair)  # it stands
+    open_shards(job, store, RankContext(0, 1, CPU, 1), lambda message: None)
+    assert not [path for path in asked if path.endswith(".parquet")] and len(asked) <= 6
+    [record] = [entry.path for entry in store.list() if "UNCAPTIONED" in entry.path]
+    store.put(record, store.get(record).replace(b"1,", b"2,"))
+    with pytest.raises(DataError, match="UNCAPTIONED.*not there or damaged; run the encode stage: it writes it again"):
+        open_shards(job, store, RankContext(0, 1, CPU, 1), lambda message: None)
+    record_uncaptioned(store, *pair)
+    assert read_uncaptioned(store, *pair) == {0: {"64x64": [1, 0]}}
