@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from sd3core.data.folder_source import Tell
 from sd3core.data.images import BARE_CMYK, TRANSPARENT, UNKNOWN_COLOURS
-from sd3core.data.ingest import IngestWorker, list_source
+from sd3core.data.ingest import HELD_OUT_ROWS, IngestWorker, list_source
 from sd3core.data.manifest import read_manifest
-from sd3core.data.shards import DoneRecord, read_shard_index
+from sd3core.data.shards import DoneRecord
 from sd3core.data.store import Store
 from sd3core.progress import ProgressCallback
 from sd3core.recipe import Data, Recipe
@@ -47,13 +47,9 @@ def _images_used(store: Store, data: Data, result: StageResult) -> list[str]:
     if data.source != "folder":
         return []
     manifest = read_manifest(store, result.manifest.folder, result.manifest.digest)
-    splits = [
-        split
-        for shard in manifest.shards
-        for split in read_shard_index(store, manifest.folder, shard.stem, shard.index_digest)["split"].to_pylist()
-    ]
     found = manifest.rows + sum(manifest.failed_reasons.values())
-    return [f"{manifest.rows:,} of {counted(found, 'image')} used, {splits.count('held_out'):,} held out"]
+    held_out = manifest.buckets.get(HELD_OUT_ROWS, 0)
+    return [f"{manifest.rows:,} of {counted(found, 'image')} used, {held_out:,} held out"]
 
 
 def _notes_of_pictures(store: Store, data: Data, result: StageResult) -> list[str]:

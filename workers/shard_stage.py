@@ -274,7 +274,7 @@ def _left_out(store: Store, manifest: Manifest, unit: str) -> list[str]:
                 for row in read_shard_done(store, manifest.folder, entry.stem).failed:
                     names.setdefault(row.reason, []).append(row.key)
     return [
-        left_out_line(unit, count, reason) + (f": {some(names[reason], count)}" if names[reason] else "")
+        left_out_line(unit, count, reason) + (f": {some(sorted(names[reason]), count)}" if names[reason] else "")
         for reason, count in sorted(manifest.failed_reasons.items())
     ]
 

@@ -1,7 +1,8 @@
 """Ingest: where images and captions come from, cut into shards of raw samples.
 
 A source is listed once, on one machine; each shard is then written by any worker. A shard's digest names its content,
-so a changed image or caption gives another shard, and one that stands is not made again.
+so a changed image or caption gives another shard, and one that stands is not made again. A folder's files go to shards by a
+hash of their keys, so that a file more or less touches one shard, and a shard has something of everything.
 """
 
 from __future__ import annotations
@@ -11,15 +12,27 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image
 
 from sd3core.data.folder_source import FolderItem, Tell, list_folder
 from sd3core.data.images import DecodedImage, PixelRules, naming, read_picture
-from sd3core.data.shards import DoneRecord, FailedRow, Sample, is_held_out, parts_digest, shard_stem, write_shard
+from sd3core.data.shards import (
+    IMAGE_DIGEST,
+    DoneRecord,
+    FailedRow,
+    Sample,
+    is_held_out,
+    parts_digest,
+    shard_stem,
+    short_digest,
+    write_shard,
+)
+from sd3core.data.slices import deal_slices, slice_hash
 from sd3core.data.store import open_store
 from sd3core.errors import DataError, UserError, with_mend
 from sd3core.recipe import Data
@@ -36,6 +49,8 @@ RAW_SCHEMA = pa.schema(
         ("split", pa.string()),
     ]
 )
+FILES_SCHEMA = RAW_SCHEMA.append(pa.field(IMAGE_DIGEST, pa.string()))  # a scene's key names its picture already
+HELD_OUT_ROWS = "held out"  # counted in the record of a shard of files
 ASPECT, DESCRIBE = 2, 1  # purposes of scene_rng besides drawing, which is 0
 
 
@@ -67,11 +82,17 @@ def list_source(
     for note in notes:
         tell(note)
     root = str(Path(data.folder).expanduser().resolve())
-    parts = [tuple(items[start : start + data.rows_per_shard]) for start in range(0, len(items), data.rows_per_shard)]
     return [
         SourceShard(number, parts_digest(*(part for item in shard for part in item.content())), shard, root=root)
-        for number, shard in enumerate(parts)
+        for number, shard in _slices_of(items, data.rows_per_shard)
     ]
+
+
+def _slices_of(items: list[FolderItem], rows: int) -> Iterator[tuple[int, tuple[FolderItem, ...]]]:
+    """(slice's number, its items by key), by number."""
+    hashes = np.array([slice_hash(item.key) for item in items], dtype=np.uint64)
+    for number, positions in deal_slices(hashes, rows).items():
+        yield number, tuple(sorted((items[i] for i in positions), key=lambda item: item.key))
 
 
 def _list_small_world(data: Data, seed: int) -> list[SourceShard]:
@@ -116,9 +137,10 @@ class IngestWorker:
         self.progress = 0
         failed: list[FailedRow] = []
         notes: Counter[str] = Counter()
-        samples = self._scenes(shard) if self.data.source == "small_world" else self._files(shard, failed, notes)
-        stem = shard_stem(shard.number, shard.digest)
-        return write_shard(self.store, self.folder, stem, samples, failed, RAW_SCHEMA, counts=notes)
+        drawn = self.data.source == "small_world"
+        samples = self._scenes(shard) if drawn else self._files(shard, failed, notes)
+        stem, schema = shard_stem(shard.number, shard.digest), RAW_SCHEMA if drawn else FILES_SCHEMA
+        return write_shard(self.store, self.folder, stem, samples, failed, schema, counts=notes)
 
     def _scenes(self, shard: SourceShard) -> Iterator[Sample]:
         for index in shard.items:
@@ -136,8 +158,9 @@ class IngestWorker:
         for item in shard.items:
             try:
                 picture, extension, stored = _usable_image(self.data, Path(shard.root), item)
-                notes.update(picture.notes)
-                yield self._sample(item.key, extension, stored, picture.image.size, item.caption, item.name)
+                sample = self._sample(item.key, extension, stored, picture.image.size, item.caption, item.name)
+                notes.update([*picture.notes, *([HELD_OUT_ROWS] if sample.row["split"] == "held_out" else [])])
+                yield replace(sample, row=sample.row | {IMAGE_DIGEST: short_digest(stored)})
             except DataError as error:
                 failed.append(FailedRow(key=item.named, reason=str(error)))
             self.progress += 1

@@ -27,6 +27,7 @@ from sd3core.specs import DONE, INDEX, TABLE, TAR
 
 TAR_BLOCK = tarfile.BLOCKSIZE
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")  # of the image in a raw sample
+IMAGE_DIGEST = "image_digest"  # index column: the short digest of the stored image that a row is, or was made from
 
 
 class FailedRow(BaseModel):
@@ -70,6 +71,11 @@ def parts_digest(*parts: str | bytes) -> str:
         data = part.encode() if isinstance(part, str) else part
         total.update(len(data).to_bytes(8, "big") + data)
     return total.hexdigest()[:12]
+
+
+def short_digest(data: bytes) -> str:
+    """128 bits of the SHA-256, in hex digits: for columns of many rows."""
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def sample_id(key: str) -> int:
