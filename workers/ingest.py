@@ -11,13 +11,12 @@ from sd3core.data.folder_source import Tell
 from sd3core.data.images import BARE_CMYK, TRANSPARENT, UNKNOWN_COLOURS
 from sd3core.data.ingest import HELD_OUT_ROWS, IngestWorker, list_source
 from sd3core.data.manifest import read_manifest
-from sd3core.data.shards import DoneRecord
 from sd3core.data.store import Store
 from sd3core.progress import ProgressCallback
 from sd3core.recipe import Data, Recipe
 from sd3core.specs import raw_fields, raw_folder
 from sd3core.words import counted
-from workers.shard_stage import ShardStage, ShardTask, run_shard_stage
+from workers.shard_stage import MadeShard, ShardStage, ShardTask, run_shard_stage
 from workers.stage import StageResult
 
 
@@ -69,9 +68,9 @@ class IngestShard:
     def __init__(self, **settings) -> None:
         self.worker = IngestWorker(**settings)
 
-    def __call__(self, task: ShardTask) -> DoneRecord:
+    def __call__(self, task: ShardTask) -> MadeShard:
         self.worker.progress = 0
-        return self.worker(task.source)
+        return MadeShard(self.worker(task.source))
 
     @property
     def progress(self) -> int:

@@ -3,7 +3,8 @@
 What is missing is made, then the manifest is committed.
 
 The store decides what is done: a stage whose manifest stands and matches is skipped, on any machine and in any run;
-otherwise one listing tells which shards are missing, and only those are made.
+otherwise one listing tells which shards are missing, and only those are made. What is made again is told where its rows were
+before (`ShardTask.earlier`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sd3core.data.begun import begin
 from sd3core.data.manifest import Manifest, ManifestRef, ShardEntry, commit_manifest, is_whole, read_manifest
-from sd3core.data.shards import DoneRecord, finished_stems, read_shard_done, shard_stem
+from sd3core.data.shards import DoneRecord, finished_stems, read_shard_done, shard_number, shard_stem
+from sd3core.data.slices import earlier_slices
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError
 from sd3core.progress import Progress, ProgressCallback, ProgressMeter
@@ -38,6 +40,7 @@ from workers.stage import (
 )
 
 NAMED_FAILURES = 5  # shards that an error names
+UNNAMED_EARLIER = 4  # shards that the manifest does not name and that are looked at for rows, too
 TELL_AFTER_S = 60.0  # of a stage at work: what a shorter one leaves out is told at its end alone
 
 
@@ -52,10 +55,21 @@ class ShardTask:
     folder: str  # of the output, in the store
     rows: int  # for progress
     source: Any = None
+    earlier: tuple[str, ...] = ()  # stems of finished shards of the folder that may hold rows of this one
 
     @property
     def stem(self) -> str:
         return shard_stem(self.number, self.digest)
+
+
+@dataclass(frozen=True)
+class MadeShard:
+    """What a worker answers."""
+
+    record: DoneRecord
+    copied: int = 0  # of its units, those that stood in earlier shards
+    made: int = 0  # those that did not
+    told: tuple[str, ...] = ()  # earlier shards that were of no use
 
 
 @dataclass(frozen=True)
@@ -87,7 +101,7 @@ def run_shard_stage(
     compute: Compute,
     report: ProgressCallback,
 ) -> StageResult:
-    """Makes what is missing of one stage. The worker is called with a ShardTask and returns the shard's DoneRecord.
+    """Makes what is missing of one stage. The worker is called with a ShardTask and returns a MadeShard.
 
     Raises StageFailed naming the shards given up and why, when all others are done; then no manifest is committed.
     """
@@ -160,7 +174,7 @@ class _Tally:
             given_up = f"shard {task.stem} given up: {outcome.error}"
             self._show(given_up, given_up)
             return
-        self.left_out.update((self.units[task.folder], row.reason) for row in outcome.result.failed)
+        self.left_out.update((self.units[task.folder], row.reason) for row in outcome.result.record.failed)
         self._show(f"shard {done}/{total}", self._new_reasons())
 
     def _new_reasons(self) -> str:
@@ -211,7 +225,31 @@ def _look(store: Store, run: str, stage: ShardStage) -> _State:
     standing = [manifest for manifest in candidates if manifest is not None]
     matching = [manifest for manifest in standing if _matches(manifest, stage)]
     chosen = (matching or standing or [None])[0]
+    missing = _with_earlier(stage, missing, newest or chosen, finished)
     return _State(stage, note, chosen, missing, bool(matching), chosen is newest, damaged)
+
+
+def _with_earlier(
+    stage: ShardStage, missing: list[ShardTask], standing: Manifest | None, finished: dict[str, float]
+) -> list[ShardTask]:
+    """The missing shards, each with those that may hold its rows: the manifest's, then what else is finished, newest first."""
+    if not missing or not finished:
+        return missing
+    named = [entry.stem for entry in standing.shards if entry.stem in finished] if standing else []
+    others = sorted(finished.keys() - set(named) - set(stage.stems), key=lambda stem: -finished[stem])
+    of_manifest, unnamed = (_earlier_stems(stage, missing, stems) for stems in (named, others))
+    return [
+        replace(task, earlier=(*of_manifest[task.number], *unnamed[task.number][:UNNAMED_EARLIER])) for task in missing
+    ]
+
+
+def _earlier_stems(stage: ShardStage, missing: list[ShardTask], stems: list[str]) -> dict[int, list[str]]:
+    """Number of a missing shard -> those of the stems where its rows may be."""
+    by_number: dict[int, list[str]] = {}
+    for stem in stems:
+        by_number.setdefault(shard_number(stem), []).append(stem)
+    places = earlier_slices((task.number for task in missing), by_number, (task.number for task in stage.tasks))
+    return {number: [stem for other in numbers for stem in by_number[other]] for number, numbers in places.items()}
 
 
 def _matches(manifest: Manifest, stage: ShardStage) -> bool:
@@ -245,7 +283,8 @@ def _conclude(
             reason = f"{state.damaged} or its copy was damaged, and is written again" + (
                 f"; {reason}" if made_here else ""
             )
-        manifest = _build_manifest(store, state, {outcome.task.stem: outcome.result for outcome in made_here})
+        reason += _rows_made(made_here, stage.unit)
+        manifest = _build_manifest(store, state, {outcome.task.stem: outcome.result.record for outcome in made_here})
         reference = commit_manifest(store, stage.folder, manifest, made_by(made_here, actors))
         store.remove_abandoned(stage.folder)
     remember_stage(store, run, stage.name, stage.folder, reference.digest, stage.fields)
@@ -260,8 +299,14 @@ def _conclude(
         made=len(made_here),
         rows=manifest.rows,
         bytes=manifest.bytes,
-        warnings=_left_out(store, manifest, stage.unit),
+        warnings=[*_left_out(store, manifest, stage.unit), *(line for o in made_here for line in o.result.told)],
     )
+
+
+def _rows_made(made_here: list[Outcome[ShardTask]], unit: str) -> str:
+    """How many of the shards' rows were made, where some were taken from earlier shards."""
+    copied, made = (sum(getattr(o.result, name) for o in made_here) for name in ("copied", "made"))
+    return f"; {counted(made, unit)} made, {copied:,} taken over as they were" if copied else ""
 
 
 def _left_out(store: Store, manifest: Manifest, unit: str) -> list[str]:

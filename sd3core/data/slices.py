@@ -46,8 +46,8 @@ def _slices(hashes: np.ndarray, rows: int) -> Iterator[tuple[int, int, int]]:
 def earlier_slices(wanted: Iterable[int], standing: Iterable[int], today: Iterable[int]) -> dict[int, list[int]]:
     """Number of a slice -> those of `standing`, where its rows were before.
 
-    That is the slice itself, or what it was split from, or what was put together to it: slices that are no more in `today`.
-    Numbers that only count have the same number.
+    That is the slice itself, or what was put together to it, or the nearest that it was split from: slices that are no more in
+    `today`. Numbers that only count have the same number.
     """
     standing, today = set(standing), set(today)
     gone = standing - today
@@ -56,7 +56,7 @@ def earlier_slices(wanted: Iterable[int], standing: Iterable[int], today: Iterab
         for above in _above(number):
             parts.setdefault(above, []).append(number)
     return {
-        number: [number] if number in standing else parts.get(number) or [n for n in _above(number) if n in gone]
+        number: [number] if number in standing else parts.get(number) or [n for n in _above(number) if n in gone][:1]
         for number in wanted
     }
 
