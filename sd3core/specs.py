@@ -159,6 +159,8 @@ MANIFEST = "MANIFEST.json"  # of a stage's folder: written last, it says that al
 MANIFEST_COPY = "MANIFEST."  # so begin the names of the copies that stay
 DONE_FILE = "DONE.json"  # of a checkpoint, and of reference features: written last
 DONE, INDEX, TAR, TABLE = ".done.json", ".index.parquet", ".tar", ".parquet"  # of a shard: its stem and these
+SEEN = ".seen.json.gz"  # of a raw shard, its stem and this: what was seen of its files
+SEEN_FOLDER = "FOLDER."  # so begins the name of what was seen of a folder as a whole
 SCORES_FILE = "scores.json"
 
 

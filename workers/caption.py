@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 from PIL.Image import Image
 
+from sd3core.data.earlier_rows import EarlierRows, row_name
 from sd3core.data.images import PixelRules, decode_image, naming
 from sd3core.data.manifest import ManifestRef, read_manifest
 from sd3core.data.shards import FailedRow, write_table
@@ -16,13 +17,11 @@ from sd3core.errors import DataError
 from sd3core.progress import ProgressCallback
 from sd3core.recipe import Caption, Recipe
 from sd3core.specs import captions_fields, captions_folder
-from workers.earlier_rows import EarlierRows
 from workers.inputs import (
     actor_device,
     image_digest,
     input_shards,
     read_input_index,
-    row_name,
     shard_images,
     with_image_digest,
 )
@@ -73,7 +72,7 @@ class CaptionWorker:
         names = {row["key"]: row_name(row) for row in index.to_pylist()}
         rows: dict[str, dict[str, str]] = {}  # by key
         failed: list[FailedRow] = []
-        with EarlierRows(self.store, task) as earlier:
+        with EarlierRows(self.store, task.folder, task.earlier) as earlier:
             stood = earlier.find_in_tables(set(names.values()), row_name)
         batch: list[tuple[str, Image]] = []
         for key, data in shard_images(self.store, task.source):

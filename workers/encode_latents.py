@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from sd3core.buckets import Side, bucket_name, bucket_side, nearest_bucket
+from sd3core.data.earlier_rows import EarlierRow, EarlierRows, RowName, row_name
 from sd3core.data.encoded_shards import FEATURES, LATENT_SCHEMA, latent_bytes
 from sd3core.data.images import Crop, PixelRules, crop_to, decode_image, enlargement, naming, to_model_range
 from sd3core.data.manifest import ManifestRef
@@ -23,14 +24,11 @@ from sd3core.errors import DataError
 from sd3core.progress import ProgressCallback, ignore_progress
 from sd3core.towers.artifact import fetch_towers
 from workers.caches import towers_cache
-from workers.earlier_rows import EarlierRow, EarlierRows
 from workers.inputs import (
     InputShard,
-    RowName,
     image_digest,
     map_ahead,
     read_input_index,
-    row_name,
     shard_images,
     with_image_digest,
 )
@@ -91,7 +89,7 @@ class LatentsWorker:
         rows = {row["key"]: row for row in index.to_pylist()}
         failed: list[FailedRow] = []
         counts: Counter[str] = Counter()
-        with EarlierRows(self.store, task) as earlier:
+        with EarlierRows(self.store, task.folder, task.earlier) as earlier:
             stood = earlier.find({row_name(row) for row in rows.values()}, row_name)
             samples = self._samples(task.source, rows, stood, failed, counts)
             schema = with_image_digest(LATENT_SCHEMA, index)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sd3core.conditioning import ENCODERS, TextFeatures
+from sd3core.data.earlier_rows import EarlierRow, EarlierRows
 from sd3core.data.encoded_shards import FEATURES, NULL_FILE, ORIGINAL, SYNTHETIC, TEXT_SCHEMA, caption_id
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.shards import TAR_BLOCK, FailedRow, Sample, read_shard_done, write_shard
@@ -22,7 +23,6 @@ from sd3core.recipe import Text
 from sd3core.specs import DONE
 from sd3core.towers.artifact import fetch_towers
 from workers.caches import towers_cache
-from workers.earlier_rows import EarlierRow, EarlierRows
 from workers.inputs import InputShard, read_input_index, read_input_table
 from workers.shard_stage import MadeShard, ShardTask
 
@@ -70,7 +70,7 @@ class TextWorker:
         failed: list[FailedRow] = []
         counts: Counter[str] = Counter()
         uses = _distinct(self._captions(task.source))
-        with EarlierRows(self.store, task) as earlier:
+        with EarlierRows(self.store, task.folder, task.earlier) as earlier:
             stood = earlier.find({caption_id(caption) for caption in uses}, lambda row: row["caption_id"])
             samples = self._samples(uses, task.rows, failed, counts, stood)
             record = write_shard(self.store, task.folder, task.stem, samples, failed, TEXT_SCHEMA, counts=counts)

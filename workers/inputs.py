@@ -9,10 +9,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 
+from sd3core.data.earlier_rows import RowName
 from sd3core.data.manifest import Manifest
 from sd3core.data.shards import IMAGE_DIGEST, image_of, read_raw_samples, read_shard_index, read_table
 from sd3core.data.store import Store
@@ -51,16 +52,6 @@ def read_input_index(store: Store, shard: InputShard) -> pa.Table:
 
 def read_input_table(store: Store, shard: InputShard) -> pa.Table:
     return read_table(store, shard.folder, shard.stem, shard.digest)
-
-
-RowName = tuple[
-    str, str | None
-]  # key, and short digest of the image; None in the drawn world, where a key is one image
-
-
-def row_name(row: dict[str, Any]) -> RowName:
-    """What says that a row is of the same image: for rows of a raw index, and of what is made from it."""
-    return row["key"], row.get(IMAGE_DIGEST)
 
 
 def image_digest(name: RowName) -> dict[str, str]:

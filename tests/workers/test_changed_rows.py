@@ -228,7 +228,7 @@ def test_an_earlier_shard_that_is_damaged_is_told_and_its_rows_are_made_again(se
     again = run_stages(recipe, store)
     assert seen.take() == (1, 21, 2)
     for path, latents in zip(paths, (again.latents, again.buckets), strict=True):
-        assert f"{store.uri(path)}: damaged or gone; what it held of shard 0 is made again" in latents.warnings
+        assert f"{store.uri(path)}: damaged or gone; what was to be taken from it is made again" in latents.warnings
     assert not [line for result in (again.text, again.captions) for line in result.warnings if "damaged" in line]
     assert read_manifest(store, again.latents.manifest.folder).rows == 21
 

@@ -7,7 +7,7 @@ missing or damaged is told, and its rows are made again.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from sd3core.data.records import sha256_of
 from sd3core.data.shards import (
+    IMAGE_DIGEST,
     DoneRecord,
     not_of_its_manifest,
     read_samples,
@@ -28,7 +29,15 @@ from sd3core.data.shards import (
 from sd3core.data.store import Store, is_transient
 from sd3core.errors import DataError, StoreError
 from sd3core.specs import INDEX, TABLE, TAR
-from workers.shard_stage import ShardTask
+
+RowName = tuple[
+    str, str | None
+]  # key, and short digest of the image; None in the drawn world, where a key is one image
+
+
+def row_name(row: dict[str, Any]) -> RowName:
+    """What says that a row is of the same image: for rows of a raw index, and of what is made from it."""
+    return row["key"], row.get(IMAGE_DIGEST)
 
 
 @dataclass(frozen=True)
@@ -47,10 +56,10 @@ class EarlierRow:
 
 
 class EarlierRows:
-    """The rows of a task's earlier shards; a context, which ends what was fetched of them."""
+    """The rows of finished shards of a folder; a context, which ends what was fetched of them."""
 
-    def __init__(self, store: Store, task: ShardTask) -> None:
-        self.store, self.task = store, task
+    def __init__(self, store: Store, folder: str, stems: Sequence[str]) -> None:
+        self.store, self.folder, self.stems = store, folder, stems
         self.told: list[str] = []  # a line for each shard that was no use
 
     def __enter__(self) -> Self:
@@ -65,7 +74,7 @@ class EarlierRows:
     ) -> dict[Hashable, EarlierRow]:
         """Which of the `wanted` stand in earlier tars, by what `named` makes of an index row."""
         found: dict[Hashable, EarlierRow] = {}
-        for stem in self.task.earlier:
+        for stem in self.stems:
             for done, index in self._whole(stem, INDEX, read_shard_index):
                 rows = {named(row): row for row in reversed(index.to_pylist())}  # the first of each is the one
                 here = rows.keys() & (wanted - found.keys())
@@ -78,7 +87,7 @@ class EarlierRows:
     ) -> dict[Hashable, dict[str, Any]]:
         """Which of the `wanted` stand in earlier tables."""
         found: dict[Hashable, dict[str, Any]] = {}
-        for stem in self.task.earlier:
+        for stem in self.stems:
             for _, table in self._whole(stem, TABLE, read_table):
                 rows = {named(row): row for row in table.to_pylist()}
                 found |= {name: rows[name] for name in rows.keys() & (wanted - found.keys())}
@@ -88,10 +97,9 @@ class EarlierRows:
         self, stem: str, suffix: str, read: Callable[[Store, str, str, str], pa.Table]
     ) -> Iterator[tuple[DoneRecord, pa.Table]]:
         """The done record and the index or table of an earlier shard; nothing where one of them is damaged or gone."""
-        folder = self.task.folder
         try:
-            done = read_shard_done(self.store, folder, stem)
-            rows = read(self.store, folder, stem, done.files.get(suffix, ""))
+            done = read_shard_done(self.store, self.folder, stem)
+            rows = read(self.store, self.folder, stem, done.files.get(suffix, ""))
         except (DataError, StoreError) as error:
             self._of_no_use(stem, suffix, error)
         else:
@@ -99,7 +107,7 @@ class EarlierRows:
 
     def _tars(self, stem: str, done: DoneRecord) -> Iterator[Path]:
         """The earlier shard's tar on this machine, its digest compared; nothing where it is damaged or gone."""
-        path = f"{self.task.folder}/{stem}{TAR}"
+        path = f"{self.folder}/{stem}{TAR}"
         try:
             local = self.store.local_path(path)
             if local is None:
@@ -117,5 +125,5 @@ class EarlierRows:
         """Tells of it. Raises the error of a store that cannot be reached: it says nothing of the shard."""
         if is_transient(error):
             raise error
-        uri = self.store.uri(f"{self.task.folder}/{stem}{suffix}")
-        self.told.append(f"{uri}: damaged or gone; what it held of shard {self.task.number} is made again")
+        uri = self.store.uri(f"{self.folder}/{stem}{suffix}")
+        self.told.append(f"{uri}: damaged or gone; what was to be taken from it is made again")
