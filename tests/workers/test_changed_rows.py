@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -14,7 +15,9 @@ from PIL import Image
 
 import workers.shard_stage
 from sd3core.conditioning import ENCODERS, TextFeatures
-from sd3core.data.manifest import ManifestRef, ShardEntry, read_manifest
+from sd3core.data.manifest import Manifest, ManifestRef, ShardEntry, read_manifest
+from sd3core.data.shards import parts_digest
+from sd3core.data.slices import deal_slices
 from sd3core.data.store import Store, open_store
 from sd3core.progress import ignore_progress
 from sd3core.recipe import Recipe
@@ -23,6 +26,7 @@ from sd3core.towers.artifact import TOWER_FOLDERS
 from workers.caption import caption_stage
 from workers.encode import encode_stage
 from workers.ingest import ingest_stage
+from workers.shard_stage import ShardStage, ShardTask, _with_earlier
 from workers.stage import NOTHING_TO_DO, StageResult
 
 IMAGES, ROWS_PER_SHARD = 2_000, 64
@@ -265,3 +269,39 @@ def test_a_drawn_world_that_grows_makes_its_new_scenes_alone(seen, tmp_path):
     grown = run_stages(recipe(30), store)
     assert seen.take()[:2] == (10, 10)
     assert grown.shards(store) == run_stages(recipe(30), other).shards(other)
+
+
+def test_planning_what_is_missing_of_100_000_shards_takes_seconds():
+    """One image more: of all shards one is missing, and one earlier one may hold its rows; a tenth more: most split, and each half
+    is told the one that it was part of.
+    """
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**64, 570_000, dtype=np.uint64)
+
+    def stage(keys: np.ndarray) -> ShardStage:
+        tasks = [
+            ShardTask(number, parts_digest(np.sort(keys[places]).tobytes()), "f", len(places))
+            for number, places in deal_slices(keys, 8).items()
+        ]
+        return ShardStage("text", "text", "f", {}, {}, tasks)
+
+    before = stage(hashes)
+    assert len(before.tasks) > 95_000
+    entries = [ShardEntry(number=t.number, stem=t.stem, rows=t.rows, bytes=1, digest="0") for t in before.tasks]
+    standing = Manifest(stage="text", spec="0", fields={}, inputs={}, folder="f", shards=entries)
+    finished = dict.fromkeys(before.stems, 0.0)
+
+    def planned(after: ShardStage) -> list[ShardTask]:
+        started = time.process_time()
+        missing = [task for task in after.tasks if task.stem not in finished]
+        missing = _with_earlier(after, missing, standing, finished)
+        assert time.process_time() - started < 20
+        return missing
+
+    one_more = planned(stage(np.append(hashes, np.uint64(12345))))
+    assert len(one_more) <= 2 and all(len(task.earlier) == 1 for task in one_more)
+    tenth_more = planned(stage(np.append(hashes, rng.integers(0, 2**64, 57_000, dtype=np.uint64))))
+    assert len(tenth_more) > 40_000
+    told = [len(task.earlier) for task in tenth_more]
+    # None is where a half was empty before: all its rows are new.
+    assert set(told) == {0, 1} and told.count(0) < 0.05 * len(told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -276,3 +277,48 @@ def test_a_shard_whose_done_record_is_lost_is_made_again_though_its_files_stand(
     store.delete(f"{first.manifest.folder}/{entry.stem}.done.json")
     again = ingest(folder, store)
     assert (again.made, again.manifest) == (1, first.manifest)
+
+
+class Killed(BaseException):
+    """As a kill, it is caught by nobody."""
+
+
+def test_a_run_that_is_killed_at_any_write_goes_on(folder, store, opened, tmp_path, monkeypatch):
+    """Before every single object that it writes: the same command makes the rest, and what a first run would have made."""
+    fill(folder, 12)
+    ingest(folder, store)
+    write(folder / "new.png", 200)
+    write(folder / "0007.txt", "another caption", LONG_AGO_S + 1)
+    (folder / "0003.png").unlink()
+    expected = ingest(folder, open_store(str(tmp_path / "other"))).manifest
+    writes: list[str] = []
+
+    def killed_at_last(really):
+        def put(self, path, what):
+            if len(writes) == kill_at:
+                raise Killed
+            writes.append(path)
+            really(self, path, what)
+
+        return put
+
+    kill_at, killed = 0, True
+    while killed:
+        copy = tmp_path / f"store-{kill_at}"
+        shutil.copytree(store.local_path("datasets").parent, copy)
+        writes.clear()
+        with monkeypatch.context() as patch:
+            for name in ("put", "put_file"):
+                patch.setattr(type(store), name, killed_at_last(getattr(type(store), name)))
+            try:
+                ingest(folder, open_store(str(copy)))
+                killed = False
+            except Killed:
+                pass
+        opened.clear()
+        again = ingest(folder, open_store(str(copy)))
+        assert again.manifest == expected and opened <= {"new.png", "0007.txt"}
+        opened.clear()
+        assert ingest(folder, open_store(str(copy))).skipped and not opened
+        kill_at += 1
+    assert kill_at > 10 and len({path for path in writes if path.endswith(".seen.json.gz")}) >= 2
