@@ -214,12 +214,14 @@ def _read_caption(root: Path, file: ListedFile) -> str:
 
 
 class FolderChanged(UserError):
-    """A file is not the one that was listed: a shard made from it would bear the wrong name. Not a reject, the shard
-    fails.
+    """A file is not the one that was listed, or has other bytes than were seen though its size and time are the same: a shard
+    made from it would bear the wrong name. Not a reject, the shard fails.
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(f"{path} changed since the folder was listed; run ingest again when it is at rest")
+        super().__init__(
+            f"{path} changed since the folder was listed; when it is at rest touch it and run ingest again"
+        )
 
 
 @contextmanager

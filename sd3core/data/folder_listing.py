@@ -168,8 +168,8 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _why_not(root: Path, entry: os.DirEntry) -> str:
-    """Why a link, or what is no file, is not taken; "" where it is. Links of caption files are looked at where they are read."""
-    if _suffix(entry.name) in WORDS_SUFFIXES:
+    """Why a link, or what is no file, is not taken; "" where it is, or where whoever reads it looks."""
+    if _suffix(entry.name) not in IMAGE_SUFFIXES and not is_metadata(entry.name):
         return ""
     if not is_inside(root, Path(entry.path)):
         return LINK_OUT

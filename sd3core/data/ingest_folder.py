@@ -42,6 +42,7 @@ from sd3core.words import NAMED
 
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # stored as they are; others become PNG
 FILES_SCHEMA = RAW_SCHEMA.append(pa.field(IMAGE_DIGEST, pa.string()))  # a scene's key names its picture already
+LOOKED_AT = 1_000  # images at most, for one that can be used, before workers start
 HELD_OUT_ROWS = "held out"  # counted in the record of a shard of files
 
 
@@ -225,10 +226,15 @@ def _changes(files: list[_File], before: dict[str, SeenRow]) -> SliceChanges:
 def check_usable(
     data: Data, listing: FolderListing, captions: FolderCaptions, slices: list[FolderSlice], captions_needed: bool
 ) -> None:
-    """One image that can be used is enough to begin; it is looked for before any worker starts. DataError where none is."""
+    """One image that can be used is enough to begin; it is looked for before any worker starts. DataError where none is.
+
+    Among many that are no use the workers look on.
+    """
     reasons: Counter[str] = Counter()
-    items = []
+    items: list[FolderItem] = []
     for image in (image for part in slices for image in part.images()):
+        if len(items) == LOOKED_AT:
+            return
         items.append(read_item(listing.root, image, data, captions_needed))
         try:
             usable_image(data, listing.root, items[-1])

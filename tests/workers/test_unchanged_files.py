@@ -17,7 +17,7 @@ from flows.redo import forget_from
 from sd3core.data.manifest import read_manifest
 from sd3core.data.shards import read_shard_index
 from sd3core.data.store import Store, open_store
-from sd3core.errors import DataError
+from sd3core.errors import DataError, UserError
 from sd3core.progress import ignore_progress
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
@@ -60,6 +60,11 @@ def store(tmp_path, monkeypatch) -> Store:
     return open_store(str(tmp_path / "store"))
 
 
+@pytest.fixture(params=["file", "s3"])
+def either_store(request, store) -> Store:
+    return store if request.param == "file" else open_store(f"s3://{request.getfixturevalue('s3_bucket')}/a/prefix")
+
+
 def write(path: Path, content: str | int, at: float = LONG_AGO_S) -> None:
     """A picture of a shade, or a file of words, last written to `at`."""
     if isinstance(content, int):
@@ -93,7 +98,8 @@ def captions(store: Store, result: StageResult) -> dict[str, str]:
     return {row["source"]: row["caption"] for row in rows}
 
 
-def test_a_second_run_opens_nothing_and_a_change_opens_what_changed(folder, store, opened):
+def test_a_second_run_opens_nothing_and_a_change_opens_what_changed(folder, either_store, opened):
+    store = either_store
     fill(folder, 100)
     (folder / "0003.png").write_bytes(b"no image")
     os.utime(folder / "0003.png", (LONG_AGO_S, LONG_AGO_S))
@@ -254,6 +260,18 @@ def test_a_folder_whose_last_usable_image_goes_is_an_error_each_time(folder, sto
     assert ingest(folder, store).rows == 1
 
 
+def test_among_many_that_are_no_use_the_workers_look_for_one_that_is(folder, store, monkeypatch):
+    """The driver opens few; where the workers find none either, the error counts all."""
+    monkeypatch.setattr("sd3core.data.ingest_folder.LOOKED_AT", 3)
+    for number in range(20):
+        write(folder / f"{number:04d}.png", "no image")
+        write(folder / f"{number:04d}.txt", "words")
+    with pytest.raises(DataError, match=r"no usable image \(20 rejected: not an image that can be read"):
+        ingest(folder, store)
+    write(folder / "0013.png", 13)
+    assert ingest(folder, store).rows == 1
+
+
 def test_a_right_that_comes_back_is_noticed(folder, store, monkeypatch):
     """It changes no size and no time of the file."""
     fill(folder, 3)
@@ -277,6 +295,28 @@ def test_a_shard_whose_done_record_is_lost_is_made_again_though_its_files_stand(
     store.delete(f"{first.manifest.folder}/{entry.stem}.done.json")
     again = ingest(folder, store)
     assert (again.made, again.manifest) == (1, first.manifest)
+
+
+def test_bytes_that_changed_under_the_same_size_and_time_are_named_where_they_are_needed(folder, store):
+    """The shard that had the old ones is gone, so the file is opened; its digest is that of the bytes before."""
+    fill(folder, 6)
+    write(folder / "plain.txt", "not compressed")
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(folder / "plain.bmp")
+    os.utime(folder / "plain.bmp", (LONG_AGO_S, LONG_AGO_S))
+    first = ingest(folder, store)
+    Image.new("RGB", (40, 40), (7, 7, 7)).save(folder / "plain.bmp")
+    os.utime(folder / "plain.bmp", (LONG_AGO_S, LONG_AGO_S))
+    assert ingest(folder, store).skipped
+    for entry in read_manifest(store, first.manifest.folder).shards:
+        store.delete(f"{first.manifest.folder}/{entry.stem}.tar")
+    for number in range(6):
+        write(folder / f"{number:04d}.txt", "another caption")
+    with pytest.raises(UserError, match=r"plain\.bmp changed since .*touch it and run ingest again"):
+        ingest(folder, store)
+    os.utime(folder / "plain.bmp", (LONG_AGO_S + 1, LONG_AGO_S + 1))
+    mended = ingest(folder, store)
+    assert mended.rows == 7 and "6 captions changed, 1 image changed: " in mended.reason
+    assert all("damaged or gone" in line for line in mended.warnings[:1])
 
 
 class Killed(BaseException):

@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from sd3core.data.folder_captions import FolderCaptions, ListedFile, ListedImage
-from sd3core.data.folder_listing import FolderListing, list_folder
+from sd3core.data.folder_listing import LINK_OUT, LINKED_FOLDER, FolderListing, list_folder
 from sd3core.data.folder_source import deal_folder
 from sd3core.errors import DataError
 
@@ -52,6 +52,20 @@ def test_names_sizes_and_times_are_listed_by_folder(folder):
     assert not list_folder(str(folder)).at_rest
     with pytest.raises(DataError, match="no such folder"):
         list_folder(str(folder / "nowhere"))
+
+
+def test_links_out_of_the_folder_are_not_followed_and_told_by_what_they_were_to_be(folder, tmp_path):
+    write(tmp_path / "outside" / "x.jpg", "secret")
+    write(tmp_path / "outside" / "metadata.jsonl", "{}")
+    for name in ("a.jpg", "metadata.jsonl", "captions.parquet", "a.txt"):
+        (folder / name).symlink_to(tmp_path / "outside" / ("x.jpg" if name != "metadata.jsonl" else name))
+    (folder / "sub").symlink_to(tmp_path / "outside")
+    (folder / "circle.jpg").symlink_to("circle.jpg")
+    listing = list_folder(str(folder))
+    assert not list(listing.images()) and not listing.files().metadata
+    assert dict(listing.problems()) == {"sub": LINKED_FOLDER, "a.jpg": LINK_OUT, "circle.jpg": "not a regular file"}
+    assert listing.notes() == [f"metadata.jsonl: {LINK_OUT}"]
+    assert listing.files().unread == ["captions.parquet"] and list(listing.files().captions) == ["a.txt"]
 
 
 @pytest.mark.parametrize("change", ["size", "time", "name", "gone", "caption", "folder", "link", "unread"])
