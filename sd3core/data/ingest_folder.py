@@ -103,8 +103,8 @@ class FolderWorker:
         Raises FolderChanged where a file is not as it was listed.
         """
         self.looked = self.stored = 0
-        before = self._seen(part.before, part.root)
-        known = self._seen(earlier, part.root) | before
+        stems = list(dict.fromkeys([*part.before, *earlier]))
+        known = [read_seen_rows(self.store, self.folder, stem, part.root) for stem in stems]
         files = self._look(part, known)
         content = sorted((file.item for file in files), key=lambda item: item.key)
         stem = shard_stem(part.number, parts_digest(*(text for item in content for text in item.content())))
@@ -113,25 +113,20 @@ class FolderWorker:
             record = read_shard_done(self.store, self.folder, stem)
             self.stored = len(files)
         else:
-            record, told = self._make(part, stem, files, list(dict.fromkeys([*part.before, *earlier])))
+            record, told = self._make(part, stem, files, stems)
         write_seen_rows(self.store, self.folder, stem, part.root, (file.seen for file in files))
         at_rest = all(file.seen.is_at_rest for file in files)
         facts = caption_facts((file.item for file in files), self.data)
         seen = SeenSlice(part.seen if at_rest else "", stem.partition(".")[2], len(files), facts)
-        return IngestedSlice(record, stood, seen, _changes(files, before), told)
+        return IngestedSlice(record, stood, seen, _changes(files, known[: len(part.before)]), told)
 
-    def _seen(self, stems: Sequence[str], root: str) -> dict[str, SeenRow]:
-        """What was seen of files by path, of the first of the shards that says it."""
-        rows: dict[str, SeenRow] = {}
-        for stem in reversed(stems):
-            rows |= read_seen_rows(self.store, self.folder, stem, root)
-        return rows
-
-    def _look(self, part: FolderSlice, known: dict[str, SeenRow]) -> list[_File]:
+    def _look(self, part: FolderSlice, known: list[dict[str, SeenRow]]) -> list[_File]:
         """The slice's files as they are now; what is as it was seen is not opened."""
         began, files = time.time_ns(), []
         for image in part.images():
-            old = known.get(image.file.path)
+            rows = [seen[image.file.path] for seen in known if image.file.path in seen]
+            # Of several the one of the file as it is now: a run that was killed may have seen it later than the last that ended.
+            old = max(rows, key=lambda row: (row[:3] == image.file, row.words_key == image.words_key), default=None)
             item = self._item(Path(part.root), image, old)
             files.append(_File(item, _seen_row(image, item, old, began)))
             self.looked += 1
@@ -210,10 +205,12 @@ def _seen_row(image: ListedImage, item: FolderItem, old: SeenRow | None, began: 
     return row._replace(image=old.image, failure=old.failure, notes=old.notes)
 
 
-def _changes(files: list[_File], before: dict[str, SeenRow]) -> SliceChanges:
+def _changes(files: list[_File], before: list[dict[str, SeenRow]]) -> SliceChanges:
+    """`before`: what was seen when the folder was last ingested."""
+    rows = {path: row for seen in before for path, row in seen.items()}
     added = images = captions = 0
     for file in files:
-        old, item = before.get(file.item.path), file.item
+        old, item = rows.get(file.item.path), file.item
         if old is None:
             added += 1
         elif old.sha256 != item.sha256:

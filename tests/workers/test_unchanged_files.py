@@ -331,6 +331,9 @@ def test_a_run_that_is_killed_at_any_write_goes_on(folder, store, opened, tmp_pa
     write(folder / "0007.txt", "another caption", LONG_AGO_S + 1)
     (folder / "0003.png").unlink()
     expected = ingest(folder, open_store(str(tmp_path / "other"))).manifest
+    shutil.copytree(store.local_path("datasets").parent, tmp_path / "undisturbed")
+    made = ingest(folder, open_store(str(tmp_path / "undisturbed"))).made
+    assert made >= 2
     writes: list[str] = []
 
     def killed_at_last(really):
@@ -355,9 +358,11 @@ def test_a_run_that_is_killed_at_any_write_goes_on(folder, store, opened, tmp_pa
                 killed = False
             except Killed:
                 pass
+        done = {path.rpartition("/")[2] for path in writes if path.endswith(".seen.json.gz") and "FOLDER" not in path}
         opened.clear()
         again = ingest(folder, open_store(str(copy)))
         assert again.manifest == expected and opened <= {"new.png", "0007.txt"}
+        assert not opened or len(done) < made
         opened.clear()
         assert ingest(folder, open_store(str(copy))).skipped and not opened
         kill_at += 1
