@@ -2,7 +2,7 @@
 
 The next run of the pipeline makes them again.
 
-Only markers go (manifests, done records, scores), and only those of what this recipe makes with this version: what other settings
+Only markers go (manifests, done records, what was seen of files, scores), and only those of what this recipe makes with this version: what other settings
 or a version before made stays done. The bytes stay until the same names are written anew. Shards and towers are shared by every
 run that names the same data, so the other runs of that data find them undone as well.
 """
@@ -17,7 +17,7 @@ from sd3core import specs
 from sd3core.data.store import Store
 from sd3core.errors import RecipeError, StoreError, UserError
 from sd3core.recipe import Recipe
-from sd3core.specs import DONE, DONE_FILE, FORMATS, MANIFEST, STAGES
+from sd3core.specs import DONE, DONE_FILE, FORMATS, MANIFEST, SEEN, STAGES
 from sd3core.towers.artifact import read_towers
 
 
@@ -67,7 +67,7 @@ def _markers(recipe: Recipe, store: Store, stage: str, trained: dict[str, str]) 
         )
         return [path for path in exported if _is_ours(store, path, trained, "from", "fields", "export")]
     paths = [entry.path for folder in _folders(recipe, store, stage, trained) for entry in store.list(folder)]
-    marks = DONE_FILE if stage in ("pretrain", "finetune") else (MANIFEST, DONE)
+    marks = DONE_FILE if stage in ("pretrain", "finetune") else (MANIFEST, DONE, SEEN)
     return [path for path in paths if path.rpartition("/")[2].endswith(marks)]
 
 

@@ -66,3 +66,9 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[Side]) -> Side:
 def bucket_name(side: Side) -> str:
     """`HEIGHTxWIDTH` in px, as it stands in an index."""
     return f"{side[0]}x{side[1]}"
+
+
+def bucket_side(name: str) -> Side:
+    """(height, width) of what bucket_name says."""
+    height, width = name.split("x")
+    return int(height), int(width)

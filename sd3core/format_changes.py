@@ -6,7 +6,8 @@ from typing import Any
 
 from sd3core.data.manifest import flatten
 
-VERSION_KEYS = ("format", "world", "pixels", "formulation_version")  # names of numbers that only this software changes
+# Names of numbers that only this software changes.
+VERSION_KEYS = ("format", "world", "pixels", "slices", "formulation_version")
 
 
 def format_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str] | None:

@@ -32,6 +32,7 @@ FORMATS = {
 PIXELS = (
     2  # how image files become pixels (1 stood in no fingerprint): with their colour profiles, transparency, all bits
 )
+SLICES = 2  # how a folder's files become shards (1, runs of files by name, stood in no fingerprint)
 WORLD = (
     2  # the small world's scenes, pictures and captions (1 stood in no fingerprint); raise it when any of them changes
 )
@@ -46,7 +47,9 @@ def fingerprint(fields: Any) -> str:
 def version_numbers() -> str:
     """Names all the numbers that only this software changes, as they are in this version."""
     formulations = {name: kind.version for name, kind in FORMULATION_KINDS.items() if kind.version > 1}
-    return fingerprint({"formats": FORMATS, "pixels": PIXELS, "world": WORLD, "formulations": formulations})
+    return fingerprint(
+        {"formats": FORMATS, "pixels": PIXELS, "slices": SLICES, "world": WORLD, "formulations": formulations}
+    )
 
 
 def raw_fields(recipe: Recipe) -> dict[str, Any]:
@@ -63,7 +66,7 @@ def raw_fields(recipe: Recipe) -> dict[str, Any]:
     if drawn:
         fields |= {"seed": recipe.seed, "world": WORLD}
     else:
-        fields |= {"captions_needed": recipe.caption.captioner == "none", **_pixels(recipe)}
+        fields |= {"captions_needed": recipe.caption.captioner == "none", "slices": SLICES, **_pixels(recipe)}
     return fields
 
 
@@ -157,6 +160,8 @@ MANIFEST = "MANIFEST.json"  # of a stage's folder: written last, it says that al
 MANIFEST_COPY = "MANIFEST."  # so begin the names of the copies that stay
 DONE_FILE = "DONE.json"  # of a checkpoint, and of reference features: written last
 DONE, INDEX, TAR, TABLE = ".done.json", ".index.parquet", ".tar", ".parquet"  # of a shard: its stem and these
+SEEN = ".seen.json.gz"  # of a raw shard, its stem and this: what was seen of its files
+SEEN_FOLDER = "FOLDER."  # so begins the name of what was seen of a folder as a whole
 SCORES_FILE = "scores.json"
 
 

@@ -12,6 +12,7 @@ import yaml
 
 from sd3core import specs
 from sd3core.errors import DataError, RecipeError
+from sd3core.format_changes import format_changes
 from sd3core.formulation_names import EDM_RF_WEIGHT, FORMULATION_NAMES
 from sd3core.recipe import Buckets, Compute, Evaluate, Recipe, ReleasedTowers
 from sd3core.recipe_file import load_recipe, shipped_recipes
@@ -749,6 +750,14 @@ def test_how_files_become_pixels_stands_in_what_is_made_from_files_alone(monkeyp
         assert specs.latents_fields(recipe, recipe.pretrain, {"vae": "0"}).get("pixels") == expected
         assert specs.captions_fields(recipe).get("pixels") == expected
     assert "pixels" not in specs.captions_fields(load_recipe("tiny-test", OF_A_FOLDER))  # no image is looked at
+
+
+def test_how_a_folders_files_are_dealt_to_shards_is_no_concern_of_the_drawn_world():
+    """Golden: the data sets of drawn worlds that stand are good, and a folder's are told to be made again."""
+    drawn, of_files = (specs.raw_fields(load_recipe("tiny-test", more)) for more in ([], OF_A_FOLDER))
+    assert "slices" not in drawn and fingerprint(drawn) == "56db052fda2c"
+    before = {key: value for key, value in of_files.items() if key != "slices"}
+    assert format_changes(before, of_files) == ["slices 1 -> 2"] and fingerprint(of_files) == "5bcd69704cc3"
 
 
 def test_the_background_counts_where_it_is_another_and_a_colour_has_one_name():

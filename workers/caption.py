@@ -8,17 +8,25 @@ import numpy as np
 import pyarrow as pa
 from PIL.Image import Image
 
+from sd3core.data.earlier_rows import EarlierRows, row_name
 from sd3core.data.images import PixelRules, decode_image, naming
 from sd3core.data.manifest import ManifestRef, read_manifest
-from sd3core.data.shards import DoneRecord, FailedRow, write_table
+from sd3core.data.shards import FailedRow, write_table
 from sd3core.data.store import Store, open_store
 from sd3core.errors import DataError
 from sd3core.progress import ProgressCallback
 from sd3core.recipe import Caption, Recipe
 from sd3core.specs import captions_fields, captions_folder
-from workers.inputs import actor_device, input_shards, shard_images
+from workers.inputs import (
+    actor_device,
+    image_digest,
+    input_shards,
+    read_input_index,
+    shard_images,
+    with_image_digest,
+)
 from workers.pool import of_the_process
-from workers.shard_stage import ShardStage, ShardTask, run_shard_stage
+from workers.shard_stage import MadeShard, ShardStage, ShardTask, run_shard_stage
 from workers.stage import StageResult
 
 TOO_MANY_FAILED = 8  # images of a shard, and no other: then it is the captioner, not they
@@ -58,12 +66,20 @@ class CaptionWorker:
         self.is_model = caption.captioner == "vision_language_model"
         self.progress = 0  # rows
 
-    def __call__(self, task: ShardTask) -> DoneRecord:
+    def __call__(self, task: ShardTask) -> MadeShard:
         self.progress = 0
-        rows: list[dict[str, str]] = []
+        index = read_input_index(self.store, task.source)
+        names = {row["key"]: row_name(row) for row in index.to_pylist()}
+        rows: dict[str, dict[str, str]] = {}  # by key
         failed: list[FailedRow] = []
+        with EarlierRows(self.store, task.folder, task.earlier) as earlier:
+            stood = earlier.find_in_tables(set(names.values()), row_name)
         batch: list[tuple[str, Image]] = []
         for key, data in shard_images(self.store, task.source):
+            if names[key] in stood:
+                rows[key] = stood[names[key]]
+                self.progress += 1
+                continue
             try:
                 with naming(key):
                     batch.append((key, decode_image(data, self.rules)))
@@ -75,11 +91,15 @@ class CaptionWorker:
         self._write_captions(batch, rows, failed)
         if not rows and len(failed) >= TOO_MANY_FAILED:
             raise DataError(f"no image of {len(failed)} got a caption, the last: {failed[-1].reason}")
-        table = pa.Table.from_pylist(rows, schema=CAPTION_SCHEMA)
-        return write_table(self.store, task.folder, task.stem, table, failed)
+        schema = with_image_digest(CAPTION_SCHEMA, index)
+        table = pa.Table.from_pylist(
+            [rows[key] | image_digest(names[key]) for key in names if key in rows], schema=schema
+        )
+        record = write_table(self.store, task.folder, task.stem, table, failed)
+        return MadeShard(record, len(stood), len(rows) - len(stood), tuple(earlier.told))
 
     def _write_captions(
-        self, batch: list[tuple[str, Image]], rows: list[dict[str, str]], failed: list[FailedRow]
+        self, batch: list[tuple[str, Image]], rows: dict[str, dict[str, str]], failed: list[FailedRow]
     ) -> None:
         for (key, _), caption in zip(batch, self._captions([image for _, image in batch]), strict=True):
             if isinstance(caption, Exception):
@@ -88,7 +108,7 @@ class CaptionWorker:
                 failed.append(FailedRow(key=key, reason="captioner: it wrote nothing"))
             else:
                 model, prompt = (self.caption.model, self.caption.prompt) if self.is_model else ("small_world", "")
-                rows.append({"key": key, "caption": caption, "model": model, "prompt": prompt})
+                rows[key] = {"key": key, "caption": caption, "model": model, "prompt": prompt}
         self.progress += len(batch)
 
     def _captions(self, images: list[Image]) -> list[str | Exception]:

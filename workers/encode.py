@@ -12,7 +12,7 @@ from sd3core.data.encoded_shards import NULL_FILE, pin_null
 from sd3core.data.images import PixelRules
 from sd3core.data.manifest import ManifestRef, read_manifest
 from sd3core.data.shard_reader import rows_in_manifest
-from sd3core.data.shards import DoneRecord, parts_digest
+from sd3core.data.shards import parts_digest
 from sd3core.data.store import Store, open_store
 from sd3core.data.training_plan import small_buckets_warning
 from sd3core.data.uncaptioned import record_uncaptioned
@@ -24,7 +24,7 @@ from sd3core.words import counted
 from workers.encode_latents import ENLARGED, LatentsSource, LatentsWorker
 from workers.encode_text import TOO_LONG, TextSource, TextWorker
 from workers.inputs import InputShard, actor_device, decode_threads, input_shards
-from workers.shard_stage import ShardStage, ShardTask, run_shard_stages
+from workers.shard_stage import MadeShard, ShardStage, ShardTask, run_shard_stages
 from workers.stage import StageResult, join_results, remember_stage
 
 LOAD_S = 1800  # that loading may take without a sign of life before the pool's watchdog begins to count
@@ -175,7 +175,7 @@ class EncodeWorker:
         self.worker: TextWorker | LatentsWorker | None = None
         self.waiting_since = time.monotonic()  # for encoders: since the load began, or the last file came
 
-    def __call__(self, task: ShardTask) -> DoneRecord:
+    def __call__(self, task: ShardTask) -> MadeShard:
         wanted = type(task.source)
         if self.loaded_for is not wanted:
             self.waiting_since = time.monotonic()

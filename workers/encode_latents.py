@@ -15,18 +15,26 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from sd3core.buckets import Side, bucket_name, nearest_bucket
+from sd3core.buckets import Side, bucket_name, bucket_side, nearest_bucket
+from sd3core.data.earlier_rows import EarlierRow, EarlierRows, RowName, row_name
 from sd3core.data.encoded_shards import FEATURES, LATENT_SCHEMA, held_out_count, latent_bytes
 from sd3core.data.images import Crop, PixelRules, crop_to, decode_image, enlargement, naming, to_model_range
 from sd3core.data.manifest import ManifestRef
-from sd3core.data.shards import DoneRecord, FailedRow, Sample, write_shard
+from sd3core.data.shards import FailedRow, Sample, write_shard
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError
 from sd3core.progress import ProgressCallback, ignore_progress
 from sd3core.towers.artifact import fetch_towers
 from workers.caches import towers_cache
-from workers.inputs import InputShard, map_ahead, read_input_index, shard_images
-from workers.shard_stage import ShardTask
+from workers.inputs import (
+    InputShard,
+    image_digest,
+    map_ahead,
+    read_input_index,
+    shard_images,
+    with_image_digest,
+)
+from workers.shard_stage import MadeShard, ShardTask
 
 # Counted beside the buckets. A bucket's sides are whole patches, which alone stretches an image by some percent.
 ENLARGED = {over: f"enlarged over {over:g} times" for over in (1.1, 2.0, 4.0, 8.0)}
@@ -48,10 +56,14 @@ class Prepared:
     crop: Crop | None = None
     enlarged: float = 0.0  # times, each way
     error: str | None = None
+    stood: EarlierRow | None = None  # its latent is taken over
 
 
 class LatentsWorker:
-    """Raw shard -> latents tar, in batches of one bucket; threads decode ahead of the encoding."""
+    """Raw shard -> latents tar, in batches of one bucket; threads decode ahead of the encoding.
+
+    Latents that stand in earlier shards are taken over, in the places that they would have if they were made.
+    """
 
     def __init__(
         self,
@@ -73,25 +85,39 @@ class LatentsWorker:
         self.autoencoder = load_autoencoder(local, torch.float32, device)
         self.progress = 0  # images
 
-    def __call__(self, task: ShardTask) -> DoneRecord:
+    def __call__(self, task: ShardTask) -> MadeShard:
         self.progress = 0
         index = read_input_index(self.store, task.source.raw)
-        splits = dict(zip(index["key"].to_pylist(), index["split"].to_pylist(), strict=True))
+        rows = {row["key"]: row for row in index.to_pylist()}
         failed: list[FailedRow] = []
         counts: Counter[str] = Counter()
-        samples = in_bucket_order(self._samples(task.source, splits, failed, counts), list(splits), counts)
-        return write_shard(
-            self.store, task.folder, task.stem, samples, failed, LATENT_SCHEMA, count_by="bucket", counts=counts
-        )
+        with EarlierRows(self.store, task.folder, task.earlier) as earlier:
+            stood = earlier.find({row_name(row) for row in rows.values()}, row_name)
+            samples = in_bucket_order(self._samples(task.source, rows, stood, failed, counts), list(rows), counts)
+            schema = with_image_digest(LATENT_SCHEMA, index)
+            record = write_shard(
+                self.store, task.folder, task.stem, samples, failed, schema, count_by="bucket", counts=counts
+            )
+        return MadeShard(record, len(stood), len(rows) - len(stood), tuple(earlier.told))
 
     def _samples(
-        self, source: LatentsSource, splits: dict[str, str], failed: list[FailedRow], counts: Counter[str]
+        self,
+        source: LatentsSource,
+        rows: dict[str, dict[str, Any]],
+        stood: dict[RowName, EarlierRow],
+        failed: list[FailedRow],
+        counts: Counter[str],
     ) -> Iterator[Sample]:
+        """`rows`: those of the raw index, by key. `stood`: those whose latents are taken over, in the order of those made."""
         waiting: dict[Side, list[Prepared]] = {}
+
+        def prepare(image: tuple[str, bytes]) -> Prepared:
+            row = rows[image[0]]
+            earlier = stood.get(row_name(row))
+            return _taken_over(row, earlier) if earlier else self._prepare(*image, source.buckets)
+
         images = shard_images(self.store, source.raw)
-        for item in map_ahead(
-            lambda image: self._prepare(*image, source.buckets), images, self.threads, ahead=2 * self.batch
-        ):
+        for item in map_ahead(prepare, images, self.threads, ahead=2 * self.batch):
             if item.error:
                 failed.append(FailedRow(key=item.key, reason=item.error))
                 self.progress += 1
@@ -99,9 +125,9 @@ class LatentsWorker:
             batch = waiting.setdefault(item.bucket, [])
             batch.append(item)
             if len(batch) == self.batch:
-                yield from self._encoded(waiting.pop(item.bucket), splits, failed, counts)
+                yield from self._encoded(waiting.pop(item.bucket), rows, failed, counts)
         for batch in waiting.values():
-            yield from self._encoded(batch, splits, failed, counts)
+            yield from self._encoded(batch, rows, failed, counts)
 
     def _prepare(self, key: str, data: bytes, buckets: tuple[Side, ...]) -> Prepared:
         try:
@@ -111,33 +137,58 @@ class LatentsWorker:
             return Prepared(key, error=str(error))
         bucket = nearest_bucket(image.width, image.height, buckets)
         pixels, crop = crop_to(image, *bucket)
-        return Prepared(key, bucket, pixels, crop, enlargement(image, *bucket))
+        return Prepared(key, bucket, pixels, crop, enlargement(image.size, *bucket))
 
     def _encoded(
-        self, batch: list[Prepared], splits: dict[str, str], failed: list[FailedRow], counts: Counter[str]
+        self,
+        batch: list[Prepared],
+        rows: dict[str, dict[str, Any]],
+        failed: list[FailedRow],
+        counts: Counter[str],
     ) -> Iterator[Sample]:
-        images = to_model_range(np.stack([item.pixels for item in batch]))  # (B, 3, H, W)
-        latents = self.autoencoder.encode(images).to("cpu", self.dtype)  # (B, 16, H/8, W/8)
-        for item, latent in zip(batch, latents, strict=True):
-            if not bool(torch.isfinite(latent).all()):
-                failed.append(FailedRow(key=item.key, reason=f"its latent is not finite in {self.dtype}"))
-                continue
+        latents = self._latents([item.pixels for item in batch if item.stood is None])
+        for item in batch:
+            if item.stood is not None:
+                data = item.stood.files()[FEATURES]
+            else:
+                latent = next(latents)  # (16, H/8, W/8)
+                if not bool(torch.isfinite(latent).all()):
+                    failed.append(FailedRow(key=item.key, reason=f"its latent is not finite in {self.dtype}"))
+                    continue
+                data = latent_bytes(latent)
             counts.update(name for over, name in ENLARGED.items() if item.enlarged > over)
-            data = latent_bytes(latent)
-            row = self._row(item, splits) | {"sha256": hashlib.sha256(data).digest()}
-            yield Sample(item.key, {FEATURES: data}, row)
+            yield Sample(item.key, {FEATURES: data}, _columns(item, rows[item.key], data))
         self.progress += len(batch)
 
-    def _row(self, item: Prepared, splits: dict[str, str]) -> dict[str, Any]:
-        crop = item.crop
-        return {
-            "bucket": bucket_name(item.bucket),
-            "crop_top": crop.top,
-            "crop_left": crop.left,
-            "crop_height": crop.height,
-            "crop_width": crop.width,
-            "split": splits[item.key],
-        }
+    def _latents(self, pixels: list[np.ndarray]) -> Iterator[torch.Tensor]:
+        """Of pictures of one bucket, which meet the autoencoder together."""
+        if not pixels:
+            return iter(())
+        images = to_model_range(np.stack(pixels))  # (B, 3, H, W)
+        return iter(self.autoencoder.encode(images).to("cpu", self.dtype))  # (B, 16, H/8, W/8)
+
+
+def _taken_over(row: dict[str, Any], stood: EarlierRow) -> Prepared:
+    """A row of the raw index whose latent stands in an earlier shard of the same buckets."""
+    bucket = bucket_side(stood.row["bucket"])
+    crop = Crop(*(stood.row[f"crop_{side}"] for side in ("top", "left", "height", "width")))
+    enlarged = enlargement((row["width"], row["height"]), *bucket)
+    return Prepared(row["key"], bucket, crop=crop, enlarged=enlarged, stood=stood)
+
+
+def _columns(item: Prepared, row: dict[str, Any], data: bytes) -> dict[str, Any]:
+    """What the index says of a latent, `row` what the raw one does; `data`: the file."""
+    crop = item.crop
+    return {
+        "bucket": bucket_name(item.bucket),
+        "sha256": hashlib.sha256(data).digest(),
+        "crop_top": crop.top,
+        "crop_left": crop.left,
+        "crop_height": crop.height,
+        "crop_width": crop.width,
+        "split": row["split"],
+        **image_digest(row_name(row)),
+    }
 
 
 def in_bucket_order(samples: Iterable[Sample], keys: list[str], counts: Counter[str]) -> Iterator[Sample]:

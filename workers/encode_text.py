@@ -6,13 +6,15 @@ import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from sd3core.conditioning import ENCODERS, TextFeatures
+from sd3core.data.earlier_rows import EarlierRow, EarlierRows
 from sd3core.data.encoded_shards import (
     FEATURES,
     NULL_FILE,
@@ -23,7 +25,7 @@ from sd3core.data.encoded_shards import (
     caption_id,
 )
 from sd3core.data.manifest import ManifestRef
-from sd3core.data.shards import TAR_BLOCK, DoneRecord, FailedRow, Sample, read_shard_done, write_shard
+from sd3core.data.shards import TAR_BLOCK, FailedRow, Sample, read_shard_done, write_shard
 from sd3core.data.store import Store
 from sd3core.progress import ProgressCallback, ignore_progress
 from sd3core.recipe import Text
@@ -31,9 +33,10 @@ from sd3core.specs import DONE
 from sd3core.towers.artifact import fetch_towers
 from workers.caches import towers_cache
 from workers.inputs import InputShard, read_input_index, read_input_table
-from workers.shard_stage import ShardTask
+from workers.shard_stage import MadeShard, ShardTask
 
 TOO_LONG = "captions too long"  # how many images of a shard have one, original or synthetic
+NONE_STOOD: Mapping[str, EarlierRow] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -66,18 +69,21 @@ class TextWorker:
         self.encoders = load_text_encoders(local, text, torch.float32, device)
         self.progress = 0  # rows, by the share of the shard's captions that is done
 
-    def __call__(self, task: ShardTask) -> DoneRecord:
+    def __call__(self, task: ShardTask) -> MadeShard:
         self.progress = 0
         null = f"{task.folder}/{NULL_FILE}"
         if not self.store.exists(null):
             self.store.put(null, self._encode([""])[0].to_bytes(self.text.padding))
             if self.store.exists(f"{task.folder}/{task.stem}{DONE}"):  # the shard stands: this alone was missing
-                return read_shard_done(self.store, task.folder, task.stem)
+                return MadeShard(read_shard_done(self.store, task.folder, task.stem))
         failed: list[FailedRow] = []
         counts: Counter[str] = Counter()
-        samples = self._samples(_distinct(self._captions(task.source)), task.rows, failed, counts)
-        samples = count_without_caption(samples, task.rows, counts)
-        return write_shard(self.store, task.folder, task.stem, samples, failed, TEXT_SCHEMA, counts=counts)
+        uses = _distinct(self._captions(task.source))
+        with EarlierRows(self.store, task.folder, task.earlier) as earlier:
+            stood = earlier.find({caption_id(caption) for caption in uses}, lambda row: row["caption_id"])
+            samples = count_without_caption(self._samples(uses, task.rows, failed, counts, stood), task.rows, counts)
+            record = write_shard(self.store, task.folder, task.stem, samples, failed, TEXT_SCHEMA, counts=counts)
+        return MadeShard(record, len(stood), len(uses) - len(stood), tuple(earlier.told))
 
     def _captions(self, source: TextSource) -> Iterator[tuple[str, str, str]]:
         """(key, kind, caption) of every caption there is."""
@@ -93,22 +99,27 @@ class TextWorker:
                 yield key, SYNTHETIC, synthetic[key]
 
     def _samples(
-        self, uses: dict[str, list[tuple[str, str]]], rows: int, failed: list[FailedRow], counts: Counter[str]
+        self,
+        uses: dict[str, list[tuple[str, str]]],
+        rows: int,
+        failed: list[FailedRow],
+        counts: Counter[str],
+        stood: Mapping[str, EarlierRow] = NONE_STOOD,
     ) -> Iterator[Sample]:
+        """`stood`: captions, by their ids, whose features are taken over."""
         offset = encoded = 0
         cut: set[str] = set()  # images with a caption that no encoder reads to its end
         for captions in batched(uses, self.batch):
-            for caption, features in zip(captions, self._encode(list(captions)), strict=True):
-                if not _finite(features):
+            for caption, encoded_as in self._features(captions, stood):
+                if encoded_as is None:
                     failed += [
                         FailedRow(key=key, reason=f"{kind} caption: its features are not finite in {self.dtype}")
                         for key, kind in uses[caption]
                     ]
                     continue
-                data = features.to_bytes(self.text.padding)
+                data, real = encoded_as
                 length = TAR_BLOCK * (1 + math.ceil(len(data) / TAR_BLOCK))  # one tar header and the padded bytes
                 name = caption_id(caption)
-                real = features.lengths[0].tolist()
                 if real == [self.encoders.tokens[name] for name in ENCODERS] and self.encoders.too_long([caption]):
                     cut.update(key for key, _ in uses[caption])
                     counts[TOO_LONG] = len(cut)
@@ -120,6 +131,21 @@ class TextWorker:
                 offset += length
             encoded += len(captions)
             self.progress = rows * encoded // len(uses)
+
+    def _features(
+        self, captions: Sequence[str], stood: Mapping[str, EarlierRow]
+    ) -> Iterator[tuple[str, tuple[bytes, list[int]] | None]]:
+        """(caption, its features' bytes and the encoders' token counts), in order; None where they are not finite."""
+        new = [caption for caption in captions if caption_id(caption) not in stood]
+        made = dict(zip(new, self._encode(new), strict=True)) if new else {}
+        for caption in captions:
+            if (features := made.get(caption)) is None:
+                row = stood[caption_id(caption)]
+                yield caption, (row.files()[FEATURES], [row.row[f"{name}_len"] for name in ENCODERS])
+            elif _finite(features):
+                yield caption, (features.to_bytes(self.text.padding), features.lengths[0].tolist())
+            else:
+                yield caption, None
 
     def _encode(self, captions: list[str]) -> list[TextFeatures]:
         features = self.encoders.encode(captions).to("cpu").to(self.dtype)

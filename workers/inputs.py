@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 
+from sd3core.data.earlier_rows import RowName
 from sd3core.data.manifest import Manifest
-from sd3core.data.shards import image_of, read_raw_samples, read_shard_index, read_table
+from sd3core.data.shards import IMAGE_DIGEST, image_of, read_raw_samples, read_shard_index, read_table
 from sd3core.data.store import Store
 
 if TYPE_CHECKING:
@@ -51,6 +52,16 @@ def read_input_index(store: Store, shard: InputShard) -> pa.Table:
 
 def read_input_table(store: Store, shard: InputShard) -> pa.Table:
     return read_table(store, shard.folder, shard.stem, shard.digest)
+
+
+def image_digest(name: RowName) -> dict[str, str]:
+    """The column that says which image a row was made from, where that is more than its key."""
+    return {} if name[1] is None else {IMAGE_DIGEST: name[1]}
+
+
+def with_image_digest(schema: pa.Schema, raw_index: pa.Table) -> pa.Schema:
+    """The columns of what is made from a raw shard: with its images' digests, where it has them."""
+    return schema.append(pa.field(IMAGE_DIGEST, pa.string())) if IMAGE_DIGEST in raw_index.column_names else schema
 
 
 def map_ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Result]:

@@ -3,22 +3,24 @@
 What is missing is made, then the manifest is committed.
 
 The store decides what is done: a stage whose manifest stands and matches is skipped, on any machine and in any run;
-otherwise one listing tells which shards are missing, and only those are made.
+otherwise one listing tells which shards are missing, and only those are made. What is made again is told where its rows were
+before (`ShardTask.earlier`).
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sd3core.data.begun import begin
 from sd3core.data.manifest import Manifest, ManifestRef, ShardEntry, commit_manifest, is_whole, read_manifest
-from sd3core.data.shards import DoneRecord, finished_stems, read_shard_done, shard_stem
+from sd3core.data.shards import DoneRecord, finished_stems, read_shard_done, shard_number, shard_stem
+from sd3core.data.slices import earlier_slices
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError
 from sd3core.progress import Progress, ProgressCallback, ProgressMeter
@@ -38,13 +40,14 @@ from workers.stage import (
 )
 
 NAMED_FAILURES = 5  # shards that an error names
+UNNAMED_EARLIER = 4  # shards that the manifest does not name and that are looked at for rows, too
 TELL_AFTER_S = 60.0  # of a stage at work: what a shorter one leaves out is told at its end alone
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to be made. `digest` (12 hex) names the content it is made from; `source` is what the worker finds that
-    by.
+    """One shard to be made. `digest` (12 hex) names the content it is made from, "" where only who reads it can say;
+    `source` is what the worker finds that by.
     """
 
     number: int
@@ -52,10 +55,28 @@ class ShardTask:
     folder: str  # of the output, in the store
     rows: int  # for progress
     source: Any = None
+    earlier: tuple[str, ...] = ()  # stems of finished shards of the folder that may hold rows of this one
 
     @property
     def stem(self) -> str:
         return shard_stem(self.number, self.digest)
+
+    @property
+    def name(self) -> str:
+        """In messages."""
+        return self.stem.rstrip(".")
+
+
+@dataclass(frozen=True)
+class MadeShard:
+    """What a worker answers."""
+
+    record: DoneRecord
+    copied: int = 0  # of its units, those that stood in earlier shards
+    made: int = 0  # those that did not
+    told: tuple[str, ...] = ()  # earlier shards that were of no use
+    stood: bool = False  # the shard, as the worker found when it had read its source
+    detail: Any = None  # what else its stage is to hear
 
 
 @dataclass(frozen=True)
@@ -72,6 +93,7 @@ class ShardStage:
     tasks: Sequence[ShardTask]
     needs: tuple[str, ...] = ()
     unit: str = "row"  # what a row of it is: "image", "caption"
+    changes: Callable[[Sequence[MadeShard]], str] = lambda answers: ""  # says what changed in its source, where it can
 
     @property
     def stems(self) -> list[str]:
@@ -87,7 +109,7 @@ def run_shard_stage(
     compute: Compute,
     report: ProgressCallback,
 ) -> StageResult:
-    """Makes what is missing of one stage. The worker is called with a ShardTask and returns the shard's DoneRecord.
+    """Makes what is missing of one stage. The worker is called with a ShardTask and returns a MadeShard.
 
     Raises StageFailed naming the shards given up and why, when all others are done; then no manifest is committed.
     """
@@ -121,7 +143,7 @@ def run_shard_stages(
                 worker_class, worker_kwargs, todo, PoolSettings.of(compute), tally.finished, tally.working, tally.tell
             )
     failures = [
-        f"{o.task.folder}/{o.task.stem} ({o.error}, {o.attempts} attempts)" for o in outcomes if o.error is not None
+        f"{o.task.folder}/{o.task.name} ({o.error}, {o.attempts} attempts)" for o in outcomes if o.error is not None
     ]
     if failures:
         more = f" and {len(failures) - NAMED_FAILURES} more" if len(failures) > NAMED_FAILURES else ""
@@ -149,18 +171,18 @@ class _Tally:
         if isinstance(progress, Progress):
             self._show(progress.note)
             return
-        self.busy[task.folder + task.stem] = min(progress, task.rows)
+        self.busy[task.folder + task.name] = min(progress, task.rows)
         self._show("")
 
     def finished(self, outcome: Outcome[ShardTask], done: int, total: int) -> None:
         task = outcome.task
-        self.busy.pop(task.folder + task.stem, None)
+        self.busy.pop(task.folder + task.name, None)
         self.finished_rows += task.rows
         if outcome.error:
-            given_up = f"shard {task.stem} given up: {outcome.error}"
+            given_up = f"shard {task.name} given up: {outcome.error}"
             self._show(given_up, given_up)
             return
-        self.left_out.update((self.units[task.folder], row.reason) for row in outcome.result.failed)
+        self.left_out.update((self.units[task.folder], row.reason) for row in outcome.result.record.failed)
         self._show(f"shard {done}/{total}", self._new_reasons())
 
     def _new_reasons(self) -> str:
@@ -188,11 +210,14 @@ class _State:
 
     stage: ShardStage
     note: StageNote | None
-    standing: Manifest | None  # the folder's manifest, or the one this run used, matching or not
+    newest: Manifest | None  # what MANIFEST.json says
+    standing: list[Manifest]  # that, and what this run used last
     missing: list[ShardTask]
-    matches: bool
-    is_newest: bool  # `standing` is what MANIFEST.json says
     damaged: str | None  # MANIFEST.json where it, or its copy under its digest, is not what was committed
+
+    def matching(self, stage: ShardStage) -> Manifest | None:
+        """The manifest that stands and is of just this stage."""
+        return next((manifest for manifest in self.standing if _matches(manifest, stage)), None)
 
 
 def _look(store: Store, run: str, stage: ShardStage) -> _State:
@@ -209,9 +234,31 @@ def _look(store: Store, run: str, stage: ShardStage) -> _State:
         # Without a newest one the folder was taken back (--from-stage): shards made since are not those of an older one.
         candidates.append(_manifest_or_none(store, stage.folder, note.digest))
     standing = [manifest for manifest in candidates if manifest is not None]
-    matching = [manifest for manifest in standing if _matches(manifest, stage)]
-    chosen = (matching or standing or [None])[0]
-    return _State(stage, note, chosen, missing, bool(matching), chosen is newest, damaged)
+    missing = _with_earlier(stage, missing, standing[0] if standing else None, finished)
+    return _State(stage, note, newest, standing, missing, damaged)
+
+
+def _with_earlier(
+    stage: ShardStage, missing: list[ShardTask], standing: Manifest | None, finished: dict[str, float]
+) -> list[ShardTask]:
+    """The missing shards, each with those that may hold its rows: the manifest's, then what else is finished, newest first."""
+    if not missing or not finished:
+        return missing
+    named = [entry.stem for entry in standing.shards if entry.stem in finished] if standing else []
+    others = sorted(finished.keys() - set(named) - set(stage.stems), key=lambda stem: -finished[stem])
+    of_manifest, unnamed = (_earlier_stems(stage, missing, stems) for stems in (named, others))
+    return [
+        replace(task, earlier=(*of_manifest[task.number], *unnamed[task.number][:UNNAMED_EARLIER])) for task in missing
+    ]
+
+
+def _earlier_stems(stage: ShardStage, missing: list[ShardTask], stems: list[str]) -> dict[int, list[str]]:
+    """Number of a missing shard -> those of the stems where its rows may be."""
+    by_number: dict[int, list[str]] = {}
+    for stem in stems:
+        by_number.setdefault(shard_number(stem), []).append(stem)
+    places = earlier_slices((task.number for task in missing), by_number, (task.number for task in stage.tasks))
+    return {number: [stem for other in numbers for stem in by_number[other]] for number, numbers in places.items()}
 
 
 def _matches(manifest: Manifest, stage: ShardStage) -> bool:
@@ -232,20 +279,29 @@ def _manifest_or_none(store: Store, folder: str, digest: str | None) -> Manifest
 def _conclude(
     store: Store, run: str, state: _State, outcomes: list[Outcome[ShardTask]], actors: int, started: float
 ) -> StageResult:
-    stage = state.stage
-    made_here = [outcome for outcome in outcomes if outcome.task.folder == stage.folder]
-    if state.matches and not made_here:
-        manifest, reason = state.standing, NOTHING_TO_DO
+    answers = {o.task.number: o.result for o in outcomes if o.task.folder == state.stage.folder}
+    stage = _with_digests(state.stage, answers)
+    made_here = [o for o in outcomes if o.task.folder == stage.folder and not o.result.stood]
+    changes = stage.changes(list(answers.values()))
+    standing = state.matching(stage)
+    if standing is not None and not made_here:
+        manifest, reason = standing, NOTHING_TO_DO
         reference = ManifestRef(stage.folder, manifest.digest)
-        if not state.is_newest:  # another run has added shards to the folder: let later stages find this one first
+        # Another run has added shards to the folder: let later stages find this one first.
+        if manifest is not state.newest:
             commit_manifest(store, stage.folder, manifest)
     else:
-        reason = reason_to_work(state.note, stage.folder, stage.fields, len(made_here), len(stage.tasks), "shard")
+        reason = changes or reason_to_work(
+            state.note, stage.folder, stage.fields, len(made_here), len(stage.tasks), "shard"
+        )
         if state.damaged:
             reason = f"{state.damaged} or its copy was damaged, and is written again" + (
                 f"; {reason}" if made_here else ""
             )
-        manifest = _build_manifest(store, state, {outcome.task.stem: outcome.result for outcome in made_here})
+        reason += _rows_made(made_here, stage.unit)
+        known = standing or next(iter(state.standing), None)
+        records = {answer.record.stem: answer.record for answer in answers.values()}
+        manifest = _build_manifest(store, stage, known, records)
         reference = commit_manifest(store, stage.folder, manifest, made_by(made_here, actors))
         store.remove_abandoned(stage.folder)
     remember_stage(store, run, stage.name, stage.folder, reference.digest, stage.fields)
@@ -260,8 +316,23 @@ def _conclude(
         made=len(made_here),
         rows=manifest.rows,
         bytes=manifest.bytes,
-        warnings=_left_out(store, manifest, stage.unit),
+        warnings=[*_left_out(store, manifest, stage.unit), *(line for o in made_here for line in o.result.told)],
     )
+
+
+def _with_digests(stage: ShardStage, answers: dict[int, MadeShard]) -> ShardStage:
+    """The stage with the digests of the shards that were made, which only their workers may have known."""
+    tasks = [
+        replace(task, digest=answers[task.number].record.stem.partition(".")[2]) if task.number in answers else task
+        for task in stage.tasks
+    ]
+    return replace(stage, tasks=tasks)
+
+
+def _rows_made(made_here: list[Outcome[ShardTask]], unit: str) -> str:
+    """How many of the shards' rows were made, where some were taken from earlier shards."""
+    copied, made = (sum(getattr(o.result, name) for o in made_here) for name in ("copied", "made"))
+    return f"; {counted(made, unit)} made, {copied:,} taken over as they were" if copied else ""
 
 
 def _left_out(store: Store, manifest: Manifest, unit: str) -> list[str]:
@@ -274,15 +345,16 @@ def _left_out(store: Store, manifest: Manifest, unit: str) -> list[str]:
                 for row in read_shard_done(store, manifest.folder, entry.stem).failed:
                     names.setdefault(row.reason, []).append(row.key)
     return [
-        left_out_line(unit, count, reason) + (f": {some(names[reason], count)}" if names[reason] else "")
+        left_out_line(unit, count, reason) + (f": {some(sorted(names[reason]), count)}" if names[reason] else "")
         for reason, count in sorted(manifest.failed_reasons.items())
     ]
 
 
-def _build_manifest(store: Store, state: _State, made: dict[str, DoneRecord]) -> Manifest:
+def _build_manifest(
+    store: Store, stage: ShardStage, standing: Manifest | None, made: dict[str, DoneRecord]
+) -> Manifest:
     """The manifest from the done records just made, the standing manifest's entries, and only then the records in the store."""
-    stage = state.stage
-    known: dict[str, ShardEntry] = {entry.stem: entry for entry in state.standing.shards} if state.standing else {}
+    known: dict[str, ShardEntry] = {entry.stem: entry for entry in standing.shards} if standing else {}
     records = dict(made)
     unknown = [stem for stem in stage.stems if stem not in records and stem not in known]
     with ThreadPoolExecutor(16) as threads:

@@ -22,7 +22,7 @@ from flows.local.services import ServiceError, Services, start_services, worker_
 from flows.redo import check_stage, forget_from
 from flows.summary import of_stage
 from flows.upgrade import check_upgrade
-from sd3core.data.folder_source import READABLE_SUFFIXES, holds_nothing
+from sd3core.data.folder_listing import READABLE_SUFFIXES, holds_nothing
 from sd3core.data.store import Store
 from sd3core.errors import DataError, UserError
 from sd3core.files.local_paths import expanded

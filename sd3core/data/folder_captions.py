@@ -3,20 +3,24 @@
 They stand in a text file beside it, or in a row of a metadata file.
 
 What looks like captions and is not taken is told. Names are only looked up among those that the folder's walk has found, so
-no file outside the folder is ever opened.
+no file outside the folder is ever opened. Whoever makes a shard reads its images' words (`read_words`).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 from sd3core.data.caption_text import text_encoding
 from sd3core.data.image_names import ImageNames, by_folded, folded
 from sd3core.data.metadata_files import METADATA, read_metadata
-from sd3core.errors import DataError
+from sd3core.errors import DataError, UserError
 from sd3core.words import NAMED, counted, one_line, some
 
 CAPTION_SUFFIXES = (".txt", ".TXT", ".caption", ".CAPTION")
@@ -54,16 +58,39 @@ UNREAD_SUFFIXES = frozenset(
 )
 
 
-def is_caption_file(name: str) -> bool:
-    return name.lower().endswith((".txt", ".caption"))
-
-
 def is_metadata(name: str) -> bool:
     return name.lower() in METADATA
 
 
-def may_hold_captions(name: str) -> bool:
-    return posixpath.splitext(name)[1].lower() in UNREAD_SUFFIXES
+class ListedFile(NamedTuple):
+    """A file of the folder as it was found: path relative to the folder with slashes, bytes, and when it was last written to."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+class ListedImage(NamedTuple):
+    """An image file, or one thing that was to be one, and what by their names belongs to it."""
+
+    file: ListedFile
+    captions: tuple[ListedFile, ...] = ()  # files beside it, in the order in which they count
+    text: str = ""  # a metadata file's words, which go before those
+    hint: str = ""  # what else may be its caption and is not understood
+    problem: str = ""  # why it is not taken
+
+    @property
+    def words_key(self) -> str:
+        """All that its caption follows from."""
+        return json.dumps(self[1:4])
+
+    def line(self) -> str:
+        return json.dumps(self)
+
+    @classmethod
+    def of_line(cls, line: str) -> ListedImage:
+        file, captions, *rest = json.loads(line)
+        return cls(ListedFile(*file), tuple(ListedFile(*caption) for caption in captions), *rest)
 
 
 @dataclass(frozen=True)
@@ -71,7 +98,7 @@ class FolderFiles:
     """What a walk has found: paths relative to the folder, with slashes."""
 
     images: list[str]
-    captions: list[str]  # .txt and .caption
+    captions: dict[str, ListedFile]  # .txt and .caption
     metadata: list[str]
     unread: list[str]  # that may hold captions, and are not read
 
@@ -86,60 +113,45 @@ class Words:
 
 
 class FolderCaptions:
-    """All captions of a folder. The tables are built once; `words_of` only looks up and opens the image's own files."""
+    """Which captions a folder's images have. The tables are built once; no file is opened but the metadata."""
 
     def __init__(self, root: Path, spelled: str, files: FolderFiles) -> None:
         """`root` is resolved, `spelled` how the recipe names it: metadata may hold either."""
-        self.root = root
         self.files = files
         self.names = ImageNames((str(root), os.path.abspath(os.path.expanduser(spelled))), files.images)
         self.metadata = read_metadata(root, files.metadata, self.names)
-        self._exact = set(files.captions)
         self._folded = by_folded(files.captions)
-        self._unread = set(files.unread)
+        self._unread: dict[str, list[str]] = {}  # by what stands before the suffix
+        for file in sorted(files.unread):
+            stem, suffix = posixpath.splitext(file)
+            if suffix in UNREAD_SUFFIXES:
+                self._unread.setdefault(stem, []).append(posixpath.basename(file))
 
-    def words_of(self, path: str) -> Words:
-        """An image's words: the metadata's where they have text, else those of the first file beside it that has any.
-
-        Raises DataError where the image's words cannot be read, OSError as well.
-        """
-        if text := self.metadata.captions.get(path, ""):
-            return Words(text)
-        files = self.files_of(path)
-        for file in files:
-            text = self._read(file)
-            if one_line(text):
-                return Words(text, tuple(files) if len(files) > 1 else ())
-        return Words("", hint=self._hint(path, files))
+    def of_image(self, file: ListedFile) -> ListedImage:
+        """Where an image's words are: the metadata's where they have text, else the files beside it."""
+        if text := self.metadata.captions.get(file.path, ""):
+            return ListedImage(file, text=text)
+        files = self.files_of(file.path)
+        return ListedImage(file, tuple(self.files.captions[name] for name in files), "", self._hint(file.path, files))
 
     def files_of(self, path: str) -> list[str]:
         """The caption files of an image, in the order in which they count."""
         stem = posixpath.splitext(path)[0]
         found: dict[str, None] = {}
         for name in (stem, path):
-            found |= dict.fromkeys(file for suffix in CAPTION_SUFFIXES if (file := name + suffix) in self._exact)
-            if self.names.is_only_spelling(stem):
-                for suffix in (".txt", ".caption"):
-                    others = self._folded.get(folded(name + suffix), [])
-                    found |= dict.fromkeys(others if len(others) == 1 else ())
+            found |= dict.fromkeys(
+                file for suffix in CAPTION_SUFFIXES if (file := name + suffix) in self.files.captions
+            )
+            for suffix in (".txt", ".caption"):
+                others = self._folded.get(folded(name + suffix), ())
+                if len(others) == 1 and others[0] not in found and self.names.is_only_spelling(stem):
+                    found[others[0]] = None
         return list(found)
 
-    def _read(self, file: str) -> str:
-        if not is_inside(self.root, self.root / file):
-            raise DataError("its caption file is a link that leads out of the folder; put the file itself in it")
-        if not (self.root / file).is_file():
-            return ""
-        try:
-            content = (self.root / file).read_bytes()
-            encoding, skipped = text_encoding(content)
-            return content[skipped:].decode(encoding)
-        except UnicodeDecodeError:
-            raise DataError("its caption file is not UTF-8; save it as UTF-8") from None
-
     def _hint(self, path: str, files: list[str]) -> str:
+        """What may be an image's caption beside these files, and is not understood."""
         stem = posixpath.splitext(path)[0]
-        beside = [name + suffix for name in (stem, path) for suffix in sorted(UNREAD_SUFFIXES)]
-        unread = [posixpath.basename(file) for file in beside if file in self._unread]
+        unread = [name for stood in (stem, path) for name in self._unread.get(stood, ())]
         differing = [
             posixpath.basename(file)
             for name in dict.fromkeys((stem, path))
@@ -147,9 +159,7 @@ class FolderCaptions:
             for file in self._folded.get(folded(name + suffix), ())
             if file not in files
         ]
-        parts = [f"{posixpath.basename(files[0])} is empty"] if files else []
-        if where := self.metadata.empty.get(path):
-            parts.append(f"its text is empty in {where}")
+        parts = [f"its text is empty in {where}"] if (where := self.metadata.empty.get(path)) else []
         parts += [f"{', '.join(differing)} may mean another image"] if differing else []
         parts += [f"{', '.join(unread)} is not read"] if unread else []
         return "; ".join(parts)
@@ -171,6 +181,63 @@ class FolderCaptions:
                 f" captions come from {HOW_TO_GIVE}"
             )
         return lines
+
+
+def read_words(root: Path, image: ListedImage) -> Words:
+    """An image's words: the metadata's where they have text, else those of the first file beside it that has any.
+
+    Raises DataError where they cannot be read, OSError as well, FolderChanged where a file is not as it was listed.
+    """
+    if image.text:
+        return Words(image.text)
+    for file in image.captions:
+        text = _read_caption(root, file)
+        if one_line(text):
+            return Words(text, tuple(file.path for file in image.captions) if len(image.captions) > 1 else ())
+    empty = [f"{posixpath.basename(image.captions[0].path)} is empty"] if image.captions else []
+    return Words("", hint="; ".join([*empty, *filter(None, [image.hint])]))
+
+
+def _read_caption(root: Path, file: ListedFile) -> str:
+    path = root / file.path
+    if not is_inside(root, path):
+        raise DataError("its caption file is a link that leads out of the folder; put the file itself in it")
+    if not path.is_file():
+        return ""
+    try:
+        with as_listed(root, file) as opened:
+            content = opened.read()
+        encoding, skipped = text_encoding(content)
+        return content[skipped:].decode(encoding)
+    except UnicodeDecodeError:
+        raise DataError("its caption file is not UTF-8; save it as UTF-8") from None
+
+
+class FolderChanged(UserError):
+    """A file is not the one that was listed, or has other bytes than were seen though its size and time are the same: a shard
+    made from it would bear the wrong name. Not a reject, the shard fails.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path} changed since the folder was listed; when it is at rest touch it and run ingest again"
+        )
+
+
+@contextmanager
+def as_listed(root: Path, file: ListedFile) -> Iterator[BinaryIO]:
+    """The open file. Raises FolderChanged unless it has the listed size and time, before and after it was read."""
+    path = root / file.path
+    try:
+        with path.open("rb") as opened:
+            for last in (False, True):
+                status = os.fstat(opened.fileno())
+                if (status.st_size, status.st_mtime_ns) != file[1:]:
+                    raise FolderChanged(path)
+                if not last:
+                    yield opened
+    except FileNotFoundError:
+        raise FolderChanged(path) from None
 
 
 def is_inside(root: Path, path: Path) -> bool:

@@ -1,7 +1,7 @@
 """Finds the image that a name means, also where it is spelled otherwise.
 
 Other case, other accents, backslashes, percent signs, an absolute path of this or another machine: taken where exactly one image
-fits. All lookups are in tables that are built once.
+fits. All lookups are in tables that are built once, when they are first needed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ TAILS = 32  # parts of an absolute path that are looked at
 
 def folded(path: str) -> str:
     """The path without what file systems and programs differ in: case, and how accents are composed."""
+    if path.isascii():
+        return path.lower()  # the same, without a million normalisations
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
 
 
@@ -43,16 +45,28 @@ class ImageNames:
     def __init__(self, roots: Iterable[str], images: list[str]) -> None:
         self.roots = tuple(dict.fromkeys(roots))
         self.images = images
-        self._exact = set(images)
-        self._folded = by_folded(images)
-        self._stems: dict[str, set[str]] = defaultdict(set)
-        for image in images:
+
+    @cached_property
+    def _exact(self) -> set[str]:
+        return set(self.images)
+
+    @cached_property
+    def _folded(self) -> dict[str, list[str]]:
+        return by_folded(self.images)
+
+    @cached_property
+    def _stems(self) -> dict[str, str]:
+        """By what they are without case and accents; "" of several."""
+        stems: dict[str, str] = {}
+        for image in self.images:
             stem = posixpath.splitext(image)[0]
-            self._stems[folded(stem)].add(stem)
+            if stems.setdefault(folded(stem), stem) != stem:
+                stems[folded(stem)] = ""
+        return stems
 
     def is_only_spelling(self, stem: str) -> bool:
         """Whether no other image's name differs from this one in case or accents alone."""
-        return len(self._stems[folded(stem)]) == 1
+        return self._stems[folded(stem)] == stem
 
     def find(self, folder: str, name: str) -> Found:
         """The images that a name in the folder's metadata may mean."""

@@ -135,9 +135,9 @@ def to_model_range(images: np.ndarray) -> Tensor:
     return pixels.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
 
 
-def enlargement(image: Image.Image, height: int, width: int) -> float:
-    """How much larger crop_to makes the image, each way; below 1 where it makes it smaller."""
-    return max(height / image.height, width / image.width)
+def enlargement(size: tuple[int, int], height: int, width: int) -> float:
+    """How much larger crop_to makes an image of this (width, height), each way; below 1 where it makes it smaller."""
+    return max(height / size[1], width / size[0])
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:

@@ -27,6 +27,7 @@ from sd3core.specs import DONE, INDEX, TABLE, TAR
 
 TAR_BLOCK = tarfile.BLOCKSIZE
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")  # of the image in a raw sample
+IMAGE_DIGEST = "image_digest"  # index column: the short digest of the stored image that a row is, or was made from
 
 
 class FailedRow(BaseModel):
@@ -63,6 +64,10 @@ def shard_stem(number: int, digest: str) -> str:
     return f"{number:05d}.{digest[:12]}"
 
 
+def shard_number(stem: str) -> int:
+    return int(stem.partition(".")[0])
+
+
 def parts_digest(*parts: str | bytes) -> str:
     """12 hex digits that name content: each part is hashed with its length, so that parts cannot run together."""
     total = hashlib.sha256()
@@ -70,6 +75,11 @@ def parts_digest(*parts: str | bytes) -> str:
         data = part.encode() if isinstance(part, str) else part
         total.update(len(data).to_bytes(8, "big") + data)
     return total.hexdigest()[:12]
+
+
+def short_digest(data: bytes) -> str:
+    """128 bits of the SHA-256, in hex digits: for columns of many rows."""
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def sample_id(key: str) -> int:
@@ -129,10 +139,10 @@ def write_table(store: Store, folder: str, stem: str, table: pa.Table, failed: l
     return _finish(store, folder, stem, table.num_rows, failed, len(data), {TABLE: digest}, digest, {})
 
 
-def finished_stems(store: Store, folder: str) -> set[str]:
-    """The shards that are done, from one listing."""
+def finished_stems(store: Store, folder: str) -> dict[str, float]:
+    """The shards that are done, and when their records were written, from one listing."""
     return {
-        name.removesuffix(DONE)
+        name.removesuffix(DONE): entry.modified
         for entry in store.list(folder)
         if "/" not in (name := entry.path[len(folder) + 1 :]) and name.endswith(DONE)
     }
@@ -279,9 +289,15 @@ def _finish(
     digest: str,
     extra: dict[str, int],
 ) -> DoneRecord:
-    number = int(stem.partition(".")[0])
     record = DoneRecord(
-        number=number, stem=stem, rows=rows, failed=list(failed), bytes=size, files=files, digest=digest, extra=extra
+        number=shard_number(stem),
+        stem=stem,
+        rows=rows,
+        failed=list(failed),
+        bytes=size,
+        files=files,
+        digest=digest,
+        extra=extra,
     )
     store.put(f"{folder}/{stem}{DONE}", canonical_json(json.loads(record.model_dump_json())))
     return record

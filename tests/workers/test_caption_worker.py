@@ -112,7 +112,7 @@ def test_worker_writes_model_and_prompt_and_names_what_failed(vlm_folder, tmp_pa
         return ["" if image.width == images[3].width else "a picture" for image in batch]
 
     monkeypatch.setattr(worker, "captioner", captioner)
-    record = worker(task)
+    record = worker(task).record
     rows = read_table(store, "captions", task.stem).to_pylist()
     assert [row["key"] for row in rows] == ["k0", "k1", "k4"]
     assert {(row["caption"], row["model"], row["prompt"]) for row in rows} == {("a picture", str(vlm_folder), "Say.")}
@@ -163,7 +163,7 @@ def test_the_real_model_fills_a_shard(vlm_folder, tmp_path):
     store = open_store(str(tmp_path))
     task = raw_shard(store, {f"k{i}": png(image) for i, image in enumerate(noise_images(3))})
     caption = Caption(captioner="vision_language_model", model=str(vlm_folder), max_new_tokens=4, batch=2)
-    record = CaptionWorker(store.url, caption, PixelRules(10**6), "cpu")(task)
+    record = CaptionWorker(store.url, caption, PixelRules(10**6), "cpu")(task).record
     assert record.rows + len(record.failed) == 3 and record.rows > 0
 
 

@@ -97,6 +97,44 @@ def test_what_a_folder_holds_that_cannot_be_used_is_named_and_the_rest_goes_on(t
     assert again.skipped and again.warnings == made.warnings
 
 
+def test_of_a_folder_that_changes_actors_make_the_new_rows_alone(tmp_path, local_ray, monkeypatch):
+    """With real towers: what is taken over is what was there, to the byte."""
+    monkeypatch.setenv("SD3_HOME", str(tmp_path / "home"))
+    folder, store = tmp_path / "photos", open_store(str(tmp_path / "store"))
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+
+    def add(name: str) -> None:
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"a picture called {name}")
+
+    for number in range(20):
+        add(f"{number:02d}")
+    recipe = small_recipe("data.source=folder", f"data.folder={folder}", "caption.captioner=none", "finetune=[]")
+
+    def stored(chain) -> dict[tuple[str, str], bytes]:
+        manifests = (read_manifest(store, result.manifest.folder) for result in chain.encoded.values())
+        return {
+            (manifest.stage, key): files["safetensors"]
+            for manifest in manifests
+            for entry in manifest.shards
+            for key, files in read_samples(store.get(f"{manifest.folder}/{entry.stem}.tar"))
+        }
+
+    before = stored(run_chain(recipe, store))
+    add("one more")
+    (folder / "07.txt").write_text("another caption")
+    changed = run_chain(recipe, store)
+    assert changed.raw.reason.startswith("1 caption changed, 1 image added: ")
+    assert "; 2 captions made, " in changed.encoded["text"].reason
+    assert "; 1 image made, " in changed.encoded["latents.pretrain"].reason
+    after = stored(changed)
+    assert {key: after[key] for key in before.keys() & after.keys()} == {
+        key: data for key, data in before.items() if key in after
+    }
+    assert len(after.keys() - before.keys()) == 3 and len(before.keys() - after.keys()) == 1
+
+
 def test_every_stage_makes_its_shards_and_a_second_run_makes_nothing(chain):
     assert {r.stage: r.reason for r in chain.results} == dict.fromkeys(
         ["ingest", "towers", "caption", "text", "latents.pretrain", "latents.finetune.0"], "first run"

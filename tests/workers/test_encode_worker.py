@@ -74,7 +74,7 @@ def picture(size, shade):
 def encode(store, raw, folder, batch):
     task = ShardTask(3, raw.digest[:12], folder, raw.rows, LatentsSource(raw, BUCKETS))
     made = worker(store, batch)
-    record = made(task)
+    record = made(task).record
     stored = read_samples(store.get(f"{folder}/{task.stem}.tar"))
     latents = {key: load_tensors(files["safetensors"])["latent"] for key, files in stored}
     return record, latents, made

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import io
 import json
-from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from in_process import without_ray
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -39,7 +39,6 @@ from workers.encode import encode_stage
 from workers.evaluate import EvaluationFailed, _chosen, _read_part, _to_be_of_one_precision, evaluate_stage
 from workers.evaluate_tasks import EvaluationInputs, ScoredCheckpoint, plan_tasks
 from workers.ingest import ingest_stage
-from workers.pool import Outcome
 from workers.towers import towers_stage
 
 SETTINGS = [
@@ -48,20 +47,6 @@ SETTINGS = [
     "evaluate.earlier_bench_prompts_per_task=1", "evaluate.scored_images=8", "evaluate.grid_prompts=4",
     "evaluate.bucket_grid_prompts=2", "evaluate.num_steps=2", "evaluate.validation_images=10", "text.null=empty",
 ]  # fmt: skip
-
-
-def in_this_process(worker_class, worker_kwargs, tasks, settings, report=None, watch=None, tell=None):
-    worker, outcomes = worker_class(**worker_kwargs), []
-    for done, task in enumerate(tasks, start=1):
-        try:
-            outcomes.append(Outcome(task, worker(task)))
-        except Exception as error:
-            outcomes.append(Outcome(task, error=str(error)))
-        if report:
-            report(outcomes[-1], done, len(tasks))
-        if watch and isinstance(worker.progress, Progress):
-            watch(task, worker.progress)
-    return outcomes
 
 
 def write_checkpoint(store: Store, recipe: Recipe, phase_key: str, samples: int, seed: int) -> ScoredCheckpoint:
@@ -105,9 +90,7 @@ class World:
 @pytest.fixture(scope="module")
 def patched():
     with pytest.MonkeyPatch.context() as patch:
-        for module in (workers.evaluate, workers.shard_stage, workers.towers):
-            patch.setattr(module, "map_over_actors", in_this_process)
-            patch.setattr(module, "start_ray", lambda *_: nullcontext())
+        without_ray(patch, workers.evaluate, workers.shard_stage, workers.towers)
         yield patch
 
 

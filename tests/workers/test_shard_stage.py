@@ -15,7 +15,7 @@ from sd3core.data.store import open_store
 from sd3core.errors import DataError
 from sd3core.progress import ignore_progress
 from sd3core.recipe import Compute
-from workers.shard_stage import ShardStage, ShardTask, run_shard_stage, run_shard_stages
+from workers.shard_stage import MadeShard, ShardStage, ShardTask, run_shard_stage, run_shard_stages
 from workers.stage import NOTHING_TO_DO, StageFailed, recall_stage
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -39,7 +39,9 @@ class Worker:
             os.kill(os.getpid(), signal.SIGKILL)
         self.store.put(f"{task.folder}/NULL.safetensors", b"null")
         samples = [Sample(f"{task.stem[:5]}-{i}", {"txt": b"x" * i}) for i in range(task.rows)]
-        return write_shard(self.store, task.folder, task.stem, samples, [FailedRow(key="k", reason="too small")])
+        return MadeShard(
+            write_shard(self.store, task.folder, task.stem, samples, [FailedRow(key="k", reason="too small")])
+        )
 
 
 def a_stage(t5_tokens=16, shards=4, name="text", inputs=None, needs=("NULL.safetensors",)):
@@ -96,7 +98,7 @@ def test_shards_that_were_made_again_before_a_kill_are_those_of_the_next_manifes
         if entry.path.endswith((".done.json", "/MANIFEST.json")):
             store.delete(entry.path)
     task = a_stage().tasks[0]
-    made = Worker(store.url)(replace(task, rows=5))
+    made = Worker(store.url)(replace(task, rows=5)).record
     again = run(store, a_stage())
     manifest = read_manifest(store, first.manifest.folder, again.manifest.digest)
     assert (again.made, again.skipped, again.rows) == (3, False, 14)

@@ -18,7 +18,9 @@ def test_what_a_long_stage_leaves_out_is_told_once_a_reason_before_its_end_count
 
     def ends(number: int, *reasons: str, seconds: float) -> None:
         tally.started = time.monotonic() - seconds
-        record = SimpleNamespace(failed=[FailedRow(key="k", reason=reason) for reason in reasons])
+        record = SimpleNamespace(
+            record=SimpleNamespace(failed=[FailedRow(key="k", reason=reason) for reason in reasons])
+        )
         tally.finished(Outcome(ShardTask(number, f"{number:012x}", "f", rows=3), record), number + 1, 300)
 
     for number in range(100):

@@ -49,9 +49,7 @@ def test_a_stage_says_what_it_begins_before_it_looks_and_takes_it_back_at_its_en
         for phase in ("pretrain", "finetune.0")
     ]
     looked = []
-    monkeypatch.setattr(
-        shard_stage, "finished_stems", lambda store, folder: looked.append(len(all_begun(store))) or set()
-    )
+    monkeypatch.setattr(shard_stage, "finished_stems", lambda store, folder: looked.append(len(all_begun(store))) or {})
     with monkeypatch.context() as killed, pytest.raises(StoreError):
         killed.setattr(shard_stage, "remember_stage", stop)
         run_shard_stages(store, "r", stages, object, {}, Compute(), lambda progress: None)

@@ -18,7 +18,10 @@ from flows.cli.console import PlainConsole
 from flows.ui import artifacts
 from flows.ui.artifacts import StageReporter
 from flows.ui.previews import _markdown
-from sd3core.data.ingest import IngestWorker, list_source
+from sd3core.data.folder_captions import FolderCaptions
+from sd3core.data.folder_listing import list_folder
+from sd3core.data.folder_source import deal_folder
+from sd3core.data.ingest_folder import FolderWorker
 from sd3core.exchange.export_readme import readme
 from sd3core.pictures import encode_png, read_settings
 from sd3core.progress import Progress
@@ -47,8 +50,11 @@ def rejected(tmp_path):
     recipe = load_recipe(
         "tiny-test", ["data.source=folder", f"data.folder={folder}", "caption.captioner=none", "data.min_side_px=32"]
     )
-    worker = IngestWorker(recipe.data, str(tmp_path / "store"), "raw")
-    rows = [row for shard in list_source(recipe.data, 0, True) for row in worker(shard).failed]
+    worker = FolderWorker(recipe.data, str(tmp_path / "store"), "raw", captions_needed=True)
+    listing = list_folder(recipe.data.folder)
+    captions = FolderCaptions(listing.root, recipe.data.folder, listing.files())
+    slices = deal_folder(listing, captions, recipe.data.rows_per_shard)
+    rows = [row for part in slices for row in worker(part).record.failed]
     assert len(rows) == len(NAMES)
     return [f"1 row left out: {row.reason}: {row.key}" for row in rows]
 

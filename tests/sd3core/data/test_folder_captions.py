@@ -8,12 +8,12 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from folder_ingest import ingest_folder, read_items, slices_of
 from PIL import Image
 
 from sd3core.data.caption_text import lines_of, mixes_languages, text_encoding
-from sd3core.data.folder_source import NO_CAPTION, list_folder
+from sd3core.data.folder_source import NO_CAPTION
 from sd3core.data.image_names import NEAR, ImageNames
-from sd3core.data.ingest import list_source
 from sd3core.data.metadata_files import (
     NAME_ONLY,
     NO_FIELDS,
@@ -47,8 +47,7 @@ def _data(folder: Path, **changes) -> Data:
 
 def _listed(folder: Path, captions_needed=False, **changes) -> tuple[dict[str, str], list[str]]:
     """Captions by image, and what was told."""
-    told: list[str] = []
-    items = list_folder(_data(folder, **changes), captions_needed, told.append)
+    items, told = read_items(_data(folder, **changes), captions_needed)
     return {item.name: item.problem or item.caption for item in items}, told
 
 
@@ -282,7 +281,7 @@ def test_files_whose_case_may_mean_another_image_are_not_taken(folder):
 def test_no_caption_names_every_way_to_give_one(folder):
     _images(folder, "a.jpg")
     with pytest.raises(DataError) as error:
-        list_source(_data(folder), 0, captions_needed=True)
+        slices_of(_data(folder), captions_needed=True)
     for way in (
         "NAME.txt",
         "NAME.caption",
@@ -299,7 +298,7 @@ def test_all_rows_off_is_said_where_no_image_can_be_used(folder):
     _images(folder, "a.jpg")
     (folder / "metadata.jsonl").write_text(_jsonl(_row("pictures/b.jpg")))
     with pytest.raises(DataError, match="1 rejected: no caption .*1 metadata row not used: its file_name is no image"):
-        list_source(_data(folder), 0, captions_needed=True)
+        slices_of(_data(folder), captions_needed=True)
 
 
 def test_a_captioner_does_not_caption_over_what_was_not_understood(folder):
@@ -311,8 +310,7 @@ def test_a_captioner_does_not_caption_over_what_was_not_understood(folder):
     (folder / "cc.txt").write_text("c")
     (folder / "d.txt").write_bytes(b"caf\xe9")
     (folder / "captions.parquet").touch()
-    told: list[str] = []
-    list_source(_data(folder), 0, tell=told.append)
+    told = _listed(folder)[1]
     assert told == [
         "1 caption file beside no image of that name: cc.txt (nearest: c.jpg)",
         "1 file that may hold captions not read: captions.parquet; captions come from NAME.txt, NAME.caption or NAME.jpg.txt"
@@ -350,26 +348,33 @@ def test_words_with_a_zero_byte_are_not_taken_for_utf_16():
     assert text_encoding("ab\u00e9".encode("utf-16-be")) == ("utf-16-be", 0)
 
 
-def test_a_shards_digest_does_not_hang_on_the_words_of_a_reject(folder, monkeypatch):
+def test_a_shards_digest_does_not_hang_on_the_words_of_a_reject(folder, file_store, monkeypatch):
+    def digests():
+        made = ingest_folder(file_store, _data(folder), captions_needed=True)
+        return [shard.seen.digest for shard in made.values()]
+
     _images(folder, "a.jpg", "b.jpg")
     (folder / "a.txt").write_text("a")
-    before = [shard.digest for shard in list_source(_data(folder), 0, captions_needed=True)]
+    before = digests()
     monkeypatch.setattr("sd3core.data.folder_source.NO_CAPTION", "said otherwise")
-    assert [shard.digest for shard in list_source(_data(folder), 0, captions_needed=True)] == before
+    assert digests() == before
     (folder / "b.txt").write_text("b")
-    assert [shard.digest for shard in list_source(_data(folder), 0, captions_needed=True)] != before
+    assert digests() != before
 
 
-def test_a_caption_that_is_read_otherwise_gives_another_shard(folder):
+def test_a_caption_that_is_read_otherwise_gives_another_shard(folder, file_store):
     """So a folder that an earlier version ingested is made again exactly where it had misread one."""
     _images(folder, "a.jpg", "b.jpg")
     (folder / "a.txt").write_text("a\nb")
     (folder / "b.txt").write_text("b")
     digests = [
-        [shard.digest for shard in list_source(_data(folder, rows_per_shard=1, caption=caption), 0)]
+        [
+            made.seen.digest
+            for made in ingest_folder(file_store, _data(folder, rows_per_shard=1, caption=caption)).values()
+        ]
         for caption in ("whole", "first_line")
     ]
-    assert [one == other for one, other in zip(*digests, strict=True)] == [False, True]
+    assert sorted(one == other for one, other in zip(*digests, strict=True)) == [False, True]
 
 
 def test_many_rows_take_time_in_proportion(folder):

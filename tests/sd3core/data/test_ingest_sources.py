@@ -10,11 +10,15 @@ import unicodedata
 import numpy as np
 import pytest
 from colour_samples import DISPLAY_P3, profile
+from folder_ingest import ingest_folder, read_items, slices_of
 from PIL import Image
 
-from sd3core.data.folder_source import NO_CAPTION, holds_nothing, image_key
+from sd3core.data.folder_captions import FolderChanged
+from sd3core.data.folder_listing import holds_nothing
+from sd3core.data.folder_source import NO_CAPTION, image_key
 from sd3core.data.images import CONVERTED, TRANSPARENT, UNKNOWN_COLOURS, PixelRules, decode_image
-from sd3core.data.ingest import FolderChanged, IngestWorker, list_source
+from sd3core.data.ingest import SceneWorker, list_scenes
+from sd3core.data.ingest_folder import HELD_OUT_ROWS, FolderWorker
 from sd3core.data.shards import is_held_out, read_samples, read_shard_index, shard_stem
 from sd3core.errors import DataError
 from sd3core.recipe import Data
@@ -48,11 +52,9 @@ def _data(folder, **changes) -> Data:
 
 def _ingest(store, data, captions_needed=False, folder="raw"):
     """Rows by source path, failed reasons by name, and files by key."""
-    worker = IngestWorker(data, store.url, folder)
     rows, failed, files = {}, {}, {}
-    for shard in list_source(data, 0, captions_needed):
-        record = worker(shard)
-        assert worker.progress == len(shard.items) == record.rows + len(record.failed)
+    for made in ingest_folder(store, data, captions_needed, folder).values():
+        record = made.record
         failed |= {row.key: row.reason for row in record.failed}
         rows |= {row["source"]: row for row in read_shard_index(store, folder, record.stem).to_pylist()}
         files |= dict(read_samples(store.get(f"{folder}/{record.stem}.tar")))
@@ -95,9 +97,8 @@ def test_colours_are_made_srgb_once_whatever_a_file_is_stored_as(folder, file_st
     _save(folder / "d.tif", see_through, icc_profile=p3)
     _save(folder / "e.png", gradient, icc_profile=b"no profile")
     data = _data(folder, rows_per_shard=9, background="#102030")
-    (shard,) = list_source(data, 0)
-    record = IngestWorker(data, file_store.url, "raw")(shard)
-    assert record.extra == {CONVERTED: 4, TRANSPARENT: 1, UNKNOWN_COLOURS: 1}
+    record = ingest_folder(file_store, data)[0].record
+    assert record.extra == {CONVERTED: 4, TRANSPARENT: 1, UNKNOWN_COLOURS: 1, HELD_OUT_ROWS: 3}
     rows = {row["source"]: row for row in read_shard_index(file_store, "raw", record.stem).to_pylist()}
     files = dict(read_samples(file_store.get(f"raw/{record.stem}.tar")))
     rules = PixelRules.of(data)
@@ -179,47 +180,65 @@ def test_a_folder_without_a_usable_image_is_an_error_of_one_line(folder, content
     for name, data in content.items():
         (folder / name).write_bytes(data)
     with pytest.raises(DataError) as error:
-        list_source(_data(folder), 0)
+        slices_of(_data(folder))
     assert str(error.value) == f"data.folder {folder}: no usable image ({why}); name another folder, or mend that"
     with pytest.raises(DataError, match="no such folder"):
-        list_source(_data(folder / "nowhere"), 0)
+        slices_of(_data(folder / "nowhere"))
 
 
 def test_all_without_caption_is_an_error_where_captions_are_needed(folder):
     _save(folder / "a.png")
-    assert list_source(_data(folder), 0)
+    assert slices_of(_data(folder))
     with pytest.raises(DataError, match="1 rejected: no caption"):
-        list_source(_data(folder), 0, captions_needed=True)
+        slices_of(_data(folder), captions_needed=True)
 
 
-def test_shards_are_named_by_content(folder, tmp_path):
-    for number in range(10):
+def test_shards_are_named_by_content(folder, file_store, tmp_path):
+    """One image more, wherever it sorts, or another caption: one shard; a renamed image: two, where none splits."""
+
+    def digests(place=folder):
+        made = ingest_folder(file_store, _data(place, rows_per_shard=7))
+        return {number: shard.seen.digest for number, shard in made.items()}
+
+    def differ(before, after):
+        return {number for number in before | after if before.get(number) != after.get(number)}
+
+    for number in range(14):
         _save(folder / f"{number:03d}.png")
         (folder / f"{number:03d}.txt").write_text(f"caption {number}")
-    first = list_source(_data(folder), 0)
-    assert [len(shard.items) for shard in first] == [4, 4, 2]
-    assert [shard.digest for shard in list_source(_data(folder), 0)] == [shard.digest for shard in first]
-    _save(folder / "010.png")  # a data set that grows at its end keeps its full shards
-    grown = list_source(_data(folder), 0)
-    assert [shard.digest for shard in grown[:2]] == [shard.digest for shard in first[:2]] and grown[2].digest != first[
-        2
-    ].digest
+    slices = slices_of(_data(folder, rows_per_shard=7))
+    assert {part.number: len(part.lines) for part in slices} == {1: 5, 5: 7, 6: 2}
+    first = digests()
+    assert digests() == first
+    _save(folder / "0.png")
+    grown = digests()
+    assert len(differ(first, grown)) == 1 and grown.keys() == first.keys()
     (folder / "005.txt").write_text("another caption")
-    changed = list_source(_data(folder), 0)
-    assert [a.digest == b.digest for a, b in zip(changed, grown)] == [True, False, True]
+    changed = digests()
+    assert len(differ(grown, changed)) == 1
+    (folder / "003.png").rename(folder / "renamed.png")
+    assert len(differ(changed, digests())) == 2 and digests().keys() == changed.keys()
+    (folder / "renamed.png").rename(folder / "003.png")
     folder.rename(tmp_path / "moved")
-    assert [shard.digest for shard in list_source(_data(tmp_path / "moved"), 0)] == [shard.digest for shard in changed]
+    assert digests(tmp_path / "moved") == changed
 
 
 def test_a_file_that_changes_after_the_listing_fails_its_shard(folder, file_store):
     _save(folder / "a.png")
-    (shard,) = list_source(_data(folder), 0)
+    (folder / "a.txt").write_text("a")
+    (part,) = slices_of(_data(folder))
+    worker = FolderWorker(_data(folder), file_store.url, "raw", captions_needed=False)
     _save(folder / "a.png")
     with pytest.raises(FolderChanged, match="a.png changed since"):
-        IngestWorker(_data(folder), file_store.url, "raw")(shard)
+        worker(part)
     (folder / "a.png").unlink()
-    with pytest.raises(FolderChanged):
-        IngestWorker(_data(folder), file_store.url, "raw")(shard)
+    with pytest.raises(FolderChanged, match="a.png changed since"):
+        worker(part)
+    _save(folder / "a.png")
+    (part,) = slices_of(_data(folder))
+    (folder / "a.txt").write_text("another")
+    with pytest.raises(FolderChanged, match="a.txt changed since"):
+        worker(part)
     assert file_store.list() == []
 
 
@@ -239,7 +258,6 @@ def test_files_that_may_not_be_read_are_named_and_the_others_go_on(folder, file_
         (folder / f"{name}.txt").write_text(name)
     (folder / "metadata.jsonl").write_text("")
     shut = {"shut.png", "caption.txt", "metadata.jsonl"}
-    told = []
     opened = type(folder).open
 
     def refused(path, *arguments, **options):
@@ -251,7 +269,7 @@ def test_files_that_may_not_be_read_are_named_and_the_others_go_on(folder, file_
     rows, failed, _ = _ingest(file_store, _data(folder))
     why = "cannot be read: Permission denied; give this user the right to it"
     assert sorted(rows) == ["good.png"] and failed == dict.fromkeys(("shut.png", "caption.png"), why)
-    list_source(_data(folder), 0, tell=told.append)
+    told = read_items(_data(folder))[1]
     assert told == [f"metadata.jsonl: {why}"]
 
 
@@ -311,7 +329,7 @@ def test_captions_of_every_kind(folder, file_store):
     assert failed == {f"{name}.png ({name}.txt is empty)": NO_CAPTION for name in ("nothing", "spaces", "invisible")}
     for row in rows.values():
         assert json.loads(files[row["key"]]["json"])["caption"] == row["caption"]
-    cut = {item.name for shard in list_source(_data(folder), 0) for item in shard.items if item.cut}
+    cut = {item.name for item in read_items(_data(folder))[0] if item.cut}
     assert cut == {"long.png"}
 
 
@@ -361,19 +379,19 @@ WORLD = Data(
 
 
 def test_small_world(file_store):
-    shards = list_source(WORLD, 3)
-    assert [(shard.number, list(shard.items)) for shard in shards] == [
+    shards = list_scenes(WORLD, 3)
+    assert [(shard.number, list(shard.scenes)) for shard in shards] == [
         (0, [0, 1, 2, 3]),
         (1, [4, 5, 6, 7]),
         (2, [8, 9]),
     ]
     rows, failed, files = {}, [], {}
     for shard in shards:
-        record = IngestWorker(WORLD, file_store.url, "raw")(shard)
+        record = SceneWorker(WORLD, file_store.url, "raw")(shard)
         failed += record.failed
         rows |= {row["key"]: row for row in read_shard_index(file_store, "raw", record.stem).to_pylist()}
         files |= dict(read_samples(file_store.get(f"raw/{record.stem}.tar")))
-        assert IngestWorker(WORLD, file_store.url, "again")(shard).digest == record.digest
+        assert SceneWorker(WORLD, file_store.url, "again")(shard).digest == record.digest
     assert len(rows) == 10 and failed == [] and len({row["width"] for row in rows.values()}) > 1
     for key, row in rows.items():
         image = decode_image(files[key]["png"], PixelRules(10**6))
@@ -382,9 +400,9 @@ def test_small_world(file_store):
 
 
 def test_small_world_shards_are_named_by_seed_settings_and_range():
-    base = [shard.digest for shard in list_source(WORLD, 0)]
-    grown = [shard.digest for shard in list_source(WORLD.model_copy(update={"images": 15}), 0)]
+    base = [shard.digest for shard in list_scenes(WORLD, 0)]
+    grown = [shard.digest for shard in list_scenes(WORLD.model_copy(update={"images": 15}), 0)]
     assert grown[:2] == base[:2] and grown[2] != base[2] and len(grown) == 4
     for seed, change in [(1, {}), (0, {"max_objects": 2}), (0, {"image_side_px": 96})]:
-        assert not set(base) & {shard.digest for shard in list_source(WORLD.model_copy(update=change), seed)}
+        assert not set(base) & {shard.digest for shard in list_scenes(WORLD.model_copy(update=change), seed)}
     assert shard_stem(7, base[0]) == f"00007.{base[0]}"

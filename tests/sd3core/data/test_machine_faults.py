@@ -7,12 +7,12 @@ import io
 
 import numpy as np
 import pytest
+from folder_ingest import read_items, slices_of
 from PIL import Image, ImageFile
 
 from sd3core.data import images
-from sd3core.data.folder_source import list_folder
 from sd3core.data.images import PixelRules, read_picture
-from sd3core.data.ingest import IngestWorker, list_source
+from sd3core.data.ingest_folder import FolderWorker
 from sd3core.errors import DataError, UserError, is_of_the_machine
 from sd3core.recipe import Data
 
@@ -92,8 +92,8 @@ def folder(tmp_path):
 
 
 def test_ingest_commits_nothing_and_makes_the_whole_shard_again(folder, file_store, monkeypatch):
-    worker = IngestWorker(folder, file_store.url, "raw")
-    (shard,) = list_source(folder, 0)
+    worker = FolderWorker(folder, file_store.url, "raw", captions_needed=False)
+    (shard,) = slices_of(folder)
     calls = []
 
     def second_fails(data, rules):
@@ -102,11 +102,11 @@ def test_ingest_commits_nothing_and_makes_the_whole_shard_again(folder, file_sto
             raise MemoryError
         return read_picture(data, rules)
 
-    monkeypatch.setattr("sd3core.data.ingest.read_picture", second_fails)
+    monkeypatch.setattr("sd3core.data.ingest_folder.read_picture", second_fails)
     with pytest.raises(MemoryError, match=r"^while reading b\.jpg: out of memory; fewer compute\.actors"):
         worker(shard)
     assert not list(file_store.list("raw"))
-    record = worker(shard)
+    record = worker(shard).record
     assert (record.rows, record.failed) == (3, [])
 
 
@@ -114,14 +114,14 @@ def test_ingest_commits_nothing_and_makes_the_whole_shard_again(folder, file_sto
 def test_a_file_that_the_machine_cannot_read_now_is_neither_changed_nor_rejected(
     folder, file_store, monkeypatch, number
 ):
-    (shard,) = list_source(folder, 0)
+    (shard,) = slices_of(folder)
     monkeypatch.setattr("pathlib.Path.read_bytes", raising(OSError(number, "not now")))
     with pytest.raises(UserError, match=r"/a\.jpg: not now"):
-        IngestWorker(folder, file_store.url, "raw")(shard)
+        FolderWorker(folder, file_store.url, "raw", captions_needed=False)(shard)
     assert not list(file_store.list("raw"))
 
 
-def test_listing_a_folder_does_not_reject_what_the_machine_cannot_read_now(folder, monkeypatch):
+def test_reading_a_folder_does_not_reject_what_the_machine_cannot_read_now(folder, monkeypatch):
     monkeypatch.setattr("hashlib.file_digest", raising(OSError(errno.EMFILE, "Too many open files")))
     with pytest.raises(UserError, match=r"data\.folder: .*/a\.jpg: Too many open files"):
-        list_folder(folder, captions_needed=True)
+        read_items(folder, captions_needed=True)
