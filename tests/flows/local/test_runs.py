@@ -126,10 +126,14 @@ def test_a_damaged_record_makes_no_living_run_dead(server, tmp_path, damage):
     lives, gone = (server.add(name, StateType.RUNNING, process=GONE) for name in ("lives", "gone"))
     for name in (lives.id, gone.id, "notes"):
         (tmp_path / "live" / f"{name}.json").write_text(damage)
-    script = [sys.executable, "-c", "import time; time.sleep(60)"]
-    with subprocess.Popen(script, env=dict(os.environ, PREFECT__FLOW_RUN_ID=str(lives.id))) as process:
-        assert runs.fail_dead_runs() == ["gone"]
-        process.kill()
+    script = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
+    environment = dict(os.environ, PREFECT__FLOW_RUN_ID=str(lives.id))
+    with subprocess.Popen(script, env=environment, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline()  # until then it may show the environment of before
+            assert runs.fail_dead_runs() == ["gone"]
+        finally:
+            process.kill()
 
 
 def test_records_of_a_version_before_are_read(server, tmp_path):
