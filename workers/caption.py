@@ -128,9 +128,7 @@ class CaptionWorker:
 def _load_captioner(caption: Caption, device: str) -> Captioner:
     if caption.captioner == "vision_language_model":
         # loads transformers, which the small world does not need
-        from sd3core.towers.captioner import (
-            VisionLanguageCaptioner,
-        )
+        from sd3core.towers.captioner import VisionLanguageCaptioner
 
         return VisionLanguageCaptioner(caption.model, caption.prompt, caption.max_new_tokens, device=device)
     from sd3core.small_world.captioner import caption_from_pixels

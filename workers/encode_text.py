@@ -59,9 +59,7 @@ class TextWorker:
         report: ProgressCallback = ignore_progress,  # of fetching the encoders
     ) -> None:
         # here, so that a latents worker does not import transformers
-        from sd3core.towers.text_encoders import (
-            load_text_encoders,
-        )
+        from sd3core.towers.text_encoders import load_text_encoders
 
         self.store, self.text, self.batch = store, text, batch
         self.dtype = getattr(torch, dtype)

@@ -257,9 +257,7 @@ def _run_tasks(
         meter.update(meter.done, warning, warning)
 
     # here, so that a stage with nothing to do loads no models' libraries
-    from workers.evaluate_worker import (
-        EvaluationWorker,
-    )
+    from workers.evaluate_worker import EvaluationWorker
 
     worker = {"store_url": store.url, "recipe": recipe, "inputs": inputs, "device": actor_device(recipe.compute)}
     outcomes = map_over_actors(EvaluationWorker, worker, tasks, PoolSettings.of(recipe.compute), ended, working, tell)

@@ -44,6 +44,7 @@ def apply_deployments(recipes: dict[str, str] | None = None, work_pool: str = WO
     This home's runs begin in a folder that holds no settings of Prefect's. Elsewhere it is the checkout: a worker there finds the
     flows in it.
     """
+    recipes = recipes or known_recipes()
     begins_in = str(prefect_folder() if work_pool == WORK_POOL else PROJECT)
     with prefect_client() as client:  # one for all: each would ask for the server's version and a token to write with
         try:
@@ -56,23 +57,23 @@ def apply_deployments(recipes: dict[str, str] | None = None, work_pool: str = WO
         for name in FLOWS:
             flow = load_flow_from_entrypoint(ENTRYPOINT.format(flow=name))
             flow_id = client.create_flow_from_name(flow.name)
-            for recipe_name, recipe in (recipes or known_recipes()).items():
-                fields = {
-                    "version": flow.version,
-                    "description": flow.description,
-                    "entrypoint": ENTRYPOINT.format(flow=name),
-                    "parameters": {"recipe": recipe, "overrides": []},
-                    "parameter_openapi_schema": parameter_schema(flow).model_dump(exclude_unset=True),
-                    "enforce_parameter_schema": True,
-                    "work_pool_name": work_pool,
-                    "job_variables": {"working_dir": begins_in},
-                    "path": begins_in,  # from any other folder Prefect copies all files before each run
-                    "tags": [TAG],
-                }
+            fields = {
+                "version": flow.version,
+                "description": flow.description,
+                "entrypoint": ENTRYPOINT.format(flow=name),
+                "parameter_openapi_schema": parameter_schema(flow).model_dump(exclude_unset=True),
+                "enforce_parameter_schema": True,
+                "work_pool_name": work_pool,
+                "job_variables": {"working_dir": begins_in},
+                "path": begins_in,  # from any other folder Prefect copies all files before each run
+                "tags": [TAG],
+            }
+            for recipe_name, recipe in recipes.items():
+                own = fields | {"parameters": {"recipe": recipe, "overrides": []}}
                 if stands := standing.get((flow_id, recipe_name)):  # keeps what else it has: a schedule, a limit
-                    client.update_deployment(stands, DeploymentUpdate(**fields))
+                    client.update_deployment(stands, DeploymentUpdate(**own))
                 else:
-                    client.create_deployment(flow_id, recipe_name, pull_steps=[], **fields)
+                    client.create_deployment(flow_id, recipe_name, pull_steps=[], **own)
 
 
 def tagged_deployments() -> list[DeploymentResponse]:

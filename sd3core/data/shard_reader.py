@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from sd3core.buckets import bucket_side
 from sd3core.conditioning import TextFeatures
 from sd3core.data.encoded_shards import (
     CAPTION_KINDS,
@@ -244,7 +245,7 @@ def rows_in_manifest(latents: Manifest, split: Split) -> UnitCounts:
 
 
 def _latent(sample: StoredSample, bucket: str) -> Tensor:
-    height, width = map(int, bucket.split("x"))
+    height, width = bucket_side(bucket)
     try:
         latent = latent_of(sample.latent)
     except (KeyError, SafetensorError):

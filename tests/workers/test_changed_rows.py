@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -144,17 +145,22 @@ def folder_recipe(folder, *overrides: str) -> Recipe:
     return load_recipe("tiny-test", [*settings, *overrides])
 
 
+def folder_of_images(root: Path, images: int) -> tuple[Path, Recipe, Store]:
+    """A folder of so many images, a recipe that reads it, and an empty store."""
+    folder = root / "images"
+    folder.mkdir()
+    for number in range(images):
+        add_image(folder, f"{number:05d}", number)
+    return folder, folder_recipe(folder), open_store(str(root / "store"))
+
+
 def changed_shards(before: dict, after: dict, stage: str) -> set[int]:
     old, new = before[stage], after[stage]
     return {number for number in old | new if old.get(number) != new.get(number)}
 
 
 def test_only_new_or_changed_rows_meet_a_model(seen, tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number in range(IMAGES):
-        add_image(folder, f"{number:05d}", number)
-    recipe, store = folder_recipe(folder), open_store(str(tmp_path / "store"))
+    folder, recipe, store = folder_of_images(tmp_path, IMAGES)
     stages = run_stages(recipe, store)
     assert seen.take() == (IMAGES, IMAGES, 2 * IMAGES)
     before = stages.shards(store)
@@ -212,11 +218,7 @@ def test_only_new_or_changed_rows_meet_a_model(seen, tmp_path):
 
 @pytest.mark.parametrize("harm", ["damaged", "gone", "cut short"])
 def test_an_earlier_shard_that_is_damaged_is_told_and_its_rows_are_made_again(seen, tmp_path, harm):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number in range(20):
-        add_image(folder, f"{number:05d}", number)
-    recipe, store = folder_recipe(folder), open_store(str(tmp_path / "store"))
+    folder, recipe, store = folder_of_images(tmp_path, 20)
     stages = run_stages(recipe, store)
     seen.take()
     paths = []
@@ -239,11 +241,7 @@ def test_an_earlier_shard_that_is_damaged_is_told_and_its_rows_are_made_again(se
 
 def test_what_a_killed_run_had_made_is_taken_over_too(seen, tmp_path):
     """Its shards stand in no manifest; the rows of one that changed once more since are in it alone."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number in range(10):
-        add_image(folder, f"{number:05d}", number)
-    recipe, store = folder_recipe(folder), open_store(str(tmp_path / "store"))
+    folder, recipe, store = folder_of_images(tmp_path, 10)
     first = run_stages(recipe, store)
     newest = {path: store.get(path) for path in (f"{r.manifest.folder}/MANIFEST.json" for r in vars(first).values())}
     for number in range(10, 15):
