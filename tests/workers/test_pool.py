@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -227,26 +228,47 @@ def test_actors_that_the_cluster_does_not_come_to_hold_end_in_an_error_that_says
     ],
 )
 def test_when_ray_itself_dies_it_is_started_again_and_what_was_at_work_too(tmp_path, victim):
-    """Ray waits for ever for a dead raylet; and a raylet whose agent has died ends itself."""
+    """Also in a process whose parent is init (a container's first process, or the one that started it has died): Ray ends such a
+    one without a word when it speaks to a raylet that is dead, unless it is kept from that (workers/__init__.py).
+    """
+    orphan = "import subprocess, sys; subprocess.Popen([sys.executable, *sys.argv[1:]])"
+    done = subprocess.run(
+        [sys.executable, "-c", orphan, __file__, victim, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    said = (tmp_path / "told").read_text() if (tmp_path / "told").exists() else done.stdout
+    assert re.fullmatch(
+        r"Ray's (raylet|GCS server) on this machine has died; Ray was started again, and what was at work begins anew\n"
+        r"A1 B1 C1",
+        said,
+    ), said
+    assert attempts(tmp_path, "a") == 1 and attempts(tmp_path, "b") == 2
+
+
+def when_ray_itself_dies(victim: str, folder: Path) -> None:
+    """Three tasks, during which `victim` is killed once: leaves what the pool told, and the results."""
     told = []
 
     def kill_once(task, progress):
-        if not told and not (tmp_path / "killed").exists():
-            (tmp_path / "killed").touch()
+        if not told and not (folder / "killed").exists():
+            (folder / "killed").touch()
             named(victim).kill()
 
     tasks = [("a", ""), ("b", "slow"), ("c", "")]
     settings = PoolSettings(actors=1, stall_timeout_s=60)
-    outcomes = map_over_actors(Worker, {"log": str(tmp_path / "log")}, tasks, settings, None, kill_once, told.append)
-    assert [o.result for o in outcomes] == ["A1", "B1", "C1"]
-    assert attempts(tmp_path, "a") == 1 and outcomes[1].attempts == 2
-    [line] = told
-    assert re.fullmatch(
-        r"Ray's (raylet|GCS server) on this machine has died; Ray was started again, and what was at work begins anew",
-        line,
-    )
+    with start_ray(Compute(object_store_mb=80)):
+        outcomes = map_over_actors(Worker, {"log": str(folder / "log")}, tasks, settings, None, kill_once, told.append)
+    (folder / "told").write_text("\n".join([*told, " ".join(o.result for o in outcomes)]))
 
 
 def named(what: str) -> psutil.Process:
     """The first of Ray's processes below this one whose command line has these words."""
     return next(p for p in psutil.Process().children(recursive=True) if what in " ".join(p.cmdline())[:200])
+
+
+if __name__ == "__main__":
+    when_ray_itself_dies(sys.argv[1], Path(sys.argv[2]))
