@@ -17,9 +17,9 @@ ONLY_IN = {  # a framework, and the files or folders that may import it
     "ray": ("workers/pool.py", "workers/ray_session.py", "workers/trainer/launch.py", "workers/trainer/actor.py"),
     "deepspeed": ("workers/trainer/engine.py",),
     "prefect": ("flows/",),
-    "boto3": ("sd3core/data/store/s3.py",),
+    "boto3": ("sd3core/data/store/s3.py", "sd3core/bench/data.py"),
     "botocore": ("sd3core/data/store/s3.py",),
-    "typer": ("flows/cli/commands.py", "flows/cli/options.py"),
+    "typer": ("flows/cli/commands.py", "flows/cli/bench.py", "flows/cli/options.py"),
 }
 
 

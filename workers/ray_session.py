@@ -41,6 +41,11 @@ NOTICED_S = 25.0  # at most until the head has noticed that a node is dead
 SILENT_HEAD_S = 30.0  # a head that has not answered for so long is gone: after a minute Ray would end this process
 DRIVERS_NODE = "SD3_DRIVERS_NODE"
 ORPHAN_S = 600  # so long after its GCS server's death Ray ends this process, which may be at work without Ray; Ray's own is a minute
+LOCAL_RAY = {
+    "gcs_rpc_server_reconnect_timeout_s": ORPHAN_S,
+    # it would start a worker for every CPU, and none would be used: actors and ranks have an environment of their own
+    "prestart_worker_first_driver": False,
+}
 NEEDED = {"gcs_server": "GCS server", "raylet": "raylet"}  # without these nothing goes on; the others only log
 
 
@@ -212,7 +217,7 @@ def _start(session: _Session) -> None:
                         num_cpus=max(1, math.ceil(cpus)),
                         object_store_memory=compute.object_store_mb * 1024**2,
                         include_dashboard=False,
-                        _system_config={"gcs_rpc_server_reconnect_timeout_s": ORPHAN_S},
+                        _system_config=LOCAL_RAY,
                         **QUIET,
                     )
                 return

@@ -25,7 +25,7 @@ from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError
 from sd3core.progress import Progress, ProgressCallback, ProgressMeter
 from sd3core.recipe import Compute
-from sd3core.specs import INDEX, MANIFEST, fingerprint
+from sd3core.specs import MANIFEST, fingerprint
 from sd3core.words import NAMED, counted, some
 from workers.pool import Outcome, PoolSettings, made_by, map_over_actors
 from workers.ray_session import start_ray
@@ -361,7 +361,7 @@ def _build_manifest(
         records |= dict(
             zip(unknown, threads.map(lambda stem: read_shard_done(store, stage.folder, stem), unknown), strict=True)
         )
-    shards = [_entry(records[stem]) if stem in records else known[stem] for stem in stage.stems]
+    shards = [ShardEntry.of(records[stem]) if stem in records else known[stem] for stem in stage.stems]
     return Manifest(
         stage=stage.kind,
         spec=fingerprint(stage.fields),
@@ -369,17 +369,4 @@ def _build_manifest(
         inputs=stage.inputs,
         folder=stage.folder,
         shards=shards,
-    )
-
-
-def _entry(record: DoneRecord) -> ShardEntry:
-    return ShardEntry(
-        number=record.number,
-        stem=record.stem,
-        rows=record.rows,
-        failed=dict(sorted(Counter(row.reason for row in record.failed).items())),
-        bytes=record.bytes,
-        digest=record.digest,
-        index_digest=record.files.get(INDEX),
-        buckets=record.extra,
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.console import PlainConsole
+from flows.cli.bench import bench
+from flows.cli.console import console, say
 from flows.cli.options import path
 from flows.local.home import local_command
 from flows.local.recipes import DEFAULT_RECIPE, known_recipes
@@ -21,14 +21,10 @@ from sd3core.recipe_file import load_recipe
 if TYPE_CHECKING:
     from flows.cli.trained_runs import TrainedRun
 
-LOG_WIDTH = 160
-
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Training of SD3-class models."
 )
-bench = typer.Typer(no_args_is_help=True, help="What things cost on this machine.")
 app.add_typer(bench, name="bench")
-console = PlainConsole(width=None if sys.stdout.isatty() else LOG_WIDTH)  # tables in logs and pipes keep their columns
 
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="A shipped recipe's name, or a path that ends in .yaml.")
@@ -49,10 +45,6 @@ def run(complain: Callable[[str], None]) -> int:
         if said:  # without any arguments the help was printed
             complain(f"{said}; `{local_command(context.command_path if context else 'sd3')} --help` has what there is")
         return error.exit_code
-
-
-def _say(line: str) -> None:
-    console.print(line, soft_wrap=True, highlight=False)
 
 
 def _load(name_or_path: str, set_: list[str] | None) -> Recipe:
@@ -94,9 +86,9 @@ def up() -> None:
     """Starts the local services: Prefect server, worker, deployments. A second `up` is harmless."""
     from flows.local.services import start_services
 
-    services = start_services(_say)
-    _say(f"UI: {services.ui_url} (`{local_command('sd3 ui')}` shows its password)")
-    _say(f'in this shell, for the prefect command: eval "$({local_command("sd3 env")})"')
+    services = start_services(say)
+    say(f"UI: {services.ui_url} (`{local_command('sd3 ui')}` shows its password)")
+    say(f'in this shell, for the prefect command: eval "$({local_command("sd3 env")})"')
 
 
 @app.command()
@@ -104,7 +96,7 @@ def down() -> None:
     """Stops the local services and the runs they started. What the runs made stays; they go on when started again."""
     from flows.local.services import stop_services
 
-    stop_services(_say)
+    stop_services(say)
 
 
 @app.command()
@@ -129,8 +121,8 @@ def ui() -> None:
     from flows.local.prefect_environment import password
     from flows.local.services import require
 
-    _say(f"UI: {require().ui_url}")
-    _say(f"password: {password()}")
+    say(f"UI: {require().ui_url}")
+    say(f"password: {password()}")
 
 
 @app.command()
@@ -140,23 +132,23 @@ def status() -> None:
 
     services = Services.load()
     if services is None:
-        _say(f"services: never started here; `{local_command('sd3 up')}` starts them")
+        say(f"services: never started here; `{local_command('sd3 up')}` starts them")
         raise typer.Exit(1)
     answers = server_answers(services)
-    _say(f"server: {'answers at ' + services.ui_url if answers else 'does not answer'}")
-    _say(f"worker: {'running' if services.worker and services.worker.alive() else 'not running'}")
+    say(f"server: {'answers at ' + services.ui_url if answers else 'does not answer'}")
+    say(f"worker: {'running' if services.worker and services.worker.alive() else 'not running'}")
     if answers:
         use(services)
         from flows.cli.terminal import view_run
         from flows.local.runs import described, unfinished_runs
 
         for run in unfinished_runs():
-            _say(f"{described(run)}  {services.ui_url}/runs/flow-run/{run.id}")
+            say(f"{described(run)}  {services.ui_url}/runs/flow-run/{run.id}")
             for stage in view_run(run.id).stages:
                 if stage.state == "running":
-                    _say(f"  {stage.name}: {stage.progress or 'starting'}")
+                    say(f"  {stage.name}: {stage.progress or 'starting'}")
     if not answers or not (services.worker and services.worker.alive()):
-        _say(f"`{local_command('sd3 up')}` starts what is missing")
+        say(f"`{local_command('sd3 up')}` starts what is missing")
         raise typer.Exit(1)
 
 
@@ -173,11 +165,11 @@ def deploy(
     added = add_recipe(recipe)
     name = added.name
     for warning in short_average_warnings(added):
-        _say(f"warning: {warning}")
+        say(f"warning: {warning}")
     if api is None:
         from flows.local.services import start_services
 
-        start_services(_say)
+        start_services(say)
     else:
         from flows.local.prefect_environment import password
 
@@ -192,7 +184,7 @@ def deploy(
             apply_deployments({name: str(recipe.resolve())}, pool)
         except httpx.HTTPError as error:
             raise UserError(f"--api {api}: no Prefect server that takes deployments answers there ({error})") from None
-    _say(f"deployed: pipeline/{name} and its stages")
+    say(f"deployed: pipeline/{name} and its stages")
 
 
 @app.command()
@@ -297,7 +289,7 @@ def sample(
     if chosen and checkpoint:
         raise UserError(f"--run {run} and --checkpoint {checkpoint}: name the one or the other")
     if chosen and chosen.unfinished:
-        _say(f"note: {chosen.unfinished}")
+        say(f"note: {chosen.unfinished}")
     loaded = chosen.recipe if chosen else _load(recipe, set_)
     prompts = [*(prompt or []), *(read_prompts(file) if file else [])]
     sample_run(
@@ -400,7 +392,7 @@ def export_(
     if run:
         trained = _trained(recipe, run, set_)
         if trained.unfinished:
-            _say(f"note: {trained.unfinished}")
+            say(f"note: {trained.unfinished}")
         chosen = trained.checkpoint
     else:
         chosen = given[0] if given else last_checkpoint(_load(recipe, set_))
@@ -413,69 +405,4 @@ def photographs(folder: Annotated[Path, typer.Argument(parser=path, help="Where 
     from sd3core.data.photographs import write_photographs
 
     written = write_photographs(folder)
-    _say(f"{len(written)} photographs with captions in {folder}")
-
-
-@bench.command("model")
-def bench_model(
-    depth: Annotated[int, typer.Option(min=1, max=256, help="Blocks; the width is 64 times as much.")] = 6,
-    image_tokens: Annotated[
-        int, typer.Option(min=1, max=2**20, help="A square number: 256 is a picture of 256 px.")
-    ] = 256,
-    text_tokens: Annotated[int, typer.Option(min=1, max=2**20)] = 154,
-    batch: Annotated[int, typer.Option(min=2, max=2**20, help="Even: sampling takes half of it, with guidance.")] = 4,
-    qk_norm: Annotated[bool, typer.Option("--qk-norm", help="With RMS norms of queries and keys.")] = False,
-    mode: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="fp32, bf16 (fp32 master) or autocast. Repeatable; default: those the device has arithmetic for."
-        ),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Euler steps of a sampling.")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Each measures both models once, in turn.")] = 7,
-    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Of the CPU; default: PyTorch's.")] = None,
-    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile on both sides.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", parser=path, help="Also writes the figures to this file.")
-    ] = None,
-) -> None:
-    """Training step, sampling and activation memory of the MM-DiT against diffusers' SD3 transformer, same weights."""
-    import json
-    from dataclasses import asdict
-
-    import torch
-
-    from flows.cli.options import device as chosen_device
-    from flows.cli.options import file_to_write, one_of
-    from sd3core.bench.model import MODES, ModelBench, fast_modes, measure
-    from sd3core.bench.report import heading, result_table
-    from sd3core.mmdit import count_parameters
-
-    for name in mode or ():
-        one_of("--mode", name, MODES)
-    file_to_write("--json", json_out)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    settings = ModelBench(
-        depth=depth,
-        image_tokens=image_tokens,
-        text_tokens=text_tokens,
-        batch=batch,
-        qk_norm="rms" if qk_norm else None,
-        sampling_steps=steps,
-        rounds=rounds,
-        compile=compile_,
-        device=chosen_device(device),
-    )
-    modes = tuple(mode or fast_modes(torch.device(settings.device)))
-    if left_out := [name for name in MODES if not mode and name not in modes]:
-        _say(f"note: {settings.device} has no arithmetic for bf16; left out, but for --mode: {', '.join(left_out)}")
-    title = heading(settings, count_parameters(settings.config()), torch.get_num_threads())
-    _say(title)
-    with console.status("loading") as status:
-        results = list(measure(settings, modes, status.update))
-    console.print(result_table(results))
-    if json_out is not None:
-        figures = {"bench": asdict(settings), "torch": torch.__version__, "threads": torch.get_num_threads()}
-        json_out.write_text(json.dumps(figures | {"results": [result.to_dict() for result in results]}, indent=1))
+    say(f"{len(written)} photographs with captions in {folder}")

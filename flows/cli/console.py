@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -20,3 +21,12 @@ class PlainConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
+
+
+LOG_WIDTH = 160
+console = PlainConsole(width=None if sys.stdout.isatty() else LOG_WIDTH)  # tables in logs and pipes keep their columns
+
+
+def say(line: str) -> None:
+    """One line of the command's own, whole: a terminal that is narrower wraps it."""
+    console.print(line, soft_wrap=True, highlight=False)

@@ -5,10 +5,12 @@ The figures are seconds, ratios, memory, and how far the machine's own limit is.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from rich.table import Table
 
+from sd3core.bench.data import LOADER, DataBench, DataResult
 from sd3core.bench.model import OURS, THEIRS, ModelBench, ModeResult
 
 
@@ -50,4 +52,23 @@ def result_table(results: Sequence[ModeResult]) -> Table:
             table.add_row(
                 "", "error of the velocity by rounding", *(f"{errors[name]:.2%}" for name in (OURS, THEIRS)), "", "", ""
             )
+    return table
+
+
+def data_heading(bench: DataBench, result: DataResult) -> str:
+    return (
+        f"{result.rows} rows of {result.row_bytes / 1e3:,.0f} kB a round ({bench.side_px} px latents, {bench.tokens} CLIP and"
+        f" {bench.tokens} T5 tokens in 16 bit), batch {bench.batch}, one core; medians of {bench.rounds} rounds"
+    )
+
+
+def data_table(result: DataResult) -> Table:
+    """Ratios above 1 mean that the loader is faster."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("reader", "rows/s", "MB/s", f"{LOADER} / reader"):
+        table.add_column(column, justify="left" if column == "reader" else "right")
+    for name, seconds in result.seconds.items():
+        rate = result.rows / statistics.median(seconds)
+        ratio = "" if name == LOADER else f"{result.ratio(name):.2f}"
+        table.add_row(name, f"{rate:,.0f}", f"{rate * result.row_bytes / 1e6:,.0f}", ratio)
     return table

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sd3core.data.provenance import Provenance, provenance_path, put_provenance
+from sd3core.data.shards import DoneRecord
 from sd3core.data.store import Store, StoreNotFound, canonical_json
 from sd3core.errors import DataError, StoreError
-from sd3core.specs import MANIFEST, manifest_copy
+from sd3core.specs import INDEX, MANIFEST, manifest_copy
 
 UNSET = "unset"
 # keys are sorted: both stand before the shards
@@ -40,6 +42,20 @@ class ShardEntry(BaseModel):
     digest: str  # sha256 of the main file
     index_digest: str | None = None
     buckets: dict[str, int] = {}
+
+    @staticmethod
+    def of(record: DoneRecord) -> ShardEntry:
+        """What a manifest says of a finished shard."""
+        return ShardEntry(
+            number=record.number,
+            stem=record.stem,
+            rows=record.rows,
+            failed=dict(sorted(Counter(row.reason for row in record.failed).items())),
+            bytes=record.bytes,
+            digest=record.digest,
+            index_digest=record.files.get(INDEX),
+            buckets=record.extra,
+        )
 
 
 class Manifest(BaseModel):

@@ -16,7 +16,7 @@ from safetensors.torch import load as load_tensors
 from sd3core.conditioning import ENCODERS, TextFeatures
 from sd3core.data.encoded_shards import NULL_FILE, NULL_RECORD, pin_null, read_null_bytes
 from sd3core.data.images import PixelRules
-from sd3core.data.manifest import Manifest, commit_manifest
+from sd3core.data.manifest import Manifest, ShardEntry, commit_manifest
 from sd3core.data.shards import Sample, read_samples, read_shard_index, write_shard
 from sd3core.data.store import open_store
 from sd3core.errors import DataError, RecipeError
@@ -28,7 +28,7 @@ from workers.encode import LOAD_S, EncodeWorker, _with_enlarged_images, cut_advi
 from workers.encode_latents import LatentsSource, LatentsWorker
 from workers.encode_text import TOO_LONG, TextWorker
 from workers.inputs import InputShard, map_ahead
-from workers.shard_stage import ShardTask, _entry
+from workers.shard_stage import ShardTask
 from workers.stage import StageResult
 
 BUCKETS = ((32, 32), (32, 48))
@@ -147,7 +147,7 @@ def test_images_that_are_enlarged_are_counted_and_told_by_phase(tmp_path):
     record, _, _ = encode(store, raw, "a", batch=4)
     names = [f"enlarged over {over} times" for over in ("1.1", "2", "4", "8")]
     assert [record.extra[name] for name in names] == [3, 2, 1, 1]  # 1.6, 2.9 and 10.7 times
-    manifest = Manifest(stage="latents", spec="0", fields={}, inputs={}, folder="a", shards=[_entry(record)])
+    manifest = Manifest(stage="latents", spec="0", fields={}, inputs={}, folder="a", shards=[ShardEntry.of(record)])
     ref = commit_manifest(store, "a", manifest)
     result = StageResult("latents.pretrain", ref.path, ref.digest, True, "")
     (told,) = _with_enlarged_images(store, "pretrain (32 px)", result).warnings
@@ -160,7 +160,7 @@ def test_images_that_are_enlarged_are_counted_and_told_by_phase(tmp_path):
 def test_a_phase_that_enlarges_nothing_says_nothing(shard):
     store, raw = shard
     record, _, _ = encode(store, raw, "a", batch=4)
-    manifest = Manifest(stage="latents", spec="0", fields={}, inputs={}, folder="a", shards=[_entry(record)])
+    manifest = Manifest(stage="latents", spec="0", fields={}, inputs={}, folder="a", shards=[ShardEntry.of(record)])
     ref = commit_manifest(store, "a", manifest)
     result = StageResult("latents.pretrain", ref.path, ref.digest, True, "")
     assert _with_enlarged_images(store, "pretrain (32 px)", result) is result

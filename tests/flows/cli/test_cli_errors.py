@@ -93,7 +93,7 @@ def test_an_error_of_the_user_is_one_line_and_exit_code_1(sd3, arguments, messag
 
 
 def test_brackets_in_what_is_printed_are_no_markup(capsys):
-    commands._say("/home/My Photos [raw]/[/x]")
+    commands.say("/home/My Photos [raw]/[/x]")
     assert capsys.readouterr().out == "/home/My Photos [raw]/[/x]\n"
 
 

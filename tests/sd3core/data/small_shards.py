@@ -14,8 +14,7 @@ from safetensors.torch import save
 from sd3core.conditioning import TextFeatures
 from sd3core.data.encoded_shards import FILE_DIGEST, WITHOUT_CAPTION, caption_id, held_out_count
 from sd3core.data.manifest import Manifest, ShardEntry
-from sd3core.data.shards import TAR_BLOCK, DoneRecord, Sample, is_held_out, parts_digest, shard_stem, write_shard
-from sd3core.specs import INDEX
+from sd3core.data.shards import TAR_BLOCK, Sample, is_held_out, parts_digest, shard_stem, write_shard
 
 BUCKETS = ("64x64", "64x48")
 CLIP_TOKENS, T5_TOKENS, HELD_OUT = 4, 6, 0.25
@@ -60,13 +59,6 @@ def features_of(caption: str) -> TextFeatures:
     ).trimmed()
 
 
-def entry_of(record: DoneRecord) -> ShardEntry:
-    return ShardEntry(
-        number=record.number, stem=record.stem, rows=record.rows, bytes=record.bytes, digest=record.digest,
-        index_digest=record.files[INDEX], buckets=record.extra,
-    )  # fmt: skip
-
-
 def write_latents(store, folder: str, number: int, rows: int) -> ShardEntry:
     """As the encode stage does, sorted by bucket and split."""
     samples, counts = [], Counter()
@@ -79,7 +71,7 @@ def write_latents(store, folder: str, number: int, rows: int) -> ShardEntry:
         row = {"bucket": bucket, "split": split, "sha256": hashlib.sha256(data).digest()}
         samples.append(Sample(key, {"safetensors": data}, row))
     stem = shard_stem(number, parts_digest(folder, str(number)))
-    return entry_of(
+    return ShardEntry.of(
         write_shard(store, folder, stem, samples, [], LATENTS_SCHEMA, count_by="bucket", counts=dict(counts))
     )
 
@@ -105,7 +97,7 @@ def write_text(store, folder: str, number: int, rows: int) -> ShardEntry:
     stem = shard_stem(number, parts_digest(folder, str(number)))
     without = sum(not captions_of(key) for key in keys)
     counts = {WITHOUT_CAPTION: without} if without else {}
-    return entry_of(write_shard(store, folder, stem, samples(), [], TEXT_COLUMNS, counts=counts))
+    return ShardEntry.of(write_shard(store, folder, stem, samples(), [], TEXT_COLUMNS, counts=counts))
 
 
 def split_of(key: str) -> str:

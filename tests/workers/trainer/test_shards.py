@@ -12,13 +12,12 @@ from fake_training import TOKENS, FakeLoader, make_job
 from safetensors.torch import save
 
 from sd3core.data.encoded_shards import FILE_DIGEST, pin_null
-from sd3core.data.manifest import Manifest, ManifestRef, commit_manifest
+from sd3core.data.manifest import Manifest, ManifestRef, ShardEntry, commit_manifest
 from sd3core.data.shards import Sample, shard_stem, write_shard
 from sd3core.data.store import FileStore, open_store
 from sd3core.data.uncaptioned import read_uncaptioned, record_uncaptioned
 from sd3core.errors import DataError
 from sd3core.recipe import Text
-from workers.shard_stage import _entry
 from workers.trainer.loop import RankContext, draw_inputs, read_null
 from workers.trainer.shards import open_shards
 
@@ -54,7 +53,7 @@ def _write(store, stage, samples_of):
             counts = {"without caption": 1} if number == 0 else {}
         rows = range(20 * number, 20 * number + 20)
         done = write_shard(store, folder, stem, samples_of(rows), [], SCHEMAS[stage], counts=counts)
-        entries.append(_entry(done))
+        entries.append(ShardEntry.of(done))
     return commit_manifest(
         store, folder, Manifest(stage=stage, spec="0", fields={}, inputs={"raw": "r"}, folder=folder, shards=entries)
     )

@@ -1,0 +1,115 @@
+"""What `sd3 bench` can be told to do. Each command imports what it needs when it is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.console import console, say
+from flows.cli.options import path
+from sd3core.errors import UserError
+
+bench = typer.Typer(no_args_is_help=True, help="What things cost on this machine.")
+
+
+@bench.command("model")
+def bench_model(
+    depth: Annotated[int, typer.Option(min=1, max=256, help="Blocks; the width is 64 times as much.")] = 6,
+    image_tokens: Annotated[
+        int, typer.Option(min=1, max=2**20, help="A square number: 256 is a picture of 256 px.")
+    ] = 256,
+    text_tokens: Annotated[int, typer.Option(min=1, max=2**20)] = 154,
+    batch: Annotated[int, typer.Option(min=2, max=2**20, help="Even: sampling takes half of it, with guidance.")] = 4,
+    qk_norm: Annotated[bool, typer.Option("--qk-norm", help="With RMS norms of queries and keys.")] = False,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="fp32, bf16 (fp32 master) or autocast. Repeatable; default: those the device has arithmetic for."
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Euler steps of a sampling.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Each measures both models once, in turn.")] = 7,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Of the CPU; default: PyTorch's.")] = None,
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile on both sides.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", parser=path, help="Also writes the figures to this file.")
+    ] = None,
+) -> None:
+    """Training step, sampling and activation memory of the MM-DiT against diffusers' SD3 transformer, same weights."""
+    import json
+    from dataclasses import asdict
+
+    import torch
+
+    from flows.cli.options import device as chosen_device
+    from flows.cli.options import file_to_write, one_of
+    from sd3core.bench.model import MODES, ModelBench, fast_modes, measure
+    from sd3core.bench.report import heading, result_table
+    from sd3core.mmdit import count_parameters
+
+    for name in mode or ():
+        one_of("--mode", name, MODES)
+    file_to_write("--json", json_out)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    settings = ModelBench(
+        depth=depth,
+        image_tokens=image_tokens,
+        text_tokens=text_tokens,
+        batch=batch,
+        qk_norm="rms" if qk_norm else None,
+        sampling_steps=steps,
+        rounds=rounds,
+        compile=compile_,
+        device=chosen_device(device),
+    )
+    modes = tuple(mode or fast_modes(torch.device(settings.device)))
+    if left_out := [name for name in MODES if not mode and name not in modes]:
+        say(f"note: {settings.device} has no arithmetic for bf16; left out, but for --mode: {', '.join(left_out)}")
+    title = heading(settings, count_parameters(settings.config()), torch.get_num_threads())
+    say(title)
+    with console.status("loading") as status:
+        results = list(measure(settings, modes, status.update))
+    console.print(result_table(results))
+    if json_out is not None:
+        figures = {"bench": asdict(settings), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        json_out.write_text(json.dumps(figures | {"results": [result.to_dict() for result in results]}, indent=1))
+
+
+@bench.command("data")
+def bench_data(
+    store: Annotated[
+        str | None, typer.Option(help="Where the shards are written, and removed again; default: a temporary folder.")
+    ] = None,
+    shards: Annotated[int, typer.Option(min=1, max=10_000)] = 4,
+    rows: Annotated[int, typer.Option(min=1, max=100_000, help="Of a shard; a row has about 1 MB.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, max=100_000)] = 32,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Each reads an epoch in every way, in turn.")] = 5,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", parser=path, help="Also writes the figures to this file.")
+    ] = None,
+) -> None:
+    """The loader against webdataset, or on S3 plain boto3, that read the same tars: decoded, hashed, in batches."""
+    import json
+    import tempfile
+    from dataclasses import asdict
+
+    from flows.cli.options import file_to_write
+    from sd3core.bench.data import DataBench, measure_data
+    from sd3core.bench.report import data_heading, data_table
+    from sd3core.data.store import open_store
+
+    file_to_write("--json", json_out)
+    if batch > shards * rows:
+        raise UserError(f"--batch {batch} is more than the {shards * rows} rows of an epoch; lower it, or raise --rows")
+    settings = DataBench(shards=shards, rows=rows, batch=batch, rounds=rounds)
+    with tempfile.TemporaryDirectory(prefix="sd3-bench-") as folder, console.status("writing") as status:
+        where = open_store(store or Path(folder).as_uri())
+        result = measure_data(settings, where, lambda done: status.update(f"round {done} of {rounds}"), say)
+    say(data_heading(settings, result))
+    console.print(data_table(result))
+    if json_out is not None:
+        json_out.write_text(json.dumps({"bench": asdict(settings), "result": asdict(result)}, indent=1))
