@@ -107,14 +107,14 @@ def assert_goes_on(installation: Installation, stage: str, victim: str) -> None:
 
 def at_work(installation: Installation, stage: str) -> tuple[str, psutil.Process]:
     """A run with nothing of this stage made, at the moment that a worker is at work on it: its id and that worker."""
-    installation.wait("the run before to be over", lambda: installation.flow_process() is None, seconds=60)
+    installation.wait("the run before to be over", lambda: installation.flow_process() is None, seconds=300)
     for folder in RESULTS[stage]:
         shutil.rmtree(installation.store / folder)
     flow_run_id = installation.start("pipeline/tiny-test", OVERRIDES)
     runs = lambda: installation.stages_of(flow_run_id).get(stage) == "RUNNING" or ended(installation, flow_run_id)
     installation.wait(f"{stage} to run", runs, seconds=300)
     return flow_run_id, installation.wait(
-        f"a worker of {stage}", lambda: worker_of(installation, stage), seconds=120, poll=0.01
+        f"a worker of {stage}", lambda: worker_of(installation, stage), seconds=300, poll=0.01
     )
 
 
