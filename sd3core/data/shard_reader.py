@@ -45,7 +45,7 @@ KEPT_SHARE = 0.75  # of the local cache that a data set may fill, to be kept in 
 class Batch:
     """One rank's part of a step: one bucket."""
 
-    latent: Tensor  # (B, 16, h, w) float32, normalised
+    latent: Tensor  # (B, 16, h, w), normalised, in the precision it is stored in
     text: TextFeatures
     sample_ids: np.ndarray  # (B,) int64
     epochs: np.ndarray  # (B,) int64
@@ -206,7 +206,7 @@ class ShardReader:
         tokens = {"clip_tokens": self.clip_tokens, "t5_tokens": self.t5_tokens}
         text = TextFeatures.stack([TextFeatures.from_bytes(sample.text, **tokens) for sample in samples])
         ids = np.array([sample.sample_id for sample in samples], dtype=np.int64)
-        return Batch(latents.float(), text, ids, epochs, [sample.key for sample in samples], bucket)
+        return Batch(latents, text, ids, epochs, [sample.key for sample in samples], bucket)
 
     def originals(self, shards: np.ndarray, rows: np.ndarray, bucket: str) -> Batch:
         """Rows of indexes with their original captions first choice, outside any epoch."""

@@ -45,7 +45,7 @@ LOGIT_SAMPLES = 2  # of a rank's micro batch, for the attention-logit maximum
 class TrainingBatch(Protocol):
     """This rank's contiguous part of a global batch: one bucket, B samples."""
 
-    latent: Tensor  # (B, 16, h, w) float32
+    latent: Tensor  # (B, 16, h, w), in the precision it is stored in
     text: TextFeatures
     sample_ids: np.ndarray  # (B,) int64
     epochs: np.ndarray  # (B,)
@@ -105,7 +105,7 @@ class StepInputs:
 def draw_inputs(batch: TrainingBatch, job: TrainingJob, null: TextFeatures | None, device: torch.device) -> StepInputs:
     """t = quantile(u) of the shifted formulation, noise ~ N(0, 1), encoders dropped with text dropout's two probabilities.
 
-    Every draw is by (seed, epoch, sample). Stored features travel to the device as they are stored.
+    Every draw is by (seed, epoch, sample). Latents and features travel to the device as they are stored.
     """
     training, drawn_by = job.training, (job.seed, batch.epochs, batch.sample_ids)
     u = torch.from_numpy(randomness.uniform(*drawn_by, "timestep"))  # float64
