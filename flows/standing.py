@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from flows.upstream import Upstream
 from sd3core import specs
+from sd3core.checkpoint_record import CheckpointRef, list_checkpoints, read_checkpoint_done
 from sd3core.data.manifest import ManifestRef, read_head, read_manifest
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError, UserError
@@ -24,7 +25,6 @@ from sd3core.format_changes import format_changes
 from sd3core.recipe import Recipe, Training
 from sd3core.specs import FORMATS, MANIFEST, STAGES, fingerprint
 from sd3core.towers.artifact import TOWER_FOLDERS, read_towers
-from sd3core.training_checkpoint import CheckpointRef, list_checkpoints, read_checkpoint_done
 from workers.stage import StageNote, recall_stage
 
 REMADE = "remade"  # in place of a digest that is known when what is upstream is made again

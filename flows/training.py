@@ -7,12 +7,12 @@ from flows.stage import StageRun
 from flows.training_view import training_view
 from flows.ui.loss_curve import loss_curve
 from flows.ui.previews import preview_settings
+from sd3core.checkpoint_record import read_checkpoint_done
 from sd3core.specs import fingerprint
-from sd3core.training_checkpoint import read_checkpoint_done
 from workers.stage import StageResult
-from workers.trainer.checkpointing import read_metrics
 from workers.trainer.job import TrainingJob
 from workers.trainer.stage import train_stage
+from workers.trainer.standing_checkpoints import read_metrics
 
 
 def train_phase(run: StageRun, key: str) -> StageResult:

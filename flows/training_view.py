@@ -11,9 +11,9 @@ from flows.ui.artifacts import Shown, markdown_picture
 from flows.ui.loss_curve import loss_curve
 from flows.ui.previews import PreviewDecoder
 from sd3core.shown_text import markdown_text
-from workers.trainer.checkpointing import read_metrics
 from workers.trainer.job import TrainingJob
 from workers.trainer.news import LossPoints, TrainingNews
+from workers.trainer.standing_checkpoints import read_metrics
 
 CURVE_SECONDS = 10.0
 

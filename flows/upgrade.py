@@ -17,7 +17,7 @@ from rich.table import Table
 
 from flows.standing import OLDER, StandingPart, standing_parts
 from sd3core import specs
-from sd3core.costs.stages import stage_costs
+from sd3core.checkpoint_record import METRICS_FILE, CheckpointRef, list_checkpoints
 from sd3core.data.manifest import read_manifest
 from sd3core.data.provenance import provenance_path, read_provenance
 from sd3core.data.store import Store
@@ -25,7 +25,6 @@ from sd3core.errors import DataError, StoreError, UserError
 from sd3core.recipe import Recipe
 from sd3core.specs import MANIFEST, STAGES, remake_path
 from sd3core.towers.artifact import read_towers
-from sd3core.training_checkpoint import METRICS_FILE, CheckpointRef, list_checkpoints
 from sd3core.words import GB, MB, counted, format_seconds
 
 
@@ -140,6 +139,8 @@ class Remaking:
 
 
 def _estimate(recipe: Recipe) -> dict[str, float | None]:
+    from sd3core.costs.stages import stage_costs  # loads torch, which is needed only where a format rose
+
     return {cost.name: cost.hours for cost in stage_costs(recipe)}
 
 

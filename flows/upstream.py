@@ -15,19 +15,17 @@ from typing import TypeVar
 
 from flows.local.home import local_command
 from sd3core import specs
-from sd3core.checkpoint import CONFIG_FILE, open_checkpoint
+from sd3core.checkpoint_record import CONFIG_FILE, CheckpointRef, list_checkpoints, read_checkpoint_done
 from sd3core.data.manifest import Manifest, ManifestRef, read_manifest
 from sd3core.data.store import Store, open_store
 from sd3core.errors import CheckpointError, DataError, UserError
 from sd3core.recipe import Recipe
 from sd3core.specs import DONE_FILE, MANIFEST
 from sd3core.towers.artifact import TowersManifest, check_vae_channels, check_vae_folder, read_towers
-from sd3core.training_checkpoint import CheckpointRef, list_checkpoints, read_checkpoint_done
 from workers.evaluate import all_scored
 from workers.evaluate_tasks import EvaluationInputs, ScoredCheckpoint
 from workers.ray_room import Node, actors_problem, ranks_problem
 from workers.stage import recall_stage
-from workers.trainer.start import check_start
 
 Asked = TypeVar("Asked")
 
@@ -130,6 +128,8 @@ class Upstream:
         """Names the content of what a phase starts from, for one that does not start from fresh weights."""
         if before := self._before(phase_key):
             return self.last_digest(before)
+        from sd3core.checkpoint import open_checkpoint  # loads torch, which a start from fresh weights does not need
+
         start = self.start_of(phase_key)
         return self._once(
             "start", phase_key, lambda: self._noted_start(phase_key, start) or open_checkpoint(start).digest
@@ -178,6 +178,8 @@ class Upstream:
         key, phase = self.recipe.phases()[0]
         start = self.start_of(key)
         if start and self._noted_start(key, start) is None:
+            from workers.trainer.start import check_start  # loads torch
+
             check_start(key, start, self.recipe.model_config_for(phase), phase.formulation)
 
     def check_vae(self) -> None:

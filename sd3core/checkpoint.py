@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sd3core.checkpoint_facts import CheckpointFacts, checked_facts
+from sd3core.checkpoint_record import CHECKPOINT_FORMAT, CONFIG_FILE, CheckpointDone, read_checkpoint_done
 from sd3core.data.records import FileRecord, record_file
 from sd3core.data.store import Store, open_store
 from sd3core.errors import CheckpointError
@@ -29,21 +30,12 @@ from sd3core.mmdit.backbone import config_positions
 from sd3core.recipe import picture_shift
 from sd3core.sample_settings import Weights
 from sd3core.specs import DONE_FILE
-from sd3core.training_checkpoint import (
-    CHECKPOINT_FORMAT,
-    CheckpointDone,
-    TensorKind,
-    assemble_weights,
-    read_checkpoint_done,
-    read_kind,
-    verified_local_file,
-)
+from sd3core.training_checkpoint import TensorKind, assemble_weights, read_kind, verified_local_file
 from sd3core.words import counted
 
 NAMED_TENSORS = 3  # of the tensors that an error is about
 WEIGHTS_TO_KIND: dict[str, TensorKind] = {"ema": "ema", "live": "weights"}
 MODEL_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
 FOREIGN_FILES = ("model_index.json", MODEL_FILE, f"{MODEL_FILE}.index.json")  # of diffusers, accelerate
 Span = tuple[str, int, Tensor]  # one of the model's tensors, the first element, values (n,)
 

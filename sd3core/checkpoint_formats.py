@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sd3core.backbone_config import HEAD_WIDTH
 from sd3core.checkpoint import check_shapes, model_from_state, model_shapes
 from sd3core.errors import CheckpointError
 from sd3core.files.tensor_files import Shape
 from sd3core.mmdit import BackboneConfig, MMDiT, MMDiTConfig
-from sd3core.mmdit.config import HEAD_WIDTH
 from sd3core.mmdit.positions import coordinates_of_row, grid_coordinates, sine_cosine
 from sd3core.words import counted, some
 

@@ -19,8 +19,7 @@ from torch.nn.functional import pad
 
 from sd3core.errors import DataError
 from sd3core.randomness import uniforms
-
-ENCODERS = ("clip_l", "clip_g", "t5")  # the order of every (B, 3) mask and length
+from sd3core.recipe import ENCODERS
 
 
 @dataclass(frozen=True, eq=False)

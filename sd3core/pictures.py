@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from sd3core.shown_text import printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BACKGROUND = 255  # between the pictures of a grid
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from itertools import combinations
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -21,12 +21,10 @@ from pydantic import (
     model_validator,
 )
 
+from sd3core.backbone_config import CONFIGS, BackboneConfig
 from sd3core.buckets import PATCH_PX, Side, bucket_name, bucket_sides, buckets_for_area
 from sd3core.formulation_names import canonical_name, export_problem, family, shift_problem
 from sd3core.sample_settings import Sampler
-
-if TYPE_CHECKING:
-    from sd3core.mmdit import BackboneConfig
 
 NAMED_COLOURS = {"#ffffff": "white", "#000000": "black", "#808080": "grey"}
 
@@ -49,6 +47,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what numpy and torch both take
 Precision = Literal["auto", "bf16", "fp32"]  # auto: bf16 where the device has arithmetic for it, else fp32
 AspectRatio = Annotated[float, Field(gt=0)]  # width / height
 AspectRatios = Annotated[tuple[AspectRatio, ...], Field(min_length=1)]
+ENCODERS = ("clip_l", "clip_g", "t5")  # of text: the order of every (B, 3) mask and length
 TOKENS_AT_MOST = {"t5_tokens": 512, "clip_tokens": 77}  # T5's are what a longer caption needs
 LARGEST_SIDE_PX = 65_536
 MOST_STEPS = 256  # of the buckets' multiple in a phase's side: the sizes grow with the square
@@ -536,8 +535,6 @@ class Recipe(Section):
 
     def model_config_for(self, phase: Training) -> BackboneConfig:
         """The model of one phase: the recipe's architecture and depth, the towers' widths, the phase's QK-norm."""
-        from sd3core.mmdit.architectures import CONFIGS  # brings torch, which reading a recipe does not need
-
         small, model = self.towers.small, self.model
         own = {}
         if small is not None:

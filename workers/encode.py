@@ -11,11 +11,10 @@ import time
 from sd3core.data.encoded_shards import NULL_FILE, pin_null
 from sd3core.data.images import PixelRules
 from sd3core.data.manifest import ManifestRef, read_manifest
-from sd3core.data.shard_reader import rows_in_manifest
 from sd3core.data.shards import parts_digest
 from sd3core.data.store import Store, open_store
-from sd3core.data.training_plan import small_buckets_warning
 from sd3core.data.uncaptioned import record_uncaptioned
+from sd3core.data.unit_counts import rows_in_manifest, small_buckets_warning
 from sd3core.progress import Progress, ProgressCallback
 from sd3core.recipe import TOKENS_AT_MOST, Recipe, Text
 from sd3core.specs import fingerprint, latents_fields, latents_folder, text_fields, text_folder

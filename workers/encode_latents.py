@@ -10,10 +10,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from sd3core.buckets import Side, bucket_name, bucket_side, nearest_bucket
 from sd3core.data.earlier_rows import EarlierRow, EarlierRows, RowName, row_name
@@ -35,6 +34,9 @@ from workers.inputs import (
     with_image_digest,
 )
 from workers.shard_stage import MadeShard, ShardTask
+
+if TYPE_CHECKING:
+    import torch
 
 # Counted beside the buckets. A bucket's sides are whole patches, which alone stretches an image by some percent.
 ENLARGED = {over: f"enlarged over {over:g} times" for over in (1.1, 2.0, 4.0, 8.0)}
@@ -76,7 +78,10 @@ class LatentsWorker:
         device: str,
         report: ProgressCallback = ignore_progress,  # of fetching the autoencoder
     ) -> None:
-        from sd3core.towers.autoencoder import load_autoencoder  # here, so that a text worker does not import diffusers
+        # here, so that a text worker does not load diffusers, nor the process that hands out shards torch
+        import torch
+
+        from sd3core.towers.autoencoder import load_autoencoder
 
         self.store, self.batch, self.threads = store, batch, threads
         self.rules = rules
@@ -152,7 +157,7 @@ class LatentsWorker:
                 data = item.stood.files()[FEATURES]
             else:
                 latent = next(latents)  # (16, H/8, W/8)
-                if not bool(torch.isfinite(latent).all()):
+                if not bool(latent.isfinite().all()):
                     failed.append(FailedRow(key=item.key, reason=f"its latent is not finite in {self.dtype}"))
                     continue
                 data = latent_bytes(latent)

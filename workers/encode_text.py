@@ -9,11 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from sd3core.conditioning import ENCODERS, TextFeatures
 from sd3core.data.earlier_rows import EarlierRow, EarlierRows
 from sd3core.data.encoded_shards import (
     FEATURES,
@@ -28,12 +25,15 @@ from sd3core.data.manifest import ManifestRef
 from sd3core.data.shards import TAR_BLOCK, FailedRow, Sample, read_shard_done, write_shard
 from sd3core.data.store import Store
 from sd3core.progress import ProgressCallback, ignore_progress
-from sd3core.recipe import Text
+from sd3core.recipe import ENCODERS, Text
 from sd3core.specs import DONE
 from sd3core.towers.artifact import fetch_towers
 from workers.caches import towers_cache
 from workers.inputs import InputShard, read_input_index, read_input_table
 from workers.shard_stage import MadeShard, ShardTask
+
+if TYPE_CHECKING:
+    from sd3core.conditioning import TextFeatures
 
 TOO_LONG = "captions too long"  # how many images of a shard have one, original or synthetic
 NONE_STOOD: Mapping[str, EarlierRow] = MappingProxyType({})
@@ -58,7 +58,9 @@ class TextWorker:
         device: str,
         report: ProgressCallback = ignore_progress,  # of fetching the encoders
     ) -> None:
-        # here, so that a latents worker does not import transformers
+        # here, so that a latents worker does not load transformers, nor the process that hands out shards torch
+        import torch
+
         from sd3core.towers.text_encoders import load_text_encoders
 
         self.store, self.text, self.batch = store, text, batch
@@ -170,7 +172,7 @@ def _distinct(captions: Iterable[tuple[str, str, str]]) -> dict[str, list[tuple[
 
 def _finite(features: TextFeatures) -> bool:
     parts = (features.clip_l, features.clip_g, features.t5, features.clip_l_pooled, features.clip_g_pooled)
-    return all(bool(torch.isfinite(part).all()) for part in parts)
+    return all(bool(part.isfinite().all()) for part in parts)
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:

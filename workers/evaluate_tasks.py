@@ -8,11 +8,10 @@ from typing import Any
 
 from sd3core.data.manifest import ManifestRef
 from sd3core.metrics.reference import reference_fields
-from sd3core.metrics.validation_loss import LEVELS
+from sd3core.metrics.score import LEVELS
 from sd3core.recipe import Recipe, Training
 from sd3core.sample_settings import SampleSettings, Weights
-from sd3core.small_world.detector import MIN_SIDE_PX
-from sd3core.small_world.world import TASKS
+from sd3core.small_world.world import MIN_SIDE_PX, TASKS
 from sd3core.specs import FORMATS, evaluations_folder, fingerprint
 
 ScoredPart = dict[str, Any]

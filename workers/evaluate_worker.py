@@ -31,7 +31,8 @@ from sd3core.metrics import LeftOut, Score
 from sd3core.metrics.clip_score import clip_score, image_embeddings
 from sd3core.metrics.frechet import frechet_score
 from sd3core.metrics.reference import reference_features
-from sd3core.metrics.validation_loss import LEVELS, level_losses, validation_loss
+from sd3core.metrics.score import LEVELS
+from sd3core.metrics.validation_loss import level_losses, validation_loss
 from sd3core.mmdit import use_lean_steps
 from sd3core.pictures import encode_png, make_grid, thumbnail_jpeg
 from sd3core.precision import PRECISION_DTYPES, has_bf16_arithmetic, resolve_precision
@@ -39,7 +40,7 @@ from sd3core.progress import Progress
 from sd3core.recipe import Recipe
 from sd3core.sample_settings import SampleSettings
 from sd3core.small_world import shapes_bench
-from sd3core.small_world.detector import MIN_SIDE_PX
+from sd3core.small_world.world import MIN_SIDE_PX
 from sd3core.towers.artifact import fetch_towers
 from sd3core.towers.autoencoder import load_autoencoder
 from sd3core.towers.judge import Judge, load_judge
@@ -118,7 +119,7 @@ class EvaluationWorker:
         losses = torch.zeros(0, len(LEVELS), dtype=torch.float64)
         for batch in self._held_out_batches(task.phase):
             condition = join_features(batch.text.to(self.device), context_dim=model.config.context_dim)
-            x0 = batch.latent.to(self.device)
+            x0 = batch.latent.to(self.device).float()
             velocity = generator.formulation.as_rectified_flow(lambda z, t, c=condition: model(z, t, *c))
             part = level_losses(velocity, x0, batch.sample_ids, task.protocol["seed"])
             losses = torch.cat([losses, part])

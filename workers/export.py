@@ -10,13 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sd3core.checkpoint import open_checkpoint
 from sd3core.data.begun import begin
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.provenance import PROVENANCE_FILE, provenance, put_provenance
 from sd3core.data.records import FileRecord, record_file
 from sd3core.data.store import Store, StoreDamaged, StoreNotFound
-from sd3core.exchange.diffusers_folder import export_diffusers
 from sd3core.progress import Progress, ProgressCallback, ignore_progress
 from sd3core.recipe import Recipe
 from sd3core.specs import FORMATS, MANIFEST, exports_folder, fingerprint
@@ -40,6 +38,10 @@ def export_stage(
     all of its bytes, which the export's own manifest will vouch for. Where a manifest stands and every file is as it says,
     nothing is made.
     """
+    # here: the other stages' processes, which import this module too, load no torch
+    from sd3core.checkpoint import open_checkpoint
+    from sd3core.exchange.diffusers_folder import export_diffusers
+
     started = time.monotonic()
     report(Progress(0, 1, "folders"))
     facts = open_checkpoint(store.uri(checkpoint)).facts

@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from sd3core.checkpoint_record import read_checkpoint_done
 from sd3core.data.store import Store
 from sd3core.errors import UserError
 from sd3core.recipe import Recipe, Training
 from sd3core.recipe_file import recipe_of
 from sd3core.specs import DONE_FILE, RUNS, phase_folder, run_folder
-from sd3core.training_checkpoint import read_checkpoint_done
 from workers.stage import recall_stage, stage_noted_at
 
 CHECKPOINT = re.compile(rf"{phase_folder('([^/]+)', '([^/]+)', '([^/]+)')}/(\d{{12}})/{re.escape(DONE_FILE)}")

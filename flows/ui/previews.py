@@ -6,7 +6,6 @@ import json
 from functools import cached_property
 
 import numpy as np
-from safetensors.torch import load as load_tensors
 
 from flows.ui.artifacts import Shown, markdown_picture
 from flows.upstream import Upstream
@@ -84,6 +83,8 @@ class PreviewDecoder:
 
     def page(self, path: str) -> Shown:
         """(markdown, where the PNG stands) of the latents at `path`."""
+        from safetensors.torch import load as load_tensors
+
         data = self.store.get(path)
         tensors, metadata = load_tensors(data), _metadata(data)
         captions, settings = json.loads(metadata["captions"]), json.loads(metadata["settings"])

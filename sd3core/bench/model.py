@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from sd3core.bench.measure import interleaved, median_ratio, peak_bytes_above_start, product_seconds
 from sd3core.checkpoint_formats import diffusers_config, to_diffusers
 from sd3core.errors import UserError
-from sd3core.machine import keep_freed_memory, matmul_flops_per_second
+from sd3core.freed_memory import keep_freed_memory
+from sd3core.machine import matmul_flops_per_second
 from sd3core.mmdit import MMDiT, MMDiTConfig, use_lean_steps
 from sd3core.mmdit.flops import forward_flops
 from sd3core.precision import has_bf16_arithmetic

@@ -13,12 +13,11 @@ from pathlib import Path
 from sd3core.errors import UserError
 from sd3core.files.tensor_files import TensorFiles
 from sd3core.machine import matmul_flops_per_second
-from sd3core.metrics.validation_loss import LEVELS
+from sd3core.metrics.score import LEVELS
 from sd3core.mmdit.flops import forward_flops
 from sd3core.precision import CPU, PRECISION_DTYPES, has_bf16_arithmetic, resolve_precision
 from sd3core.recipe import Recipe, Training
-from sd3core.small_world.detector import MIN_SIDE_PX
-from sd3core.small_world.world import TASKS
+from sd3core.small_world.world import MIN_SIDE_PX, TASKS
 from sd3core.towers.flops import TowerSizes, tower_sizes
 
 GPU_BF16_TFLOPS = 400.0  # sustained: 40 % of an H100's 989

@@ -17,17 +17,17 @@ say how many rows that are, and which shards have rows without a caption: a plan
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
-from torch import Tensor
 
-from sd3core.conditioning import ENCODERS
 from sd3core.data.records import record_bytes
 from sd3core.data.store import Store, StoreNotFound, canonical_json
 from sd3core.errors import DataError
+from sd3core.recipe import ENCODERS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FEATURES = "safetensors"  # ending of both tars' files
 ORIGINAL, SYNTHETIC = "original", "synthetic"
@@ -60,12 +60,16 @@ def caption_id(caption: str) -> str:
 
 
 def latent_bytes(latent: Tensor) -> bytes:
-    return save_tensors({"latent": latent.contiguous()})
+    from safetensors.torch import save  # here: stages that hand out shards load no torch
+
+    return save({"latent": latent.contiguous()})
 
 
 def latent_of(data: bytes) -> Tensor:
     """Raises SafetensorError or KeyError for what is no latent."""
-    return load_tensors(data)["latent"]
+    from safetensors.torch import load
+
+    return load(data)["latent"]
 
 
 def pin_null(store: Store, folder: str) -> str | None:

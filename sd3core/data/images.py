@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
-from torch import Tensor
 
 from sd3core.data.channels import Channels, mend_planes, split_channels
 from sd3core.data.colour import UnusableProfile, deep_to_srgb, is_srgb, to_srgb
@@ -19,6 +17,8 @@ from sd3core.data.colour_tags import PNG_MAGIC, UNUSABLE, Png, avif_profile, bmp
 from sd3core.errors import DataError, UserError, is_of_the_machine
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sd3core.recipe import Data
 
 # Raster formats only: PIL's others call programs (EPS) or are not pictures. A phone's MPO opens as JPEG.
@@ -131,6 +131,8 @@ def crop_to(image: Image.Image, height: int, width: int) -> tuple[np.ndarray, Cr
 
 def to_model_range(images: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
+    import torch  # here: whoever lists, checks or crops images loads none
+
     pixels = torch.tensor(images).permute(0, 3, 1, 2)  # a copy: arrays from PIL are read-only
     return pixels.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
 

@@ -6,7 +6,6 @@ not trained on is not read.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -25,15 +24,14 @@ from sd3core.data.encoded_shards import (
     ORIGINAL,
     SYNTHETIC,
     Split,
-    held_out_count,
     latent_of,
 )
 from sd3core.data.manifest import Manifest
 from sd3core.data.shard_cache import ShardCache, StoredRow
 from sd3core.data.shard_rows import LATENT, ShardFiles, ShardRows, join_rows, joined_name
 from sd3core.data.store import Store
-from sd3core.data.training_plan import UnitCounts
 from sd3core.data.uncaptioned import SPLITS, Uncaptioned, shards_without_captions
+from sd3core.data.unit_counts import UnitCounts, rows_in_manifest
 from sd3core.errors import DataError
 from sd3core.specs import TAR
 
@@ -41,14 +39,13 @@ INDEX_THREADS = 16
 MAPPED_SHARDS = 1024  # tables of rows that a process has mapped: the files of a machine, not its memory
 NAMED_SHARDS = 5  # shards that an error names
 KEPT_SHARE = 0.75  # of the local cache that a data set may fill, to be kept in it whole
-BUCKET = re.compile(r"[0-9]+x[0-9]+")  # its name, among a shard's counts
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """One rank's part of a step: one bucket."""
 
-    latent: Tensor  # (B, 16, h, w) float32, normalised
+    latent: Tensor  # (B, 16, h, w), normalised, in the precision it is stored in
     text: TextFeatures
     sample_ids: np.ndarray  # (B,) int64
     epochs: np.ndarray  # (B,) int64
@@ -209,7 +206,7 @@ class ShardReader:
         tokens = {"clip_tokens": self.clip_tokens, "t5_tokens": self.t5_tokens}
         text = TextFeatures.stack([TextFeatures.from_bytes(sample.text, **tokens) for sample in samples])
         ids = np.array([sample.sample_id for sample in samples], dtype=np.int64)
-        return Batch(latents.float(), text, ids, epochs, [sample.key for sample in samples], bucket)
+        return Batch(latents, text, ids, epochs, [sample.key for sample in samples], bucket)
 
     def originals(self, shards: np.ndarray, rows: np.ndarray, bucket: str) -> Batch:
         """Rows of indexes with their original captions first choice, outside any epoch."""
@@ -229,19 +226,6 @@ class ShardReader:
                 if row >= 0 and rows.caption_kind(row, CAPTION_KINDS[0]):
                     found.append((position_of[number], row, rows.bucket_of(row)))
         return found
-
-
-def rows_in_manifest(latents: Manifest, split: Split) -> UnitCounts:
-    """Rows of a split by shard and bucket, with a caption or without."""
-    counts = [shard.buckets for shard in latents.shards]
-    names = sorted({name for found in counts for name in found if BUCKET.fullmatch(name)})
-    rows = np.zeros((len(counts), len(names)), dtype=np.int32)
-    for code, name in enumerate(names):
-        held_out = [found.get(held_out_count(name), 0) for found in counts]
-        rows[:, code] = held_out
-        if split == "train":
-            rows[:, code] = np.subtract([found.get(name, 0) for found in counts], held_out)
-    return UnitCounts(rows, tuple(names))
 
 
 def _latent(sample: StoredSample, bucket: str) -> Tensor:

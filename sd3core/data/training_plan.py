@@ -21,7 +21,8 @@ world size, costs the same few array operations over the slots that are asked fo
 shard and bucket. With 1,000 million rows in 100,000 shards and 41 buckets a plan takes 0.2 s and 33 MB to make, and a batch
 of 4,096 takes 3 ms, also the first of an epoch:
 
-    python -m timeit -s "from sd3core.data.training_plan import TrainingPlan, UnitCounts; import numpy as np" \\
+    python -m timeit -s "from sd3core.data.training_plan import TrainingPlan; import numpy as np" \\
+      -s "from sd3core.data.unit_counts import UnitCounts" \\
       -s "counts = UnitCounts(np.full((100_000, 41), 244), tuple(map(str, range(41))))" \\
       -s "plan = TrainingPlan(counts, 0, 4096)" "plan.batch(10**7)"
 """
@@ -34,29 +35,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sd3core.data.unit_counts import UnitCounts
 from sd3core.errors import DataError
-from sd3core.words import counted, some
 
 PIECE_ROWS = 8  # neighbours that stay together, one batch after the other: one request for latents
 # Of a bucket with fewer, every row is a piece: such data soon lies on the machine, and is mixed all the more.
 SMALL_BUCKET_ROWS = 1 << 16
-SMALL_BUCKETS_SHARE = 0.02  # of all rows, that may be left out for standing in buckets of less than a batch
 FEISTEL_ROUNDS = 12
 GOLDEN = 0x9E3779B97F4A7C15  # of splitmix64 (Steele et al. 2014), as are the two factors of `_mix`
 NO_ROWS = (
     "there is no row to train on: every row is held out or has no caption; add data or lower data.held_out_fraction"
 )
-
-
-@dataclass(frozen=True, eq=False)
-class UnitCounts:
-    """How many rows there are to train on: `rows` (shards, buckets), in the order of the manifest and of `buckets`."""
-
-    rows: np.ndarray
-    buckets: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return int(self.rows.sum(dtype=np.int64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,36 +68,6 @@ class BucketReport:
     rows: int
     batches: int
     repeated: int
-
-
-def small_buckets(counts: UnitCounts, global_batch: int) -> dict[str, int]:
-    """The buckets that an epoch does not fill a batch of, with their rows: a step would show the same few several times."""
-    rows = counts.rows.sum(axis=0, dtype=np.int64).tolist()
-    return {name: count for name, count in zip(counts.buckets, rows, strict=True) if 0 < count < global_batch}
-
-
-def leave_out_small_buckets(counts: UnitCounts, global_batch: int) -> UnitCounts:
-    """The counts without `small_buckets`, where these have at most SMALL_BUCKETS_SHARE of all rows; else as they are."""
-    small = small_buckets(counts, global_batch)
-    if sum(small.values()) > SMALL_BUCKETS_SHARE * len(counts):
-        return counts
-    kept = [name not in small for name in counts.buckets]
-    return UnitCounts(counts.rows * np.array(kept, dtype=counts.rows.dtype), counts.buckets)
-
-
-def small_buckets_warning(counts: UnitCounts, global_batch: int) -> str | None:
-    """What is said of buckets that do not fill a batch; None where all do."""
-    small = small_buckets(counts, global_batch)
-    if not small:
-        return None
-    rows = sum(small.values())
-    what = f"{counted(rows, 'image')} in buckets with fewer images than a batch of {global_batch} ({some([*small], len(small))} px)"
-    if len(leave_out_small_buckets(counts, global_batch)) < len(counts):
-        return f"{what} left out of training: a step of theirs would show the same few again and again"
-    return (
-        f"{what}, {rows / len(counts):.0%} of all: their steps show images several times; fewer buckets (aspect_ratios,"
-        " buckets.max_ratio) or a smaller global_batch would not"
-    )
 
 
 class TrainingPlan:

@@ -21,9 +21,10 @@ from typing import Any, Literal
 import torch
 
 from sd3core.buckets import DOWNSAMPLING
-from sd3core.checkpoint import CONFIG_FILE, MODEL_FILE, Checkpoint, Span, WeightSpans, model_shapes, open_checkpoint
+from sd3core.checkpoint import MODEL_FILE, Checkpoint, Span, WeightSpans, model_shapes, open_checkpoint
 from sd3core.checkpoint_facts import CheckpointFacts, Null
 from sd3core.checkpoint_formats import BARE, DIFFUSERS, SINGLE_FILE, Format, check_released_form, diffusers_config
+from sd3core.checkpoint_record import CHECKPOINT_FORMAT, CONFIG_FILE
 from sd3core.data.records import record_file
 from sd3core.data.store import canonical_json, open_store
 from sd3core.errors import CheckpointError, UserError
@@ -34,7 +35,6 @@ from sd3core.formulation_names import export_problem
 from sd3core.mmdit import MMDiTConfig
 from sd3core.recipe import Text
 from sd3core.sample_settings import Weights
-from sd3core.training_checkpoint import CHECKPOINT_FORMAT
 
 RELEASED_SIDE_PX, RELEASED_SHIFT = 1024, 3.0
 EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

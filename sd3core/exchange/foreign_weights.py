@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sd3core.checkpoint import CONFIG_FILE, MODEL_FILE
+from sd3core.backbone_config import HEAD_WIDTH
+from sd3core.checkpoint import MODEL_FILE
 from sd3core.checkpoint_formats import (
     Format,
     config_of_shapes,
@@ -25,6 +26,7 @@ from sd3core.checkpoint_formats import (
     recognise_all,
     with_positions,
 )
+from sd3core.checkpoint_record import CONFIG_FILE
 from sd3core.errors import CheckpointError
 from sd3core.files.tensor_files import TensorFiles
 from sd3core.files.weight_files import (
@@ -39,7 +41,6 @@ from sd3core.files.weight_files import (
     weights_of_index,
 )
 from sd3core.mmdit import MMDiTConfig
-from sd3core.mmdit.config import HEAD_WIDTH
 from sd3core.recipe import TOKENS_AT_MOST
 from sd3core.specs import DONE_FILE
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
 from sd3core.metrics.score import LeftOut, Score, too_few
 
@@ -89,7 +88,8 @@ def jackknife_interval(features: np.ndarray, reference: Moments, value: float) -
         ]
     )
     error = np.sqrt((groups - 1) / groups * np.square(left_out - left_out.mean()).sum())
-    # scipy.special's quantile: loading scipy.stats takes most of a second in every flow's process
+    from scipy.special import stdtrit  # here: whoever only plans an evaluation does not load it
+
     half = float(stdtrit(groups - 1, (1 + CONFIDENCE) / 2) * error)
     return max(value - half, 0.0), value + half
 

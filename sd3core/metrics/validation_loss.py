@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sd3core.metrics.score import LeftOut, Score, too_few
+from sd3core.metrics.score import LEVELS, LeftOut, Score, too_few
 from sd3core.randomness import normal
 from sd3core.rectified_flow import interpolate, velocity_target
 
-LEVELS = tuple(i / 8 for i in range(1, 9))  # rectified flow's t; the last, 1, is measured but left out of the average
 MIN_SAMPLES = 8
 
 

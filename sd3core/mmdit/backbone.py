@@ -9,8 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from sd3core.backbone_config import BackboneConfig
 from sd3core.errors import DataError
-from sd3core.mmdit.config import BackboneConfig
 from sd3core.mmdit.layers import SINUSOID_CHANNELS, FinalLayer, PatchEmbed, VectorEmbed, timestep_sinusoid
 from sd3core.mmdit.positions import crop_positions, grid_coordinates, position_table
 

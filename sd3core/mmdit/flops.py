@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sd3core.mmdit.config import BackboneConfig, CrossDiTConfig, DiTConfig, MMDiTConfig, UViTConfig
+from sd3core.backbone_config import BackboneConfig, CrossDiTConfig, DiTConfig, MMDiTConfig, UViTConfig
 from sd3core.mmdit.layers import MLP_RATIO, SINUSOID_CHANNELS
 
 UVIT_KERNEL = 3 * 3  # of UViT's convolutions

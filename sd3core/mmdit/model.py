@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from sd3core.backbone_config import MMDiTConfig
 from sd3core.errors import DataError
 from sd3core.mmdit.backbone import Backbone
-from sd3core.mmdit.config import MMDiTConfig
 from sd3core.mmdit.layers import JointBlock
 
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from sd3core.backbone_config import GROUP_CHANNELS, CrossDiTConfig, DiTConfig, UViTConfig
 from sd3core.mmdit.backbone import Backbone
-from sd3core.mmdit.config import GROUP_CHANNELS, CrossDiTConfig, DiTConfig, UViTConfig
 from sd3core.mmdit.layers import CrossBlock, SelfBlock
 
 

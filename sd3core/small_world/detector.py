@@ -14,10 +14,9 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from sd3core.small_world.world import AREAS, CENTROIDS_Y, COLOURS, SHAPES, signed_distance
+from sd3core.small_world.world import AREAS, CENTROIDS_Y, COLOURS, MIN_SIDE_PX, SHAPES, signed_distance
 
 UNKNOWN = "unknown"
-MIN_SIDE_PX = 48
 _MAX_SIDE_PX = 128  # larger pictures are read at this size
 _MIN_BLOB = 0.003  # of the central square: smaller specks are no objects (12 pixels at 64 px)
 _MIN_OBJECT = 0.012  # smaller blobs are no whole objects (49 pixels at 64 px)

@@ -30,6 +30,7 @@ RELATIONS: dict[str, tuple[int, int]] = {
 }
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 MAX_COUNT = 4
+MIN_SIDE_PX = 48  # of a picture whose objects the detector can tell
 TASKS: tuple[str, ...] = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
 
 _BAR = 0.4  # height of a bar of width 1: a square cut in half (0.5) is no bar

@@ -12,8 +12,8 @@ import pytest
 from flows.cli import main
 from flows.upstream import Upstream
 from sd3core import specs
+from sd3core.checkpoint_record import CheckpointDone
 from sd3core.data.store import canonical_json
-from sd3core.training_checkpoint import CheckpointDone
 
 RECORDS = Path(__file__).parents[1] / "_written_before" / "tiny-test-records.json"
 

@@ -22,10 +22,10 @@ from flows.standing import standing_parts
 from flows.upgrade import RemakeNeeded, check_upgrade, print_upgrade
 from flows.upstream import Upstream
 from sd3core import specs
+from sd3core.checkpoint_record import read_checkpoint_done
 from sd3core.data.manifest import read_manifest
 from sd3core.data.store import FileStore
 from sd3core.recipe_file import load_recipe
-from sd3core.training_checkpoint import read_checkpoint_done
 from workers.stage import remember_stage
 
 DATA = ["ingest", "towers", "caption", "text", "latents.pretrain", "latents.finetune.0"]

@@ -13,6 +13,7 @@ from counting_store import CountingStore
 from flows import finetune
 from flows.upstream import NoRoomError, NotFinishedError, Upstream
 from sd3core.checkpoint import save_model
+from sd3core.checkpoint_record import CheckpointRef
 from sd3core.data.manifest import Manifest, commit_manifest
 from sd3core.data.records import sealed
 from sd3core.data.store import open_store
@@ -20,7 +21,6 @@ from sd3core.errors import CheckpointError, DataError
 from sd3core.mmdit import make_model
 from sd3core.recipe_file import load_recipe
 from sd3core.specs import MANIFEST, captions_folder, fingerprint, latents_folder, raw_fields, raw_folder
-from sd3core.training_checkpoint import CheckpointRef
 from workers.evaluate_tasks import plan_tasks
 from workers.ray_room import Node
 from workers.stage import remember_stage

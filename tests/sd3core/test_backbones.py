@@ -5,11 +5,12 @@ import torch
 import torch.utils.checkpoint
 from small_models import CLIP_TOKENS, SMALL_BACKBONES, randomise, small_inputs
 
+from sd3core.backbone_config import CONFIGS
 from sd3core.checkpoint import load_model, save_model
 from sd3core.checkpoint_formats import to_diffusers, to_single_file
 from sd3core.errors import CheckpointError, DataError
 from sd3core.mmdit import MMDiTConfig, config_from_dict, insert_qk_norm, make_model, max_attention_logit
-from sd3core.mmdit.architectures import BACKBONES, CONFIGS
+from sd3core.mmdit.architectures import BACKBONES
 
 every_backbone = pytest.mark.parametrize("name", SMALL_BACKBONES)
 

@@ -10,6 +10,13 @@ from safetensors.torch import save_file
 from small_models import randomise, small_config, small_inputs
 
 from sd3core.checkpoint import load_model, model_shapes, open_checkpoint, save_model
+from sd3core.checkpoint_record import (
+    CheckpointDone,
+    checkpoint_folder,
+    list_checkpoints,
+    read_checkpoint_done,
+    write_done,
+)
 from sd3core.data.records import record_file
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError
@@ -17,16 +24,11 @@ from sd3core.mmdit import MMDiT
 from sd3core.specs import DONE_FILE
 from sd3core.training_checkpoint import (
     TENSOR_KINDS,
-    CheckpointDone,
     assemble_weights,
-    checkpoint_folder,
-    list_checkpoints,
     parse_piece_name,
     piece_name,
     rank_file,
-    read_checkpoint_done,
     read_pieces,
-    write_done,
 )
 
 PARENT = "runs/r/checkpoints/pretrain/0123456789ab"

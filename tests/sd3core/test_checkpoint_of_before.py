@@ -16,8 +16,9 @@ import torch
 
 from sd3core.checkpoint import load_model, open_checkpoint
 from sd3core.checkpoint_formats import from_diffusers, to_diffusers
+from sd3core.checkpoint_record import read_checkpoint_done
 from sd3core.data.store import open_store
-from sd3core.training_checkpoint import assemble_weights, read_checkpoint_done, read_pieces
+from sd3core.training_checkpoint import assemble_weights, read_pieces
 
 WRITTEN = Path(__file__).parents[1] / "_written_before" / "checkpoint"
 LAST_LAYER = "final_layer.linear"

@@ -10,20 +10,20 @@ import pytest
 import torch
 from small_models import randomise
 
+from sd3core.backbone_config import CONFIGS
 from sd3core.checkpoint import load_model, open_checkpoint, save_model
 from sd3core.checkpoint_facts import CheckpointFacts
+from sd3core.checkpoint_record import CheckpointDone
 from sd3core.conditioning import ENCODERS, join_features
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError, UserError, described_os_error
 from sd3core.formulations import find_formulation
 from sd3core.generate import Generator, grid_columns, prompt_notes, sample_to_files
 from sd3core.mmdit import MMDiT, MMDiTConfig, make_model
-from sd3core.mmdit.architectures import CONFIGS
 from sd3core.pictures import read_settings
 from sd3core.recipe import Text
 from sd3core.sample_settings import SampleSettings
 from sd3core.sampling import SAMPLERS, guided, sigma_schedule, solve
-from sd3core.training_checkpoint import CheckpointDone
 
 FACTS = CheckpointFacts("zeros", Text(clip_tokens=12, t5_tokens=10), side_px=32, shift=2.0, digest="")
 SETTINGS = SampleSettings(32, 48, num_steps=3, guidance_scale=3.0, shift=2.0)

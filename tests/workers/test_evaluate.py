@@ -20,6 +20,7 @@ import workers.evaluate
 import workers.shard_stage
 import workers.towers
 from sd3core.buckets import bucket_sides
+from sd3core.checkpoint_record import CheckpointDone, checkpoint_folder
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.manifest import read_manifest
 from sd3core.data.provenance import device_kind, provenance_of
@@ -34,7 +35,7 @@ from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
 from sd3core.specs import DONE_FILE, fingerprint
 from sd3core.towers.artifact import read_towers
-from sd3core.training_checkpoint import CheckpointDone, checkpoint_folder, piece_name, rank_file
+from sd3core.training_checkpoint import piece_name, rank_file
 from workers.encode import encode_stage
 from workers.evaluate import EvaluationFailed, _chosen, _read_part, _to_be_of_one_precision, evaluate_stage
 from workers.evaluate_tasks import EvaluationInputs, ScoredCheckpoint, plan_tasks

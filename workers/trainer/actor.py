@@ -13,12 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import RayError
 
 from sd3core.data.store import is_transient
 from sd3core.errors import UserError
-from sd3core.machine import ALLOCATOR_ENVIRONMENT
+from sd3core.freed_memory import ALLOCATOR_ENVIRONMENT
 from sd3core.recipe import Compute
 from workers.ray_session import drivers_mark, elsewhere
 from workers.trainer.job import TrainingJob, TrainingSuperseded
@@ -143,6 +142,7 @@ def _threads(compute: Compute) -> int:
 def _run_rank(job: TrainingJob, compute: Compute, actor: Any, open_loader: Any) -> None:
     """Runs in each rank's process."""
     import ray.train.torch
+    import torch
 
     from workers.trainer.loop import RankContext, train_rank
 

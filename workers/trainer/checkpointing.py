@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +23,24 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sd3core.data.checked_files import CheckedFiles
-from sd3core.data.provenance import device_kind, provenance, provenance_bytes, provenance_file
-from sd3core.data.records import FileRecord, record_file
-from sd3core.data.store import Store, StoreNotFound, is_transient
-from sd3core.errors import CheckpointError, StoreError
-from sd3core.specs import DONE_FILE
-from sd3core.training_checkpoint import (
+from sd3core.checkpoint_record import (
     METRICS_FILE,
     CheckpointDone,
-    CheckpointRef,
     DamagedFile,
-    DamagedRecord,
-    Piece,
-    TensorKind,
     checkpoint_folder,
     list_checkpoints,
-    rank_file,
     read_checkpoint_done,
-    read_pieces,
     write_done,
 )
+from sd3core.data.provenance import device_kind, provenance, provenance_bytes, provenance_file
+from sd3core.data.records import FileRecord, record_file
+from sd3core.data.store import Store, is_transient
+from sd3core.errors import CheckpointError, StoreError
+from sd3core.specs import DONE_FILE
+from sd3core.training_checkpoint import Piece, TensorKind, rank_file, read_pieces
 from workers.trainer.engine import ShardedTrainer
 from workers.trainer.job import TrainingJob, TrainingSuperseded
+from workers.trainer.standing_checkpoints import damaged_files, newest_attempt
 
 # between the tries of a write; the ranks that wait for it are silent so long
 PATIENCE_S = (
@@ -75,60 +69,6 @@ def begin_attempt(store: Store, folder: str) -> int:
         if ref.folder in emptied:  # an older attempt finished it since we looked
             store.delete(f"{ref.folder}/{DONE_FILE}")
     return attempt
-
-
-def newest_attempt(store: Store, folder: str) -> int:
-    numbers = (Path(entry.path).stem for entry in store.list(f"{folder}/attempts/"))
-    return max((int(number) for number in numbers if number.isdigit()), default=0)
-
-
-def last_whole_checkpoint(
-    store: Store,
-    folder: str,
-    warn: Callable[[str], None] = lambda message: None,
-    last_samples: int | None = None,
-    checked: CheckedFiles | None = None,
-) -> CheckpointRef | None:
-    """The last finished checkpoint whose files all stand in their sizes; `warn` hears of later ones that are passed over.
-
-    Their bytes are compared by the ranks, each what it reads. `checked` compares them too, once a machine, where they lie on
-    this one: nobody may read the last checkpoint of a finished phase. `last_samples`: where the phase ends that goes on from it.
-    """
-    for ref in reversed(list_checkpoints(store, folder, last_samples)):
-        damaged = _damage(store, ref.folder, checked)
-        if damaged is None:
-            return ref
-        warn(passed_over(damaged))
-    return None
-
-
-def passed_over(damage: str) -> str:
-    return f"{damage}; going on from an earlier checkpoint"
-
-
-def _damage(store: Store, folder: str, checked: CheckedFiles | None) -> str | None:
-    """What of a checkpoint a listing and its record show not to be what was written, in words."""
-    try:
-        done = read_checkpoint_done(store, folder)
-        damaged = _damaged_files(store, folder, done)
-        if checked and not damaged and store.local_path(folder) is not None:
-            files = {f"{folder}/{name}": name for name in done.rank_files}
-            changed = (name for path, name in files.items() if not checked.holds(store, path, done.files[name]))
-            damaged = [f"{name} is damaged" for name in changed]
-    except DamagedRecord as error:
-        return error.damage
-    return f"{store.uri(folder)}: {damaged[0]}" if damaged else None
-
-
-def _damaged_files(store: Store, folder: str, done: CheckpointDone) -> list[str]:
-    """The files that training goes on from, by name and size, which a listing has. The loss rows are for the curve alone."""
-    standing = {entry.path: entry.size for entry in store.list(f"{folder}/")}
-    sizes = {name: (standing.get(f"{folder}/{name}"), done.files[name].bytes) for name in done.rank_files}
-    return [
-        f"{name} is missing" if size is None else f"{name} has {size:,} bytes instead of {expected:,}"
-        for name, (size, expected) in sizes.items()
-        if size != expected
-    ]
 
 
 def save_checkpoint(
@@ -229,7 +169,7 @@ def _take_back_unless_whole(store: Store, folder: str, attempt: int) -> None:
         done = read_checkpoint_done(store, folder)
     except CheckpointError:  # the newer attempt took it back
         return
-    if done.attempt == attempt and _damaged_files(store, folder, done):
+    if done.attempt == attempt and damaged_files(store, folder, done):
         store.delete(f"{folder}/{DONE_FILE}")
 
 
@@ -294,42 +234,6 @@ def load_start_weights(weights: dict[str, Tensor], trainer: ShardedTrainer) -> N
         else:
             piece.values.zero_()
     trainer.loaded(0)
-
-
-def read_metrics(
-    store: Store,
-    folder: str,
-    last_samples: int | None = None,
-    warn: Callable[[str], None] = lambda message: None,
-) -> list[dict[str, Any]]:
-    """The loss rows of a phase, from its first step to its last checkpoint, each step once.
-
-    A checkpoint that a shorter run left between two others has rows that the later one has as well. Rows only draw a curve:
-    what is left of a damaged file is read, and `warn` hears of the rest.
-    """
-    rows: list[dict[str, Any]] = []
-    for ref in list_checkpoints(store, folder, last_samples):
-        path = f"{ref.folder}/{METRICS_FILE}"
-        found = _whole_rows(store, path)
-        if not found or found[-1]["samples"] != ref.samples:
-            warn(
-                f"{store.uri(path)} is {'damaged' if store.exists(path) else 'missing'}: the loss curve has a gap up to"
-                f" {ref.samples:,} samples, and nothing else needs it; TensorBoard's files in runs/RUN/logs have the losses"
-            )
-        rows += [row for row in found if not rows or row["samples"] > rows[-1]["samples"]]
-    return rows
-
-
-def _whole_rows(store: Store, path: str) -> list[dict[str, Any]]:
-    """The rows before the first that cannot be read; none where there is no file."""
-    rows: list[dict[str, Any]] = []
-    with suppress(StoreNotFound, ValueError):  # no file; not UTF-8, not JSON
-        for line in store.get(path).decode().splitlines():
-            row = json.loads(line)
-            if not isinstance(row, dict) or not {"samples", "loss"} <= row.keys():
-                break
-            rows.append(row)
-    return rows
 
 
 def _check_same_shapes(where: str, stored: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:

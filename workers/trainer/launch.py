@@ -11,11 +11,11 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from sd3core.checkpoint_record import METRICS_FILE, list_checkpoints
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.store import open_store
 from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
 from sd3core.recipe import Compute
-from sd3core.training_checkpoint import METRICS_FILE, list_checkpoints
 from workers.caches import checked_here
 from workers.ray_room import ranks_problem
 from workers.ray_session import (
@@ -28,9 +28,9 @@ from workers.ray_session import (
     start_ray,
 )
 from workers.trainer.actor import ABORT_S, RankNews, TrainingActor
-from workers.trainer.checkpointing import last_whole_checkpoint, newest_attempt, read_metrics
 from workers.trainer.job import TrainingFailed, TrainingJob, TrainingResult, TrainingSuperseded
 from workers.trainer.news import NewsCallback, TrainingNews, ignore_news, last_word
+from workers.trainer.standing_checkpoints import last_whole_checkpoint, newest_attempt, read_metrics
 
 NEWS_POLL_S = 1.0  # news is shown every two seconds; the end is noticed at once
 READ_S = 10.0  # the actor's answer is waited for; then Ray itself is looked at

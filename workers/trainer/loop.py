@@ -19,27 +19,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sd3core import conditioning, moving_average, randomness
+from sd3core.checkpoint_record import DamagedFile
 from sd3core.conditioning import TextFeatures
 from sd3core.data.encoded_shards import read_null_bytes
 from sd3core.data.store import Store, open_store
 from sd3core.formulations import Formulation, find_formulation
 from sd3core.mmdit import config_from_dict, make_model, max_attention_logit, use_lean_steps
 from sd3core.precision import PRECISION_DTYPES, has_bf16_arithmetic
-from sd3core.training_checkpoint import DamagedFile
 from workers.trainer import engine
-from workers.trainer.checkpointing import (
-    begin_attempt,
-    last_whole_checkpoint,
-    load_checkpoint,
-    load_start_weights,
-    passed_over,
-    save_checkpoint,
-)
+from workers.trainer.checkpointing import begin_attempt, load_checkpoint, load_start_weights, save_checkpoint
 from workers.trainer.engine import ShardedTrainer
 from workers.trainer.job import TrainingFailed, TrainingJob
 from workers.trainer.metrics import StepClock, StepLoss, flops_per_sample, learning_rate, peak_flops
 from workers.trainer.previews import Previews
 from workers.trainer.records import Records
+from workers.trainer.standing_checkpoints import last_whole_checkpoint, passed_over
 from workers.trainer.start import fitted_scales, start_weights
 
 NON_FINITE_IN_A_ROW = 5  # then training goes back to the last checkpoint
@@ -51,7 +45,7 @@ LOGIT_SAMPLES = 2  # of a rank's micro batch, for the attention-logit maximum
 class TrainingBatch(Protocol):
     """This rank's contiguous part of a global batch: one bucket, B samples."""
 
-    latent: Tensor  # (B, 16, h, w) float32
+    latent: Tensor  # (B, 16, h, w), in the precision it is stored in
     text: TextFeatures
     sample_ids: np.ndarray  # (B,) int64
     epochs: np.ndarray  # (B,)
@@ -111,7 +105,7 @@ class StepInputs:
 def draw_inputs(batch: TrainingBatch, job: TrainingJob, null: TextFeatures | None, device: torch.device) -> StepInputs:
     """t = quantile(u) of the shifted formulation, noise ~ N(0, 1), encoders dropped with text dropout's two probabilities.
 
-    Every draw is by (seed, epoch, sample). Stored features travel to the device as they are stored.
+    Every draw is by (seed, epoch, sample). Latents and features travel to the device as they are stored.
     """
     training, drawn_by = job.training, (job.seed, batch.epochs, batch.sample_ids)
     u = torch.from_numpy(randomness.uniform(*drawn_by, "timestep"))  # float64

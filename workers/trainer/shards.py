@@ -7,8 +7,9 @@ from sd3core.data.manifest import read_manifest
 from sd3core.data.shard_cache import ShardCache
 from sd3core.data.shard_reader import ShardReader
 from sd3core.data.store import Store
-from sd3core.data.training_plan import TrainingPlan, leave_out_small_buckets, small_buckets_warning
+from sd3core.data.training_plan import TrainingPlan
 from sd3core.data.uncaptioned import read_uncaptioned, shards_without_captions
+from sd3core.data.unit_counts import leave_out_small_buckets, small_buckets_warning
 from workers.caches import shards_cache
 from workers.trainer.job import TrainingJob
 from workers.trainer.loop import RankContext, Warn

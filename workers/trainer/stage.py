@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sd3core.checkpoint_record import read_checkpoint_done
 from sd3core.data.begun import begin
 from sd3core.data.store import Store
 from sd3core.moving_average import short_average_warning
 from sd3core.progress import Progress, ProgressCallback, ignore_progress
 from sd3core.recipe import Recipe
 from sd3core.specs import DONE_FILE, fingerprint
-from sd3core.training_checkpoint import read_checkpoint_done
 from workers.caches import checked_here
 from workers.stage import (
     NOTHING_TO_DO,
@@ -23,10 +23,10 @@ from workers.stage import (
     recall_stage,
     remember_stage,
 )
-from workers.trainer.checkpointing import last_whole_checkpoint
 from workers.trainer.job import TrainingJob
 from workers.trainer.launch import train
 from workers.trainer.news import NewsCallback, ignore_news
+from workers.trainer.standing_checkpoints import last_whole_checkpoint
 
 
 def train_stage(

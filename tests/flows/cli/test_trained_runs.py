@@ -12,11 +12,11 @@ from rich.console import Console
 from flows.cli import commands, sample
 from flows.cli.demo import sample_command
 from flows.cli.trained_runs import trained_run
+from sd3core.checkpoint_record import read_checkpoint_done
 from sd3core.data.store import open_store
 from sd3core.errors import RecipeError, UserError
 from sd3core.files.local_paths import shown_place
 from sd3core.recipe_file import load_recipe
-from sd3core.training_checkpoint import read_checkpoint_done
 from workers.stage import remember_stage
 
 SETTINGS = ["run=photos-1", "text.t5_tokens=32", "evaluate.guidance_scale=7", "model.depth=2"]

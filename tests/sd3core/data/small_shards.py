@@ -44,7 +44,7 @@ def _seeded(name: str, *shape: int) -> torch.Tensor:
 
 def latent_of(key: str) -> torch.Tensor:
     height, width = map(int, bucket_of(key).split("x"))
-    return _seeded(key, 16, height // 8, width // 8)
+    return _seeded(key, 16, height // 8, width // 8).half()
 
 
 def features_of(caption: str) -> TextFeatures:

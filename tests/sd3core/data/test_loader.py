@@ -49,7 +49,7 @@ def _assert_same(batch, other):
 
 def _assert_right(batch, wanted):
     """Every row's latent is its key's and its text that of the caption `wanted(place)` names."""
-    assert batch.latent.dtype == torch.float32 and len(batch.text) == len(batch.keys) == len(batch.latent)
+    assert batch.latent.dtype == torch.float16 and len(batch.text) == len(batch.keys) == len(batch.latent)
     for place, key in enumerate(batch.keys):
         assert made.bucket_of(key) == batch.bucket and batch.sample_ids[place] == sample_id(key)
         torch.testing.assert_close(batch.latent[place], made.latent_of(key), rtol=0, atol=0)

@@ -8,6 +8,7 @@ import json
 import socket
 import subprocess
 
+from sd3core.checkpoint_record import CheckpointDone
 from sd3core.data import provenance as module
 from sd3core.data.manifest import Manifest, commit_manifest, read_manifest
 from sd3core.data.provenance import (
@@ -22,7 +23,6 @@ from sd3core.data.provenance import (
 from sd3core.data.records import FileRecord
 from sd3core.data.store import open_store
 from sd3core.towers.artifact import TOWER_FOLDERS, commit_tower, commit_towers, read_towers
-from sd3core.training_checkpoint import CheckpointDone
 
 FOLDER = "datasets/d/latents/0123456789ab"
 HERE = Provenance(version="1", device="one kind", devices=2, made=3, seconds=1.5)

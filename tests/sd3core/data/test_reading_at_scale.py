@@ -32,7 +32,8 @@ from sd3core.data.loader import FEWEST_AHEAD, BatchLoader
 from sd3core.data.manifest import Manifest
 from sd3core.data.shard_cache import ShardCache
 from sd3core.data.shard_reader import ShardReader
-from sd3core.data.training_plan import TrainingPlan, UnitCounts
+from sd3core.data.training_plan import TrainingPlan
+from sd3core.data.unit_counts import UnitCounts
 
 CACHE_BYTES, READ_AHEAD_BYTES = 200e9, 1.5e9  # as the recipes sd3-2b and sd3-8b have them
 LARGE = {1: (4096, Sizes(33_280)), 41: (1024, Sizes(524_800))}  # buckets -> global batch, sizes of a row

@@ -9,15 +9,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sd3core.data.training_plan import (
-    BucketReport,
-    TrainingPlan,
-    UnitCounts,
-    leave_out_small_buckets,
-    permute,
-    small_buckets,
-    small_buckets_warning,
-)
+from sd3core.data.training_plan import BucketReport, TrainingPlan, permute
+from sd3core.data.unit_counts import UnitCounts, leave_out_small_buckets, small_buckets, small_buckets_warning
 from sd3core.errors import DataError
 
 

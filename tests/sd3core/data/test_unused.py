@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from sd3core.checkpoint_record import CheckpointDone
 from sd3core.data.begun import all_begun, begin, end
 from sd3core.data.manifest import Manifest, ShardEntry, commit_manifest, read_manifest
 from sd3core.data.shards import finished_stems
@@ -13,7 +14,6 @@ from sd3core.data.store import FileStore
 from sd3core.data.unused import find_unused, remove
 from sd3core.errors import DataError, StoreError
 from sd3core.towers.artifact import TOWER_FOLDERS, commit_tower, commit_towers
-from sd3core.training_checkpoint import CheckpointDone
 
 NOW = -1.0  # days: whatever was written until tomorrow
 

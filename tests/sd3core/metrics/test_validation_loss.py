@@ -4,7 +4,8 @@ import torch
 
 from sd3core.formulations import find_formulation
 from sd3core.metrics import LeftOut
-from sd3core.metrics.validation_loss import LEVELS, level_losses, validation_loss
+from sd3core.metrics.score import LEVELS
+from sd3core.metrics.validation_loss import level_losses, validation_loss
 
 IDS = np.arange(100, 112)
 

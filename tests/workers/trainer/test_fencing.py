@@ -10,22 +10,17 @@ import torch
 import torch.distributed as dist
 from fake_training import make_job
 
+from sd3core.checkpoint_record import DamagedFile, DamagedRecord, list_checkpoints, read_checkpoint_done
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.store import FileStore
 from sd3core.errors import StoreError
 from sd3core.recipe import Compute
 from sd3core.specs import DONE_FILE
-from sd3core.training_checkpoint import DamagedFile, DamagedRecord, Piece, list_checkpoints, read_checkpoint_done
+from sd3core.training_checkpoint import Piece
 from workers.trainer import checkpointing, train
-from workers.trainer.checkpointing import (
-    PATIENCE_S,
-    begin_attempt,
-    last_whole_checkpoint,
-    load_checkpoint,
-    read_metrics,
-    save_checkpoint,
-)
+from workers.trainer.checkpointing import PATIENCE_S, begin_attempt, load_checkpoint, save_checkpoint
 from workers.trainer.job import TrainingSuperseded
+from workers.trainer.standing_checkpoints import last_whole_checkpoint, read_metrics
 
 COMPUTE = Compute(train_ranks=2)
 

@@ -16,15 +16,17 @@ from fake_training import MODEL, TOKENS, FakeLoader, make_job
 from rank_processes import run_ranks
 
 from sd3core.checkpoint import load_model
+from sd3core.checkpoint_record import list_checkpoints, read_checkpoint_done
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError
 from sd3core.formulations import find_formulation
 from sd3core.mmdit import CrossDiTConfig, DiTConfig, MMDiTConfig, UViTConfig, lean
-from sd3core.training_checkpoint import assemble_weights, list_checkpoints, read_checkpoint_done
+from sd3core.training_checkpoint import assemble_weights
 from workers.trainer import loop
-from workers.trainer.checkpointing import begin_attempt, read_metrics
+from workers.trainer.checkpointing import begin_attempt
 from workers.trainer.job import TrainingFailed, TrainingSuperseded
 from workers.trainer.loop import RankContext, draw_inputs, train_rank
+from workers.trainer.standing_checkpoints import read_metrics
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")

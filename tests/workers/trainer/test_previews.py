@@ -20,10 +20,10 @@ from sd3core.errors import StoreError
 from sd3core.sampling import sample_dpmpp_2m_sde, sigma_schedule
 from sd3core.training_checkpoint import assemble_weights
 from workers.trainer import previews
-from workers.trainer.checkpointing import read_metrics
 from workers.trainer.job import PreviewCaption, PreviewSettings
 from workers.trainer.loop import RankContext, train_rank
 from workers.trainer.previews import Previews
+from workers.trainer.standing_checkpoints import read_metrics
 
 CPU = torch.device("cpu")
 KEYS = ("image-3", "image-1", "image-4", "image-5")

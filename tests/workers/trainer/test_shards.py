@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -28,10 +30,10 @@ SCHEMAS = {
 }
 
 
-def _latents(numbers: range):
+def _latents(numbers: range, dtype: torch.dtype = torch.float32):
     for i, image in zip(numbers, FakeLoader(40, 0, 1).batch(0).latent[numbers.start : numbers.stop], strict=True):
         split = "held_out" if i % 5 == 0 else "train"
-        data = save({"latent": image.contiguous()})
+        data = save({"latent": image.contiguous().to(dtype)})
         row = {"bucket": "64x64", "split": split, "sha256": hashlib.sha256(data).digest()}
         yield Sample(f"k{i}", {"safetensors": data}, row)
 
@@ -88,6 +90,23 @@ def test_every_world_size_reads_the_same_batches(job):
     inputs = draw_inputs(whole.batch(0), job, null, CPU)
     dropped = np.flatnonzero((inputs.pooled[:, :8] == null.clip_l_pooled).all(1).numpy())
     assert inputs.context.shape == (8, 2 * TOKENS, 24) and len(dropped) > 0  # "no prompt" is the encoded empty string
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_latents_travel_as_they_are_stored_and_a_step_sees_the_same_numbers(job, dtype):
+    """Every input of a step, on its device, is bit by bit what it is of latents that were made float32 when they were read."""
+    store = open_store(job.store)
+    job = job.model_copy(update={"latents": _write(store, "latents", partial(_latents, dtype=dtype))})
+    record_uncaptioned(store, job.latents, job.text_features)
+    loader = open_shards(job, store, RankContext(0, 1, CPU, 1), lambda message: None)
+    for step in range(4):
+        batch = loader.batch(step)
+        assert batch.latent.dtype == dtype
+        wanted = draw_inputs(dataclasses.replace(batch, latent=batch.latent.float()), job, None, CPU)
+        inputs = draw_inputs(batch, job, None, CPU)
+        for name in ("x0", "noise", "t", "context", "pooled"):
+            found = getattr(inputs, name)
+            assert found.dtype == torch.float32 and torch.equal(found, getattr(wanted, name)), name
 
 
 def test_another_manifest_than_the_job_names_is_refused(job):

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from fake_training import MODEL, FakeLoader, make_job
 
+from sd3core.backbone_config import CONFIGS
 from sd3core.checkpoint import save_model
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError
 from sd3core.formulations import find_formulation
 from sd3core.mmdit import DiTConfig, insert_qk_norm, make_model
-from sd3core.mmdit.architectures import CONFIGS
 from sd3core.training_checkpoint import Piece
 from workers.trainer.loop import PhaseTraining, RankContext, draw_inputs
 from workers.trainer.muon import matrices_in

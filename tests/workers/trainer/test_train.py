@@ -14,16 +14,17 @@ import torch
 from fake_training import UNTIMED, FakeLoader, make_job
 from ray import cloudpickle
 
+from sd3core.checkpoint_record import list_checkpoints
 from sd3core.data.provenance import device_kind, provenance_of
 from sd3core.data.store import StoreNotFound, is_transient, open_store
 from sd3core.errors import DataError, StoreError
 from sd3core.recipe import Compute
-from sd3core.training_checkpoint import assemble_weights, list_checkpoints
+from sd3core.training_checkpoint import assemble_weights
 from workers.ray_session import start_ray
 from workers.trainer import TrainingFailed, launch, train
-from workers.trainer.checkpointing import read_metrics
 from workers.trainer.launch import RanksFailed
 from workers.trainer.news import ignore_news
+from workers.trainer.standing_checkpoints import read_metrics
 
 for module in (fake_training, sys.modules[__name__]):  # ranks do not have the tests on their path
     cloudpickle.register_pickle_by_value(module)

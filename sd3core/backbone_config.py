@@ -148,3 +148,19 @@ class UViTConfig(BackboneConfig):
     def conv_channels(self) -> int:
         """A quarter of the transformer's width: simple diffusion's step between its last two levels (4 to 16)."""
         return self.hidden_size // 4
+
+
+CONFIGS: dict[str, type[BackboneConfig]] = {
+    config.architecture: config for config in (MMDiTConfig, DiTConfig, CrossDiTConfig, UViTConfig)
+}
+
+
+def config_from_dict(fields: dict[str, Any]) -> BackboneConfig:
+    """The inverse of every config's `to_dict`: without an architecture it is an MM-DiT.
+
+    Raises CheckpointError that names an unknown architecture or key.
+    """
+    architecture = fields.get("architecture", "mmdit")
+    if architecture not in CONFIGS:
+        raise CheckpointError(f"model config: architecture {architecture!r} is not one of {', '.join(CONFIGS)}")
+    return CONFIGS[architecture].from_dict(fields)
