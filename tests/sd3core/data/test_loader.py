@@ -233,6 +233,30 @@ def test_few_held_out_rows_read_few_shards(file_store, tmp_path):
     assert len(reader._open) == 1
 
 
+@pytest.mark.parametrize("limit", [4, 20, None])
+def test_held_out_rows_cost_at_most_twice_their_bytes(file_store, tmp_path, monkeypatch, limit):
+    """Of the tars: rows to train on lie between those held out, and captions of both."""
+    reader, read = _reader(file_store, made.write_data_set(file_store, shards=6), tmp_path), []
+    get_range = file_store.get_range
+
+    def counting(path, offset, length):
+        assert path.endswith(".tar")
+        read.append(length)
+        return get_range(path, offset, length)
+
+    monkeypatch.setattr(file_store, "get_range", counting)
+    keys = [key for batch in load_split(reader, "held_out", 5, limit=limit) for key in batch.keys]
+    assert limit is None or len(keys) == limit
+    places = reader.find((int(key.split("-")[1]), key) for key in keys)
+    wanted = set()  # a caption of several rows once
+    for position, row, _ in places:
+        rows = reader.rows(position)
+        for file in ("latent", rows.caption_kind(row, "original")):
+            wanted.add((position, file == "latent", rows.place(row, file)))
+    needed = sum(length for _, _, (_, length, _) in wanted)
+    assert needed <= sum(read) <= 2 * needed
+
+
 def test_an_empty_shard_is_no_trouble(file_store, tmp_path):
     latents, text = made.write_data_set(file_store, shards=1)
     empty = [made.write_latents(file_store, "latents", 1, 0), made.write_text(file_store, "text", 1, 0)]
