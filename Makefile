@@ -20,9 +20,11 @@ READY   := $(VENV)/.installed-$(VARIANT)
 TORCH   := $(shell grep ^torch== $(LOCK))
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SWIFT   := .venv-swift
+ON_S3   := tests/sd3core/data tests/sd3core/bench/test_bench_data.py tests/workers/test_unchanged_files.py tests/workers/trainer/test_loop.py tests/end_to_end/test_s3.py
 TWO     := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: demo test lint test-unit test-kills up down setup clean
+.PHONY: demo test lint test-unit test-kills test-s3 up down setup clean
 
 demo: $(READY)
 	@$(BIN)/sd3 demo --recipe "$(RECIPE)" $(if $(DATA),--data "$(DATA)") $(if $(FROM),--from-stage $(FROM)) $(if $(REMAKE),--remake) $(foreach s,$(SET),--set "$(s)")
@@ -39,6 +41,10 @@ test-unit: $(READY)
 
 test-kills: $(READY)  # kills, Ctrl-C and full disks in every stage, stores that go away; takes about two hours
 	@$(BIN)/python -m pytest -m kills
+
+# The store, a chain and whatever else reads from S3, on a real server (OpenStack Swift), which this installs for itself.
+test-s3: $(READY) $(SWIFT)/.installed
+	@SD3_SWIFT="$(abspath $(SWIFT))" $(BIN)/python -m pytest -m "not kills" $(ON_S3)
 
 setup: $(READY)
 
@@ -63,6 +69,14 @@ ifeq ($(VARIANT)$(PIP_ARGS),cpu)
 endif
 	@$(PIP) $(PIP_ARGS) -r $(LOCK)
 	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(SWIFT)/.installed:
+	@$(call need,memcached,memcached)
+	@echo "installing OpenStack Swift into $(SWIFT) (once; half a minute)"
+	@$(PYTHON) -m venv --clear $(SWIFT)
+	@$(SWIFT)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) swift==2.38.3 lxml==6.1.3
+	@$(SWIFT)/bin/python -c 'import pyeclib.ec_iface' 2>/dev/null || { echo "make: Swift lacks liberasurecode; install the package liberasurecode1"; exit 1; }
 	@touch $@
 
 # One line with the package to install where a program is missing.

@@ -6,10 +6,14 @@ import shutil
 import signal
 import tempfile
 import uuid
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import pytest
+from swift_server import KEY, REGION, SECRET, SwiftServer
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -58,28 +62,48 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
     return _ChainsInOne(config, log)
 
 
+@dataclass(frozen=True)
+class S3Server:
+    """Where it answers, and itself where it is a real one (`make test-s3`)."""
+
+    endpoint: str
+    swift: SwiftServer | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": REGION,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+
 @pytest.fixture(scope="session")
-def s3_endpoint():
-    """One S3 server (moto, on loopback) for the session."""
+def s3_server() -> Iterator[S3Server]:
+    """One S3 server on loopback for the session: moto, or a real one where SD3_SWIFT says where that is installed."""
+    if "SD3_SWIFT" in os.environ:
+        swift = SwiftServer(Path(os.environ["SD3_SWIFT"]))
+        try:
+            swift.start()
+            yield S3Server(swift.endpoint, swift)
+        finally:
+            swift.close()
+        return
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request buries what a failing test says
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
+    yield S3Server(f"http://{host}:{port}")
     server.stop()
 
 
 @pytest.fixture
-def s3_environment(monkeypatch, s3_endpoint):
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3_endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
+def s3_environment(monkeypatch, s3_server):
+    for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
 
 

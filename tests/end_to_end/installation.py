@@ -22,6 +22,7 @@ from uuid import uuid4
 
 import httpx
 import psutil
+from swift_server import KEY, REGION, SECRET
 
 PROJECT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -55,9 +56,9 @@ class Installation:
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
             "SD3_HOME": str(self.home),
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.s3_port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": REGION,
         }
 
     def command(self, *arguments: str, seconds: float) -> str:

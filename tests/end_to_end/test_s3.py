@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import httpx
+import boto3
 import pytest
 from conftest import FEW_SCORES, OVERRIDES, RUN
+from swift_server import SwiftServer
 
 from sd3core.data.store import Store, open_store
 
@@ -22,19 +26,33 @@ URL = f"s3://{BUCKET}/team/tests"
 @pytest.fixture(scope="module")
 def bucket(installation) -> Iterator[Store]:
     """An S3 server where the services look for one, and a store in it that this process can read."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", installation.s3_port, verbose=False)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
+    with s3_server_at(installation.s3_port), pytest.MonkeyPatch.context() as patch:
         for name, value in installation.environment.items():
             if name.startswith("AWS_"):
                 patch.setenv(name, value)
+        boto3.session.Session().client("s3").create_bucket(Bucket=BUCKET)
+        yield open_store(URL)
+
+
+@contextmanager
+def s3_server_at(port: int) -> Iterator[None]:
+    """moto, or a real one where SD3_SWIFT says where that is installed."""
+    if "SD3_SWIFT" in os.environ:
+        swift = SwiftServer(Path(os.environ["SD3_SWIFT"]), port)
         try:
-            httpx.put(f"{installation.environment['AWS_ENDPOINT_URL']}/{BUCKET}", timeout=30).raise_for_status()
-            yield open_store(URL)
+            swift.start()
+            yield
         finally:
-            server.stop()
+            swift.close()
+        return
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+    server.start()
+    try:
+        yield
+    finally:
+        server.stop()
 
 
 @dataclass(frozen=True)

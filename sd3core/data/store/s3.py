@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -16,7 +17,29 @@ from sd3core.data.store.contract import Store, StoreEntry, StoreNotFound, checke
 from sd3core.errors import StoreError, with_mend
 
 ABANDONED_UPLOAD_S = 24 * 3600  # an upload that began so long ago has lost its writer
+READ_TIMEOUT_S = 60  # without a byte
 S3_ATTEMPTS = 5  # of one request, by botocore, and of one body that breaks off
+
+
+class _CutShort(Exception):
+    """An answer that ended before its body. botocore takes it for an empty one: a listing of nothing, an object of no bytes."""
+
+
+def _check_whole(http_response: Any, model: Any, **_: Any) -> None:
+    """Called by botocore after each request. A whole answer says how long its body is, and has a body of that length; an
+    object's, which is read later, botocore compares itself.
+    """
+    if http_response.status_code not in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
+        return
+    length = http_response.headers.get("content-length")
+    if length is None:
+        whole = "transfer-encoding" in http_response.headers
+    elif model.http["method"] == "HEAD" or model.has_streaming_output:
+        whole = True
+    else:
+        whole = len(http_response.content) == int(length)
+    if not whole:
+        raise _CutShort("the answer was cut short")
 
 
 class S3Store(Store):
@@ -46,12 +69,13 @@ class S3Store(Store):
                     config=Config(
                         retries={"max_attempts": S3_ATTEMPTS, "mode": "standard"},
                         connect_timeout=10,
-                        read_timeout=60,
+                        read_timeout=READ_TIMEOUT_S,
                         max_pool_connections=32,
                         request_checksum_calculation="when_required",  # not every S3 server knows the others
                         response_checksum_validation="when_required",
                     ),
                 )
+                self._made.meta.events.register("after-call.s3", _check_whole)
             return self._made
 
     def _key(self, path: str) -> str:
@@ -63,7 +87,14 @@ class S3Store(Store):
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
         try:
-            return request(self._client())
+            for attempt in range(1, S3_ATTEMPTS + 1):
+                try:
+                    return request(self._client())
+                except _CutShort as error:
+                    if attempt == S3_ATTEMPTS:
+                        raise self._unreachable(error) from None
+                    time.sleep(0.1 * 2**attempt)
+            raise AssertionError("not reached")
         except (ClientError, Boto3Error) as error:
             cause = error if isinstance(error, ClientError) else error.__context__  # uploads wrap the cause
             if not isinstance(cause, ClientError):

@@ -7,6 +7,7 @@ import http.server
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -221,7 +222,6 @@ def test_what_killed_writers_left_is_removed_after_an_hour(file_store):
 
 
 def test_uploads_that_lost_their_writer_are_aborted(s3_bucket, monkeypatch):
-    """moto says of every upload that it began in 2010."""
     import boto3
 
     client, store = boto3.client("s3"), open_store(f"s3://{s3_bucket}/a/prefix")
@@ -236,6 +236,7 @@ def test_uploads_that_lost_their_writer_are_aborted(s3_bucket, monkeypatch):
         young.setattr(s3, "ABANDONED_UPLOAD_S", 1e10)
         store.remove_abandoned("runs/x")
     assert left() == sorted(keys)
+    monkeypatch.setattr(s3, "ABANDONED_UPLOAD_S", -60)
     store.remove_abandoned("runs/x/")
     assert left() == sorted(keys[1:])
     open_store(f"s3://none-{s3_bucket}/a").remove_abandoned("runs")  # no bucket: the next request says so
@@ -407,4 +408,61 @@ def test_busy_servers_and_broken_bodies_are_tried_again(s3_environment, monkeypa
     started = time.monotonic()
     assert open_store("s3://bucket").get("a") == b"complete"
     assert server.count == 3 and time.monotonic() - started < 20
+    server.shutdown()
+
+
+LISTING = (
+    b'<?xml version="1.0" encoding="UTF-8"?><ListBucketResult><KeyCount>1</KeyCount><IsTruncated>false</IsTruncated>'
+    b"<Contents><Key>x</Key><Size>3</Size><LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents></ListBucketResult>"
+)
+
+
+@pytest.mark.parametrize("cut", ["in the headers", "before the body", "in the body"])
+@pytest.mark.parametrize("use", ["list", "get", "get_range", "size", "put"])
+def test_an_answer_that_is_cut_short_is_not_taken_for_an_empty_one(s3_environment, monkeypatch, use, cut):
+    """The server dies while it answers: boto3 itself would say that there is nothing, or an object of no bytes."""
+    body = {"list": LISTING, "get": b"abc", "get_range": b"abc"}.get(use, b"")
+    length = 3 if use == "size" else len(body)
+    status = b"HTTP/1.1 206 Partial Content\r\n" if use == "get_range" else b"HTTP/1.1 200 OK\r\n"
+    whole = status + b"Content-Length: %d\r\nETag: x\r\n\r\n" % length
+    ends = {
+        "in the headers": status,
+        "before the body": whole if body else b"",
+        "in the body": whole + body[:-1] if body else b"",
+    }
+    answers = [ends[cut], ends[cut], whole + body]
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        for answer in answers:
+            client, _ = listening.accept()
+            with client:
+                received = b""
+                while not received.endswith((b"\r\n\r\n", b"old")):
+                    received += client.recv(1 << 16)
+                client.sendall(answer)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listening.getsockname()[1]}")
+    store = open_store("s3://bucket")
+    uses = {
+        "list": lambda: [entry.path for entry in store.list()] == ["x"],
+        "get": lambda: store.get("x") == b"abc",
+        "get_range": lambda: store.get_range("x", 5, 3) == b"abc",
+        "size": lambda: store.size("x") == 3,
+        "put": lambda: store.put("x", b"bold") is None,
+    }
+    assert uses[use]()
+    thread.join(5)
+    assert not thread.is_alive()  # it was asked until it had answered whole
+    listening.close()
+
+
+def test_a_server_that_cuts_every_answer_short_is_one_line(s3_environment, monkeypatch):
+    monkeypatch.setattr(s3, "S3_ATTEMPTS", 2)
+    server = _Server(lambda handler, count: handler.wfile.write(b"HTTP/1.1 200 OK\r\n"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    with pytest.raises(StoreError, match=r"^s3://bucket: cannot be reached at .* \(the answer was cut short\)$"):
+        open_store("s3://bucket").list()
     server.shutdown()
