@@ -6,18 +6,13 @@ pooled = clip_l_pooled | clip_g_pooled. App. B.3: in training each encoder's out
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sd3core.errors import DataError
 from sd3core.randomness import uniforms
 from sd3core.recipe import ENCODERS
 
@@ -45,18 +40,6 @@ class TextFeatures:
         features = {f.name: getattr(self, f.name).to(*target) for f in fields(self)}
         return TextFeatures(**features | {"lengths": features["lengths"].to(torch.int64)})
 
-    def index(self, rows: int | slice | Sequence[int] | Tensor) -> TextFeatures:
-        """Some rows, always as a batch: an int gives a batch of one."""
-        rows = slice(rows, rows + 1 or None) if isinstance(rows, int) else rows
-        return TextFeatures(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
-
-    @staticmethod
-    def stack(parts: Sequence[TextFeatures]) -> TextFeatures:
-        """Batches one after the other in one batch."""
-        return TextFeatures(
-            **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(TextFeatures)}
-        )
-
     def trimmed(self) -> TextFeatures:
         """These features with zeros after each caption's real tokens."""
         kept = {}
@@ -64,40 +47,10 @@ class TextFeatures:
             sequence = getattr(self, name)  # (B, T, W)
             # (B, T)
             real = torch.arange(sequence.shape[1], device=sequence.device) < self.lengths[:, column : column + 1]
-            kept[name] = sequence * real[..., None].to(sequence.dtype)
+            kept[name] = torch.where(real[..., None], sequence, 0)
         return TextFeatures(
             **kept, clip_l_pooled=self.clip_l_pooled, clip_g_pooled=self.clip_g_pooled, lengths=self.lengths
         )
-
-    def to_bytes(self, padding: Literal["reference", "trimmed"]) -> bytes:
-        """One caption (B = 1) as safetensors without the batch axis; "trimmed" keeps the real tokens only."""
-        if len(self) != 1:
-            raise ValueError(f"to_bytes takes one caption, not {len(self)}; take index(i) first")
-        tensors = {f.name: getattr(self, f.name)[0] for f in fields(self)}
-        if padding == "trimmed":
-            for name, length in zip(ENCODERS, self.lengths[0].tolist(), strict=True):
-                tensors[name] = tensors[name][:length]
-        return save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()})
-
-    @staticmethod
-    def from_bytes(data: bytes, *, clip_tokens: int, t5_tokens: int) -> TextFeatures:
-        """Inverse of to_bytes: a batch of one, zeros after the stored tokens up to clip_tokens and t5_tokens.
-
-        Raises DataError where the bytes are not such features or hold more tokens than asked for.
-        """
-        try:
-            tensors = load_tensors(data)
-            tokens = {"clip_l": clip_tokens, "clip_g": clip_tokens, "t5": t5_tokens}
-            for name, wanted in tokens.items():
-                stored = len(tensors[name])
-                if stored > wanted:
-                    raise DataError(f"text features: {stored} stored {name} tokens do not fit {wanted}; encode again")
-                tensors[name] = pad(tensors[name], (0, 0, 0, wanted - stored))
-            return TextFeatures(**{f.name: tensors[f.name][None] for f in fields(TextFeatures)})
-        except DataError:
-            raise
-        except Exception as error:  # safetensors raises its own bare classes on damaged bytes
-            raise DataError(f"text features cannot be read ({error}); encode the shard again") from None
 
 
 def join_features(

@@ -25,7 +25,7 @@ from sd3core.data.manifest import ManifestRef
 from sd3core.data.shards import TAR_BLOCK, FailedRow, Sample, read_shard_done, write_shard
 from sd3core.data.store import Store
 from sd3core.progress import ProgressCallback, ignore_progress
-from sd3core.recipe import ENCODERS, Text
+from sd3core.recipe import ENCODERS, Text, TextDtype
 from sd3core.specs import DONE
 from sd3core.towers.artifact import fetch_towers
 from workers.caches import towers_cache
@@ -33,7 +33,7 @@ from workers.inputs import InputShard, read_input_index, read_input_table
 from workers.shard_stage import MadeShard, ShardTask
 
 if TYPE_CHECKING:
-    from sd3core.conditioning import TextFeatures
+    from sd3core.data.stored_text import StoredText
 
 TOO_LONG = "captions too long"  # how many images of a shard have one, original or synthetic
 NONE_STOOD: Mapping[str, EarlierRow] = MappingProxyType({})
@@ -53,7 +53,7 @@ class TextWorker:
         store: Store,
         towers: ManifestRef,
         text: Text,
-        dtype: str,
+        dtype: TextDtype,
         batch: int,
         device: str,
         report: ProgressCallback = ignore_progress,  # of fetching the encoders
@@ -63,8 +63,7 @@ class TextWorker:
 
         from sd3core.towers.text_encoders import load_text_encoders
 
-        self.store, self.text, self.batch = store, text, batch
-        self.dtype = getattr(torch, dtype)
+        self.store, self.text, self.dtype, self.batch = store, text, dtype, batch
         local = fetch_towers(store, towers.folder, towers_cache(), ENCODERS, towers.digest, report)
         self.encoders = load_text_encoders(local, text, torch.float32, device)
         self.progress = 0  # rows, by the share of the shard's captions that is done
@@ -73,7 +72,9 @@ class TextWorker:
         self.progress = 0
         null = f"{task.folder}/{NULL_FILE}"
         if not self.store.exists(null):
-            self.store.put(null, self._encode([""])[0].to_bytes(self.text.padding))
+            # one file, which stands for "no prompt" in a part of all steps: its sequences are not rounded to 8 bits
+            dtype = "float16" if self.dtype == "int8" else self.dtype
+            self.store.put(null, self._encode([""], dtype)[0].to_bytes(self.text.padding))
             if self.store.exists(f"{task.folder}/{task.stem}{DONE}"):  # the shard stands: this alone was missing
                 return MadeShard(read_shard_done(self.store, task.folder, task.stem))
         failed: list[FailedRow] = []
@@ -137,19 +138,21 @@ class TextWorker:
     ) -> Iterator[tuple[str, tuple[bytes, list[int]] | None]]:
         """(caption, its features' bytes and the encoders' token counts), in order; None where they are not finite."""
         new = [caption for caption in captions if caption_id(caption) not in stood]
-        made = dict(zip(new, self._encode(new), strict=True)) if new else {}
+        made = dict(zip(new, self._encode(new, self.dtype), strict=True)) if new else {}
         for caption in captions:
             if (features := made.get(caption)) is None:
                 row = stood[caption_id(caption)]
                 yield caption, (row.files()[FEATURES], [row.row[f"{name}_len"] for name in ENCODERS])
-            elif _finite(features):
-                yield caption, (features.to_bytes(self.text.padding), features.lengths[0].tolist())
+            elif features.is_finite:
+                yield caption, (features.to_bytes(self.text.padding), features.tensors["lengths"][0].tolist())
             else:
                 yield caption, None
 
-    def _encode(self, captions: list[str]) -> list[TextFeatures]:
-        features = self.encoders.encode(captions).to("cpu").to(self.dtype)
-        return [features.index(i) for i in range(len(captions))]
+    def _encode(self, captions: list[str], dtype: TextDtype) -> list[StoredText]:
+        from sd3core.data.stored_text import StoredText
+
+        stored = StoredText.of(self.encoders.encode(captions).to("cpu"), dtype)
+        return [stored.index([i]) for i in range(len(captions))]
 
 
 def count_without_caption(samples: Iterable[Sample], rows: int, counts: Counter[str]) -> Iterator[Sample]:
@@ -168,11 +171,6 @@ def _distinct(captions: Iterable[tuple[str, str, str]]) -> dict[str, list[tuple[
     for key, kind, caption in captions:
         uses.setdefault(caption, []).append((key, kind))
     return uses
-
-
-def _finite(features: TextFeatures) -> bool:
-    parts = (features.clip_l, features.clip_g, features.t5, features.clip_l_pooled, features.clip_g_pooled)
-    return all(bool(part.isfinite().all()) for part in parts)
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:

@@ -118,7 +118,7 @@ class EvaluationWorker:
         model = generator.model
         losses = torch.zeros(0, len(LEVELS), dtype=torch.float64)
         for batch in self._held_out_batches(task.phase):
-            condition = join_features(batch.text.to(self.device), context_dim=model.config.context_dim)
+            condition = join_features(batch.text.features(self.device), context_dim=model.config.context_dim)
             x0 = batch.latent.to(self.device).float()
             velocity = generator.formulation.as_rectified_flow(lambda z, t, c=condition: model(z, t, *c))
             part = level_losses(velocity, x0, batch.sample_ids, task.protocol["seed"])

@@ -91,7 +91,8 @@ def _print_storage(recipe: Recipe, phases: list[PhaseCost], captions: int, conso
     for column in ("what", "an image, kB", "images", "GB"):
         table.add_column(column, justify="left" if column == "what" else "right")
     images = recipe.data.images if recipe.data.source == "small_world" else None
-    parts = [(f"text, {captions} caption(s) an image", captions * text_bytes(recipe))]
+    most = ", at most" if recipe.text.padding == "trimmed" else ""
+    parts = [(f"text, {captions} caption(s) an image{most}", captions * text_bytes(recipe))]
     parts += [(f"latents {plan.key}", plan.latent_bytes) for plan in phases]
     for what, size in parts:
         total = f"{images * size / GB:,.3f}" if images else f"{size * 1e6 / GB:,.1f} a million images"

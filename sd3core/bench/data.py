@@ -47,6 +47,7 @@ from sd3core.data.shard_reader import ShardReader
 from sd3core.data.shards import TAR_BLOCK, Sample, parts_digest, shard_stem, write_shard
 from sd3core.data.store import Store
 from sd3core.data.store.s3 import S3Store
+from sd3core.data.stored_text import StoredText
 from sd3core.data.training_plan import TrainingPlan
 from sd3core.specs import TAR
 
@@ -179,7 +180,7 @@ def read_by_boto3(settings: DataBench, stored: _Stored) -> str:
 
 def _batches(
     settings: DataBench, latents: Iterator[bytes], captions: Iterator[bytes]
-) -> Iterator[tuple[torch.Tensor, TextFeatures]]:
+) -> Iterator[tuple[torch.Tensor, StoredText]]:
     tokens = {"clip_tokens": settings.tokens, "t5_tokens": settings.tokens}
     pairs = zip(latents, captions, strict=True)
     for _ in range(settings.steps):
@@ -187,16 +188,16 @@ def _batches(
         for latent, caption in rows:
             hashlib.sha256(latent).digest()
             hashlib.sha256(caption).digest()
-        text = TextFeatures.stack([TextFeatures.from_bytes(caption, **tokens) for _, caption in rows])
-        yield torch.stack([latent_of(latent) for latent, _ in rows]).float(), text
+        text = StoredText.from_bytes([caption for _, caption in rows], **tokens)
+        yield torch.stack([latent_of(latent) for latent, _ in rows]), text
 
 
-def _consumed(batches: Iterator[tuple[torch.Tensor, TextFeatures]]) -> str:
+def _consumed(batches: Iterator[tuple[torch.Tensor, StoredText]]) -> str:
     """Takes one value of each row, so that two ways can be seen to have read the same rows, and lets them go."""
     marks = [
         pair
         for latent, text in batches
-        for pair in zip(latent[:, 0, 0, 0].tolist(), text.clip_l_pooled[:, 0].tolist(), strict=True)
+        for pair in zip(latent[:, 0, 0, 0].tolist(), text.tensors["clip_l_pooled"][:, 0].tolist(), strict=True)
     ]
     return hashlib.sha256(repr(sorted(marks)).encode()).hexdigest()
 
@@ -240,7 +241,7 @@ def _write_latents(
 
 def _write_text(settings: DataBench, store: Store, folder: str, number: int, generator: torch.Generator) -> ShardEntry:
     def drawn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).half()
+        return torch.randn(*shape, generator=generator)
 
     def samples() -> Iterator[Sample]:
         offset = 0
@@ -251,7 +252,7 @@ def _write_text(settings: DataBench, store: Store, folder: str, number: int, gen
                 clip_g_pooled=drawn(1, RELEASED_WIDTHS["clip_g_pooled"]),
                 lengths=torch.full((1, 3), settings.tokens),
             )
-            data = features.to_bytes("trimmed")
+            data = StoredText.of(features, "float16").to_bytes("trimmed")
             length = TAR_BLOCK * (1 + math.ceil(len(data) / TAR_BLOCK))
             known: dict[str, Any] = {"key": _key(number, row), "kind": ORIGINAL, "caption_id": f"c{number}-{row}"}
             known |= {"offset": offset, "length": length, "sha256": hashlib.sha256(data).digest()}

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from sd3core.conditioning import ENCODERS
 from sd3core.costs.stages import training_flops
+from sd3core.data.stored_text import caption_bytes
 from sd3core.mmdit import count_parameters
 from sd3core.mmdit.flops import forward_flops
 from sd3core.recipe import Recipe, Training
@@ -74,20 +76,15 @@ def phase_cost(recipe: Recipe, key: str, phase: Training) -> PhaseCost:
 
 
 def text_bytes(recipe: Recipe) -> int:
-    """Stored features of one caption at full length (trimmed padding stores less)."""
-    small = recipe.towers.small
-    widths = (
-        RELEASED_WIDTHS
-        if small is None
-        else {
-            "clip_l": small.clip_l.width,
-            "clip_g": small.clip_g.width,
-            "clip_g_pooled": small.clip_g.projection,
-            "t5": small.t5.width,
-        }
-    )
-    clip = recipe.text.clip_tokens * (widths["clip_l"] + widths["clip_g"]) + widths["clip_l"] + widths["clip_g_pooled"]
-    return (clip + recipe.text.t5_tokens * widths["t5"]) * BYTES[recipe.encode.text_dtype]
+    """Stored features of one caption at full length; with text.padding "trimmed" that is the most they take."""
+    small, text = recipe.towers.small, recipe.text
+    if small is None:
+        widths, projection = (RELEASED_WIDTHS[name] for name in ENCODERS), RELEASED_WIDTHS["clip_g_pooled"]
+    else:
+        widths, projection = (small.clip_l.width, small.clip_g.width, small.t5.width), small.clip_g.projection
+    clip_l, clip_g, t5 = widths
+    tokens = (text.clip_tokens, text.clip_tokens, text.t5_tokens)
+    return caption_bytes(tokens, (clip_l, clip_g, t5), clip_l + projection, recipe.encode.text_dtype)
 
 
 @dataclass(frozen=True)

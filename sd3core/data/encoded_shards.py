@@ -2,7 +2,7 @@
 
 Workers write them, the trainer and evaluation read them.
 
-    text tar       CAPTION_ID.safetensors   `TextFeatures`, each distinct caption of the shard once
+    text tar       CAPTION_ID.safetensors   `StoredText`, each distinct caption of the shard once
     text index     a row for each key and kind of caption (TEXT_SCHEMA)
     latents tar    KEY.safetensors          "latent" (16, H/8, W/8), not normalised
     latents index  bucket, crop and split of each key (LATENT_SCHEMA)

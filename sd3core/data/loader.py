@@ -11,11 +11,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import fields
 
 import numpy as np
 
-from sd3core.conditioning import TextFeatures
 from sd3core.data.encoded_shards import Split
 from sd3core.data.shard_reader import Batch, ShardReader, StoredSample
 from sd3core.data.training_plan import PlannedBatch, TrainingPlan
@@ -206,7 +204,7 @@ def _rows_of(planned: PlannedBatch) -> list[PlannedRow]:
 
 
 def _bytes_of(batch: Batch) -> int:
-    return batch.latent.nbytes + sum(getattr(batch.text, f.name).nbytes for f in fields(TextFeatures))
+    return batch.latent.nbytes + batch.text.nbytes
 
 
 def _hash(number: int) -> bytes:

@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sd3core.buckets import bucket_side
-from sd3core.conditioning import TextFeatures
 from sd3core.data.encoded_shards import (
     CAPTION_KINDS,
     ORIGINAL,
@@ -30,6 +29,7 @@ from sd3core.data.manifest import Manifest
 from sd3core.data.shard_cache import ShardCache, StoredRow
 from sd3core.data.shard_rows import LATENT, ShardFiles, ShardRows, join_rows, joined_name
 from sd3core.data.store import Store
+from sd3core.data.stored_text import StoredText
 from sd3core.data.uncaptioned import SPLITS, Uncaptioned, shards_without_captions
 from sd3core.data.unit_counts import UnitCounts, rows_in_manifest
 from sd3core.errors import DataError
@@ -46,7 +46,7 @@ class Batch:
     """One rank's part of a step: one bucket."""
 
     latent: Tensor  # (B, 16, h, w), normalised, in the precision it is stored in
-    text: TextFeatures
+    text: StoredText
     sample_ids: np.ndarray  # (B,) int64
     epochs: np.ndarray  # (B,) int64
     keys: list[str]
@@ -204,7 +204,7 @@ class ShardReader:
         """Rows of one bucket as a batch."""
         latents = torch.stack([_latent(sample, bucket) for sample in samples])
         tokens = {"clip_tokens": self.clip_tokens, "t5_tokens": self.t5_tokens}
-        text = TextFeatures.stack([TextFeatures.from_bytes(sample.text, **tokens) for sample in samples])
+        text = StoredText.from_bytes([sample.text for sample in samples], **tokens)
         ids = np.array([sample.sample_id for sample in samples], dtype=np.int64)
         return Batch(latents, text, ids, epochs, [sample.key for sample in samples], bucket)
 

@@ -22,6 +22,7 @@ from sd3core.data.shard_cache import ShardCache
 from sd3core.data.shard_reader import ShardReader
 from sd3core.data.shards import read_samples, read_shard_index, read_table
 from sd3core.data.store import open_store
+from sd3core.data.stored_text import StoredText
 from sd3core.progress import ignore_progress
 from sd3core.small_world.captioner import caption_from_pixels
 from sd3core.towers.artifact import fetch_towers
@@ -228,7 +229,7 @@ def test_text_holds_each_caption_of_a_shard_once_and_both_kinds(chain, towers_fo
 
 def from_bytes(chain, data) -> TextFeatures:
     text = chain.recipe.text
-    return TextFeatures.from_bytes(data, clip_tokens=text.clip_tokens, t5_tokens=text.t5_tokens)
+    return StoredText.from_bytes([data], clip_tokens=text.clip_tokens, t5_tokens=text.t5_tokens).features()
 
 
 def test_the_training_loader_reads_what_encode_wrote(chain, tmp_path):
@@ -278,6 +279,6 @@ def test_text_that_does_not_fit_its_dtype_is_a_failed_row(chain, monkeypatch):
     assert len([*worker._samples({"red " * 60: [("k3", "original")]}, 1, [], counts)]) == 1 and counts == {TOO_LONG: 1}
     assert [s.row["key"] for s in samples] == ["k1"]
     assert [(f.key, f.reason) for f in failed] == [
-        ("k1", "synthetic caption: its features are not finite in torch.float16"),
-        ("k2", "original caption: its features are not finite in torch.float16"),
+        ("k1", "synthetic caption: its features are not finite in float16"),
+        ("k2", "original caption: its features are not finite in float16"),
     ]

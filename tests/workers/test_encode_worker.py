@@ -19,6 +19,7 @@ from sd3core.data.images import PixelRules
 from sd3core.data.manifest import Manifest, ShardEntry, commit_manifest
 from sd3core.data.shards import Sample, read_samples, read_shard_index, write_shard
 from sd3core.data.store import open_store
+from sd3core.data.stored_text import StoredText
 from sd3core.errors import DataError, RecipeError
 from sd3core.progress import Progress
 from sd3core.recipe import TOKENS_AT_MOST, Text
@@ -220,7 +221,7 @@ class WordEncoders:
 def test_long_captions_are_counted_by_the_images_that_have_one():
     """Three images share one, another's original and synthetic are both too long: four images, not three captions."""
     made = TextWorker.__new__(TextWorker)  # without towers: the encoders are given
-    made.text, made.batch, made.dtype, made.encoders = Text(), 2, torch.float32, WordEncoders()
+    made.text, made.batch, made.dtype, made.encoders = Text(), 2, "float32", WordEncoders()
     uses = {
         "a b c d": [("k1", "original"), ("k2", "original"), ("k3", "synthetic")],
         "just three words": [("k3", "original")],
@@ -229,6 +230,40 @@ def test_long_captions_are_counted_by_the_images_that_have_one():
     }
     counts = Counter()
     assert len(list(made._samples(uses, 4, [], counts))) == 6 and counts == {TOO_LONG: 4}
+
+
+class LoudEncoders(WordEncoders):
+    """Another vector for every word of a caption, and features that are NaN for a caption that says so."""
+
+    def encode(self, captions):
+        features = super().encode(captions)
+        for name in ("clip_l", "clip_g", "t5", "clip_l_pooled", "clip_g_pooled"):
+            part = getattr(features, name)
+            part += torch.arange(part.numel()).reshape(part.shape) % 7 - 3.5
+        features.t5[[caption == "nan" for caption in captions]] = float("nan")
+        return features
+
+
+@pytest.mark.parametrize("padding", ["reference", "trimmed"])
+def test_captions_are_stored_in_8_bits_and_the_empty_string_in_16(tmp_path, padding):
+    store = open_store(str(tmp_path))
+    made = TextWorker.__new__(TextWorker)  # without towers: the encoders are given
+    made.store, made.text, made.dtype, made.batch = store, Text(padding=padding), "int8", 4
+    made.encoders = LoudEncoders()
+    made._captions = lambda source: iter([("k1", "original", "a b"), ("k2", "original", "nan")])
+    task = ShardTask(0, "d" * 12, "text/0", rows=2)
+    assert [row.key for row in made(task).record.failed] == ["k2"]
+    [(_, files)] = read_samples(store.get(f"{task.folder}/{task.stem}.tar"))
+    exact = made.encoders.encode(["a b"])
+    exact = exact.trimmed() if padding == "trimmed" else exact
+    for data, caption, dtype in (
+        (files["safetensors"], "a b", torch.int8), (store.get(f"{task.folder}/{NULL_FILE}"), "", torch.float16),
+    ):  # fmt: skip
+        stored = StoredText.from_bytes([data], clip_tokens=3, t5_tokens=3)
+        assert {stored.tensors[name].dtype for name in ENCODERS} == {dtype}
+        if caption:
+            assert torch.allclose(stored.features().t5, exact.t5, atol=3.5 / 127)
+            assert stored.tensors["t5"].shape[1] == (3 if padding == "reference" else 2)
 
 
 @pytest.mark.parametrize(("clip_tokens", "t5_tokens", "keys"), [

@@ -23,6 +23,7 @@ from sd3core.checkpoint_record import DamagedFile
 from sd3core.conditioning import TextFeatures
 from sd3core.data.encoded_shards import read_null_bytes
 from sd3core.data.store import Store, open_store
+from sd3core.data.stored_text import StoredText
 from sd3core.formulations import Formulation, find_formulation
 from sd3core.mmdit import config_from_dict, make_model, max_attention_logit, use_lean_steps
 from sd3core.precision import PRECISION_DTYPES, has_bf16_arithmetic
@@ -46,7 +47,7 @@ class TrainingBatch(Protocol):
     """This rank's contiguous part of a global batch: one bucket, B samples."""
 
     latent: Tensor  # (B, 16, h, w), in the precision it is stored in
-    text: TextFeatures
+    text: StoredText
     sample_ids: np.ndarray  # (B,) int64
     epochs: np.ndarray  # (B,)
     keys: list[str]
@@ -105,14 +106,14 @@ class StepInputs:
 def draw_inputs(batch: TrainingBatch, job: TrainingJob, null: TextFeatures | None, device: torch.device) -> StepInputs:
     """t = quantile(u) of the shifted formulation, noise ~ N(0, 1), encoders dropped with text dropout's two probabilities.
 
-    Every draw is by (seed, epoch, sample). Latents and features travel to the device as they are stored.
+    Every draw is by (seed, epoch, sample). Latents and text travel to the device as they are stored.
     """
     training, drawn_by = job.training, (job.seed, batch.epochs, batch.sample_ids)
     u = torch.from_numpy(randomness.uniform(*drawn_by, "timestep"))  # float64
     t = _formulation(job).quantile(u)
     noise = torch.from_numpy(randomness.normal(*drawn_by, "noise", batch.latent.shape[1:]))
     keep = ~conditioning.drop_mask(*drawn_by, training.text_dropout, training.text_dropout_together)
-    text = batch.text.to(device).to(torch.float32)
+    text = batch.text.features(device)
     context, pooled = conditioning.join_features(text, keep.to(device), null, job.model["context_dim"])
     x0, noise, t = batch.latent.to(device).float(), noise.to(device), t.float().to(device)
     return StepInputs(x0, noise, t, context, pooled, batch)
@@ -314,8 +315,7 @@ def read_null(store: Store, job: TrainingJob) -> TextFeatures | None:
     if job.text.null == "zeros":
         return None
     data = read_null_bytes(store, job.text_features.folder)
-    null = TextFeatures.from_bytes(data, clip_tokens=job.text.clip_tokens, t5_tokens=job.text.t5_tokens)
-    return null.to(torch.float32)
+    return StoredText.from_bytes([data], clip_tokens=job.text.clip_tokens, t5_tokens=job.text.t5_tokens).features()
 
 
 def train_rank(job: TrainingJob, place: RankContext, watcher: Watcher, open_loader: OpenLoader) -> None:

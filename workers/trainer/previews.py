@@ -23,6 +23,7 @@ from torch import Tensor
 from sd3core import randomness
 from sd3core.conditioning import ENCODERS, TextFeatures, join_features
 from sd3core.data.store import Store
+from sd3core.data.stored_text import StoredText
 from sd3core.errors import UserError
 from sd3core.formulations import find_formulation
 from sd3core.sample_settings import best_schedule
@@ -38,7 +39,7 @@ class Samples(Protocol):
     """A few samples of one bucket."""
 
     latent: Tensor  # (B, 16, h, w), for its shape
-    text: TextFeatures
+    text: StoredText
     sample_ids: np.ndarray  # (B,) int64
     keys: list[str]
 
@@ -111,10 +112,10 @@ def draw_latents(
     sigmas, drawn = formulation.sigmas(settings.num_steps, best_schedule(settings.sampler)), {}
     for batch in batches:
         rows = list(range(rank, len(batch.keys), world)) or [0]
-        text = batch.text.index(rows).to(torch.float32)
+        text = batch.text.index(rows).features(device)
         nothing = torch.zeros(len(rows), len(ENCODERS), dtype=torch.bool)
-        cond = [part.to(device) for part in join_features(text, None, null, job.model["context_dim"])]
-        uncond = [part.to(device) for part in join_features(text, nothing, null, job.model["context_dim"])]
+        cond = join_features(text, None, null, job.model["context_dim"])
+        uncond = join_features(text, nothing, null, job.model["context_dim"])
         predict = guided(
             lambda z, t, cond=cond: model(z, t, *cond),
             lambda z, t, uncond=uncond: model(z, t, *uncond),

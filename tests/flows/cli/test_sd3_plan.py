@@ -21,7 +21,10 @@ def test_the_papers_pretraining():
     assert plan.steps == 500_000
     assert plan.tokens == 16 * 16 + 77 + 77
     assert plan.latent_bytes == 32 * 32 * 16 * 4
-    assert text_bytes(recipe) == 2 * (77 * (768 + 1280) + 768 + 1280 + 77 * 4096)
+    whole = load_recipe("sd3-2b", ["encode.text_dtype=float16"])
+    assert text_bytes(whole) == 2 * (77 * (768 + 1280) + 768 + 1280 + 77 * 4096)
+    # a byte a channel and two for every 128 of them; the pooled vectors have 16 bits
+    assert text_bytes(recipe) == 77 * (768 + 1280 + 4096) * 130 // 128 + 2 * (768 + 1280)
     assert plan.checkpoint_bytes == 4 * 4 * plan.parameters
     assert plan.flops == plan.steps * plan.step_flops
 
@@ -74,6 +77,15 @@ def test_the_plan_of_every_recipe_says_what_it_costs(name):
         assert row in [found[: len(row)] for found in rows]
     (training,) = [line for line in printed.output.splitlines() if line.startswith("training:")]
     assert f"{sum(plan.flops for plan in plans):.2e} FLOPs" in training and " h " in training
+
+
+def test_what_trimmed_captions_take_is_told_as_the_most():
+    trimmed = ["plan", "--recipe", "tiny-test", "--set", "text.padding=trimmed"]
+    printed = CliRunner().invoke(app, trimmed, catch_exceptions=False).output
+    size = f"{2 * text_bytes(load_recipe('tiny-test')) / 1e3:,.1f}"
+    assert ["text,", "2", "caption(s)", "an", "image,", "at", "most", size] in [
+        line.split()[:8] for line in printed.splitlines()
+    ]
 
 
 def test_the_plan_says_where_an_export_would_hold_no_average():

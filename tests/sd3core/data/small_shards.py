@@ -15,6 +15,7 @@ from sd3core.conditioning import TextFeatures
 from sd3core.data.encoded_shards import FILE_DIGEST, WITHOUT_CAPTION, caption_id, held_out_count
 from sd3core.data.manifest import Manifest, ShardEntry
 from sd3core.data.shards import TAR_BLOCK, Sample, is_held_out, parts_digest, shard_stem, write_shard
+from sd3core.data.stored_text import StoredText
 
 BUCKETS = ("64x64", "64x48")
 CLIP_TOKENS, T5_TOKENS, HELD_OUT = 4, 6, 0.25
@@ -86,7 +87,7 @@ def write_text(store, folder: str, number: int, rows: int) -> ShardEntry:
     def samples():
         offset = 0
         for caption, pairs in uses.items():
-            name, data = caption_id(caption), features_of(caption).to_bytes("trimmed")
+            name, data = caption_id(caption), StoredText.of(features_of(caption), "float32").to_bytes("trimmed")
             length = TAR_BLOCK * (1 + math.ceil(len(data) / TAR_BLOCK))
             for place, (key, kind) in enumerate(pairs):
                 row = {"key": key, "kind": kind, "caption_id": name, "offset": offset, "length": length}
@@ -120,4 +121,4 @@ def all_keys(shards: int = 3, rows: int = 40) -> list[str]:
 
 
 def as_numbers(batch) -> list[np.ndarray]:
-    return [batch.latent.numpy(), batch.text.t5.numpy(), batch.sample_ids, batch.epochs]
+    return [batch.latent.numpy(), batch.text.features().t5.numpy(), batch.sample_ids, batch.epochs]

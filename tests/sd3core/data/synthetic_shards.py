@@ -23,6 +23,7 @@ from sd3core.data.encoded_shards import FILE_DIGEST, latent_bytes
 from sd3core.data.manifest import Manifest, ShardEntry
 from sd3core.data.shards import shard_stem
 from sd3core.data.store import Store
+from sd3core.data.stored_text import StoredText
 
 TOKENS = {"clip_tokens": 2, "t5_tokens": 2}
 
@@ -153,7 +154,8 @@ def _latent(bucket: str) -> bytes:
 def _caption() -> bytes:
     tokens = [torch.zeros(1, 2, width) for width in (2, 2, 4)]
     pooled = [torch.zeros(1, width) for width in (2, 2)]
-    return TextFeatures(*tokens, *pooled, torch.full((1, 3), 2)).to_bytes("reference")
+    features = TextFeatures(*tokens, *pooled, torch.full((1, 3), 2))
+    return StoredText.of(features, "float32").to_bytes("reference")
 
 
 def _member(name: str, data: bytes) -> tuple[bytes, bytes]:

@@ -19,6 +19,7 @@ from sd3core.data.loader import FEWEST_AHEAD, MOST_AHEAD, BatchLoader, load_spli
 from sd3core.data.shard_cache import ShardCache
 from sd3core.data.shard_reader import ShardReader
 from sd3core.data.shards import sample_id
+from sd3core.data.stored_text import StoredText
 from sd3core.data.training_plan import TrainingPlan
 from sd3core.errors import DataError
 from sd3core.randomness import uniform
@@ -50,6 +51,7 @@ def _assert_same(batch, other):
 def _assert_right(batch, wanted):
     """Every row's latent is its key's and its text that of the caption `wanted(place)` names."""
     assert batch.latent.dtype == torch.float16 and len(batch.text) == len(batch.keys) == len(batch.latent)
+    text = batch.text.features()
     for place, key in enumerate(batch.keys):
         assert made.bucket_of(key) == batch.bucket and batch.sample_ids[place] == sample_id(key)
         torch.testing.assert_close(batch.latent[place], made.latent_of(key), rtol=0, atol=0)
@@ -57,7 +59,7 @@ def _assert_right(batch, wanted):
         kind = wanted(place) if wanted(place) in captions else next(iter(captions))
         expected = made.features_of(captions[kind])
         for f in fields(TextFeatures):
-            torch.testing.assert_close(getattr(batch.text, f.name)[place], getattr(expected, f.name)[0], rtol=0, atol=0)
+            torch.testing.assert_close(getattr(text, f.name)[place], getattr(expected, f.name)[0], rtol=0, atol=0)
 
 
 def test_batches_hold_the_rows_and_the_drawn_captions(store, data_set, tmp_path):
@@ -135,7 +137,7 @@ class Counted:
 
     def __init__(self, monkeypatch) -> None:
         self.read, self.latents, self.texts = Counter(), Counter(), Counter()
-        read, decode, from_bytes = ShardCache.read, shard_reader.latent_of, TextFeatures.from_bytes
+        read, decode, from_bytes = ShardCache.read, shard_reader.latent_of, StoredText.from_bytes
 
         def counting(cache, rows, **options):
             self.read.update((row.path, row.offset) for row in rows)
@@ -144,9 +146,9 @@ class Counted:
         monkeypatch.setattr(ShardCache, "read", counting)
         monkeypatch.setattr(shard_reader, "latent_of", lambda data: (self.latents.update([data]), decode(data))[1])
         monkeypatch.setattr(
-            TextFeatures,
+            StoredText,
             "from_bytes",
-            staticmethod(lambda data, **tokens: (self.texts.update(["text"]), from_bytes(data, **tokens))[1]),
+            staticmethod(lambda files, **tokens: (self.texts.update(files), from_bytes(files, **tokens))[1]),
         )
 
 

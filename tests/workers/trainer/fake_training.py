@@ -11,6 +11,7 @@ import torch
 
 from sd3core.conditioning import TextFeatures
 from sd3core.data.manifest import ManifestRef
+from sd3core.data.stored_text import StoredText
 from sd3core.mmdit import MMDiTConfig
 from sd3core.recipe import Text, Training
 from workers.trainer.job import TrainingJob
@@ -24,7 +25,7 @@ MODEL = MMDiTConfig.from_depth(2, context_dim=24, pooled_dim=16, position_base=4
 @dataclass(frozen=True)
 class FakeBatch:
     latent: torch.Tensor
-    text: TextFeatures
+    text: StoredText
     sample_ids: np.ndarray
     epochs: np.ndarray
     keys: list[str]
@@ -64,7 +65,8 @@ class FakeLoader:
 
 def _batch(ids: np.ndarray, epochs: np.ndarray) -> FakeBatch:
     images = torch.stack([torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(int(i))) for i in ids])
-    text = TextFeatures.stack([_features(int(i)) for i in ids])
+    files = [StoredText.of(_features(int(i)), "float32").to_bytes("reference") for i in ids]
+    text = StoredText.from_bytes(files, clip_tokens=TOKENS, t5_tokens=TOKENS)
     return FakeBatch(images, text, ids, epochs, [f"image-{i}" for i in ids])
 
 

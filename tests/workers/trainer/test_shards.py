@@ -17,9 +17,10 @@ from sd3core.data.encoded_shards import FILE_DIGEST, pin_null
 from sd3core.data.manifest import Manifest, ManifestRef, ShardEntry, commit_manifest
 from sd3core.data.shards import Sample, shard_stem, write_shard
 from sd3core.data.store import FileStore, open_store
+from sd3core.data.stored_text import StoredText
 from sd3core.data.uncaptioned import read_uncaptioned, record_uncaptioned
 from sd3core.errors import DataError
-from sd3core.recipe import Text
+from sd3core.recipe import Text, TextDtype
 from workers.trainer.loop import RankContext, draw_inputs, read_null
 from workers.trainer.shards import open_shards
 
@@ -38,11 +39,11 @@ def _latents(numbers: range, dtype: torch.dtype = torch.float32):
         yield Sample(f"k{i}", {"safetensors": data}, row)
 
 
-def _text(numbers: range):
-    features = FakeLoader(40, 0, 1).batch(0).text
+def _text(numbers: range, dtype: TextDtype = "float32"):
+    features = StoredText.of(FakeLoader(40, 0, 1).batch(0).text.features(), dtype)
     for i in numbers:
         if i != 7:  # an image without a caption
-            data = features.index(i).to_bytes("reference")
+            data = features.index([i]).to_bytes("reference")
             row = {"key": f"k{i}", "kind": "original", "caption_id": f"c{i}", "sha256": hashlib.sha256(data).digest()}
             yield Sample(f"c{i}", {"safetensors": data}, row)
 
@@ -63,10 +64,14 @@ def _write(store, stage, samples_of):
 
 @pytest.fixture
 def job(tmp_path):
+    return _job(tmp_path)
+
+
+def _job(tmp_path, text_of=_text):
     store = open_store(str(tmp_path / "store"))
-    data = {"latents": _write(store, "latents", _latents), "text_features": _write(store, "text", _text)}
+    data = {"latents": _write(store, "latents", _latents), "text_features": _write(store, "text", text_of)}
     record_uncaptioned(store, data["latents"], data["text_features"])
-    null = FakeLoader(8, 0, 1).batch(0).text.index(0)
+    null = FakeLoader(8, 0, 1).batch(0).text.index([0])
     store.put(f"{data['text_features'].folder}/NULL.safetensors", null.to_bytes("reference"))
     pin_null(store, data["text_features"].folder)
     text = Text(clip_tokens=TOKENS, t5_tokens=TOKENS, null="empty")
@@ -109,6 +114,18 @@ def test_latents_travel_as_they_are_stored_and_a_step_sees_the_same_numbers(job,
             assert found.dtype == torch.float32 and torch.equal(found, getattr(wanted, name)), name
 
 
+def test_8_bit_text_stays_so_up_to_where_it_is_joined(job, tmp_path):
+    coarse = _job(tmp_path / "coarse", partial(_text, dtype="int8"))
+    batches = [open_shards(j, open_store(j.store), RankContext(0, 1, CPU, 1), len).batch(0) for j in (job, coarse)]
+    assert batches[0].keys == batches[1].keys and batches[1].text.tensors["t5"].dtype == torch.int8
+    exact, near = (draw_inputs(batch, job, None, CPU) for batch in batches)
+    kept = exact.context.norm(dim=-1) > 0  # else dropped
+    assert torch.equal(kept, near.context.norm(dim=-1) > 0) and kept.any() and not kept.all()
+    assert torch.cosine_similarity(exact.context[kept], near.context[kept], dim=-1).min() > 0.999
+    assert not torch.equal(exact.context, near.context) and torch.equal(exact.noise, near.noise)
+    assert torch.equal(near.pooled, exact.pooled.half().float())
+
+
 def test_another_manifest_than_the_job_names_is_refused(job):
     wrong = job.model_copy(update={"latents": ManifestRef(folder=job.latents.folder, digest="f" * 64)})
     with pytest.raises(DataError, match="no such manifest"):
@@ -122,7 +139,7 @@ def test_named_samples_whatever_their_split(job):
     assert batch.keys == ["k25", "k3", "k0"] and batch.bucket == "64x64"
     whole = FakeLoader(40, 0, 1).batch(0)
     assert torch.equal(batch.latent, whole.latent[[25, 3, 0]])
-    assert torch.equal(batch.text.t5, whole.text.t5[[25, 3, 0]])
+    assert torch.equal(batch.text.features().t5, whole.text.features().t5[[25, 3, 0]])
     assert loader.samples([]) == []
 
 
