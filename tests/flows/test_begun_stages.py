@@ -95,8 +95,7 @@ def test_an_export_is_noted_when_it_ends(run, in_flow, monkeypatch):
     )
     monkeypatch.setattr(export, "fetch_towers", lambda *_: None)
     monkeypatch.setattr(
-        workers.export,
-        "open_checkpoint",
+        "sd3core.checkpoint.open_checkpoint",
         lambda url: SimpleNamespace(facts=SimpleNamespace(digest="b" * 64, shift=1.0)),
     )
     monkeypatch.setattr(workers.export, "_look", look)

@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 LOADED = """
-import json, resource, sys
+import json, sys
+from pathlib import Path
 import flows.pipeline
 tops = sorted({name.partition(".")[0] for name in sys.modules})
-print(json.dumps([tops, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+most = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(json.dumps([tops, int(most.split()[1]) / 1024]))
 """
 OF_WORKERS = {
     "torch",
