@@ -70,9 +70,8 @@ def cut_off(side: Side, other: Side) -> float:
     Of any image whose nearest bucket is `side` no larger share is cut off in addition.
     """
     across, down = side[1] * other[0], other[1] * side[0]
-    return 1 - min(across, down) / max(
-        across, down
-    )  # exact to the last bit: no machine may order two buckets otherwise
+    # of whole numbers, so exact to the last bit: no machine may order two buckets otherwise
+    return 1 - min(across, down) / max(across, down)
 
 
 def merged_buckets(rows: Mapping[Side, int], global_batch: int) -> dict[Side, Side]:

@@ -70,6 +70,17 @@ def client_settings(port: int) -> dict[str, str]:
     }
 
 
+# What Prefect's server looks for every 5 to 15 s, and a third of what an idle one costs: late runs, pauses that expire,
+# schedules that were just changed, leases that nobody holds any more.
+LOOKED_FOR_SELDOM = (
+    "LATE_RUNS",
+    "PAUSE_EXPIRATIONS",
+    "SCHEDULER_RECENT_DEPLOYMENTS",
+    "REPOSSESSOR",
+    "CLEANUP_RECONCILER",
+)
+
+
 def server_settings(port: int) -> dict[str, str]:
     """Settings of the server itself: it asks for the password, and for a token that other pages cannot get (CSRF)."""
     return client_settings(port) | {
@@ -79,6 +90,7 @@ def server_settings(port: int) -> dict[str, str]:
         "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
         "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": ",".join(own_origins(port)),
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": database_url(),
+        **{f"PREFECT_SERVER_SERVICES_{name}_LOOP_SECONDS": "30" for name in LOOKED_FOR_SELDOM},
     }
 
 
