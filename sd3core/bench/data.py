@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import math
 import os
+import shutil
 import tarfile
 import tempfile
 import uuid
@@ -45,11 +46,13 @@ from sd3core.data.manifest import Manifest, ShardEntry
 from sd3core.data.shard_cache import ShardCache
 from sd3core.data.shard_reader import ShardReader
 from sd3core.data.shards import TAR_BLOCK, Sample, parts_digest, shard_stem, write_shard
-from sd3core.data.store import Store
+from sd3core.data.store import FileStore, Store
 from sd3core.data.store.s3 import S3Store
 from sd3core.data.stored_text import StoredText
 from sd3core.data.training_plan import TrainingPlan
+from sd3core.errors import UserError
 from sd3core.specs import TAR
+from sd3core.words import GB
 
 LOADER, WEBDATASET, BOTO3 = "loader", "webdataset", "boto3"
 BODY_CHUNK_BYTES = 1 << 20  # of a streamed body
@@ -65,6 +68,12 @@ class DataBench:
     tokens: int = 77
     batch: int = 32
     rounds: int = 5
+
+    @property
+    def stored_bytes(self) -> int:
+        """About what the shards take, in 16 bits."""
+        text = self.tokens * sum(RELEASED_WIDTHS[name] for name in ENCODERS)
+        return 2 * self.shards * self.rows * (text + 16 * (self.side_px // 8) ** 2)
 
     @property
     def bucket(self) -> str:
@@ -101,7 +110,13 @@ class _Stored:
 def measure_data(
     settings: DataBench, store: Store, on_round: Callable[[int], None] | None = None, say: Callable[[str], None] = print
 ) -> DataResult:
-    """Writes the shards, reads them `rounds` times in each way, and removes them. StoreError where the store fails."""
+    """Writes the shards, reads them `rounds` times in each way, and removes them.
+
+    UserError where a disk has no room for them; StoreError where the store fails.
+    """
+    if isinstance(store, FileStore):
+        _check_room(settings, store)
+
     with _shards(settings, store, say) as stored, one_core():
         ways = {LOADER: lambda: read_by_loader(settings, stored)}
         if store.local_path(stored.tars(stored.latents)[0]) is not None:
@@ -111,6 +126,16 @@ def measure_data(
         size = (stored.latents.bytes + stored.text.bytes) // (settings.shards * settings.rows)
         return DataResult(
             settings.steps * settings.batch, size, interleaved(ways, settings.rounds, torch.device("cpu"), on_round)
+        )
+
+
+def _check_room(settings: DataBench, store: FileStore) -> None:
+    folder = next(folder for folder in (store.root, *store.root.parents) if folder.exists())
+    free = shutil.disk_usage(folder).free
+    if settings.stored_bytes > free:
+        raise UserError(
+            f"{store.url}: {settings.stored_bytes / GB:,.1f} GB of shards where {free / GB:,.1f} GB are free;"
+            " fewer --shards or --rows, or another --store"
         )
 
 

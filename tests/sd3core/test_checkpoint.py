@@ -2,10 +2,8 @@
 
 import json
 
-import boto3
 import pytest
 import torch
-from moto import mock_aws
 from safetensors.torch import save_file
 from small_models import randomise, small_config, small_inputs
 
@@ -213,23 +211,17 @@ def test_the_digest_names_the_job_and_the_clock_not_the_way_there(tmp_path, tens
         assert done.model_copy(update=change).digest != done.digest
 
 
-def test_object_storage(tmp_path, tensors, monkeypatch):
+def test_object_storage(tmp_path, tensors, s3_bucket):
     config, values = tensors
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     folder, _done = write_checkpoint(tmp_path, 64, values, config, world_size=2)
-    with mock_aws():
-        boto3.client("s3").create_bucket(Bucket="pictures")
-        store, path = open_store("s3://pictures/here"), checkpoint_folder(PARENT, 64)
-        for file in folder.iterdir():
-            store.put_file(f"{path}/{file.name}", file)
-        assert [ref.folder for ref in list_checkpoints(store, PARENT)] == [path]
-        model = load_model(f"s3://pictures/here/{path}")
-        assert all(torch.equal(p, values["ema"][name]) for name, p in model.named_parameters())
-        save_model("s3://pictures/model", model)
-        assert torch.equal(load_model("s3://pictures/model").pos_embed, model.pos_embed)
+    store, path = open_store(f"s3://{s3_bucket}/here"), checkpoint_folder(PARENT, 64)
+    for file in folder.iterdir():
+        store.put_file(f"{path}/{file.name}", file)
+    assert [ref.folder for ref in list_checkpoints(store, PARENT)] == [path]
+    model = load_model(f"{store.url}/{path}")
+    assert all(torch.equal(p, values["ema"][name]) for name, p in model.named_parameters())
+    save_model(f"s3://{s3_bucket}/model", model)
+    assert torch.equal(load_model(f"s3://{s3_bucket}/model").pos_embed, model.pos_embed)
 
 
 def test_only_wanted_pieces_are_read(tmp_path, tensors):

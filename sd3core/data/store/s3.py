@@ -31,9 +31,10 @@ def _check_whole(http_response: Any, model: Any, **_: Any) -> None:
     """
     if http_response.status_code not in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
         return
-    length = http_response.headers.get("content-length")
-    if length is None:
-        whole = "transfer-encoding" in http_response.headers
+    headers = http_response.headers
+    length = headers.get("content-length")
+    if length is None:  # a body may also go on to the connection's end, where that is announced
+        whole = "transfer-encoding" in headers or headers.get("connection", "").lower() == "close"
     elif model.http["method"] == "HEAD" or model.has_streaming_output:
         whole = True
     else:

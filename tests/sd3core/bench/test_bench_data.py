@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -23,6 +24,7 @@ from sd3core.bench.data import (
     read_by_webdataset,
 )
 from sd3core.data.store import open_store
+from sd3core.errors import UserError
 
 TINY = DataBench(shards=3, rows=10, side_px=16, tokens=2, batch=5, rounds=1)
 READERS = {LOADER: read_by_loader, WEBDATASET: read_by_webdataset, BOTO3: read_by_boto3}
@@ -65,6 +67,15 @@ def test_shards_go_also_when_reading_fails(tmp_path, monkeypatch):
     store = open_store(tmp_path.as_uri())
     with pytest.raises(OSError):
         measure_data(TINY, store, say=lambda line: None)
+    assert not store.list("")
+
+
+def test_more_than_the_disk_has_is_refused_before_anything_is_written(tmp_path):
+    store = open_store(tmp_path.as_uri())
+    with pytest.raises(
+        UserError, match=r"GB of shards where .* GB are free; fewer --shards or --rows, or another --store$"
+    ):
+        measure_data(replace(TINY, shards=10_000, rows=10_000, tokens=500), store)
     assert not store.list("")
 
 

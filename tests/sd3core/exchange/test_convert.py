@@ -339,20 +339,13 @@ def test_an_architecture_that_others_do_not_know_is_not_exported(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_model_folder_goes_to_a_store(tmp_path):
-    import boto3
-    from moto import mock_aws
-
+def test_a_model_folder_goes_to_a_store(tmp_path, s3_bucket):
     save_file(to_single_file(MMDiT(small_config(depth=1))), tmp_path / "a.safetensors")
-    with mock_aws(), pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "x")
-        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="models")
-        with open_foreign_weights(tmp_path / "a.safetensors") as foreign:
-            import_model(foreign, "s3://models/sd3", {})
-            with pytest.raises(UserError, match="exists already"):
-                import_model(foreign, "s3://models/sd3", {})
-        export_model("s3://models/sd3", tmp_path / "b.safetensors", "single-file")
+    with open_foreign_weights(tmp_path / "a.safetensors") as foreign:
+        import_model(foreign, f"s3://{s3_bucket}/sd3", {})
+        with pytest.raises(UserError, match="exists already"):
+            import_model(foreign, f"s3://{s3_bucket}/sd3", {})
+    export_model(f"s3://{s3_bucket}/sd3", tmp_path / "b.safetensors", "single-file")
     one, other = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
