@@ -3,7 +3,8 @@
 Encoded shards of random values, of sd3-2b's sizes, are written to a folder of a store and removed at the end. An epoch of
 them is then read in turn by
 
-    loader      plan, loader, reader and cache, as a rank of one reads: every row in the plan's order, by ranges
+    loader      plan, loader, reader and cache, as a rank of one reads: every row in the plan's order, by ranges, in the
+                pieces of a large data set (of a small one every row is a piece)
     webdataset  the tars from front to back with the library webdataset (a store of files)
     boto3       the tars from front to back, each by one streamed request (a store on S3)
 
@@ -49,7 +50,7 @@ from sd3core.data.shards import TAR_BLOCK, Sample, parts_digest, shard_stem, wri
 from sd3core.data.store import FileStore, Store
 from sd3core.data.store.s3 import S3Store
 from sd3core.data.stored_text import StoredText
-from sd3core.data.training_plan import TrainingPlan
+from sd3core.data.training_plan import PIECE_ROWS, TrainingPlan
 from sd3core.errors import UserError
 from sd3core.specs import TAR
 from sd3core.words import GB
@@ -163,7 +164,7 @@ def read_by_loader(settings: DataBench, stored: _Stored) -> str:
     with tempfile.TemporaryDirectory(prefix="sd3-bench-") as folder:
         cache = ShardCache(stored.store, Path(folder), 10 * (stored.latents.bytes + stored.text.bytes))
         reader = ShardReader(stored.store, stored.latents, stored.text, cache, **tokens)
-        plan = TrainingPlan(reader.counts()[0], 0, settings.batch)
+        plan = TrainingPlan(reader.counts()[0], 0, settings.batch, PIECE_ROWS)
         loader = BatchLoader(
             reader, plan, original_fraction=1.0, seed=0, rank=0, world=1, steps=settings.steps, threads=1
         )
