@@ -19,7 +19,5 @@ def encode(recipe: str, overrides: list[str] | None = None, remake: bool = False
     """Square crops for pretraining, aspect buckets for fine-tuning; text serves both."""
     with stage("encode", recipe, overrides, remake) as run:
         upstream = run.upstream
-        result = encode_stage(
-            run.recipe, run.store, upstream.raw, upstream.captions, upstream.towers, run.report, run.warn
-        )
+        result = encode_stage(run.recipe, run.store, upstream.raw, upstream.captions, upstream.towers, run.report)
         return run.finish(result, [shard_table(run.store, result.parts)])

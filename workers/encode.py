@@ -8,18 +8,15 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from sd3core.buckets import Side, bucket_name
 from sd3core.data.encoded_shards import NULL_FILE, pin_null
-from sd3core.data.folder_source import Tell
 from sd3core.data.images import PixelRules
 from sd3core.data.manifest import ManifestRef, read_manifest
-from sd3core.data.raw_buckets import RawBuckets, after_merging, merges_of, merging_note, read_raw_buckets
 from sd3core.data.shards import parts_digest
 from sd3core.data.store import Store, open_store
 from sd3core.data.uncaptioned import record_uncaptioned
 from sd3core.data.unit_counts import rows_in_manifest, small_buckets_warning
 from sd3core.progress import Progress, ProgressCallback
-from sd3core.recipe import TOKENS_AT_MOST, Recipe, Text, Training
+from sd3core.recipe import TOKENS_AT_MOST, Recipe, Text
 from sd3core.specs import fingerprint, latents_fields, latents_folder, text_fields, text_folder
 from sd3core.towers.artifact import read_towers
 from sd3core.words import counted
@@ -29,7 +26,6 @@ from workers.inputs import InputShard, actor_device, decode_threads, input_shard
 from workers.shard_stage import MadeShard, ShardStage, ShardTask, run_shard_stages
 from workers.stage import StageResult, join_results, remember_stage
 
-FEW_BATCHES = 10  # of images, held-out ones among them
 LOAD_S = 1800  # that loading may take without a sign of life before the pool's watchdog begins to count
 
 
@@ -40,37 +36,28 @@ def encode_stage(
     captions: ManifestRef | None,
     towers: ManifestRef,
     report: ProgressCallback,
-    tell: Tell = lambda note: None,
 ) -> StageResult:
-    """`tell` hears what becomes of buckets that do not fill a batch, before anything is encoded.
-
-    Its parts are "text", "latents.pretrain", "latents.finetune.0", …; phases whose latents are the same share them.
+    """Its parts are "text", "latents.pretrain", "latents.finetune.0", …; phases whose latents are the same share them.
 
     Raises StageFailed when shards could not be made, DataError when an input is missing or not what its manifest says.
     """
     digests = read_towers(store, towers.folder, towers.digest).digests
-    raw_manifest = read_manifest(store, raw.folder, raw.digest)
-    raw_shards = input_shards(raw_manifest)
+    raw_shards = input_shards(read_manifest(store, raw.folder, raw.digest))
     caption_shards = input_shards(read_manifest(store, captions.folder, captions.digest)) if captions else {}
     stages = {"text": _text_stage(recipe, digests, raw, raw_shards, captions, caption_shards)}
     folders: dict[str, str] = {}  # latents folder -> the first stage that fills it
     shared: dict[str, str] = {}
-    told: dict[str, list[str]] = {}
     for phase_key, phase in recipe.phases():
         name, folder = f"latents.{phase_key}", latents_folder(recipe, phase, digests)
         shared[name] = folders.setdefault(folder, name)
         if shared[name] == name:
-            sides = tuple(phase.bucket_sides())
-            merged = {}
-            if may_have_small_buckets(phase, raw_manifest.rows):
-                rows, batch = read_raw_buckets(store, raw_manifest, sides), merging_batch(recipe, phase)
-                merged = {side: (to, rows.shards_with(side)) for side, to in merges_of(rows, batch).items()}
-                told[name] = [f"{phase_key}: {note}" for note in bucket_notes(rows, batch)]
+            buckets = tuple(phase.bucket_sides())
             fields = latents_fields(recipe, phase, digests)
-            tasks = _latents_tasks(raw_shards, folder, sides, merged)
+            tasks = [
+                ShardTask(number, shard.digest[:12], folder, shard.rows, LatentsSource(shard, buckets))
+                for number, shard in raw_shards.items()
+            ]
             stages[name] = ShardStage(name, "latents", folder, fields, {"raw": raw.digest}, tasks, unit="image")
-    for note in dict.fromkeys(note for notes in told.values() for note in notes):
-        tell(note)
     damaged = pin_null(store, stages["text"].folder)
     worker = {
         "store_url": store.url,
@@ -83,10 +70,7 @@ def encode_stage(
         "device": actor_device(recipe.compute),
     }
     made = run_shard_stages(store, recipe.run, list(stages.values()), EncodeWorker, worker, recipe.compute, report)
-    results = {
-        result.stage: dataclasses.replace(result, warnings=[*result.warnings, *told.get(result.stage, [])])
-        for result in made
-    }
+    results = {result.stage: result for result in made}
     pin_null(store, stages["text"].folder)  # here, where one process does it: several workers may have written it
     results["text"] = _with_cut_captions(store, recipe, results["text"])
     if damaged:
@@ -106,53 +90,11 @@ def encode_stage(
     return join_results("encode", results, digest, "; ".join(sorted({result.reason for result in results.values()})))
 
 
-def _latents_tasks(
-    raw: dict[int, InputShard], folder: str, sides: tuple[Side, ...], merged: dict[Side, tuple[Side, set[int]]]
-) -> list[ShardTask]:
-    """`merged`: bucket -> (the one that its images go to, the numbers of the shards that have such images).
-
-    A shard's name says which of its own buckets are merged: when the data set grows and a bucket fills a batch, the shards with
-    images of that bucket are made again, and all but those images are copied. A shard without any is named as it ever was.
-    """
-    tasks = []
-    for number, shard in raw.items():
-        own = {side: target for side, (target, numbers) in merged.items() if number in numbers}
-        said = [f"{bucket_name(side)} in {bucket_name(target)}" for side, target in own.items()]
-        digest = parts_digest(shard.digest, *said) if said else shard.digest[:12]
-        tasks.append(ShardTask(number, digest, folder, shard.rows, LatentsSource(shard, sides, own)))
-    return tasks
-
-
-def may_have_small_buckets(phase: Training, images: int) -> bool:
-    """Whether the images are worth counting by bucket: those of a phase with one size fill batches in any but a tiny data set."""
-    return len(phase.bucket_sides()) > 1 or images < FEW_BATCHES * phase.global_batch
-
-
-def merging_batch(recipe: Recipe, phase: Training) -> int:
-    """The batch that a bucket of the phase's latents is to fill: the largest of the phases that train on the same latents."""
-
-    def sizes(other: Training) -> tuple[object, ...]:
-        return other.side_px, other.aspect_ratios, other.buckets
-
-    return max(other.global_batch for _, other in recipe.phases() if sizes(other) == sizes(phase))
-
-
-def bucket_notes(rows: RawBuckets, global_batch: int) -> list[str]:
-    """What becomes of buckets that do not fill a batch: which are merged, which are left out, and which show images again."""
-    merged = merges_of(rows, global_batch)
-    notes = (merging_note(rows, merged, global_batch), small_buckets_warning(after_merging(rows, merged), global_batch))
-    return [note for note in notes if note]
-
-
 def _with_small_buckets(store: Store, phase: str, global_batch: int, result: StageResult) -> StageResult:
-    """Says before any training what it will say of buckets that do not fill a batch: images that could not be encoded are not
-    among them any more.
-    """
+    """Says before any training what it will say of buckets that do not fill a batch."""
     manifest = read_manifest(store, result.manifest.folder, result.manifest.digest)
     warning = small_buckets_warning(rows_in_manifest(manifest, "train"), global_batch)
-    if not warning or f"{phase}: {warning}" in result.warnings:
-        return result
-    return dataclasses.replace(result, warnings=[*result.warnings, f"{phase}: {warning}"])
+    return dataclasses.replace(result, warnings=[*result.warnings, f"{phase}: {warning}"]) if warning else result
 
 
 def _with_enlarged_images(store: Store, phase: str, result: StageResult) -> StageResult:

@@ -9,7 +9,7 @@ import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,12 +46,6 @@ ENLARGED = {over: f"enlarged over {over:g} times" for over in (1.1, 2.0, 4.0, 8.
 class LatentsSource:
     raw: InputShard
     buckets: tuple[Side, ...]  # (height, width) px
-    # buckets whose images go to another (sd3core.buckets.merged_buckets)
-    merged: dict[Side, Side] = field(default_factory=dict)
-
-    def bucket_of(self, width: int, height: int) -> Side:
-        nearest = nearest_bucket(width, height, self.buckets)
-        return self.merged.get(nearest, nearest)
 
 
 @dataclass(frozen=True)
@@ -103,12 +97,7 @@ class LatentsWorker:
         failed: list[FailedRow] = []
         counts: Counter[str] = Counter()
         with EarlierRows(self.store, task.folder, task.earlier) as earlier:
-            by_name = {row_name(row): row for row in rows.values()}
-            stood = {
-                name: found
-                for name, found in earlier.find(set(by_name), row_name).items()
-                if found.row["bucket"] == _wanted_bucket(task.source, by_name[name])
-            }
+            stood = earlier.find({row_name(row) for row in rows.values()}, row_name)
             samples = in_bucket_order(self._samples(task.source, rows, stood, failed, counts), list(rows), counts)
             schema = with_image_digest(LATENT_SCHEMA, index)
             record = write_shard(
@@ -130,7 +119,7 @@ class LatentsWorker:
         def prepare(image: tuple[str, bytes]) -> Prepared:
             row = rows[image[0]]
             earlier = stood.get(row_name(row))
-            return _taken_over(row, earlier) if earlier else self._prepare(*image, source)
+            return _taken_over(row, earlier) if earlier else self._prepare(*image, source.buckets)
 
         images = shard_images(self.store, source.raw)
         for item in map_ahead(prepare, images, self.threads, ahead=2 * self.batch):
@@ -145,13 +134,13 @@ class LatentsWorker:
         for batch in waiting.values():
             yield from self._encoded(batch, rows, failed, counts)
 
-    def _prepare(self, key: str, data: bytes, source: LatentsSource) -> Prepared:
+    def _prepare(self, key: str, data: bytes, buckets: tuple[Side, ...]) -> Prepared:
         try:
             with naming(key):
                 image = decode_image(data, self.rules)
         except DataError as error:
             return Prepared(key, error=str(error))
-        bucket = source.bucket_of(image.width, image.height)
+        bucket = nearest_bucket(image.width, image.height, buckets)
         pixels, crop = crop_to(image, *bucket)
         return Prepared(key, bucket, pixels, crop, enlargement(image.size, *bucket))
 
@@ -182,11 +171,6 @@ class LatentsWorker:
             return iter(())
         images = to_model_range(np.stack(pixels))  # (B, 3, H, W)
         return iter(self.autoencoder.encode(images).to("cpu", self.dtype))  # (B, 16, H/8, W/8)
-
-
-def _wanted_bucket(source: LatentsSource, row: dict[str, Any]) -> str:
-    """Of a row of the raw index: an earlier latent may be of a bucket that is merged now, or no longer."""
-    return bucket_name(source.bucket_of(row["width"], row["height"]))
 
 
 def _taken_over(row: dict[str, Any], stood: EarlierRow) -> Prepared:

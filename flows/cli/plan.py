@@ -5,7 +5,6 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from flows.upstream import Upstream
 from sd3core.buckets import bucket_name, off_centre
 from sd3core.costs.phases import PhaseCost, compare_backbones, phase_cost, text_bytes
 from sd3core.costs.stages import (
@@ -15,18 +14,12 @@ from sd3core.costs.stages import (
     SMALL_CAPTIONS_PER_S,
     stage_costs,
 )
-from sd3core.data.manifest import read_manifest
-from sd3core.data.raw_buckets import read_raw_buckets
-from sd3core.data.store import Store
-from sd3core.errors import UserError
 from sd3core.moving_average import short_average_warnings
 from sd3core.recipe import Recipe
 from sd3core.towers.artifact import check_vae_folder
 from sd3core.words import GB
-from workers.encode import bucket_notes, may_have_small_buckets, merging_batch
 
 GIB = 2**30
-INDEXES_READ = 1_000  # of raw shards that nobody has counted yet: some seconds
 
 
 def print_plan(recipe: Recipe, console: Console) -> None:
@@ -43,30 +36,6 @@ def print_plan(recipe: Recipe, console: Console) -> None:
     _print_backbones(recipe, console)
     _print_storage(recipe, phases, captions, console)
     _print_time(recipe, phases, console)
-
-
-def print_buckets(recipe: Recipe, store: Store, console: Console) -> None:
-    """Prints what will become of buckets with fewer images than a batch, where the images are ingested; writes nothing."""
-    said = []
-    try:
-        ref = Upstream(recipe, store).raw
-        raw = read_manifest(store, ref.folder, ref.digest)
-        for key, phase in recipe.phases():
-            if may_have_small_buckets(phase, raw.rows):
-                sides, batch = tuple(phase.bucket_sides()), merging_batch(recipe, phase)
-                rows = read_raw_buckets(store, raw, sides, at_most=INDEXES_READ, remember=False)
-                notes = [
-                    "sizes with fewer images than a batch are told when encode begins: so many shards are not read here"
-                ]
-                if rows is not None:
-                    notes = bucket_notes(rows, batch) or ["every size that has images has enough for a batch"]
-                said += [f"{key}: {note}" for note in notes]
-    except UserError:  # not ingested, or a store that is away
-        said = ["sizes with fewer images than a batch are told here when the images are ingested"]
-    if said:
-        console.print()
-    for line in said:
-        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _print_phases(recipe: Recipe, phases: list[PhaseCost], console: Console) -> None:

@@ -15,7 +15,6 @@ from sd3core.data.manifest import Manifest
 from sd3core.words import counted, some
 
 SMALL_BUCKETS_SHARE = 0.02  # of all rows, that may be left out for standing in buckets of less than a batch
-SHOWN_AT_MOST = 4  # times in one step, beyond which a bucket is left out also where it has a larger share
 BUCKET = re.compile(r"[0-9]+x[0-9]+")  # its name, among a shard's counts
 
 
@@ -49,43 +48,25 @@ def small_buckets(counts: UnitCounts, global_batch: int) -> dict[str, int]:
     return {name: count for name, count in zip(counts.buckets, rows, strict=True) if 0 < count < global_batch}
 
 
-def left_out_buckets(counts: UnitCounts, global_batch: int) -> dict[str, int]:
-    """The small buckets that are not trained on: all, where they have at most SMALL_BUCKETS_SHARE of all rows; else those whose
-    steps would show an image more than SHOWN_AT_MOST times. None of them where no bucket would stay.
-    """
-    small = small_buckets(counts, global_batch)
-    if sum(small.values()) <= SMALL_BUCKETS_SHARE * len(counts):
-        return small
-    few = {name: rows for name, rows in small.items() if rows * SHOWN_AT_MOST < global_batch}
-    return few if sum(few.values()) < len(counts) else {}
-
-
 def leave_out_small_buckets(counts: UnitCounts, global_batch: int) -> UnitCounts:
-    """The counts without `left_out_buckets`."""
-    left_out = left_out_buckets(counts, global_batch)
-    if not left_out:
+    """The counts without `small_buckets`, where these have at most SMALL_BUCKETS_SHARE of all rows; else as they are."""
+    small = small_buckets(counts, global_batch)
+    if sum(small.values()) > SMALL_BUCKETS_SHARE * len(counts):
         return counts
-    kept = [name not in left_out for name in counts.buckets]
+    kept = [name not in small for name in counts.buckets]
     return UnitCounts(counts.rows * np.array(kept, dtype=counts.rows.dtype), counts.buckets)
 
 
 def small_buckets_warning(counts: UnitCounts, global_batch: int) -> str | None:
     """What is said of buckets that do not fill a batch; None where all do."""
-
-    def images_in(buckets: dict[str, int]) -> str:
-        named = some([*buckets], len(buckets))
-        return f"{counted(sum(buckets.values()), 'image')} in buckets with fewer images than a batch of {global_batch} ({named} px)"
-
-    left_out = left_out_buckets(counts, global_batch)
-    shown = {name: rows for name, rows in small_buckets(counts, global_batch).items() if name not in left_out}
-    said = []
-    if left_out:
-        said.append(
-            f"{images_in(left_out)} left out of training: a step of theirs would show the same few again and again"
-        )
-    if shown:
-        said.append(
-            f"{images_in(shown)}, {sum(shown.values()) / len(counts):.0%} of all: their steps show images several times; fewer"
-            " buckets (aspect_ratios, buckets.max_ratio) or a smaller global_batch would not"
-        )
-    return "; ".join(said) or None
+    small = small_buckets(counts, global_batch)
+    if not small:
+        return None
+    rows = sum(small.values())
+    what = f"{counted(rows, 'image')} in buckets with fewer images than a batch of {global_batch} ({some([*small], len(small))} px)"
+    if len(leave_out_small_buckets(counts, global_batch)) < len(counts):
+        return f"{what} left out of training: a step of theirs would show the same few again and again"
+    return (
+        f"{what}, {rows / len(counts):.0%} of all: their steps show images several times; fewer buckets (aspect_ratios,"
+        " buckets.max_ratio) or a smaller global_batch would not"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,8 +47,11 @@ def installation() -> Iterator[Installation]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """After the last chain the services go down at once: an idle Prefect server takes a sixth of a core from what follows."""
-    if nextitem is not None and nextitem.path.parent != item.path.parent:
+    """After the last chain the services go down at once: an idle Prefect server takes a sixth of a core from what follows.
+
+    A process of xdist has all chains one after the other; where all is in one process more may come.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ and nextitem is not None and nextitem.path.parent != item.path.parent:
         for made in _standing:
             made.command("sd3", "down", seconds=90)
         _standing.clear()

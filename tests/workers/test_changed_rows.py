@@ -15,7 +15,6 @@ from in_process import without_ray
 from PIL import Image
 
 import workers.shard_stage
-from sd3core.buckets import bucket_name
 from sd3core.conditioning import ENCODERS, TextFeatures
 from sd3core.data.manifest import Manifest, ManifestRef, ShardEntry, read_manifest
 from sd3core.data.shards import parts_digest
@@ -26,9 +25,8 @@ from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
 from sd3core.towers.artifact import TOWER_FOLDERS
 from workers.caption import caption_stage
-from workers.encode import _latents_tasks, encode_stage
+from workers.encode import encode_stage
 from workers.ingest import ingest_stage
-from workers.inputs import InputShard
 from workers.shard_stage import ShardStage, ShardTask, _with_earlier
 from workers.stage import NOTHING_TO_DO, StageResult
 
@@ -269,83 +267,6 @@ def test_a_drawn_world_that_grows_makes_its_new_scenes_alone(seen, tmp_path):
     grown = run_stages(recipe(30), store)
     assert seen.take()[:2] == (10, 10)
     assert grown.shards(store) == run_stages(recipe(30), other).shards(other)
-
-
-def test_a_rare_size_joins_its_neighbour_until_it_fills_a_batch(seen, tmp_path):
-    """It is told before anything is encoded; when it fills one, its own images are encoded again and all others are copied."""
-    folder, store = tmp_path / "images", open_store(str(tmp_path / "store"))
-    folder.mkdir()
-    settings = [
-        "model.max_side_px=256", "finetune.0.side_px=256", "finetune.0.aspect_ratios=[1.0]", "finetune.0.global_batch=8",
-        "finetune.0.buckets={multiple_px: 16, max_ratio: 1.1, min_area: 0.93}", "data.held_out_fraction=0",
-        "caption.captioner=none",
-    ]  # fmt: skip
-    recipe = folder_recipe(folder, *settings)
-    names = {bucket_name(side) for side in recipe.finetune[0].bucket_sides()}
-    assert names == {"256x240", "256x256", "240x256"}
-    told: list[tuple[str, int]] = []
-
-    def add(number: int, size: tuple[int, int]) -> None:
-        Image.new("RGB", size, (number, 7, 7)).save(folder / f"{number:03d}.png")
-        (folder / f"{number:03d}.txt").write_text(f"number {number}")
-
-    def encoded(into: Store) -> tuple[int, dict[str, int], list[ShardEntry]]:
-        seen.encoded = 0
-        told.clear()
-        raw = ingest_stage(recipe, into, ignore_progress)
-        tell = lambda note: told.append((note, seen.encoded))
-        towers = ManifestRef("towers", "0" * 64)
-        result = encode_stage(recipe, into, raw.manifest, None, towers, ignore_progress, tell).parts[
-            "latents.finetune.0"
-        ]
-        made = read_manifest(into, result.manifest.folder, result.manifest.digest)
-        return seen.encoded, {name: made.buckets[name] for name in names & made.buckets.keys()}, made.shards
-
-    for number in range(10):
-        add(number, (40, 40))
-    for number in range(10, 13):
-        add(number, (64, 60))
-    count, buckets, _ = encoded(store)
-    assert (count, buckets) == (2 * 13, {"256x256": 13})
-    assert told == [
-        (
-            "finetune.0: 3 images of sizes with fewer images than a batch of 8 cropped to the nearest size that has more, at most"
-            " 6.2% more of each cut off (240x256 to 256x256 px)",
-            0,
-        )
-    ]
-    assert encoded(store)[0] == 0
-    for number in range(13, 18):
-        add(number, (64, 60))
-    count, buckets, shards = encoded(store)
-    assert (count, buckets) == (5 + 8, {"256x256": 10, "240x256": 8}) and told == []
-    other = open_store(str(tmp_path / "other"))
-    assert encoded(other) == (2 * 18, buckets, shards)
-    (folder / "017.png").unlink()
-    count, buckets, shards = encoded(store)
-    assert count <= 7 and buckets == {"256x256": 17}
-    assert encoded(open_store(str(tmp_path / "third")))[1:] == (buckets, shards)
-
-
-def test_a_shard_is_named_by_the_merges_of_its_own_images_alone():
-    """So that what stood before there were merges stands, and a bucket that changes its place moves no shard without its images."""
-    square, wide, tall = (64, 64), (60, 64), (64, 60)
-    raw = {number: InputShard("raw", f"{number:05d}", f"{number}" * 64, 9) for number in range(3)}
-
-    def tasks(**merged: tuple[tuple[int, int], set[int]]):
-        return _latents_tasks(raw, "latents", (square, wide, tall), {names[name]: to for name, to in merged.items()})
-
-    def stems(**merged):
-        return [task.stem for task in tasks(**merged)]
-
-    names = {"wide": wide, "tall": tall}
-    plain = stems()
-    assert [stem.partition(".")[2] for stem in plain] == [f"{number}" * 12 for number in range(3)]  # as of one bucket
-    merged = stems(wide=(square, {1, 2}))
-    assert merged[0] == plain[0] and not {*merged[1:]} & {*plain}
-    assert stems(wide=(square, {1, 2}), tall=(square, set())) == merged
-    assert not {*stems(wide=(tall, {1, 2}))[1:]} & {*merged}
-    assert [task.source.bucket_of(64, 60) for task in tasks(wide=(square, {1, 2}))] == [wide, square, square]
 
 
 def test_planning_what_is_missing_of_100_000_shards_takes_seconds():

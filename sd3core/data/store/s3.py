@@ -31,14 +31,17 @@ def _check_whole(http_response: Any, model: Any, **_: Any) -> None:
     """
     if http_response.status_code not in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
         return
-    headers = http_response.headers
-    length = headers.get("content-length")
-    if length is None:  # a body may also go on to the connection's end, where that is announced
-        whole = "transfer-encoding" in headers or headers.get("connection", "").lower() == "close"
-    elif model.http["method"] == "HEAD" or model.has_streaming_output:
-        whole = True
-    else:
+    headers, length = http_response.headers, http_response.headers.get("content-length")
+    # a body may also go on to the connection's end, where that is announced
+    to_its_end = "transfer-encoding" in headers or headers.get("connection", "").lower() == "close"
+    if model.http["method"] == "HEAD":
+        whole = length is not None or model.name == "HeadBucket"  # of a bucket there is no length to tell
+    elif model.has_streaming_output:
+        whole = length is not None or to_its_end
+    elif length is not None:
         whole = len(http_response.content) == int(length)
+    else:
+        whole = to_its_end and (model.http["method"] != "GET" or bool(http_response.content))
     if not whole:
         raise _CutShort("the answer was cut short")
 
@@ -86,12 +89,13 @@ class S3Store(Store):
         """request(client), with every failure told in one line."""
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+        from botocore.parsers import ResponseParserError
 
         try:
             for attempt in range(1, S3_ATTEMPTS + 1):
                 try:
                     return request(self._client())
-                except _CutShort as error:
+                except (_CutShort, ResponseParserError) as error:  # the latter: XML that ends in its middle
                     if attempt == S3_ATTEMPTS:
                         raise self._unreachable(error) from None
                     time.sleep(0.1 * 2**attempt)

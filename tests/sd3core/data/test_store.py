@@ -459,6 +459,41 @@ def test_an_answer_that_is_cut_short_is_not_taken_for_an_empty_one(s3_environmen
     listening.close()
 
 
+@pytest.mark.parametrize("body", [b"", LISTING[:60], LISTING[:-1]])
+def test_a_listing_to_the_connections_end_is_whole_or_asked_for_again(s3_environment, monkeypatch, body):
+    """A server that says no length: a body that is empty, or XML that ends in its middle, is none."""
+    answers = [b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + part for part in (body, LISTING)]
+
+    def answer(handler, count):
+        handler.wfile.write(answers[count - 1])
+        handler.close_connection = True
+
+    server = _Server(answer)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    assert [entry.path for entry in open_store("s3://bucket").list()] == ["x"]
+    assert server.count == 2
+    server.shutdown()
+
+
+def test_a_bucket_of_which_no_length_is_told_is_there(s3_environment, monkeypatch):
+    answers = [b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", b"HTTP/1.1 200 OK\r\nDate: x\r\n\r\n"]
+
+    class Head(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.wfile.write(answers[self.path.count("/") == 1])
+            self.close_connection = True
+
+        def log_message(self, *arguments): ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Head)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    started = time.monotonic()
+    assert not open_store("s3://bucket").exists("x")
+    assert time.monotonic() - started < 2
+    server.shutdown()
+
+
 def test_a_server_that_cuts_every_answer_short_is_one_line(s3_environment, monkeypatch):
     monkeypatch.setattr(s3, "S3_ATTEMPTS", 2)
     server = _Server(lambda handler, count: handler.wfile.write(b"HTTP/1.1 200 OK\r\n"))

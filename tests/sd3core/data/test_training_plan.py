@@ -200,14 +200,8 @@ def test_buckets_of_less_than_a_batch_are_left_out_where_they_are_few():
     assert kept.rows.tolist() == [[500, 0, 0, 60], [480, 0, 0, 70]] and kept.buckets == counts.buckets
     plan = TrainingPlan(kept, 0, 128)
     assert {plan.batch(step).bucket for step in range(100)} == {"many", "some"}
-    # 137 of 1,117 are too many to leave out: only those of whom a step would show each more than four times
-    assert leave_out_small_buckets(counts, 131).rows.tolist() == kept.rows.tolist()
-    assert (
-        leave_out_small_buckets(counts, 4 * 7).rows.sum() == 1117 - 7
-        and leave_out_small_buckets(counts, 5000) is counts
-    )
-    even = UnitCounts(np.array([[60, 40]]), ("a", "b"))
-    assert leave_out_small_buckets(even, 160) is even and leave_out_small_buckets(even, 161).rows.tolist() == [[60, 0]]
+    assert leave_out_small_buckets(counts, 131) is counts  # 137 of 1,117 are too many
+    assert leave_out_small_buckets(counts, 5000) is counts
 
 
 def test_what_is_said_of_small_buckets():
@@ -217,15 +211,10 @@ def test_what_is_said_of_small_buckets():
         "5 images in buckets with fewer images than a batch of 4 (32x128, 128x32 px) left out of training:"
         " a step of theirs would show the same few again and again"
     )
-    assert small_buckets_warning(counts, 1000_000).startswith(
-        "1,000 images in buckets with fewer images than a batch of 1000000"
+    assert small_buckets_warning(counts, 1000).startswith(
+        "1,000 images in buckets with fewer images than a batch of 1000"
     )
-    assert "100% of all: their steps show images several times" in small_buckets_warning(counts, 1000_000)
-    both = small_buckets_warning(UnitCounts(np.array([[100, 60, 2]]), ("64x64", "32x128", "128x32")), 80)
-    assert both.startswith(
-        "2 images in buckets with fewer images than a batch of 80 (128x32 px) left out of training: "
-    )
-    assert "; 60 images in buckets with fewer images than a batch of 80 (32x128 px), 37% of all: their steps" in both
+    assert "100% of all: their steps show images several times" in small_buckets_warning(counts, 1000)
 
 
 def test_nothing_to_train_on_is_an_error():
