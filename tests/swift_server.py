@@ -34,7 +34,7 @@ pipeline = {name}-server
 [app:{name}-server]
 use = egg:swift#{name}
 """
-# A storage server that failed is asked again after a second, not a minute: here there is no other.
+# One that failed is asked again after a second, not a minute, and a slow one is waited for: here there is no other.
 PROXY_CONFIG = """
 [pipeline:main]
 pipeline = catch_errors gatekeeper cache listing_formats s3api tempauth copy slo dlo proxy-server
@@ -42,6 +42,8 @@ pipeline = catch_errors gatekeeper cache listing_formats s3api tempauth copy slo
 use = egg:swift#proxy
 account_autocreate = true
 error_suppression_interval = 1
+conn_timeout = 10
+node_timeout = 60
 [filter:catch_errors]
 use = egg:swift#catch_errors
 [filter:gatekeeper]
