@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import webdataset
 
 from sd3core.bench.measure import interleaved, median_ratio
 from sd3core.conditioning import ENCODERS, TextFeatures
@@ -117,7 +116,6 @@ def measure_data(
     """
     if isinstance(store, FileStore):
         _check_room(settings, store)
-
     with _shards(settings, store, say) as stored, one_core():
         ways = {LOADER: lambda: read_by_loader(settings, stored)}
         if store.local_path(stored.tars(stored.latents)[0]) is not None:
@@ -178,6 +176,7 @@ def read_by_loader(settings: DataBench, stored: _Stored) -> str:
 
 def read_by_webdataset(settings: DataBench, stored: _Stored) -> str:
     """Latents and text from front to back; a row's two files have the same place in both."""
+    import webdataset  # here, as boto3 below: the other bench has the same tables, and needs neither
 
     def files(manifest: Manifest) -> Iterator[bytes]:
         urls = [str(stored.store.local_path(path)) for path in stored.tars(manifest)]

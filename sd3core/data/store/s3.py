@@ -22,7 +22,7 @@ S3_ATTEMPTS = 5  # of one request, by botocore, and of one body that breaks off
 
 
 class _CutShort(Exception):
-    """An answer that ended before its body. botocore takes it for an empty one: a listing of nothing, an object of no bytes."""
+    """An answer that broke off. Before its body, botocore takes it for an empty one: a listing of nothing, an object of no bytes."""
 
 
 def _check_whole(http_response: Any, model: Any, **_: Any) -> None:
@@ -142,18 +142,14 @@ class S3Store(Store):
         return True
 
     def _read(self, path: str, **wanted: str) -> bytes:
-        """botocore retries requests, not bodies that break off; this does."""
+        """botocore retries requests, not bodies that break off; `_call` does."""
         from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
 
         def read(s3: Any) -> bytes:
-            for attempt in range(1, S3_ATTEMPTS + 1):
-                try:
-                    return s3.get_object(Bucket=self.bucket, Key=self._key(path), **wanted)["Body"].read()
-                except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
-                    if attempt == S3_ATTEMPTS:
-                        raise
-                    time.sleep(0.1 * 2**attempt)
-            raise AssertionError("not reached")
+            try:
+                return s3.get_object(Bucket=self.bucket, Key=self._key(path), **wanted)["Body"].read()
+            except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError) as error:
+                raise _CutShort(" ".join(str(error).split())) from None
 
         return self._call(path, read)
 
