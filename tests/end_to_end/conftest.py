@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +17,19 @@ RUN = "runs/tiny-test"
 STAGES = ["ingest", "towers", "caption", "encode", "pretrain", "finetune", "evaluate", "export"]
 STEPS, BATCH = 200, 8
 FIRST, LAST = 800, 1600  # samples at the checkpoints
-# Ranks notice a killed driver after seconds: slow steps, and enough of them, keep the last checkpoint from being written by then.
 OVERRIDES = (
     f"pretrain.samples={LAST}",
     f"pretrain.checkpoint_every_samples={FIRST}",
-    "pretrain.micro_batch=1",
     "compute.actors=1",  # loading models takes longer than the work that two would share; the chain on S3 has two
 )
+# Where something is to happen between the checkpoints: slow steps keep the last from being written before.
+SLOW_STEPS = "pretrain.micro_batch=1"
 # Where nobody looks at the scores but the last.
 FEW_SCORES = ("evaluate.weights=ema", "evaluate.checkpoints=last")
 DATA = ("datasets/", "towers/")
 LEFT_SECONDS = 30
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+RANK = "ray::RayTrainWorker"
 
 
 _standing: list[Installation] = []
@@ -86,22 +88,38 @@ class Finished:
 
 @pytest.fixture(scope="session")
 def killed(installation: Installation) -> Killed:
-    """A pipeline run whose process is killed between two checkpoints of pretraining."""
+    """A pipeline run whose process is killed between two checkpoints of pretraining.
+
+    Ranks notice it after seconds. They are stopped meanwhile, so that the last checkpoint is not written by then.
+    """
     flow_run_id = installation.start("pipeline/tiny-test", OVERRIDES)
     checkpoints = installation.store / RUN / "checkpoints" / "pretrain"
     installation.wait(
         f"the first checkpoint of run {flow_run_id}",
-        lambda: list(checkpoints.glob(f"*/{FIRST:012d}/DONE.json")) or ended(installation, flow_run_id),
+        lambda: list(checkpoints.glob(f"*/{FIRST:012d}/DONE.json")),
         seconds=420,
         poll=0.02,
+        unless=lambda: ended(installation, flow_run_id),
     )
-    shown = {artifact["key"]: artifact["description"] for artifact in installation.api("artifacts/filter")}
     victim = installation.flow_process()
     assert victim is not None, installation.story("the flow ended before it could be killed")
     family = {victim, *victim.children(recursive=True)}
+    ranks = [process for process in family if described(process).startswith(RANK)]
+    for rank in ranks:
+        rank.suspend()
+
+    def artifacts() -> dict[str, str]:
+        return {artifact["key"]: artifact["description"] for artifact in installation.api("artifacts/filter")}
+
+    installation.wait("the ranks' progress", lambda: "loss" in artifacts().get("pretrain-progress", ""), seconds=30)
+    shown = artifacts()
     agents = [process for process in family if described(process).startswith(RAY_AGENTS)]
     victim.kill()
-    psutil.wait_procs(family - {*agents}, timeout=LEFT_SECONDS)
+    psutil.wait_procs(family - {*agents, *ranks}, timeout=LEFT_SECONDS / 2)
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess):
+            rank.resume()
+    psutil.wait_procs(family - {*agents}, timeout=LEFT_SECONDS / 2)
     left = {process for process in family if process.is_running()} | (
         installation.processes() - installation.service_processes()
     )

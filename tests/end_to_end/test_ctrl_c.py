@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from conftest import DATA, FIRST, OVERRIDES, STAGES
+from conftest import DATA, FIRST, OVERRIDES, SLOW_STEPS, STAGES
 from installation import FileState, Installation, demo_command, finished_files
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -35,7 +35,7 @@ def test_before_and_in_the_first_stage(installation, moment):
 @pytest.mark.kills
 def test_in_every_stage_that_takes_time(installation):
     """One run, stopped as each stage begins: what was finished stays as it is, and the same command brings it to its end."""
-    command = demo_command("run=stages", "data.name=stages", "towers.name=stages", *OVERRIDES)
+    command = demo_command("run=stages", "data.name=stages", "towers.name=stages", *OVERRIDES, SLOW_STEPS)
     kept: dict[str, FileState] = {}
     for stage in STAGES[:-1]:
         code, printed = installation.interrupted(command, f"{stage}: running")
@@ -58,7 +58,9 @@ def test_while_training_pressed_twice(installation, resumed):
     before = installation.files(*DATA)
     checkpoints = installation.store / "runs/training/checkpoints/pretrain"
     code, printed = installation.interrupted(
-        demo_command("run=training", *OVERRIDES), lambda: list(checkpoints.glob(f"*/{FIRST:012d}/DONE.json")), times=2
+        demo_command("run=training", *OVERRIDES, SLOW_STEPS),
+        lambda: list(checkpoints.glob(f"*/{FIRST:012d}/DONE.json")),
+        times=2,
     )
     assert (code, printed.splitlines()[-1]) == (130, CANCELLED), printed
     assert "Traceback" not in printed
@@ -71,8 +73,8 @@ def test_while_training_pressed_twice(installation, resumed):
 @pytest.mark.kills
 def test_a_run_that_was_joined_goes_on(installation):
     """It was started elsewhere: here it only came into view."""
-    run = installation.start("pipeline/tiny-test", ["run=joined", *OVERRIDES])
-    code, printed = installation.interrupted(demo_command("run=joined", *OVERRIDES), "ingest: ")
+    run = installation.start("pipeline/tiny-test", ["run=joined", *OVERRIDES, SLOW_STEPS])
+    code, printed = installation.interrupted(demo_command("run=joined", *OVERRIDES, SLOW_STEPS), "ingest: ")
     assert (code, printed.splitlines()[-1]) == (
         130,
         "sd3: the run goes on; the same command shows it again, `.venv/bin/sd3 down` ends it",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import FIRST, OVERRIDES, STAGES
+from conftest import FIRST, OVERRIDES, SLOW_STEPS, STAGES
 from installation import FileState, Installation, demo_command, finished_files
 
 pytestmark = [pytest.mark.kills, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -32,7 +32,7 @@ def resize(disk: Path, room_kb: int) -> None:
 
 
 def test_the_same_command_goes_on_with_more_room(installation: Installation, disk: Path):
-    command = demo_command(f"store={disk}", "run=full", *OVERRIDES)
+    command = demo_command(f"store={disk}", "run=full", *OVERRIDES, SLOW_STEPS)
     kept: dict[str, FileState] = {}
     for stage, room_kb in ROOM_KB.items():
         resize(disk, room_kb)

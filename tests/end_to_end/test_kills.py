@@ -16,7 +16,7 @@ from contextlib import suppress
 import psutil
 import pytest
 from conftest import OVERRIDES as TRAINING
-from conftest import described, ended
+from conftest import RANK, SLOW_STEPS, described, ended
 from installation import PROJECT, Installation, demo_command, finished_files
 
 pytestmark = [pytest.mark.kills, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -29,6 +29,7 @@ OVERRIDES = (
     "data.images=384",
     "towers.name=kills",
     *TRAINING,
+    SLOW_STEPS,
     "finetune.0.samples=640",
     "finetune.0.checkpoint_every_samples=160",
     "finetune.0.micro_batch=1",
@@ -45,7 +46,6 @@ RESULTS = {
 }
 KEPT = ("datasets/", "towers/", f"runs/{RUN}/checkpoints/")
 AT_WORK = "ray::_ActorHost.call"  # Ray names a process by what it executes
-RANK = "ray::RayTrainWorker"
 VICTIMS = ("flow", "ray worker", "server")
 RAYS_OWN = (
     "raylet/raylet",
@@ -99,7 +99,7 @@ def assert_goes_on(installation: Installation, stage: str, victim: str) -> None:
     flow = installation.flow_process()
     next(child for child in flow.children(recursive=True) if victim in described(child)).kill()
     finished = finished_files(installation.store, *KEPT)
-    installation.wait("the run to end", lambda: ended(installation, flow_run_id), seconds=420, poll=0.5)
+    installation.wait("the run to end", lambda: ended(installation, flow_run_id), seconds=420)
     run = installation.api("flow_runs/filter", flow_runs={"id": {"any_": [flow_run_id]}})[0]
     assert run["state_type"] == "COMPLETED", installation.story(f"{victim} was killed in {stage}")
     assert_whole(installation, stage, finished)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import BATCH, FIRST, LAST, OVERRIDES, RUN, STAGES, Finished
+from conftest import BATCH, FIRST, LAST, OVERRIDES, RUN, SLOW_STEPS, STAGES, Finished
 from installation import RUN_ID, Installation
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
@@ -101,7 +101,7 @@ def test_a_stage_at_work_shows_its_progress(killed):
 @pytest.mark.kills
 def test_the_pages_of_a_stage_at_work(installation, page, resumed):
     """A run of its own, looked at while it trains, then cancelled as the UI's button does."""
-    run = installation.start("pipeline/tiny-test", [*OVERRIDES, "run=watched", "pretrain.samples=160000"])
+    run = installation.start("pipeline/tiny-test", [*OVERRIDES, SLOW_STEPS, "run=watched", "pretrain.samples=160000"])
     try:
         stage = installation.wait("pretraining", lambda: installation.stage_runs(run).get("pretrain"), seconds=120)
         artifacts = open_run(page, installation, stage, "Artifacts").get_by_role("link")

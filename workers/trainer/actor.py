@@ -90,6 +90,8 @@ class TrainingActor:
         from ray.train.torch import TorchConfig, TorchTrainer
 
         # Private, and pinned with Ray.
+        from ray.train.v2._internal.callbacks import DatasetsCallback
+        from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
         from ray.train.v2._internal.execution.callback import ControllerCallback
         from ray.train.v2._internal.execution.worker_group import worker_group
 
@@ -100,6 +102,17 @@ class TrainingActor:
 
         def rank() -> None:
             _run_rank(job, compute, actor, open_loader)
+
+        class Trainer(TorchTrainer):
+            """Without two processes for which nothing is to do: no Ray Data is read, and the driver removes the ranks'
+            placement groups, also where the cleaner cannot, which asks a dashboard. Each takes a phase's start seconds.
+            """
+
+            def _create_default_callbacks(self) -> list[Any]:
+                unused = DatasetsCallback, PlacementGroupCleanerCallback
+                return [
+                    callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)
+                ]
 
         class Introduce(ControllerCallback):
             def after_controller_start(self, train_run_context: Any) -> None:
@@ -112,7 +125,7 @@ class TrainingActor:
         if not gpu:
             environment |= {"DS_ACCELERATOR": "cpu"} | ALLOCATOR_ENVIRONMENT
         with tempfile.TemporaryDirectory(prefix="sd3-train-") as ray_only:
-            trainer = TorchTrainer(
+            trainer = Trainer(
                 rank,
                 torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
                 scaling_config=ScalingConfig(
