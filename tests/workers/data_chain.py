@@ -16,8 +16,9 @@ from workers.towers import towers_stage
 
 
 def small_recipe(*overrides: str) -> Recipe:
+    """One actor: to load the models takes longer than the work that two would share."""
     sizes = ["data.images=32", "data.rows_per_shard=16", "towers.small.images=16", "towers.small.vae.steps=2"]
-    return load_recipe("tiny-test", [*sizes, "compute.object_store_mb=80", *overrides])
+    return load_recipe("tiny-test", [*sizes, "compute.actors=1", "compute.object_store_mb=80", *overrides])
 
 
 @dataclass(frozen=True)

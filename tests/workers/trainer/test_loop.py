@@ -106,29 +106,30 @@ class Usurper:
 def _single_rank_stories(rank, world, root: Path):
     """Several trainings one after the other in one process: importing DeepSpeed costs more than all of them."""
     stories = {}
-    job = make_job(root / "one-nan")
+    make = partial(make_job, micro_batch=4)  # half the passes
+    job = make(root / "one-nan")
     stories["one-nan"] = _train(rank, world, job, {"nan_steps": (5,)})
-    stories["clean"] = _train(rank, world, make_job(root / "clean"))
-    stories["slow"] = _train(rank, world, make_job(root / "slow"), {"slow_at": 6})
+    stories["clean"] = _train(rank, world, make(root / "clean"))
+    stories["slow"] = _train(rank, world, make(root / "slow"), {"slow_at": 6})
     for name, changes in OTHER_FORMULATIONS.items():
-        stories[name] = _train(rank, world, make_job(root / name, **changes))
+        stories[name] = _train(rank, world, make(root / name, **changes))
     for name, (model, changes) in RIVALS.items():
         changes = {"learning_rate": 5e-3} | changes
-        stories[name] = _train(rank, world, make_job(root / name, model=model, **changes))
+        stories[name] = _train(rank, world, make(root / name, model=model, **changes))
     for name, least in LEAN.items():
         with patch.object(lean, "MIN_TOKENS", least):
-            stories[name] = _train(rank, world, make_job(root / name, zero_stage=3, activation_checkpointing=True))
+            stories[name] = _train(rank, world, make(root / name, zero_stage=3, activation_checkpointing=True))
     for name, (precision, able, _) in PRECISIONS.items():
         with patch.object(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able}):
-            stories[name] = _train(rank, world, make_job(root / name, samples=16, precision=precision))
-    stories["average"] = _train(rank, world, make_job(root / "average", **AVERAGE))
+            stories[name] = _train(rank, world, make(root / name, samples=16, precision=precision))
+    stories["average"] = _train(rank, world, make(root / "average", **AVERAGE))
     for samples in (16, 24, 48):  # made longer twice: before the EMA's first update, and after it
-        stories[f"longer-{samples}"] = _train(rank, world, make_job(root / "longer", **LATE | {"samples": samples}))
-    stories["at-once"] = _train(rank, world, make_job(root / "at-once", **LATE))
-    stories["shorter"] = _train(rank, world, make_job(root / "longer", **LATE | {"samples": 40}))
-    stories["always-nan"] = _train(rank, world, make_job(root / "always-nan"), {"nan_steps": tuple(range(6, 12))})
+        stories[f"longer-{samples}"] = _train(rank, world, make(root / "longer", **LATE | {"samples": samples}))
+    stories["at-once"] = _train(rank, world, make(root / "at-once", **LATE))
+    stories["shorter"] = _train(rank, world, make(root / "longer", **LATE | {"samples": 40}))
+    stories["always-nan"] = _train(rank, world, make(root / "always-nan"), {"nan_steps": tuple(range(6, 12))})
 
-    job, notebook = make_job(root / "usurped"), Notebook()
+    job, notebook = make(root / "usurped"), Notebook()
     try:
         usurped = Usurper(FakeLoader(8, 0, 1), job.store, job.folder)
         train_rank(job, RankContext(0, 1, CPU, threads=1), notebook, lambda *_: usurped)
@@ -137,12 +138,12 @@ def _single_rank_stories(rank, world, root: Path):
         stories["usurped"] = error, notebook
 
     store = open_store(str(root / "clean"))
-    last = store.uri(list_checkpoints(store, make_job(root / "clean").folder)[-1].folder)
+    last = store.uri(list_checkpoints(store, make(root / "clean").folder)[-1].folder)
     config = MMDiTConfig.from_dict(MODEL.to_dict() | {"qk_norm": "rms", "position_side": 8})
     changes = {"zero_stage": 3, "samples": 16, "learning_rate": 1e-12}
-    tuned = make_job(root / "clean", phase="finetune.0", model=config, init=last, **changes)
+    tuned = make(root / "clean", phase="finetune.0", model=config, init=last, **changes)
     stories["finetune"] = _train(rank, world, tuned)
-    wrong = make_job(root / "clean", phase="finetune.1", model=MMDiTConfig.from_depth(3), init=last)
+    wrong = make(root / "clean", phase="finetune.1", model=MMDiTConfig.from_depth(3), init=last)
     stories["wrong-init"] = _train(rank, world, wrong)
     return stories
 
