@@ -39,6 +39,7 @@ def open_shards(job: TrainingJob, store: Store, place: RankContext, warn: Warn) 
         seed=job.seed,
         rank=place.rank,
         world=place.world,
+        micro_batch=job.training.micro_batch,
         steps=job.total_steps,
         read_ahead_bytes=place.decoded_bytes,
     )

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from fake_training import MODEL, TOKENS, FakeLoader, make_job
+from fake_training import MODEL, TOKENS, FakeLoader, fake_loader, make_job
 from rank_processes import run_ranks
 
 from sd3core.checkpoint import load_model
@@ -82,7 +82,7 @@ def _train(rank, world, job, loader_changes=None):
             job,
             RankContext(rank, world, CPU, threads=1),
             notebook,
-            lambda *_: FakeLoader(job.training.global_batch, rank, world, **(loader_changes or {})),
+            lambda *_: fake_loader(job, rank, world, **(loader_changes or {})),
         )
     except (TrainingFailed, CheckpointError) as error:
         return error, notebook
@@ -97,10 +97,10 @@ class Usurper:
     store: str
     folder: str
 
-    def batch(self, step: int):
-        if step == 6:
+    def batch(self, step: int, part: int):
+        if step == 6 and part == 0:
             begin_attempt(open_store(self.store), self.folder)
-        return self.loader.batch(step)
+        return self.loader.batch(step, part)
 
 
 def _single_rank_stories(rank, world, root: Path):
@@ -130,7 +130,7 @@ def _single_rank_stories(rank, world, root: Path):
 
     job, notebook = make_job(root / "usurped"), Notebook()
     try:
-        usurped = Usurper(FakeLoader(8, 0, 1), job.store, job.folder)
+        usurped = Usurper(fake_loader(job, 0, 1), job.store, job.folder)
         train_rank(job, RankContext(0, 1, CPU, threads=1), notebook, lambda *_: usurped)
         stories["usurped"] = None, notebook
     except TrainingSuperseded as error:

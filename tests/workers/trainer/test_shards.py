@@ -78,23 +78,36 @@ def _job(tmp_path, text_of=_text):
     return make_job(tmp_path / "store").model_copy(update=data | {"text": text})
 
 
+def _in_one_part(job):
+    return job.model_copy(update={"training": job.training.model_copy(update={"micro_batch": 8})})
+
+
+def _step(loader, step: int) -> tuple[list[str], torch.Tensor]:
+    """Keys and latents of a rank's step, its micro batches one after the other."""
+    batches = [loader.batch(step, part) for part in range(loader.parts)]
+    return [key for batch in batches for key in batch.keys], torch.cat([batch.latent for batch in batches])
+
+
 def test_every_world_size_reads_the_same_batches(job):
     store, warnings = open_store(job.store), []
     whole = open_shards(job, store, RankContext(0, 1, CPU, 1), warnings.append)
-    parts = [open_shards(job, store, RankContext(rank, 2, CPU, 1), warnings.append) for rank in range(2)]
+    ranks = [open_shards(job, store, RankContext(rank, 2, CPU, 1), warnings.append) for rank in range(2)]
     assert warnings == ["1 images have no caption and are left out of training"] * 3
+    assert (whole.parts, ranks[0].parts) == (4, 2)  # of 2 rows
     seen = []
     for step in range(4):
-        batch, halves = whole.batch(step), [part.batch(step) for part in parts]
-        assert batch.keys == halves[0].keys + halves[1].keys
-        assert torch.equal(batch.latent, torch.cat([half.latent for half in halves]))
-        seen += batch.keys
+        (keys, latents), halves = _step(whole, step), [_step(rank, step) for rank in ranks]
+        assert keys == halves[0][0] + halves[1][0] and len(keys) == 8
+        assert torch.equal(latents, torch.cat([half for _, half in halves]))
+        seen += keys
     assert sorted(set(seen[:31])) == sorted(f"k{i}" for i in range(40) if i % 5 and i != 7)
 
     null = read_null(store, job)
-    inputs = draw_inputs(whole.batch(0), job, null, CPU)
-    dropped = np.flatnonzero((inputs.pooled[:, :8] == null.clip_l_pooled).all(1).numpy())
-    assert inputs.context.shape == (8, 2 * TOKENS, 24) and len(dropped) > 0  # "no prompt" is the encoded empty string
+    inputs = [draw_inputs(whole.batch(0, part), job, null, CPU) for part in range(4)]
+    pooled = torch.cat([part.pooled for part in inputs])
+    dropped = np.flatnonzero((pooled[:, :8] == null.clip_l_pooled).all(1).numpy())
+    assert inputs[0].context.shape == (2, 2 * TOKENS, 24)
+    assert len(dropped) > 0  # "no prompt" is the encoded empty string
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -115,8 +128,9 @@ def test_latents_travel_as_they_are_stored_and_a_step_sees_the_same_numbers(job,
 
 
 def test_8_bit_text_stays_so_up_to_where_it_is_joined(job, tmp_path):
-    coarse = _job(tmp_path / "coarse", partial(_text, dtype="int8"))
-    batches = [open_shards(j, open_store(j.store), RankContext(0, 1, CPU, 1), len).batch(0) for j in (job, coarse)]
+    job, coarse = map(_in_one_part, (job, _job(tmp_path / "coarse", partial(_text, dtype="int8"))))
+    loaders = [open_shards(j, open_store(j.store), RankContext(0, 1, CPU, 1), len) for j in (job, coarse)]
+    batches = [loader.batch(0) for loader in loaders]
     assert batches[0].keys == batches[1].keys and batches[1].text.tensors["t5"].dtype == torch.int8
     exact, near = (draw_inputs(batch, job, None, CPU) for batch in batches)
     kept = exact.context.norm(dim=-1) > 0  # else dropped
