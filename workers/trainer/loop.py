@@ -72,6 +72,7 @@ class RankContext:
     threads: int
     cache_bytes: float = 2e9  # on this machine's disk
     decoded_bytes: float = 2e9  # read ahead, in this rank's memory
+    loader_process: bool = False  # read and decode in a process beside this one
 
 
 class Watcher(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pyarrow as pa
@@ -14,13 +15,14 @@ from fake_training import TOKENS, FakeLoader, make_job
 from safetensors.torch import save
 
 from sd3core.data.encoded_shards import FILE_DIGEST, pin_null
+from sd3core.data.loader_process import LoaderProcess
 from sd3core.data.manifest import Manifest, ManifestRef, ShardEntry, commit_manifest
 from sd3core.data.shards import Sample, shard_stem, write_shard
 from sd3core.data.store import FileStore, open_store
 from sd3core.data.stored_text import StoredText
 from sd3core.data.uncaptioned import read_uncaptioned, record_uncaptioned
 from sd3core.errors import DataError
-from sd3core.recipe import Text, TextDtype
+from sd3core.recipe import Compute, Text, TextDtype
 from workers.trainer.loop import RankContext, draw_inputs, read_null
 from workers.trainer.shards import open_shards
 
@@ -108,6 +110,27 @@ def test_every_world_size_reads_the_same_batches(job):
     dropped = np.flatnonzero((pooled[:, :8] == null.clip_l_pooled).all(1).numpy())
     assert inputs[0].context.shape == (2, 2 * TOKENS, 24)
     assert len(dropped) > 0  # "no prompt" is the encoded empty string
+
+
+def test_a_loader_beside_the_rank_gives_the_same_inputs_and_warnings(job):
+    told, loaders = {True: [], False: []}, {}
+    for beside, warnings in told.items():
+        place = RankContext(1, 2, CPU, 1, loader_process=beside)
+        loaders[beside] = open_shards(job, open_store(job.store), place, warnings.append)
+    assert isinstance(loaders[True], LoaderProcess) and told[True] == told[False] != []
+    for step, part in product(range(3), range(2)):  # micro batches of 2
+        found, wanted = (draw_inputs(loaders[b].batch(step, part), job, None, CPU) for b in (True, False))
+        assert found.keys == wanted.keys and len(found.keys) == 2
+        for name in ("x0", "noise", "t", "context", "pooled"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+    loaders[True].close()
+
+
+@pytest.mark.parametrize(
+    "gpus, setting, beside", [(0, None, False), (1, None, True), (0, True, True), (1, False, False)]
+)
+def test_a_loader_runs_beside_ranks_that_have_gpus_or_where_the_recipe_says_so(gpus, setting, beside):
+    assert Compute(gpus_per_rank=gpus, loader_process=setting).decodes_beside_ranks is beside
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
