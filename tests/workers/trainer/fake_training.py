@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +64,26 @@ class FakeLoader:
     def samples(self, wanted) -> list[FakeBatch]:
         ids = np.array([int(key.removeprefix("image-")) for _, key in wanted])
         return [_batch(ids[:-1], 0 * ids[:-1]), _batch(ids[-1:], 0 * ids[-1:])]  # as of two buckets
+
+
+@dataclass
+class Notebook:
+    """A watcher that keeps where attempts began, and warnings."""
+
+    began_at: list[int] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def began(self, attempt: int, samples: int) -> None:
+        self.began_at.append(samples)
+
+    def progress(self, samples: int, note: str, loss: float | None) -> None:
+        pass
+
+    def preview(self, path: str) -> None:
+        pass
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
 
 
 def _batch(ids: np.ndarray, epochs: np.ndarray) -> FakeBatch:

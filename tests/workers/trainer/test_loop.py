@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from fake_training import MODEL, TOKENS, FakeLoader, fake_loader, make_job
+from fake_training import MODEL, TOKENS, FakeLoader, Notebook, fake_loader, make_job
 from rank_processes import run_ranks
 
 from sd3core.checkpoint import load_model
@@ -54,24 +54,6 @@ AVERAGE = {"samples": 48, "checkpoint_every_samples": 16, "ema_decay": 0.15}  # 
 LATE = {"samples": 48, "checkpoint_every_samples": 16, "ema_every_steps": 3}  # the first update is after 24 samples
 
 LEAN = {"all-lean": 1, "all-plain": 10**9}  # name -> least number of tokens that takes the lean forms
-
-
-@dataclass
-class Notebook:
-    began_at: list[int] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def began(self, attempt: int, samples: int) -> None:
-        self.began_at.append(samples)
-
-    def progress(self, samples: int, note: str, loss: float | None) -> None:
-        pass
-
-    def preview(self, path: str) -> None:
-        pass
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 def _train(rank, world, job, loader_changes=None):

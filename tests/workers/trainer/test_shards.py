@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from fake_training import TOKENS, FakeLoader, make_job
+from fake_training import TOKENS, UNTIMED, FakeLoader, Notebook, make_job
+from rank_processes import run_ranks
 from safetensors.torch import save
 
 from sd3core.data.encoded_shards import FILE_DIGEST, pin_null
@@ -23,8 +24,10 @@ from sd3core.data.stored_text import StoredText
 from sd3core.data.uncaptioned import read_uncaptioned, record_uncaptioned
 from sd3core.errors import DataError
 from sd3core.recipe import Compute, Text, TextDtype
-from workers.trainer.loop import RankContext, draw_inputs, read_null
+from sd3core.training_checkpoint import assemble_weights
+from workers.trainer.loop import RankContext, draw_inputs, read_null, train_rank
 from workers.trainer.shards import open_shards
+from workers.trainer.standing_checkpoints import read_metrics
 
 CPU = torch.device("cpu")
 SCHEMAS = {
@@ -124,6 +127,26 @@ def test_a_loader_beside_the_rank_gives_the_same_inputs_and_warnings(job):
         for name in ("x0", "noise", "t", "context", "pooled"):
             assert torch.equal(getattr(found, name), getattr(wanted, name)), name
     loaders[True].close()
+
+
+def _train(rank, world, jobs):
+    for beside, job in jobs.items():
+        place = RankContext(rank, world, CPU, threads=1, loader_process=beside)
+        train_rank(job, place, Notebook(), open_shards)
+
+
+@pytest.mark.slow
+def test_training_is_the_same_whichever_process_reads(tmp_path):
+    """A phase of 12 steps, by the losses of each and the weights and moments at its end, bit by bit."""
+    jobs = {beside: _job(tmp_path / str(beside)) for beside in (False, True)}
+    run_ranks(1, _train, jobs)
+    stores = [open_store(job.store) for job in jobs.values()]
+    for kind in ("weights", "exp_avg", "exp_avg_sq", "ema"):
+        inside, beside = (assemble_weights(store, f"{jobs[True].folder}/{96:012d}", kind) for store in stores)
+        assert inside.keys() == beside.keys() and all(torch.equal(inside[name], beside[name]) for name in inside)
+    rows = [read_metrics(store, jobs[True].folder) for store in stores]
+    inside, beside = ([{k: v for k, v in row.items() if k not in UNTIMED} for row in part] for part in rows)
+    assert inside == beside and len(inside) == 12 and all("wait_s" in row for row in rows[1])
 
 
 @pytest.mark.parametrize(
