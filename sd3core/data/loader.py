@@ -1,4 +1,4 @@
-"""From the training plan to batches: each rank's slice of every step, made ahead in parts.
+"""From the training plan to batches: each rank's slice of every step, made ahead.
 
 The held-out part is read here too.
 

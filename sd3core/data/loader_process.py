@@ -1,8 +1,8 @@
-"""A rank's loader in a process of its own: reads, checks and packs beside the one that trains.
+"""Runs a rank's loader in a process of its own, beside the one that trains.
 
-The two talk over a socket. A batch is a message and an open file of memory without a name, which the rank maps: nothing is
-copied, and nothing is left when both are gone, however they end. The process that reads loads neither torch nor a device's
-library, and ends at once when the rank does.
+It reads, checks and packs, and loads neither torch nor a device's library. The two talk over a socket. A batch is a
+message and an open file of memory without a name, which the rank maps: nothing is copied, and nothing is left when both
+are gone, however they end. The loader's process ends at once when the rank does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a rank's loader is opened from: two manifests, the plan, a local cache of shards."""
+"""What a rank's loader is opened from, and opening it: manifests, plan, cache."""
 
 from __future__ import annotations
 
