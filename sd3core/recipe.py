@@ -445,6 +445,11 @@ class Compute(Section):
     object_store_mb: int = Field(200, ge=80)  # local Ray only
     cache_gb: float = Field(2.0, gt=0)  # on a machine's disk: tables of rows, and a store's data where all of it fits
     decoded_gb: float = Field(2.0, gt=0)  # read ahead in a training rank's memory: half rows, half batches
+    loader_process: bool | None = None  # read and decode beside each rank, not in its threads; None: where it has a GPU
+
+    @property
+    def decodes_beside_ranks(self) -> bool:
+        return self.gpus_per_rank > 0 if self.loader_process is None else self.loader_process
 
     @field_validator("gpus_per_actor", "gpus_per_rank")
     @classmethod

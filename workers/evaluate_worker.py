@@ -17,13 +17,14 @@ import torch
 
 from sd3core.checkpoint import read_training_checkpoint
 from sd3core.conditioning import join_features
+from sd3core.data.batch import Batch
 from sd3core.data.images import PixelRules
 from sd3core.data.loader import load_split
 from sd3core.data.manifest import Manifest, read_manifest
 from sd3core.data.provenance import device_kind, provenance
 from sd3core.data.records import record_bytes, sealed
 from sd3core.data.shard_cache import ShardCache
-from sd3core.data.shard_reader import Batch, ShardReader
+from sd3core.data.shard_reader import ShardReader
 from sd3core.data.split_rows import Row, read_rows
 from sd3core.data.store import open_store
 from sd3core.generate import Draw, Generator, grid_columns

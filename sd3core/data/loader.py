@@ -4,6 +4,17 @@ The held-out part is read here too.
 
 What a rank reads is what it trains on: the rows of its slots, each with the one caption that is drawn for it. Where
 there is room, the rest of a row's piece, which its slot takes in later batches, comes by the same request and waits.
+
+A step is made in parts, as the trainer takes it: a rank never holds a whole one. What it holds has a bound:
+
+    rows that wait for later steps    read_ahead_bytes / 2
+    parts that are ready              read_ahead_bytes / 2, or FEWEST_AHEAD parts where these are more
+    rows that a part is made of       a part for each of `threads`
+    requests under way                READ_THREADS of at most SPAN_BYTES_AT_MOST (sd3core.data.shard_cache): 0.13 GB
+
+With sd3-8b's 1.5 GB, its 983,040 bytes of a caption and 16-bit latents that is 1.70 GB where a part has 32 rows of 256 px
+(33 MB) and 1.64 GB where it has 2 of 1,024 px (3 MB), whatever the number of ranks. The trainer holds a few parts more, 0.1 GB.
+`tests/sd3core/data/test_reading_at_scale.py` counts and measures it.
 """
 
 from __future__ import annotations
@@ -11,17 +22,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sd3core.data.batch_bytes import PackedBatch, StoredSample
 from sd3core.data.encoded_shards import Split
-from sd3core.data.shard_reader import Batch, ShardReader, StoredSample
+from sd3core.data.shard_reader import ShardReader
 from sd3core.data.training_plan import PlannedBatch, TrainingPlan
 from sd3core.errors import DataError
 from sd3core.randomness import uniform
 
-READ_AHEAD_BYTES = 2e9  # of batches that are ready, and of rows that wait for theirs: half of it each
-FEWEST_AHEAD, MOST_AHEAD = 2, 16  # batches
+if TYPE_CHECKING:
+    from sd3core.data.batch import Batch
+
+READ_AHEAD_BYTES = 2e9  # of parts that are ready, and of rows that wait for theirs: half of it each
+FEWEST_AHEAD, MOST_AHEAD = 2, 16  # parts; of a step that has many, as many steps as FEWEST_AHEAD says
+MOST_BUFFERS = 256  # that are ready: each may be an open file
 
 Claim = tuple["_Fetched", int]
 PlannedRow = tuple[str, int, int, int]  # bucket, epoch, position of the shard, row counted within shard and bucket
@@ -45,10 +62,10 @@ class _Fetched:
 
 
 class BatchLoader:
-    """`batch(step)`: this rank's consecutive slice of the global batch that the plan has for the step (from 0 on).
+    """`batch(step, part)`: a part of this rank's consecutive slice of the global batch that the plan has for the step.
 
-    The steps after it are read and made by threads meanwhile, so many as `read_ahead_bytes` holds, so that training does
-    not wait. Any step may be asked for next.
+    Steps and parts count from 0. Those that come after it are read and made by threads meanwhile, so many as
+    `read_ahead_bytes` holds, so that training does not wait. Any step may be asked for next.
     """
 
     def __init__(
@@ -60,60 +77,74 @@ class BatchLoader:
         seed: int,
         rank: int,
         world: int,
+        micro_batch: int | None = None,
         steps: int | None = None,
         read_ahead_bytes: float = READ_AHEAD_BYTES,
         ahead: int | None = None,
         threads: int = 2,
     ) -> None:
-        """`steps`: how many there will be, so that nothing is read for later ones; `ahead`: batches, instead of as many as
-        there is room for.
+        """`micro_batch`: rows of a part; None makes one part of a rank's whole slice. `steps`: how many there will be, so that
+        nothing is read for later ones. `ahead`: parts, instead of as many as there is room for.
         """
-        if plan.global_batch % world:
+        share = plan.global_batch // world
+        self.part_rows = micro_batch or share
+        if plan.global_batch % (world * self.part_rows):
             raise DataError(
-                f"global_batch {plan.global_batch} is not a multiple of {world} ranks; change compute.train_ranks"
+                f"global_batch {plan.global_batch} is not a multiple of {world} ranks"
+                + (f" x micro_batch {micro_batch}" if micro_batch else "")
+                + "; change compute.train_ranks"
             )
+        self.parts = share // self.part_rows
         self.reader, self.plan, self.original_fraction, self.seed = reader, plan, original_fraction, seed
         self.steps, self.read_ahead_bytes, self._ahead = steps, read_ahead_bytes, ahead
-        share = plan.global_batch // world
-        self._slots = slice(rank * share, (rank + 1) * share)
+        self._first_slot = rank * share
         self._making = ThreadPoolExecutor(threads, thread_name_prefix="batches")
         self._fetching = ThreadPoolExecutor(threads, thread_name_prefix="rows")
-        self._made: dict[int, Future[Batch]] = {}
+        self._made: dict[int, Future[PackedBatch]] = {}  # by number: step * parts + part
         self._waiting: dict[PlannedRow, Claim] = {}  # rows that are here, or on their way, for later batches
         self._next = 0
-        self._batch_bytes = 0
+        self._part_bytes = 0
 
     @property
     def ahead(self) -> int:
-        """Batches that are made before they are asked for: of those that have been made the size is known."""
+        """Parts that are made before they are asked for: of those that have been made the size is known."""
         if self._ahead is not None:
             return self._ahead
-        room = self.read_ahead_bytes / 2 / self._batch_bytes if self._batch_bytes else FEWEST_AHEAD
-        return max(FEWEST_AHEAD, min(MOST_AHEAD, int(room)))
+        room = self.read_ahead_bytes / 2 / self._part_bytes if self._part_bytes else FEWEST_AHEAD
+        most = min(max(MOST_AHEAD, FEWEST_AHEAD * self.parts), MOST_BUFFERS)
+        return max(FEWEST_AHEAD, min(most, int(room)))
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, part: int = 0) -> Batch:
         """Original or synthetic caption: by (seed, epoch, sample), so neither ranks nor restarts change it."""
-        was_ahead = step in self._made
-        if step != self._next:  # rows that wait are for steps that follow each other
-            self._drop(list(self._made))
-            self._waiting = {}
-        self._next = step + 1
-        for coming in range(step, step + 1 + self.ahead):
-            if coming not in self._made and (coming == step or self.steps is None or coming < self.steps):
+        return _unpacked(self.packed(step, part))
+
+    def packed(self, step: int, part: int = 0) -> PackedBatch:
+        """As `batch`, as bytes."""
+        number = step * self.parts + part
+        was_ahead = number in self._made
+        if number != self._next:  # rows that wait are for steps that follow each other
+            self._forget()
+        self._next = number + 1
+        for coming in range(number, number + 1 + self.ahead):
+            if coming not in self._made and (coming == number or self._will_come(coming)):
                 self._made[coming] = self._submit(coming)
         try:
-            batch = self._made.pop(step).result()
+            packed = self._made.pop(number).result()
         except Exception:
-            self._drop(list(self._made))
-            self._waiting = {}
+            self._forget()
             if not was_ahead:
                 raise
-            batch = self._submit(step).result()  # what failed ahead, perhaps long ago, is tried once more when needed
-        self._batch_bytes = max(self._batch_bytes, _bytes_of(batch))
-        return batch
+            # what failed ahead, perhaps long ago, is tried once more when needed
+            packed = self._submit(number).result()
+        self._part_bytes = max(self._part_bytes, _bytes_of(packed))
+        return packed
 
     def samples(self, wanted: Iterable[tuple[int, str]]) -> list[Batch]:
         """The samples with these (shard number, key), in batches of one bucket; those that do not stand are left out."""
+        return [_unpacked(packed) for packed in self.packed_samples(wanted)]
+
+    def packed_samples(self, wanted: Iterable[tuple[int, str]]) -> list[PackedBatch]:
+        """As `samples`, as bytes."""
         places: dict[str, list[tuple[int, int]]] = {}
         for position, row, bucket in self.reader.find(wanted):
             places.setdefault(bucket, []).append((position, row))
@@ -128,21 +159,33 @@ class BatchLoader:
         for threads in (self._making, self._fetching):
             threads.shutdown(wait=True, cancel_futures=True)
 
-    def _drop(self, steps: Iterable[int]) -> None:
-        for step in steps:
-            self._made.pop(step).cancel()
+    def _will_come(self, number: int) -> bool:
+        return self.steps is None or number < self.steps * self.parts
 
-    def _submit(self, step: int) -> Future[Batch]:
-        """Begins to make a batch. Steps are submitted in order, so that each takes the rows that earlier ones left for it."""
-        planned = self.plan.batch(step, self._slots)
-        return self._making.submit(self._make, planned, self._claim(step, planned))
+    def _forget(self) -> None:
+        """Lets go of all that was read ahead."""
+        for future in self._made.values():
+            future.cancel()
+        self._made, self._waiting = {}, {}
 
-    def _claim(self, step: int, planned: PlannedBatch) -> list[Claim]:
-        """Where each row of the batch will come from; what is not on its way is sent for."""
+    def _submit(self, number: int) -> Future[PackedBatch]:
+        """Begins to make a part. They are submitted in order, so that each takes the rows that earlier ones left for it."""
+        step, part = divmod(number, self.parts)
+        slots = self.slots_of(part)
+        planned = self.plan.batch(step, slots)
+        return self._making.submit(self._make, planned, self._claim(step, slots, planned))
+
+    def slots_of(self, part: int) -> slice:
+        """Of the global batch."""
+        begin = self._first_slot + part * self.part_rows
+        return slice(begin, begin + self.part_rows)
+
+    def _claim(self, step: int, slots: slice, planned: PlannedBatch) -> list[Claim]:
+        """Where each row of the part will come from; what is not on its way is sent for."""
         rows = _rows_of(planned)
         lacking = [place for place, row in enumerate(rows) if row not in self._waiting or self._waiting[row][0].failed]
         if lacking:
-            mine = np.arange(self._slots.start, self._slots.stop)[lacking]
+            mine = np.arange(slots.start, slots.stop)[lacking]
             self._fetch([rows[place] for place in lacking], self.plan.piece(step, mine, self.steps))
         return [self._waiting.pop(row) for row in rows]
 
@@ -163,9 +206,9 @@ class BatchLoader:
 
         return list(self.reader.read_units(shards, units, wanted[0][0], draw))
 
-    def _make(self, planned: PlannedBatch, claims: list[Claim]) -> Batch:
+    def _make(self, planned: PlannedBatch, claims: list[Claim]) -> PackedBatch:
         samples = [fetched.take(place) for fetched, place in claims]
-        return self.reader.decode(samples, planned.epoch, planned.bucket)
+        return self.reader.packed(samples, planned.epoch, planned.bucket)
 
 
 def load_split(reader: ShardReader, split: Split, batch: int, limit: int | None = None) -> Iterator[Batch]:
@@ -178,7 +221,7 @@ def load_split(reader: ShardReader, split: Split, batch: int, limit: int | None 
     for bucket in sorted({bucket for _, _, bucket in chosen}):
         places = np.array([(position, row) for position, row, name in chosen if name == bucket], dtype=np.int64)
         for start in range(0, len(places), batch):
-            yield reader.originals(*places[start : start + batch].T, bucket)
+            yield _unpacked(reader.originals(*places[start : start + batch].T, bucket))
 
 
 def _spread(reader: ShardReader, split: Split, limit: int | None) -> list[tuple[int, int, str]]:
@@ -203,8 +246,14 @@ def _rows_of(planned: PlannedBatch) -> list[PlannedRow]:
     return [(planned.bucket, *place) for place in places]
 
 
-def _bytes_of(batch: Batch) -> int:
-    return batch.latent.nbytes + batch.text.nbytes
+def _bytes_of(packed: PackedBatch) -> int:
+    return packed.layout.size
+
+
+def _unpacked(packed: PackedBatch) -> Batch:
+    from sd3core.data.batch import unpacked  # here: a process that only reads loads no torch
+
+    return unpacked(packed.layout, packed.buffer.memory)
 
 
 def _hash(number: int) -> bytes:

@@ -36,7 +36,9 @@ from sd3core.files.whole_output import PARTIAL, atomic_replacement
 STALE_PARTIAL_S = 3600  # a file being written for so long belongs to a killed process
 READ_THREADS = 16  # requests under way
 WASTE = 1 / 8  # of the bytes of a request that may lie between the rows that are wanted
-SPAN_BYTES_AT_MOST = 64 << 20
+SPAN_BYTES_AT_MOST = (
+    8 << 20
+)  # a plan's piece of whole captions; times READ_THREADS it is all that requests hold at once
 SCANS = 64  # the folder is looked through after so small a part of its room has been written by this process
 
 
@@ -132,7 +134,7 @@ class ShardCache:
         tar, rows = wanted
         begin, end = rows[0].offset, max(row.offset + row.length for row in rows)
         try:
-            data = self.store.get_range(tar.path, begin, end - begin)
+            data = memoryview(self.store.get_range(tar.path, begin, end - begin))
         except StoreNotFound:
             raise self._gone(tar.path) from None
         except StoreDamaged:
@@ -235,7 +237,7 @@ class _Tar:
     def is_checked(self, row: StoredRow) -> bool:
         return not self.elsewhere and self._pread(1, row.offset // TAR_BLOCK) == b"\1"
 
-    def note(self, rows: list[tuple[StoredRow, bytes]]) -> None:
+    def note(self, rows: list[tuple[StoredRow, memoryview]]) -> None:
         """Of rows that were found to be what their digests say."""
         if self.file is None or not rows:
             return
@@ -246,7 +248,7 @@ class _Tar:
             with suppress(StoreError):  # without a note they are read and hashed again
                 self._write([(row.offset // TAR_BLOCK, b"\1") for row, _ in rows])
 
-    def _write(self, parts: list[tuple[int, bytes]]) -> None:
+    def _write(self, parts: list[tuple[int, bytes | memoryview]]) -> None:
         with self.cache.writing(sum(len(data) for _, data in parts)):
             file = os.open(self.file, os.O_WRONLY | os.O_CREAT, 0o600)
             try:
@@ -282,8 +284,8 @@ def spans_of(rows: Sequence[StoredRow]) -> list[list[StoredRow]]:
     return spans
 
 
-def _file_of(data: bytes, row: StoredRow) -> bytes:
-    """The file behind a tar header. What is no header gives what no digest is of."""
+def _file_of(data: bytes | memoryview, row: StoredRow) -> bytes:
+    """The file behind a tar header, a copy. What is no header gives what no digest is of."""
     with suppress(ValueError):
-        return data[TAR_BLOCK : TAR_BLOCK + int(data[124:136].rstrip(b"\0 "), 8)]
+        return bytes(data[TAR_BLOCK : TAR_BLOCK + int(bytes(data[124:136]).rstrip(b"\0 "), 8)])
     return b""

@@ -13,23 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from safetensors import SafetensorError
-from torch import Tensor
 
-from sd3core.buckets import bucket_side
-from sd3core.data.encoded_shards import (
-    CAPTION_KINDS,
-    ORIGINAL,
-    SYNTHETIC,
-    Split,
-    latent_of,
-)
+from sd3core.data.batch_bytes import BatchBuffer, PackedBatch, PlainBuffer, StoredSample, pack_batch
+from sd3core.data.encoded_shards import CAPTION_KINDS, ORIGINAL, SYNTHETIC, Split
 from sd3core.data.manifest import Manifest
 from sd3core.data.shard_cache import ShardCache, StoredRow
 from sd3core.data.shard_rows import LATENT, ShardFiles, ShardRows, join_rows, joined_name
 from sd3core.data.store import Store
-from sd3core.data.stored_text import StoredText
 from sd3core.data.uncaptioned import SPLITS, Uncaptioned, shards_without_captions
 from sd3core.data.unit_counts import UnitCounts, rows_in_manifest
 from sd3core.errors import DataError
@@ -41,35 +31,12 @@ NAMED_SHARDS = 5  # shards that an error names
 KEPT_SHARE = 0.75  # of the local cache that a data set may fill, to be kept in it whole
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """One rank's part of a step: one bucket."""
-
-    latent: Tensor  # (B, 16, h, w), normalised, in the precision it is stored in
-    text: StoredText
-    sample_ids: np.ndarray  # (B,) int64
-    epochs: np.ndarray  # (B,) int64
-    keys: list[str]
-    bucket: str  # HEIGHTxWIDTH in px
-
-
 @dataclass(frozen=True, slots=True)
 class EncodedShard:
     """One shard's latents and text, as their manifests name them."""
 
     latents: ShardFiles
     text: ShardFiles
-
-
-@dataclass(frozen=True)
-class StoredSample:
-    """A row's files as they are stored, checked."""
-
-    latent: bytes
-    text: bytes
-    key: str
-    sample_id: int
-    where: str  # for messages
 
 
 class ShardReader:
@@ -80,11 +47,20 @@ class ShardReader:
     """
 
     def __init__(
-        self, store: Store, latents: Manifest, text: Manifest, cache: ShardCache, *, clip_tokens: int, t5_tokens: int
+        self,
+        store: Store,
+        latents: Manifest,
+        text: Manifest,
+        cache: ShardCache,
+        *,
+        clip_tokens: int,
+        t5_tokens: int,
+        allocate: Callable[[int], BatchBuffer] = PlainBuffer,
     ) -> None:
+        """`allocate`: bytes -> a buffer for a batch."""
         _check_line_up(latents, text, {"clip_tokens": clip_tokens, "t5_tokens": t5_tokens})
         self.store, self.cache = store, cache
-        self.clip_tokens, self.t5_tokens = clip_tokens, t5_tokens
+        self._packing = {"clip_tokens": clip_tokens, "t5_tokens": t5_tokens, "allocate": allocate}
         self.latents_folder, self.text_folder = latents.folder, text.folder
         # The manifests themselves are let go of: their counts of 41 buckets take a kilobyte a shard as they stand there.
         texts = {shard.number: ShardFiles.of(shard) for shard in text.shards}
@@ -200,18 +176,14 @@ class ShardReader:
             for latent, text, (key, number, where) in zip(files[::2], files[1::2], found, strict=True)
         ]
 
-    def decode(self, samples: Sequence[StoredSample], epochs: np.ndarray, bucket: str) -> Batch:
+    def packed(self, samples: Sequence[StoredSample], epochs: np.ndarray, bucket: str) -> PackedBatch:
         """Rows of one bucket as a batch."""
-        latents = torch.stack([_latent(sample, bucket) for sample in samples])
-        tokens = {"clip_tokens": self.clip_tokens, "t5_tokens": self.t5_tokens}
-        text = StoredText.from_bytes([sample.text for sample in samples], **tokens)
-        ids = np.array([sample.sample_id for sample in samples], dtype=np.int64)
-        return Batch(latents, text, ids, epochs, [sample.key for sample in samples], bucket)
+        return pack_batch(samples, epochs, bucket, **self._packing)
 
-    def originals(self, shards: np.ndarray, rows: np.ndarray, bucket: str) -> Batch:
+    def originals(self, shards: np.ndarray, rows: np.ndarray, bucket: str) -> PackedBatch:
         """Rows of indexes with their original captions first choice, outside any epoch."""
         samples = self._read(self.open(shards.tolist()), shards, rows, np.zeros(len(rows), dtype=bool))
-        return self.decode(samples, np.zeros(len(rows), dtype=np.int64), bucket)
+        return self.packed(samples, np.zeros(len(rows), dtype=np.int64), bucket)
 
     def find(self, wanted: Iterable[tuple[int, str]]) -> list[tuple[int, int, str]]:
         """(position of the shard, row, bucket) of samples by (shard number, key); those that have no caption or are not there
@@ -226,19 +198,6 @@ class ShardReader:
                 if row >= 0 and rows.caption_kind(row, CAPTION_KINDS[0]):
                     found.append((position_of[number], row, rows.bucket_of(row)))
         return found
-
-
-def _latent(sample: StoredSample, bucket: str) -> Tensor:
-    height, width = bucket_side(bucket)
-    try:
-        latent = latent_of(sample.latent)
-    except (KeyError, SafetensorError):
-        raise DataError(f"{sample.where} holds no latent; run encode again") from None
-    if tuple(latent.shape[1:]) != (height // 8, width // 8):
-        raise DataError(
-            f"{sample.where} has a latent of {tuple(latent.shape)}, its bucket is {bucket} px; run encode again"
-        )
-    return latent
 
 
 def _check_line_up(latents: Manifest, text: Manifest, tokens: dict[str, int]) -> None:

@@ -12,25 +12,24 @@ among T5's 4,096 a few are far larger than the rest, much of which one scale wou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from sd3core.conditioning import ENCODERS, TextFeatures
-from sd3core.errors import DataError
+from sd3core.data.batch_bytes import SCALES_ENDING, PlainBuffer, TensorPacking, TensorPlace, pack_text
+from sd3core.files.tensor_files import SAFETENSORS_DTYPES
 from sd3core.recipe import TextDtype
 
 SCALE_GROUP = 128  # channels of a token that share a scale; the last group of a width may be smaller
 SCALE_DTYPE = torch.bfloat16  # float32's range in two bytes; that it is rounded is in the bound
 POOLED_DTYPE = torch.float16  # beside 8-bit sequences: 1 % of their bytes
-SCALES_ENDING = "_scales"  # ends the name of a sequence's scales
 LARGEST_STEP = 127
 
 
@@ -65,14 +64,11 @@ class StoredText:
 
         Raises DataError where bytes are no such features or hold more tokens than asked for.
         """
-        most = {"clip_l": clip_tokens, "clip_g": clip_tokens, "t5": t5_tokens}
-        rows = [_tensors_of(data, most) for data in files]
-        tensors = {}
-        for name in rows[0]:
-            parts = [row[name] for row in rows]
-            along_tokens = name.removesuffix(SCALES_ENDING) in ENCODERS
-            tensors[name] = pad_sequence(parts, batch_first=True) if along_tokens else torch.stack(parts)
-        return StoredText(tensors, clip_tokens, t5_tokens)
+        packing, tokens = TensorPacking(), {"clip_tokens": clip_tokens, "t5_tokens": t5_tokens}
+        places = pack_text(packing, files, **tokens)
+        buffer = PlainBuffer(packing.size)
+        packing.write_to(buffer)
+        return StoredText({name: tensor_at(place, buffer.memory) for name, place in places.items()}, **tokens)
 
     def __len__(self) -> int:
         return len(self.tensors["lengths"])
@@ -140,18 +136,9 @@ def caption_bytes(tokens: Sequence[int], widths: Sequence[int], pooled: int, dty
     return values + scales * SCALE_DTYPE.itemsize + pooled * POOLED_DTYPE.itemsize
 
 
-def _tensors_of(data: bytes, most: dict[str, int]) -> dict[str, Tensor]:
-    """One caption's tensors, checked: `most` tokens of each encoder."""
-    try:
-        tensors = load_tensors(data)
-        names = [f.name for f in fields(TextFeatures)]
-        names += [name + SCALES_ENDING for name in ENCODERS if tensors[name].dtype == torch.int8]
-        stored = {name: tensors[name] for name in names}
-    except Exception as error:  # safetensors raises its own bare classes on damaged bytes
-        raise DataError(f"text features cannot be read ({error}); encode the shard again") from None
-    for name, wanted in most.items():
-        if len(stored[name]) > wanted:
-            raise DataError(
-                f"text features: {len(stored[name])} stored {name} tokens do not fit {wanted}; encode again"
-            )
-    return stored
+def tensor_at(place: TensorPlace, memory: Any) -> Tensor:
+    """A packed tensor as a view of its buffer's `memory`, which is kept as long as the tensor is."""
+    dtype, count = SAFETENSORS_DTYPES[place.dtype], math.prod(place.shape)
+    if not count:
+        return torch.empty(place.shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=place.offset).view(place.shape)

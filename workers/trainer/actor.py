@@ -174,6 +174,7 @@ def _run_rank(job: TrainingJob, compute: Compute, actor: Any, open_loader: Any) 
         threads,
         compute.cache_gb * 1e9,
         compute.decoded_gb * 1e9,
+        compute.decodes_beside_ranks,
     )
     try:
         train_rank(job, place, ActorWatcher(actor), open_loader)

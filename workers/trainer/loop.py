@@ -8,9 +8,10 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,12 +40,12 @@ from workers.trainer.start import fitted_scales, start_weights
 
 NON_FINITE_IN_A_ROW = 5  # then training goes back to the last checkpoint
 GO_BACKS = 2  # then it fails
-STEPS_AHEAD = 2  # whose inputs are drawn while a step computes
+MICRO_BATCHES_AHEAD = 2  # whose inputs are drawn while one computes
 LOGIT_SAMPLES = 2  # of a rank's micro batch, for the attention-logit maximum
 
 
 class TrainingBatch(Protocol):
-    """This rank's contiguous part of a global batch: one bucket, B samples."""
+    """A micro batch: B samples of this rank's contiguous part of a global batch, all of one bucket."""
 
     latent: Tensor  # (B, 16, h, w), in the precision it is stored in
     text: StoredText
@@ -55,7 +56,9 @@ class TrainingBatch(Protocol):
 
 
 class Loader(Protocol):
-    def batch(self, step: int) -> TrainingBatch: ...
+    """`batch` is asked for one micro batch after the other: `part` counts them within the step, both from 0."""
+
+    def batch(self, step: int, part: int) -> TrainingBatch: ...
     def samples(self, wanted: Iterable[tuple[int, str]]) -> list[TrainingBatch]: ...
 
 
@@ -69,6 +72,7 @@ class RankContext:
     threads: int
     cache_bytes: float = 2e9  # on this machine's disk
     decoded_bytes: float = 2e9  # read ahead, in this rank's memory
+    loader_process: bool = False  # read and decode in a process beside this one
 
 
 class Watcher(Protocol):
@@ -89,21 +93,24 @@ class NonFiniteStreak(Exception):
 
 
 @dataclass(frozen=True)
-class StepInputs:
-    """One rank's part of a step, on its device."""
+class MicroBatch:
+    """The inputs of one forward pass of a rank, on its device. Whatever they were made of can be let go of."""
 
     x0: Tensor  # (B, 16, h, w)
     noise: Tensor  # (B, 16, h, w)
     t: Tensor  # (B,) in [0, 1], 1 = noise: the shifted formulation's
     context: Tensor  # (B, L, context_dim)
     pooled: Tensor  # (B, pooled_dim)
-    batch: TrainingBatch
+    keys: list[str]
+    bucket: str
 
-    def micro_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        yield from zip(*(z.split(size) for z in (self.x0, self.noise, self.t, self.context, self.pooled)), strict=True)
+    def first(self, count: int) -> MicroBatch:
+        """A copy of the first few samples."""
+        tensors = (self.x0, self.noise, self.t, self.context, self.pooled)
+        return MicroBatch(*(z[:count].clone() for z in tensors), self.keys[:count], self.bucket)
 
 
-def draw_inputs(batch: TrainingBatch, job: TrainingJob, null: TextFeatures | None, device: torch.device) -> StepInputs:
+def draw_inputs(batch: TrainingBatch, job: TrainingJob, null: TextFeatures | None, device: torch.device) -> MicroBatch:
     """t = quantile(u) of the shifted formulation, noise ~ N(0, 1), encoders dropped with text dropout's two probabilities.
 
     Every draw is by (seed, epoch, sample). Latents and text travel to the device as they are stored.
@@ -116,7 +123,7 @@ def draw_inputs(batch: TrainingBatch, job: TrainingJob, null: TextFeatures | Non
     text = batch.text.features(device)
     context, pooled = conditioning.join_features(text, keep.to(device), null, job.model["context_dim"])
     x0, noise, t = batch.latent.to(device).float(), noise.to(device), t.float().to(device)
-    return StepInputs(x0, noise, t, context, pooled, batch)
+    return MicroBatch(x0, noise, t, context, pooled, batch.keys, batch.bucket)
 
 
 class PhaseTraining:
@@ -176,22 +183,29 @@ class PhaseTraining:
         start = start_weights(self.job)
         load_start_weights(start.weights, self.trainer)
         if start.new and self.job.training.qk_norm_start == "fitted":
-            first = draw_inputs(self.loader.batch(0), self.job, self.null, self.place.device)
-            scales = fitted_scales(self.trainer.model, start.new, lambda: self._losses(first))
+            scales = fitted_scales(self.trainer.model, start.new, self._forward_first_step)
             load_start_weights(start.weights | scales, self.trainer)
 
+    def _forward_first_step(self) -> None:
+        for part in range(self._parts):
+            self._losses_of(self._draw(0, part), self.trainer.model)
+
     def _train_from(self, first: int) -> None:
-        job, streak, checkpoint_due = self.job, 0, False
         self.clock = StepClock()
-        for step, inputs in enumerate(self._inputs_from(first), start=first + 1):
-            row = self._take_step(step, inputs)
+        with closing(self._inputs_from(first)) as inputs:
+            self._take_steps(first, inputs)
+
+    def _take_steps(self, first: int, inputs: Iterator[MicroBatch]) -> None:
+        job, streak, checkpoint_due = self.job, 0, False
+        for step in range(first + 1, job.total_steps + 1):
+            row, shown = self._take_step(step, islice(inputs, self._parts))
             streak = streak + 1 if "warning" in row else 0
             if moving_average.changes_average(job.training, step):
                 self.trainer.update_ema(moving_average.decay_at(job.training, step))
             checkpoint_due |= job.is_checkpoint_step(step)
             ends_here = checkpoint_due and (not streak or step == job.total_steps)
             if ends_here:
-                row["attention_logit_max"] = self._attention_logit_max(inputs)
+                row["attention_logit_max"] = self._attention_logit_max(shown)
             self.records.add(row)
             if streak == NON_FINITE_IN_A_ROW:
                 raise NonFiniteStreak(f"{streak} steps in a row without a finite gradient up to step {step}")
@@ -213,52 +227,67 @@ class PhaseTraining:
     def _shown_samples(self) -> list[TrainingBatch]:
         return self.loader.samples((shown.shard, shown.key) for shown in self.job.previews.captions)
 
-    def _inputs_from(self, first: int) -> Iterator[StepInputs]:
-        """The inputs of every step after `first`; a thread draws those of the steps ahead."""
+    @property
+    def _parts(self) -> int:
+        """Micro batches of a rank's step."""
+        training = self.job.training
+        return training.global_batch // (training.micro_batch * self.place.world)
 
-        def draw(step: int) -> StepInputs:
-            return draw_inputs(self.loader.batch(step), self.job, self.null, self.place.device)
+    def _draw(self, step: int, part: int) -> MicroBatch:
+        return draw_inputs(self.loader.batch(step, part), self.job, self.null, self.place.device)
 
-        steps = iter(range(first, self.job.total_steps))
+    def _inputs_from(self, first: int) -> Iterator[MicroBatch]:
+        """The micro batches of every step after `first`; a thread draws those ahead."""
+        numbers = product(range(first, self.job.total_steps), range(self._parts))
         with ThreadPoolExecutor(1, thread_name_prefix="inputs") as thread:
-            ahead = deque(thread.submit(draw, step) for step in islice(steps, STEPS_AHEAD))
+            ahead = deque(thread.submit(self._draw, *number) for number in islice(numbers, MICRO_BATCHES_AHEAD))
             while ahead:
                 with self.clock.spending("wait_s"):
                     inputs = ahead.popleft().result()
-                ahead.extend(thread.submit(draw, step) for step in islice(steps, 1))
+                ahead.extend(thread.submit(self._draw, *number) for number in islice(numbers, 1))
                 yield inputs
 
-    def _take_step(self, step: int, inputs: StepInputs) -> dict[str, Any]:
-        """One update of the weights; returns its row. Where the gradient is not finite the update is left out."""
+    def _take_step(self, step: int, micro_batches: Iterable[MicroBatch]) -> tuple[dict[str, Any], MicroBatch]:
+        """One update of the weights; returns its row, and a few samples that it has seen.
+
+        Where the gradient is not finite the update is left out.
+        """
         training = self.job.training
         lr = learning_rate(training, self.job.samples_at(step - 1))
-        step_loss, norm = StepLoss(self.place.device), None
-        for x0, noise, t, context, pooled in inputs.micro_batches(training.micro_batch):
-            predict = partial(_predict, self.trainer, context, pooled)
-            losses = self.formulation.loss(predict, x0, noise, t)  # (B,)
+        step_loss, norm, seen, shown = StepLoss(self.place.device), None, [], None
+        for inputs in micro_batches:
+            losses = self._losses_of(inputs, self.trainer)  # (B,)
             self.trainer.backward(losses.mean())
             norm = self.trainer.step(lr)
-            step_loss.add(losses, self.formulation.rf_time(t))
-        assert norm is not None, "the micro batches of a step end on an accumulation boundary"
+            step_loss.add(losses, self.formulation.rf_time(inputs.t))
+            seen.append((inputs.keys, losses.detach()))
+            shown = shown or inputs.first(LOGIT_SAMPLES)
+        assert shown and norm is not None, "the micro batches of a step end on an accumulation boundary"
         dist.all_reduce(step_loss.totals)
 
         row: dict[str, Any] = {"samples": self.job.samples_at(step), "step": step, "lr": lr}
-        row["bucket"] = inputs.batch.bucket
+        row["bucket"] = shown.bucket
         if math.isfinite(norm):
             row |= step_loss.row() | {"grad_norm": norm}
         else:
-            row |= self._name_bad_samples(step, inputs, losses_finite=bool(step_loss.totals.isfinite().all()))
+            row |= self._name_bad_samples(step, seen, losses_finite=bool(step_loss.totals.isfinite().all()))
         seconds, spent = self.clock.end_step(self.place.device)
         rate = training.global_batch / seconds
-        tokens = inputs.x0[0, 0].numel() // self.config.patch_size**2
-        flops = flops_per_sample(self.config, tokens, inputs.context.shape[1])
-        return row | spent | {"samples_per_s": rate, "mfu": rate * flops / (self.peak * self.place.world)}
+        tokens = shown.x0[0, 0].numel() // self.config.patch_size**2
+        flops = flops_per_sample(self.config, tokens, shown.context.shape[1])
+        row |= spent | {"samples_per_s": rate, "mfu": rate * flops / (self.peak * self.place.world)}
+        return row, shown
 
-    def _name_bad_samples(self, step: int, inputs: StepInputs, losses_finite: bool) -> dict[str, Any]:
-        """The part of a row that says which samples gave a step without a finite gradient. All ranks call it."""
-        keys = np.array(inputs.batch.keys)
+    def _name_bad_samples(
+        self, step: int, seen: list[tuple[list[str], Tensor]], *, losses_finite: bool
+    ) -> dict[str, Any]:
+        """The part of a row that says which samples gave a step without a finite gradient. All ranks call it.
+
+        seen: keys and losses (B,) of this rank's micro batches.
+        """
+        keys = np.array([key for part, _ in seen for key in part])
         if not losses_finite:
-            keys = keys[~self._losses(inputs).isfinite().cpu().numpy()]
+            keys = keys[~torch.cat([losses for _, losses in seen]).isfinite().cpu().numpy()]
         gathered: list[list[str]] = [[]] * self.place.world
         dist.all_gather_object(gathered, [str(key) for key in keys])
         named = [key for part in gathered for key in part]
@@ -268,20 +297,16 @@ class PhaseTraining:
         self._warn(warning)
         return {"loss": None, "grad_norm": None, "warning": warning, "keys": named}
 
-    @torch.no_grad()
-    def _losses(self, inputs: StepInputs) -> Tensor:
-        """The loss of each of this rank's samples, (B,), without a step. All ranks call it."""
-        losses = [
-            self.formulation.loss(partial(_predict, self.trainer.model, context, pooled), x0, noise, t)
-            for x0, noise, t, context, pooled in inputs.micro_batches(self.job.training.micro_batch)
-        ]
-        return torch.cat(losses)
+    def _losses_of(self, inputs: MicroBatch, model: Callable[..., Tensor]) -> Tensor:
+        """The loss of each sample, (B,)."""
+        predict = partial(_predict, model, inputs.context, inputs.pooled)
+        return self.formulation.loss(predict, inputs.x0, inputs.noise, inputs.t)
 
     @torch.no_grad()
-    def _attention_logit_max(self, inputs: StepInputs) -> float:
-        x0, noise, t, context, pooled = next(inputs.micro_batches(min(LOGIT_SAMPLES, self.job.training.micro_batch)))
-        z_in, t_in = self.formulation.network_inputs(self.formulation.add_noise(x0, noise, t), t)
-        return float(max_attention_logit(self.trainer.model, z_in, t_in, context, pooled).max())
+    def _attention_logit_max(self, shown: MicroBatch) -> float:
+        z_t = self.formulation.add_noise(shown.x0, shown.noise, shown.t)
+        z_in, t_in = self.formulation.network_inputs(z_t, shown.t)
+        return float(max_attention_logit(self.trainer.model, z_in, t_in, shown.context, shown.pooled).max())
 
     def _tell(self, row: dict[str, Any], doing: str = "") -> None:
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"

@@ -45,18 +45,29 @@ def bucket_names(count: int) -> list[str]:
 
 
 class SyntheticShards(Store):
-    """A store elsewhere that holds `shards` shards of `rows` rows, two captions a row, in so many buckets."""
+    """A store elsewhere that holds `shards` shards of `rows` rows, two captions a row, in so many buckets.
 
-    def __init__(self, shards: int, rows: int, buckets: int, sizes: Sizes) -> None:
+    `names`: the buckets' own instead; `caption_width`: of T5's two tokens, in float32.
+    """
+
+    def __init__(
+        self,
+        shards: int,
+        rows: int,
+        buckets: int,
+        sizes: Sizes,
+        names: tuple[str, ...] | None = None,
+        caption_width: int = 4,
+    ) -> None:
         super().__init__("s3://synthetic")
         self.shards, self.rows, self.sizes = shards, rows, sizes
         self.requests: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()  # of tars as they are here, and of indexes
         shares = np.geomspace(1, 0.02, buckets)  # as aspect ratios are: few of most
         counts = np.diff(np.round(np.cumsum(np.append(0, shares)) / shares.sum() * rows)).astype(int)
-        self.counts = dict(zip(bucket_names(buckets), counts.tolist(), strict=True))
+        self.counts = dict(zip(names or bucket_names(buckets), counts.tolist(), strict=True))
         self._latents = {name: _member("latent", _latent(name)) for name in self.counts}
-        self._caption = _member("caption", _caption())
+        self._caption = _member("caption", _caption(caption_width))
 
     def __reduce__(self):
         raise TypeError("a counting store stays in its process")
@@ -151,8 +162,8 @@ def _latent(bucket: str) -> bytes:
     return latent_bytes(torch.zeros(16, height, width, dtype=torch.float16))
 
 
-def _caption() -> bytes:
-    tokens = [torch.zeros(1, 2, width) for width in (2, 2, 4)]
+def _caption(width: int) -> bytes:
+    tokens = [torch.zeros(1, 2, width) for width in (2, 2, width)]
     pooled = [torch.zeros(1, width) for width in (2, 2)]
     features = TextFeatures(*tokens, *pooled, torch.full((1, 3), 2))
     return StoredText.of(features, "float32").to_bytes("reference")

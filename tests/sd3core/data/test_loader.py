@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import fields
+from itertools import product
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,6 @@ from sd3core.data.loader import FEWEST_AHEAD, MOST_AHEAD, BatchLoader, load_spli
 from sd3core.data.shard_cache import ShardCache
 from sd3core.data.shard_reader import ShardReader
 from sd3core.data.shards import sample_id
-from sd3core.data.stored_text import StoredText
 from sd3core.data.training_plan import TrainingPlan
 from sd3core.errors import DataError
 from sd3core.randomness import uniform
@@ -108,6 +108,22 @@ def test_ranks_are_slices_of_the_same_global_batch(file_store, tmp_path, world):
         _loader(reader, 0, 5)
 
 
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 6])
+def test_parts_of_a_step_are_its_slices(file_store, tmp_path, micro_batch):
+    """Two ranks in parts of any size: bit by bit the rows of the whole step, whichever step is asked for next."""
+    data_set = made.write_data_set(file_store)
+    whole = _loader(_reader(file_store, data_set, tmp_path))
+    ranks = [_loader(_reader(file_store, data_set, tmp_path), rank, 2, micro_batch=micro_batch) for rank in range(2)]
+    for step in (0, 1, 2, 7, 3):
+        batch = whole.batch(step)
+        parts = [rank.batch(step, part) for rank in ranks for part in range(6 // micro_batch)]
+        assert {len(part.keys) for part in parts} == {micro_batch} and {part.bucket for part in parts} == {batch.bucket}
+        for number, values in enumerate(made.as_numbers(batch)):
+            np.testing.assert_array_equal(values, np.concatenate([made.as_numbers(part)[number] for part in parts]))
+    with pytest.raises(DataError, match="global_batch 12 is not a multiple of 2 ranks x micro_batch 4; change compute"):
+        _loader(whole.reader, 0, 2, micro_batch=4)
+
+
 def test_any_step_may_be_next(file_store, tmp_path):
     data_set = made.write_data_set(file_store)
     straight = _loader(_reader(file_store, data_set, tmp_path))
@@ -133,41 +149,41 @@ def test_the_next_batches_are_made_meanwhile(file_store, tmp_path):
 
 
 class Counted:
-    """Counts the rows that are read of the tars, and what is decoded of them."""
+    """Counts the rows that are read of the tars, and those that are packed into batches."""
 
     def __init__(self, monkeypatch) -> None:
-        self.read, self.latents, self.texts = Counter(), Counter(), Counter()
-        read, decode, from_bytes = ShardCache.read, shard_reader.latent_of, StoredText.from_bytes
+        self.read, self.packed = Counter(), Counter()
+        read, pack = ShardCache.read, shard_reader.pack_batch
 
         def counting(cache, rows, **options):
             self.read.update((row.path, row.offset) for row in rows)
             return read(cache, rows, **options)
 
+        def packing(samples, *arguments, **options):
+            self.packed.update(sample.key for sample in samples)
+            return pack(samples, *arguments, **options)
+
         monkeypatch.setattr(ShardCache, "read", counting)
-        monkeypatch.setattr(shard_reader, "latent_of", lambda data: (self.latents.update([data]), decode(data))[1])
-        monkeypatch.setattr(
-            StoredText,
-            "from_bytes",
-            staticmethod(lambda files, **tokens: (self.texts.update(files), from_bytes(files, **tokens))[1]),
-        )
+        monkeypatch.setattr(shard_reader, "pack_batch", packing)
 
 
 @pytest.mark.parametrize("piece_rows", [1, 3, 100])
 @pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize("micro_batch", [None, 1])
 def test_every_row_trained_on_is_read_and_decoded_once_and_nothing_else(
-    file_store, tmp_path, monkeypatch, piece_rows, world
+    file_store, tmp_path, monkeypatch, piece_rows, world, micro_batch
 ):
     data_set, counted, steps = made.write_data_set(file_store), Counted(monkeypatch), 30
     trained = Counter()
     for rank in range(world):
-        options = {"piece_rows": piece_rows, "steps": steps}
+        options = {"piece_rows": piece_rows, "steps": steps, "micro_batch": micro_batch}
         loader = _loader(_reader(file_store, data_set, tmp_path), rank, world, **options)
-        for step in range(steps):
-            trained.update(loader.batch(step).keys)
+        for step, part in product(range(steps), range(loader.parts)):
+            trained.update(loader.batch(step, part).keys)
         assert not loader._waiting  # nor is anything read for steps that never come
         loader.close()
     latents = Counter({place: count for place, count in counted.read.items() if place[0].startswith("latents")})
-    assert latents.total() == counted.latents.total() == counted.texts.total() == steps * GLOBAL_BATCH
+    assert latents.total() == steps * GLOBAL_BATCH and counted.packed == trained
     assert sorted(latents.values()) == sorted(trained.values())  # of each row as often as it was trained on
     assert counted.read.total() == 2 * steps * GLOBAL_BATCH  # a row's latent and one caption
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,33 +34,56 @@ class FakeBatch:
 
 @dataclass(frozen=True)
 class FakeLoader:
-    """`nan_steps`: steps (from 0) whose first sample has a NaN in its latent. `stuck_at`: the step whose batch never comes,
-    `slow_at`: the one whose batch takes `slow_s`.
+    """`micro_batch`: rows of a part; None makes one part of a rank's whole slice. `nan_steps`: steps (from 0) whose first
+    sample has a NaN in its latent. `stuck_at`: the step whose batch never comes, `slow_at`: the one whose batch takes `slow_s`.
     """
 
     global_batch: int
     rank: int
     world: int
+    micro_batch: int | None = None
     nan_steps: tuple[int, ...] = ()
     stuck_at: int | None = None
     slow_at: int | None = None
     slow_s: float = 3.0
 
-    def batch(self, step: int) -> FakeBatch:
+    def batch(self, step: int, part: int = 0) -> FakeBatch:
         if step == self.stuck_at:
             time.sleep(3600)
-        if step == self.slow_at:
+        if step == self.slow_at and part == 0:
             time.sleep(self.slow_s)
-        part = self.global_batch // self.world
-        positions = step * self.global_batch + np.arange(self.rank * part, (self.rank + 1) * part)
+        share = self.global_batch // self.world
+        rows = self.micro_batch or share
+        first = step * self.global_batch + self.rank * share + part * rows
+        positions = np.arange(first, first + rows)
         batch = _batch(positions % IMAGES, positions // IMAGES)
-        if step in self.nan_steps and self.rank == 0:
+        if step in self.nan_steps and self.rank == 0 and part == 0:
             batch.latent[0, 0, 0, 0] = float("nan")
         return batch
 
     def samples(self, wanted) -> list[FakeBatch]:
         ids = np.array([int(key.removeprefix("image-")) for _, key in wanted])
         return [_batch(ids[:-1], 0 * ids[:-1]), _batch(ids[-1:], 0 * ids[-1:])]  # as of two buckets
+
+
+@dataclass
+class Notebook:
+    """A watcher that keeps where attempts began, and warnings."""
+
+    began_at: list[int] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def began(self, attempt: int, samples: int) -> None:
+        self.began_at.append(samples)
+
+    def progress(self, samples: int, note: str, loss: float | None) -> None:
+        pass
+
+    def preview(self, path: str) -> None:
+        pass
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
 
 
 def _batch(ids: np.ndarray, epochs: np.ndarray) -> FakeBatch:
@@ -84,6 +107,11 @@ def _features(image: int) -> TextFeatures:
         clip_g_pooled=draw(CLIP_WIDTH),
         lengths=torch.full((1, 3), TOKENS),
     )
+
+
+def fake_loader(job: TrainingJob, rank: int, world: int, **changes) -> FakeLoader:
+    """In the parts that the trainer of `job` takes."""
+    return FakeLoader(job.training.global_batch, rank, world, job.training.micro_batch, **changes)
 
 
 def make_training(**changes) -> Training:

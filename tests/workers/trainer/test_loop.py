@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from fake_training import MODEL, TOKENS, FakeLoader, make_job
+from fake_training import MODEL, TOKENS, FakeLoader, Notebook, fake_loader, make_job
 from rank_processes import run_ranks
 
 from sd3core.checkpoint import load_model
@@ -56,24 +56,6 @@ LATE = {"samples": 48, "checkpoint_every_samples": 16, "ema_every_steps": 3}  # 
 LEAN = {"all-lean": 1, "all-plain": 10**9}  # name -> least number of tokens that takes the lean forms
 
 
-@dataclass
-class Notebook:
-    began_at: list[int] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def began(self, attempt: int, samples: int) -> None:
-        self.began_at.append(samples)
-
-    def progress(self, samples: int, note: str, loss: float | None) -> None:
-        pass
-
-    def preview(self, path: str) -> None:
-        pass
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
-
-
 def _train(rank, world, job, loader_changes=None):
     """(error or None, notebook) of one attempt on this rank."""
     notebook = Notebook()
@@ -82,7 +64,7 @@ def _train(rank, world, job, loader_changes=None):
             job,
             RankContext(rank, world, CPU, threads=1),
             notebook,
-            lambda *_: FakeLoader(job.training.global_batch, rank, world, **(loader_changes or {})),
+            lambda *_: fake_loader(job, rank, world, **(loader_changes or {})),
         )
     except (TrainingFailed, CheckpointError) as error:
         return error, notebook
@@ -97,10 +79,10 @@ class Usurper:
     store: str
     folder: str
 
-    def batch(self, step: int):
-        if step == 6:
+    def batch(self, step: int, part: int):
+        if step == 6 and part == 0:
             begin_attempt(open_store(self.store), self.folder)
-        return self.loader.batch(step)
+        return self.loader.batch(step, part)
 
 
 def _single_rank_stories(rank, world, root: Path):
@@ -131,7 +113,7 @@ def _single_rank_stories(rank, world, root: Path):
 
     job, notebook = make(root / "usurped"), Notebook()
     try:
-        usurped = Usurper(FakeLoader(8, 0, 1), job.store, job.folder)
+        usurped = Usurper(fake_loader(job, 0, 1), job.store, job.folder)
         train_rank(job, RankContext(0, 1, CPU, threads=1), notebook, lambda *_: usurped)
         stories["usurped"] = None, notebook
     except TrainingSuperseded as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from fake_training import UNTIMED, FakeLoader, make_job
+from fake_training import UNTIMED, FakeLoader, fake_loader, make_job
 from rank_processes import run_ranks
 from safetensors import safe_open
 
@@ -59,7 +59,7 @@ def _train_all(rank, world, jobs):
     told = []
     for job in jobs:
         told.append(Deskless())
-        loader = FakeLoader(job.training.global_batch, rank, world)
+        loader = fake_loader(job, rank, world)
         train_rank(job, RankContext(rank, world, CPU, threads=1), told[-1], lambda *_, loader=loader: loader)
     return told
 

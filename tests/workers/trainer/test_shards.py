@@ -5,24 +5,29 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from fake_training import TOKENS, FakeLoader, make_job
+from fake_training import TOKENS, UNTIMED, FakeLoader, Notebook, make_job
+from rank_processes import run_ranks
 from safetensors.torch import save
 
 from sd3core.data.encoded_shards import FILE_DIGEST, pin_null
+from sd3core.data.loader_process import LoaderProcess
 from sd3core.data.manifest import Manifest, ManifestRef, ShardEntry, commit_manifest
 from sd3core.data.shards import Sample, shard_stem, write_shard
 from sd3core.data.store import FileStore, open_store
 from sd3core.data.stored_text import StoredText
 from sd3core.data.uncaptioned import read_uncaptioned, record_uncaptioned
 from sd3core.errors import DataError
-from sd3core.recipe import Text, TextDtype
-from workers.trainer.loop import RankContext, draw_inputs, read_null
+from sd3core.recipe import Compute, Text, TextDtype
+from sd3core.training_checkpoint import assemble_weights
+from workers.trainer.loop import RankContext, draw_inputs, read_null, train_rank
 from workers.trainer.shards import open_shards
+from workers.trainer.standing_checkpoints import read_metrics
 
 CPU = torch.device("cpu")
 SCHEMAS = {
@@ -78,23 +83,77 @@ def _job(tmp_path, text_of=_text):
     return make_job(tmp_path / "store").model_copy(update=data | {"text": text})
 
 
+def _in_one_part(job):
+    return job.model_copy(update={"training": job.training.model_copy(update={"micro_batch": 8})})
+
+
+def _step(loader, step: int) -> tuple[list[str], torch.Tensor]:
+    """Keys and latents of a rank's step, its micro batches one after the other."""
+    batches = [loader.batch(step, part) for part in range(loader.parts)]
+    return [key for batch in batches for key in batch.keys], torch.cat([batch.latent for batch in batches])
+
+
 def test_every_world_size_reads_the_same_batches(job):
     store, warnings = open_store(job.store), []
     whole = open_shards(job, store, RankContext(0, 1, CPU, 1), warnings.append)
-    parts = [open_shards(job, store, RankContext(rank, 2, CPU, 1), warnings.append) for rank in range(2)]
+    ranks = [open_shards(job, store, RankContext(rank, 2, CPU, 1), warnings.append) for rank in range(2)]
     assert warnings == ["1 images have no caption and are left out of training"] * 3
+    assert (whole.parts, ranks[0].parts) == (4, 2)  # of 2 rows
     seen = []
     for step in range(4):
-        batch, halves = whole.batch(step), [part.batch(step) for part in parts]
-        assert batch.keys == halves[0].keys + halves[1].keys
-        assert torch.equal(batch.latent, torch.cat([half.latent for half in halves]))
-        seen += batch.keys
+        (keys, latents), halves = _step(whole, step), [_step(rank, step) for rank in ranks]
+        assert keys == halves[0][0] + halves[1][0] and len(keys) == 8
+        assert torch.equal(latents, torch.cat([half for _, half in halves]))
+        seen += keys
     assert sorted(set(seen[:31])) == sorted(f"k{i}" for i in range(40) if i % 5 and i != 7)
 
     null = read_null(store, job)
-    inputs = draw_inputs(whole.batch(0), job, null, CPU)
-    dropped = np.flatnonzero((inputs.pooled[:, :8] == null.clip_l_pooled).all(1).numpy())
-    assert inputs.context.shape == (8, 2 * TOKENS, 24) and len(dropped) > 0  # "no prompt" is the encoded empty string
+    inputs = [draw_inputs(whole.batch(0, part), job, null, CPU) for part in range(4)]
+    pooled = torch.cat([part.pooled for part in inputs])
+    dropped = np.flatnonzero((pooled[:, :8] == null.clip_l_pooled).all(1).numpy())
+    assert inputs[0].context.shape == (2, 2 * TOKENS, 24)
+    assert len(dropped) > 0  # "no prompt" is the encoded empty string
+
+
+def test_a_loader_beside_the_rank_gives_the_same_inputs_and_warnings(job):
+    told, loaders = {True: [], False: []}, {}
+    for beside, warnings in told.items():
+        place = RankContext(1, 2, CPU, 1, loader_process=beside)
+        loaders[beside] = open_shards(job, open_store(job.store), place, warnings.append)
+    assert isinstance(loaders[True], LoaderProcess) and told[True] == told[False] != []
+    for step, part in product(range(3), range(2)):  # micro batches of 2
+        found, wanted = (draw_inputs(loaders[b].batch(step, part), job, None, CPU) for b in (True, False))
+        assert found.keys == wanted.keys and len(found.keys) == 2
+        for name in ("x0", "noise", "t", "context", "pooled"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+    loaders[True].close()
+
+
+def _train(rank, world, jobs):
+    for beside, job in jobs.items():
+        place = RankContext(rank, world, CPU, threads=1, loader_process=beside)
+        train_rank(job, place, Notebook(), open_shards)
+
+
+@pytest.mark.slow
+def test_training_is_the_same_whichever_process_reads(tmp_path):
+    """A phase of 12 steps, by the losses of each and the weights and moments at its end, bit by bit."""
+    jobs = {beside: _job(tmp_path / str(beside)) for beside in (False, True)}
+    run_ranks(1, _train, jobs)
+    stores = [open_store(job.store) for job in jobs.values()]
+    for kind in ("weights", "exp_avg", "exp_avg_sq", "ema"):
+        inside, beside = (assemble_weights(store, f"{jobs[True].folder}/{96:012d}", kind) for store in stores)
+        assert inside.keys() == beside.keys() and all(torch.equal(inside[name], beside[name]) for name in inside)
+    rows = [read_metrics(store, jobs[True].folder) for store in stores]
+    inside, beside = ([{k: v for k, v in row.items() if k not in UNTIMED} for row in part] for part in rows)
+    assert inside == beside and len(inside) == 12 and all("wait_s" in row for row in rows[1])
+
+
+@pytest.mark.parametrize(
+    "gpus, setting, beside", [(0, None, False), (1, None, True), (0, True, True), (1, False, False)]
+)
+def test_a_loader_runs_beside_ranks_that_have_gpus_or_where_the_recipe_says_so(gpus, setting, beside):
+    assert Compute(gpus_per_rank=gpus, loader_process=setting).decodes_beside_ranks is beside
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -115,8 +174,9 @@ def test_latents_travel_as_they_are_stored_and_a_step_sees_the_same_numbers(job,
 
 
 def test_8_bit_text_stays_so_up_to_where_it_is_joined(job, tmp_path):
-    coarse = _job(tmp_path / "coarse", partial(_text, dtype="int8"))
-    batches = [open_shards(j, open_store(j.store), RankContext(0, 1, CPU, 1), len).batch(0) for j in (job, coarse)]
+    job, coarse = map(_in_one_part, (job, _job(tmp_path / "coarse", partial(_text, dtype="int8"))))
+    loaders = [open_shards(j, open_store(j.store), RankContext(0, 1, CPU, 1), len) for j in (job, coarse)]
+    batches = [loader.batch(0) for loader in loaders]
     assert batches[0].keys == batches[1].keys and batches[1].text.tensors["t5"].dtype == torch.int8
     exact, near = (draw_inputs(batch, job, None, CPU) for batch in batches)
     kept = exact.context.norm(dim=-1) > 0  # else dropped

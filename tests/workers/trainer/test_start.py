@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from fake_training import MODEL, FakeLoader, make_job
+from fake_training import MODEL, FakeLoader, fake_loader, make_job
 
 from sd3core.backbone_config import CONFIGS
 from sd3core.checkpoint import save_model
@@ -118,7 +118,7 @@ def started(rank: int, store: Path, how: str) -> WholeWeights:
     training = PhaseTraining.__new__(PhaseTraining)  # its constructor would start DeepSpeed
     training.job = make_job(store, model=NORMED, init=str(store / "start"), qk_norm="rms", qk_norm_start=how)
     training.store, training.place = open_store(str(store)), RankContext(rank, 2, CPU, threads=1)
-    training.loader, training.null = FakeLoader(8, rank, 2), None
+    training.loader, training.null = fake_loader(training.job, rank, 2), None
     training.formulation, training.trainer = find_formulation(training.job.training.formulation), WholeWeights()
     training._load_start()
     return training.trainer

@@ -11,7 +11,7 @@ import fake_training
 import psutil
 import pytest
 import torch
-from fake_training import UNTIMED, FakeLoader, make_job
+from fake_training import UNTIMED, fake_loader, make_job
 from ray import cloudpickle
 
 from sd3core.checkpoint_record import list_checkpoints
@@ -40,13 +40,13 @@ def own_ray():
 
 
 def open_fake(job, store, place, warn):
-    return FakeLoader(job.training.global_batch, place.rank, place.world)
+    return fake_loader(job, place.rank, place.world)
 
 
 def open_fake_stuck_once(job, store, place, warn):
     """The first attempt waits after 48 of 96 samples, past the checkpoint at 32, until it is killed."""
     first = len(store.list(f"{job.folder}/attempts/")) == 1
-    return FakeLoader(job.training.global_batch, place.rank, place.world, stuck_at=6 if first else None)
+    return fake_loader(job, place.rank, place.world, stuck_at=6 if first else None)
 
 
 def rows_of(job):
@@ -171,7 +171,7 @@ def test_a_process_of_rays_own_that_dies_costs_a_restart(undisturbed, tmp_path, 
 @pytest.mark.usefixtures("own_ray")
 def test_a_stall_is_an_error_that_says_so(tmp_path):
     def open_stuck(job, store, place, warn):
-        return FakeLoader(job.training.global_batch, place.rank, place.world, stuck_at=0)
+        return fake_loader(job, place.rank, place.world, stuck_at=0)
 
     started = time.monotonic()
     with pytest.raises(TrainingFailed, match="no progress for 12 s"):
@@ -222,7 +222,7 @@ def test_a_store_that_is_away_for_a_moment_costs_a_restart(tmp_path):
     def open_once_away(job, store, place, warn):
         if len(store.list(f"{job.folder}/attempts/")) == 1:
             raise StoreError("s3://bucket: cannot be reached")
-        return FakeLoader(job.training.global_batch, place.rank, place.world)
+        return fake_loader(job, place.rank, place.world)
 
     result = train(make_job(tmp_path / "store"), COMPUTE, open_loader=open_once_away)
     assert result.samples == 96 and result.attempts == 2
@@ -235,7 +235,7 @@ def test_a_store_that_stays_away_is_named_in_one_line(tmp_path):
     def open_away(job, store, place, warn):
         if place.rank == 1:
             raise StoreError("s3://bucket: cannot be reached")
-        return FakeLoader(job.training.global_batch, place.rank, place.world)
+        return fake_loader(job, place.rank, place.world)
 
     compute = COMPUTE.model_copy(update={"max_restarts": 1})
     with pytest.raises(TrainingFailed, match=r"failed 2 times .*; last: s3://bucket: cannot be reached$"):
