@@ -25,6 +25,7 @@ from sd3core.progress import Progress
 from sd3core.recipe import TOKENS_AT_MOST, Text
 from sd3core.recipe_file import load_recipe
 from workers import encode_latents
+from workers.at_once import ShardsAtOnce
 from workers.encode import LOAD_S, EncodeWorker, _with_enlarged_images, cut_advice
 from workers.encode_latents import LatentsSource, LatentsWorker
 from workers.encode_text import TOO_LONG, TextWorker
@@ -51,7 +52,7 @@ class MeanAutoencoder:
 def worker(store, batch) -> LatentsWorker:
     made = LatentsWorker.__new__(LatentsWorker)  # without towers: the autoencoder is given
     made.store, made.batch, made.threads, made.rules = store, batch, 2, PixelRules(10**6)
-    made.dtype, made.autoencoder, made.progress = torch.float32, MeanAutoencoder(), 0
+    made.dtype, made.autoencoder, made.at_once = torch.float32, MeanAutoencoder(), ShardsAtOnce(1e9)
     return made
 
 
@@ -93,7 +94,7 @@ def test_batches_are_of_one_bucket_and_do_not_change_the_latents(shard):
     index = {row["key"]: row["bucket"] for row in read_shard_index(store, "a", record.stem).to_pylist()}
     assert index == {"k0": "32x32", "k1": "32x48", "k2": "32x32", "k3": "32x48", "k4": "32x32"}
     assert record.extra == {"32x32": 3, "32x48": 2}
-    assert made.progress == 7
+    assert made.at_once.progress == {} and made.at_once.held == 0
 
 
 def test_rows_are_sorted_by_bucket_and_split_and_have_their_files_digest(shard, monkeypatch):
@@ -184,8 +185,10 @@ def test_loading_shows_that_time_passes_until_it_has_taken_too_long(monkeypatch)
     assert len(set(shown)) == 3 and shown[2] == shown[3]
     made._fetched(Progress(1, 2, "files"))  # a file has come: the time begins anew
     assert made.progress.note == "loading the encoders, 0 s"
-    made.worker = SimpleNamespace(progress=7)
-    assert made.progress == 7
+    made.worker, made.at_once = SimpleNamespace(), ShardsAtOnce(1)
+    with made.at_once.shard("text/0/00000") as turn:
+        turn.advance(7)
+        assert made.progress == {"text/0/00000": 7}
 
 
 def test_map_ahead_keeps_order_bounds_the_lead_and_passes_errors_on():
@@ -229,7 +232,9 @@ def test_long_captions_are_counted_by_the_images_that_have_one():
         "i j k l m": [("k4", "synthetic")],
     }
     counts = Counter()
-    assert len(list(made._samples(uses, 4, [], counts))) == 6 and counts == {TOO_LONG: 4}
+    with ShardsAtOnce(1).shard("text/0/00000") as turn:
+        assert len(list(made._samples(uses, 4, [], counts, turn))) == 6 and counts == {TOO_LONG: 4}
+        assert turn.among.progress == {"text/0/00000": 4}
 
 
 class LoudEncoders(WordEncoders):
@@ -249,7 +254,7 @@ def test_captions_are_stored_in_8_bits_and_the_empty_string_in_16(tmp_path, padd
     store = open_store(str(tmp_path))
     made = TextWorker.__new__(TextWorker)  # without towers: the encoders are given
     made.store, made.text, made.dtype, made.batch = store, Text(padding=padding), "int8", 4
-    made.encoders = LoudEncoders()
+    made.encoders, made.at_once = LoudEncoders(), ShardsAtOnce(1)
     made._captions = lambda source: iter([("k1", "original", "a b"), ("k2", "original", "nan")])
     task = ShardTask(0, "d" * 12, "text/0", rows=2)
     assert [row.key for row in made(task).record.failed] == ["k2"]
