@@ -3,7 +3,9 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,7 +30,7 @@ from workers import encode_latents
 from workers.at_once import ShardsAtOnce
 from workers.encode import LOAD_S, EncodeWorker, _with_enlarged_images, cut_advice
 from workers.encode_latents import LatentsSource, LatentsWorker
-from workers.encode_text import TOO_LONG, TextWorker
+from workers.encode_text import TOO_LONG, TextSource, TextWorker
 from workers.inputs import InputShard, map_ahead
 from workers.shard_stage import ShardTask
 from workers.stage import StageResult
@@ -314,3 +316,29 @@ def test_who_reads_the_empty_string_writes_nothing_and_takes_nothing_on_trust(tm
     ):
         read_null_bytes(store, folder)
     assert [entry.path for entry in store.list()] == [f"{folder}/{NULL_FILE}"]
+
+
+def test_encoders_of_one_kind_are_loaded_at_a_time_and_nobody_passes_who_waits_for_others():
+    """Text and latents in turn, from three threads: each kind's shards are together, and every one is made."""
+    at_work, kinds, loads = [], [], []
+
+    def load(kind):
+        assert not at_work
+        loads.append(kind)
+
+        def make(task):
+            at_work.append(kind)
+            time.sleep(0.002)
+            kinds.append(set(at_work))
+            at_work.remove(kind)
+            return task.number
+
+        return make
+
+    made = EncodeWorker("file:///nowhere", None, Text(), {}, 1, None, 1, "cpu", {}, 1e9)
+    made.make = {source: (lambda source=source: load(source)) for source in (TextSource, LatentsSource)}
+    sources = [TextSource(None, None), LatentsSource(None, ())]
+    todo = [ShardTask(number, "0" * 12, "f", 1, sources[number // 4 % 2]) for number in range(24)]
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(made, todo, timeout=30)) == list(range(24))
+    assert all(len(together) == 1 for together in kinds) and 6 <= len(loads) <= 24
