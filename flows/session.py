@@ -18,13 +18,15 @@ from prefect import runtime
 from flows.local.home import ensure, home, lock_holder, run_store
 from flows.local.processes import Process
 from flows.local.runs import Reads, remember_process, take_cancellation
+from sd3core.data.settled_precision import settle_precisions
 from sd3core.data.store import Store
 from sd3core.errors import UserError
 from sd3core.files.local_paths import PROJECT
 from sd3core.loopback import keep_loopback_direct
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
-from workers.ray_session import start_ray
+from workers.ray_room import gpus_have_bf16
+from workers.ray_session import living_nodes, start_ray
 
 LOCK_SECONDS = 60
 
@@ -67,7 +69,8 @@ def session(recipe: str, overrides: list[str] | None) -> Iterator[Session]:
     if take_cancellation(runtime.flow_run.id):
         raise RunCancelledError("this run was cancelled before it began")
     with run_lock(store.url, loaded.run), start_ray(loaded.compute):
-        opened = Session(loaded, store)
+        nodes_have = lambda: gpus_have_bf16(living_nodes(), loaded.compute.autoscaling)
+        opened = Session(settle_precisions(loaded, store, nodes_have), store)
         token = _current.set(opened)
         try:
             yield opened

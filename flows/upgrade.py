@@ -20,6 +20,7 @@ from sd3core import specs
 from sd3core.checkpoint_record import METRICS_FILE, CheckpointRef, list_checkpoints
 from sd3core.data.manifest import read_manifest
 from sd3core.data.provenance import provenance_path, read_provenance
+from sd3core.data.settled_precision import settle_precisions
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError, UserError
 from sd3core.recipe import Recipe
@@ -106,6 +107,7 @@ def _size(size: float) -> str:
 def print_upgrade(recipe: Recipe, store: Store, console: Console) -> None:
     """Prints for `sd3 plan` nothing where no format rose, else a row for each part and the line that other commands stop with."""
     try:
+        recipe = settle_precisions(recipe, store)
         parts = standing_parts(recipe, store)
     except UserError as error:
         console.print()

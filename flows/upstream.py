@@ -20,6 +20,7 @@ from sd3core.data.manifest import Manifest, ManifestRef, read_manifest
 from sd3core.data.store import Store, open_store
 from sd3core.errors import CheckpointError, DataError, UserError
 from sd3core.recipe import Recipe
+from sd3core.recipe_compute import ACTOR_STAGES, ActorStage
 from sd3core.specs import DONE_FILE, MANIFEST
 from sd3core.towers.artifact import TowersManifest, check_vae_channels, check_vae_folder, read_towers
 from workers.evaluate import all_scored
@@ -198,11 +199,22 @@ class Upstream:
         recipe makes it has nothing to do, and needs none.
         """
         compute, (last, _) = self.recipe.compute, self.recipe.phases()[-1]
-        scored = lambda: all_scored(self.recipe, self.store, self.to_be_scored())
-        if (problem := actors_problem(compute, nodes)) and not _stands(scored):
-            raise NoRoomError(problem)
+        for stage in ACTOR_STAGES:
+            problem = actors_problem(compute.for_stage(stage), nodes)
+            if problem and not _stands(lambda stage=stage: self._has_nothing_to_do(stage)):
+                raise NoRoomError(problem)
         if (problem := ranks_problem(compute, nodes)) and not _stands(lambda: self.checkpoints(last)):
             raise NoRoomError(problem)
+
+    def _has_nothing_to_do(self, stage: ActorStage) -> bool:
+        """DataError where a stage before it has not ended, or it has not itself."""
+        if stage == "caption":
+            return self.recipe.caption.captioner == "none" or self.captions is not None
+        if stage == "encode":
+            return all([self.text, *(self.latents(key) for key in self._phases)])
+        if stage == "evaluate":
+            return all_scored(self.recipe, self.store, self.to_be_scored())
+        return bool(self.raw if stage == "ingest" else self.towers)
 
     def _before(self, phase_key: str) -> str | None:
         keys = list(self._phases)

@@ -9,21 +9,15 @@ from __future__ import annotations
 import math
 import re
 from itertools import combinations
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from sd3core.backbone_config import CONFIGS, BackboneConfig
 from sd3core.buckets import PATCH_PX, Side, bucket_name, bucket_sides, buckets_for_area
 from sd3core.formulation_names import canonical_name, export_problem, family, shift_problem
+from sd3core.recipe_compute import Compute
+from sd3core.recipe_section import Section
 from sd3core.sample_settings import Sampler
 
 NAMED_COLOURS = {"#ffffff": "white", "#000000": "black", "#808080": "grey"}
@@ -55,17 +49,6 @@ FourLevels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length
 
 
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*")
-    @classmethod
-    def _of_64_bits(cls, value: Any) -> Any:
-        if isinstance(value, int) and value >= 2**63:  # also where it stands in quotes
-            raise ValueError("larger than a number of 64 bits")
-        return value
 
 
 class Data(Section):
@@ -242,6 +225,7 @@ class Caption(Section):
     prompt: str = "Describe this image in one detailed sentence: every object, its colour, how many, and where."
     max_new_tokens: int = Field(64, ge=1)
     batch: int = Field(8, ge=1)
+    precision: Precision = "fp32"  # that the model computes in; auto: as for encode
 
     @model_validator(mode="after")
     def _model_named(self) -> Caption:
@@ -271,6 +255,10 @@ class Encode(Section):
     latent_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # the paper stores fp32 latents
     # of stored text features; int8 has a scale for every 128 channels of a token, so that all cosines are 0.999 at least
     text_dtype: TextDtype = "float16"
+    # what the text encoders and the autoencoder compute in. auto: bf16 where the actors have GPUs with arithmetic for it, settled
+    # once for a data set (sd3core/data/settled_precision.py); on a CPU, and where something stands in fp32, it is fp32
+    text_precision: Precision = "fp32"
+    latent_precision: Precision = "fp32"
 
 
 class Model(Section):
@@ -425,38 +413,6 @@ class Evaluate(Section):
     def shift_for(self, phase: Training) -> float:
         """The shift at which a phase's pictures are drawn; it changes nothing in training."""
         return picture_shift(self.shift, phase.shift)
-
-
-class Compute(Section):
-    """How many processes on what; never changes the bytes that are made."""
-
-    ray_address: str | None = None  # None starts Ray on this machine
-    autoscaling: bool = (
-        False  # the cluster adds nodes when asked: what its nodes of now lack is waited for, not refused
-    )
-    actors: int = Field(2, ge=1)  # for ingest, caption, encode, evaluate
-    cpus_per_actor: float = Field(1.0, gt=0)
-    gpus_per_actor: float = Field(0.0, ge=0)
-    train_ranks: int = Field(2, ge=1)
-    cpus_per_rank: float = Field(1.0, gt=0)
-    gpus_per_rank: float = Field(0.0, ge=0)
-    max_restarts: int = Field(3, ge=0)  # of training without a checkpoint between them, by Ray Train
-    stall_timeout_s: float = Field(600.0, gt=0)  # no progress for so long is a failure
-    object_store_mb: int = Field(200, ge=80)  # local Ray only
-    cache_gb: float = Field(2.0, gt=0)  # on a machine's disk: tables of rows, and a store's data where all of it fits
-    decoded_gb: float = Field(2.0, gt=0)  # read ahead in a training rank's memory: half rows, half batches
-    loader_process: bool | None = None  # read and decode beside each rank, not in its threads; None: where it has a GPU
-
-    @property
-    def decodes_beside_ranks(self) -> bool:
-        return self.gpus_per_rank > 0 if self.loader_process is None else self.loader_process
-
-    @field_validator("gpus_per_actor", "gpus_per_rank")
-    @classmethod
-    def _whole_gpus(cls, gpus: float) -> float:
-        if gpus > 1 and gpus != int(gpus):
-            raise ValueError(f"{gpus:g} GPUs: Ray shares one GPU, or gives whole ones")
-        return gpus
 
 
 class Recipe(Section):

@@ -13,7 +13,7 @@ from typing import Any
 
 from sd3core.formulation_names import FORMULATION_KINDS, formulation_version
 from sd3core.model_identity import model_identity
-from sd3core.recipe import Recipe, Training
+from sd3core.recipe import Precision, Recipe, Training
 
 STAGES = ("ingest", "towers", "caption", "encode", "pretrain", "finetune", "evaluate", "export")  # in their order
 
@@ -88,16 +88,24 @@ def towers_fields(recipe: Recipe) -> dict[str, Any]:
 
 def captions_fields(recipe: Recipe) -> dict[str, Any]:
     """A captioning model counts by its files and not by its path. Raises DataError where its folder is not here."""
-    caption = recipe.caption.model_dump(mode="json", exclude={"batch"})
+    caption = recipe.caption.model_dump(mode="json", exclude={"batch", "precision"})
     if recipe.caption.captioner == "vision_language_model":
         caption["model"] = model_identity(recipe.caption.model, "caption.model")
+        caption |= _computed_in(recipe.caption.precision)
     fields = {"format": FORMATS["captions"], "caption": caption, "raw": fingerprint(raw_fields(recipe))}
     return fields | (_pixels(recipe) if recipe.caption.captioner != "none" else {})
 
 
+def _computed_in(precision: Precision) -> dict[str, str]:
+    """fp32 stands in no fingerprint: those from before there was a choice are good."""
+    if precision == "auto":
+        raise ValueError("a precision 'auto' names no bytes: sd3core.data.settled_precision settles it for a data set")
+    return {} if precision == "fp32" else {"precision": precision}
+
+
 def text_fields(recipe: Recipe, tower_digests: dict[str, str]) -> dict[str, Any]:
     """`tower_digests`: digest of each tower's files, by tower name, from the towers manifest."""
-    return {
+    return _computed_in(recipe.encode.text_precision) | {
         "format": FORMATS["text"],
         "text": recipe.text.model_dump(mode="json", exclude={"null"}),
         "dtype": recipe.encode.text_dtype,
@@ -112,6 +120,7 @@ def latents_fields(recipe: Recipe, phase: Training, tower_digests: dict[str, str
     return (
         rule
         | _pixels(recipe)
+        | _computed_in(recipe.encode.latent_precision)
         | {
             "format": FORMATS["latents"],
             "side_px": phase.side_px,
@@ -167,6 +176,11 @@ SCORES_FILE = "scores.json"
 
 def data_folder(name: str, stage: str, *spec: str) -> str:
     return "/".join((DATASETS, name, stage, *spec))
+
+
+def precision_path(data_name: str) -> str:
+    """What of a data set is made in bf16 where a recipe says `auto`."""
+    return f"{DATASETS}/{data_name}/PRECISION.json"
 
 
 def raw_folder(recipe: Recipe) -> str:

@@ -15,6 +15,7 @@ from sd3core.errors import DataError, RecipeError
 from sd3core.format_changes import format_changes
 from sd3core.formulation_names import EDM_RF_WEIGHT, FORMULATION_NAMES
 from sd3core.recipe import Buckets, Compute, Evaluate, Recipe, ReleasedTowers
+from sd3core.recipe_compute import ACTOR_STAGES
 from sd3core.recipe_file import load_recipe, shipped_recipes
 from sd3core.specs import fingerprint
 
@@ -476,7 +477,13 @@ EVALUATE = dict.fromkeys(Evaluate.model_fields, 3) | {
     "checkpoints": "last",
     "weights": "ema",
 }
-COMPUTE = dict.fromkeys(Compute.model_fields, 3) | {
+COMPUTE = dict.fromkeys(
+    (
+        *(key for key in Compute.model_fields if key not in ACTOR_STAGES),
+        *(f"{stage}.{key}" for stage in ACTOR_STAGES for key in type(getattr(Compute(), stage)).model_fields),
+    ),
+    3,
+) | {
     "ray_address": "ray.internal:6379",
     "autoscaling": True,
     "train_ranks": 1,
@@ -496,7 +503,9 @@ CHANGES: list[tuple[set[str], dict[str, Any]]] = [
         {"text", *TRAINED},
         under("text", clip_tokens=8, t5_tokens=12, padding="trimmed") | under("encode", text_dtype="float32"),
     ),
-    ({*LATENTS, *TRAINED}, under("encode", latent_dtype="float16")),
+    ({"text", *TRAINED}, under("encode", text_precision="bf16")),
+    ({*LATENTS, *TRAINED}, under("encode", latent_dtype="float16", latent_precision="bf16")),
+    (set(), under("caption", precision="bf16")),  # the small world's captioner has no model
     (TRAINED, under("text", null="empty") | under("model", depth=2, base_side_px=64, max_side_px=256)),
     (TRAINED, under("model", architecture="dit", streams=3, dual_attention_blocks=1)),
     ({"latents.pretrain", *TRAINED}, under("pretrain", side_px=48)),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 import pyarrow as pa
@@ -17,10 +18,15 @@ from sd3core.errors import DataError
 from sd3core.progress import ProgressCallback
 from sd3core.recipe import Caption, Recipe
 from sd3core.specs import captions_fields, captions_folder
+from workers.at_once import SHARDS_AT_ONCE, ShardsAtOnce, ShardTurn
 from workers.inputs import (
+    InputShard,
     actor_device,
+    batched,
+    decode_threads,
     image_digest,
     input_shards,
+    map_ahead,
     read_input_index,
     shard_images,
     with_image_digest,
@@ -46,49 +52,52 @@ def caption_stage(recipe: Recipe, store: Store, raw: ManifestRef, report: Progre
         for number, shard in input_shards(read_manifest(store, raw.folder, raw.digest)).items()
     ]
     stage = ShardStage("caption", "captions", folder, captions_fields(recipe), {"raw": raw.digest}, tasks, unit="image")
+    compute = recipe.compute.for_stage("caption")
     worker = {
         "store_url": store.url,
         "caption": recipe.caption,
         "rules": PixelRules.of(recipe.data),
-        "device": actor_device(recipe.compute),
+        "threads": decode_threads(compute),
+        "most_bytes": compute.decoded_gb * 1e9,
+        "device": actor_device(compute),
     }
-    return run_shard_stage(store, recipe.run, stage, CaptionWorker, worker, recipe.compute, report)
+    return run_shard_stage(store, recipe.run, stage, CaptionWorker, worker, compute, report)
 
 
 class CaptionWorker:
     """Raw shard -> captions parquet. An image that cannot be captioned becomes a failed row with its reason."""
 
-    def __init__(self, store_url: str, caption: Caption, rules: PixelRules, device: str) -> None:
+    tasks_at_once = SHARDS_AT_ONCE
+
+    def __init__(
+        self, store_url: str, caption: Caption, rules: PixelRules, threads: int, most_bytes: float, device: str
+    ) -> None:
         self.store = open_store(store_url)
         self.caption = caption
-        self.rules = rules
+        self.rules, self.threads = rules, threads
+        self.at_once = ShardsAtOnce(most_bytes)
         self.captioner = _load_captioner(caption, device)
         self.is_model = caption.captioner == "vision_language_model"
-        self.progress = 0  # rows
+
+    @property
+    def progress(self) -> dict[str, int]:
+        return self.at_once.progress
 
     def __call__(self, task: ShardTask) -> MadeShard:
-        self.progress = 0
+        with self.at_once.shard(task.place) as turn:
+            return self._made(task, turn)
+
+    def _made(self, task: ShardTask, turn: ShardTurn) -> MadeShard:
         index = read_input_index(self.store, task.source)
         names = {row["key"]: row_name(row) for row in index.to_pylist()}
         rows: dict[str, dict[str, str]] = {}  # by key
         failed: list[FailedRow] = []
         with EarlierRows(self.store, task.folder, task.earlier) as earlier:
             stood = earlier.find_in_tables(set(names.values()), row_name)
-        batch: list[tuple[str, Image]] = []
-        for key, data in shard_images(self.store, task.source):
-            if names[key] in stood:
-                rows[key] = stood[names[key]]
-                self.progress += 1
-                continue
-            try:
-                with naming(key):
-                    batch.append((key, decode_image(data, self.rules)))
-            except DataError as error:
-                failed.append(FailedRow(key=key, reason=str(error)))
-            if len(batch) == self.caption.batch:
-                self._write_captions(batch, rows, failed)
-                batch = []
-        self._write_captions(batch, rows, failed)
+        rows |= {key: stood[name] for key, name in names.items() if name in stood}
+        turn.advance(len(rows))
+        for batch in batched(self._images(task.source, names.keys() - rows.keys(), failed, turn), self.caption.batch):
+            self._write_captions(batch, rows, failed, turn)
         if not rows and len(failed) >= TOO_MANY_FAILED:
             raise DataError(f"no image of {len(failed)} got a caption, the last: {failed[-1].reason}")
         schema = with_image_digest(CAPTION_SCHEMA, index)
@@ -98,10 +107,38 @@ class CaptionWorker:
         record = write_table(self.store, task.folder, task.stem, table, failed)
         return MadeShard(record, len(stood), len(rows) - len(stood), tuple(earlier.told))
 
+    def _images(
+        self, shard: InputShard, wanted: AbstractSet[str], failed: list[FailedRow], turn: ShardTurn
+    ) -> Iterator[tuple[str, Image]]:
+        """The decoded images of these keys, each for its caption alone; threads decode ahead."""
+
+        def decoded(item: tuple[str, bytes]) -> tuple[str, Image | DataError]:
+            key, data = item
+            try:
+                with naming(key):
+                    image = decode_image(data, self.rules)
+            except DataError as error:
+                return key, error
+            turn.hold(_nbytes(image))
+            return key, image
+
+        turn.hold(shard.bytes)
+        images = ((key, data) for key, data in shard_images(self.store, shard) if key in wanted)
+        for key, image in map_ahead(decoded, images, self.threads, ahead=2 * self.caption.batch):
+            if isinstance(image, DataError):
+                failed.append(FailedRow(key=key, reason=str(image)))
+                turn.advance(1)
+            else:
+                yield key, image
+
     def _write_captions(
-        self, batch: list[tuple[str, Image]], rows: dict[str, dict[str, str]], failed: list[FailedRow]
+        self,
+        batch: Sequence[tuple[str, Image]],
+        rows: dict[str, dict[str, str]],
+        failed: list[FailedRow],
+        turn: ShardTurn,
     ) -> None:
-        for (key, _), caption in zip(batch, self._captions([image for _, image in batch]), strict=True):
+        for (key, _), caption in zip(batch, self._captions([image for _, image in batch], turn), strict=True):
             if isinstance(caption, Exception):
                 failed.append(FailedRow(key=key, reason=f"captioner: {' '.join(str(caption).split())[:200]}"))
             elif not caption:
@@ -109,28 +146,36 @@ class CaptionWorker:
             else:
                 model, prompt = (self.caption.model, self.caption.prompt) if self.is_model else ("small_world", "")
                 rows[key] = {"key": key, "caption": caption, "model": model, "prompt": prompt}
-        self.progress += len(batch)
+        turn.let_go(sum(_nbytes(image) for _, image in batch))
+        turn.advance(len(batch))
 
-    def _captions(self, images: list[Image]) -> list[str | Exception]:
+    def _captions(self, images: list[Image], turn: ShardTurn) -> list[str | Exception]:
         """A batch that fails is tried image by image, so that one bad image costs no other its caption."""
         if not images:
             return []
         try:
-            return list(self.captioner(images))
+            with turn.encoding():
+                return list(self.captioner(images))
         except Exception as error:
             if len(images) == 1:
                 if of_the_process(error):
                     raise
                 return [error]
-            return [caption for image in images for caption in self._captions([image])]
+            return [caption for image in images for caption in self._captions([image], turn)]
+
+
+def _nbytes(image: Image) -> int:
+    return 3 * image.width * image.height
 
 
 def _load_captioner(caption: Caption, device: str) -> Captioner:
     if caption.captioner == "vision_language_model":
         # loads transformers, which the small world does not need
+        from sd3core.precision import PRECISION_DTYPES
         from sd3core.towers.captioner import VisionLanguageCaptioner
 
-        return VisionLanguageCaptioner(caption.model, caption.prompt, caption.max_new_tokens, device=device)
+        dtype = PRECISION_DTYPES[caption.precision]
+        return VisionLanguageCaptioner(caption.model, caption.prompt, caption.max_new_tokens, dtype, device)
     from sd3core.small_world.captioner import caption_from_pixels
 
     return lambda images: [caption_from_pixels(np.asarray(image)) for image in images]

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from threading import Condition, Lock
 
 from sd3core.data.encoded_shards import NULL_FILE, pin_null
 from sd3core.data.images import PixelRules
 from sd3core.data.manifest import ManifestRef, read_manifest
+from sd3core.data.settled_precision import SettledPrecision
 from sd3core.data.shards import parts_digest
 from sd3core.data.store import Store, open_store
 from sd3core.data.uncaptioned import record_uncaptioned
@@ -20,6 +22,7 @@ from sd3core.recipe import TOKENS_AT_MOST, Recipe, Text
 from sd3core.specs import fingerprint, latents_fields, latents_folder, text_fields, text_folder
 from sd3core.towers.artifact import read_towers
 from sd3core.words import counted
+from workers.at_once import SHARDS_AT_ONCE, ShardsAtOnce
 from workers.encode_latents import ENLARGED, LatentsSource, LatentsWorker
 from workers.encode_text import TOO_LONG, TextSource, TextWorker
 from workers.inputs import InputShard, actor_device, decode_threads, input_shards
@@ -59,6 +62,7 @@ def encode_stage(
             ]
             stages[name] = ShardStage(name, "latents", folder, fields, {"raw": raw.digest}, tasks, unit="image")
     damaged = pin_null(store, stages["text"].folder)
+    compute = recipe.compute.for_stage("encode")
     worker = {
         "store_url": store.url,
         "towers": towers,
@@ -66,10 +70,12 @@ def encode_stage(
         "dtypes": {"text": recipe.encode.text_dtype, "latents": recipe.encode.latent_dtype},
         "batch": recipe.encode.batch,
         "rules": PixelRules.of(recipe.data),
-        "threads": decode_threads(recipe.compute),
-        "device": actor_device(recipe.compute),
+        "threads": decode_threads(compute),
+        "device": actor_device(compute),
+        "precisions": {"text": recipe.encode.text_precision, "latents": recipe.encode.latent_precision},
+        "most_bytes": compute.decoded_gb * 1e9,
     }
-    made = run_shard_stages(store, recipe.run, list(stages.values()), EncodeWorker, worker, recipe.compute, report)
+    made = run_shard_stages(store, recipe.run, list(stages.values()), EncodeWorker, worker, compute, report)
     results = {result.stage: result for result in made}
     pin_null(store, stages["text"].folder)  # here, where one process does it: several workers may have written it
     results["text"] = _with_cut_captions(store, recipe, results["text"])
@@ -150,7 +156,9 @@ def _text_stage(
 
 
 class EncodeWorker:
-    """Text shards first, then latents, with only the encoders loaded that the task at hand needs."""
+    """Text shards first, then latents, with only the encoders loaded that the task at hand needs. Several threads may call it."""
+
+    tasks_at_once = SHARDS_AT_ONCE
 
     def __init__(
         self,
@@ -162,33 +170,52 @@ class EncodeWorker:
         rules: PixelRules,
         threads: int,
         device: str,
+        precisions: dict[str, SettledPrecision],
+        most_bytes: float,
     ) -> None:
-        store = open_store(store_url)
+        store, self.at_once = open_store(store_url), ShardsAtOnce(most_bytes)
+        shared = (self.at_once, self._fetched)
         self.make = {
-            TextSource: lambda: TextWorker(store, towers, text, dtypes["text"], batch, device, self._fetched),
+            TextSource: lambda: TextWorker(
+                store, towers, text, dtypes["text"], batch, device, precisions["text"], *shared
+            ),
             LatentsSource: lambda: LatentsWorker(
-                store, towers, dtypes["latents"], batch, rules, threads, device, self._fetched
+                store, towers, dtypes["latents"], batch, rules, threads, device, precisions["latents"], *shared
             ),
         }
         self.loaded_for: type | None = None
         self.worker: TextWorker | LatentsWorker | None = None
         self.waiting_since = time.monotonic()  # for encoders: since the load began, or the last file came
+        self.gate = Lock()  # held by who waits for other encoders, so that nobody passes
+        self.users, self.idle = 0, Condition()
 
     def __call__(self, task: ShardTask) -> MadeShard:
-        wanted = type(task.source)
+        with self.gate:
+            worker = self._loaded(type(task.source))
+            with self.idle:
+                self.users += 1
+        try:
+            return worker(task)
+        finally:
+            with self.idle:
+                self.users -= 1
+                self.idle.notify_all()
+
+    def _loaded(self, wanted: type) -> TextWorker | LatentsWorker:
         if self.loaded_for is not wanted:
+            with self.idle:
+                self.idle.wait_for(lambda: not self.users)
             self.waiting_since = time.monotonic()
             self.worker = self.loaded_for = None  # the old encoders' memory goes before the new ones come
             self.worker = self.make[wanted]()
             self.loaded_for = wanted
-        return self.worker(task)
+        return self.worker
 
     @property
-    def progress(self) -> int | Progress:
-        """Rows; while encoders are fetched and loaded the time this takes, which stands still after LOAD_S."""
-        worker = self.worker  # another thread asks
-        if worker is not None:
-            return worker.progress
+    def progress(self) -> dict[str, int] | Progress:
+        """Rows by shard; while encoders are fetched and loaded the time this takes, which stands still after LOAD_S."""
+        if self.worker is not None:  # another thread asks
+            return self.at_once.progress
         seconds = min(int(time.monotonic() - self.waiting_since), LOAD_S)
         return Progress(seconds, LOAD_S, "s", f"loading the encoders, {seconds} s")
 

@@ -19,11 +19,13 @@ from sd3core.data.earlier_rows import EarlierRow, EarlierRows, RowName, row_name
 from sd3core.data.encoded_shards import FEATURES, LATENT_SCHEMA, held_out_count, latent_bytes
 from sd3core.data.images import Crop, PixelRules, crop_to, decode_image, enlargement, naming, to_model_range
 from sd3core.data.manifest import ManifestRef
+from sd3core.data.settled_precision import SettledPrecision
 from sd3core.data.shards import FailedRow, Sample, write_shard
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError
 from sd3core.progress import ProgressCallback, ignore_progress
 from sd3core.towers.artifact import fetch_towers
+from workers.at_once import ShardsAtOnce, ShardTurn
 from workers.caches import towers_cache
 from workers.inputs import (
     InputShard,
@@ -60,9 +62,13 @@ class Prepared:
     error: str | None = None
     stood: EarlierRow | None = None  # its latent is taken over
 
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.pixels is None else self.pixels.nbytes
+
 
 class LatentsWorker:
-    """Raw shard -> latents tar, in batches of one bucket; threads decode ahead of the encoding.
+    """Raw shard -> latents tar, in batches of one bucket; threads decode ahead of the encoding. Several threads may call it.
 
     Latents that stand in earlier shards are taken over, in the places that they would have if they were made.
     """
@@ -76,29 +82,35 @@ class LatentsWorker:
         rules: PixelRules,
         threads: int,
         device: str,
+        precision: SettledPrecision,
+        at_once: ShardsAtOnce,
         report: ProgressCallback = ignore_progress,  # of fetching the autoencoder
     ) -> None:
         # here, so that a text worker does not load diffusers, nor the process that hands out shards torch
         import torch
 
+        from sd3core.precision import PRECISION_DTYPES
         from sd3core.towers.autoencoder import load_autoencoder
 
         self.store, self.batch, self.threads = store, batch, threads
-        self.rules = rules
+        self.rules, self.at_once = rules, at_once
         self.dtype = getattr(torch, dtype)
         local = fetch_towers(store, towers.folder, towers_cache(), ("vae",), towers.digest, report)
-        self.autoencoder = load_autoencoder(local, torch.float32, device)
-        self.progress = 0  # images
+        self.autoencoder = load_autoencoder(local, PRECISION_DTYPES[precision], device)
 
     def __call__(self, task: ShardTask) -> MadeShard:
-        self.progress = 0
+        with self.at_once.shard(task.place) as turn:
+            return self._made(task, turn)
+
+    def _made(self, task: ShardTask, turn: ShardTurn) -> MadeShard:
         index = read_input_index(self.store, task.source.raw)
         rows = {row["key"]: row for row in index.to_pylist()}
         failed: list[FailedRow] = []
         counts: Counter[str] = Counter()
         with EarlierRows(self.store, task.folder, task.earlier) as earlier:
             stood = earlier.find({row_name(row) for row in rows.values()}, row_name)
-            samples = in_bucket_order(self._samples(task.source, rows, stood, failed, counts), list(rows), counts)
+            samples = self._samples(task.source, rows, stood, failed, counts, turn)
+            samples = in_bucket_order(samples, list(rows), counts)
             schema = with_image_digest(LATENT_SCHEMA, index)
             record = write_shard(
                 self.store, task.folder, task.stem, samples, failed, schema, count_by="bucket", counts=counts
@@ -112,6 +124,7 @@ class LatentsWorker:
         stood: dict[RowName, EarlierRow],
         failed: list[FailedRow],
         counts: Counter[str],
+        turn: ShardTurn,
     ) -> Iterator[Sample]:
         """`rows`: those of the raw index, by key. `stood`: those whose latents are taken over, in the order of those made."""
         waiting: dict[Side, list[Prepared]] = {}
@@ -119,20 +132,26 @@ class LatentsWorker:
         def prepare(image: tuple[str, bytes]) -> Prepared:
             row = rows[image[0]]
             earlier = stood.get(row_name(row))
-            return _taken_over(row, earlier) if earlier else self._prepare(*image, source.buckets)
+            if earlier:
+                return _taken_over(row, earlier)
+            prepared = self._prepare(*image, source.buckets)
+            turn.hold(prepared.nbytes)
+            return prepared
 
+        turn.hold(source.raw.bytes)
         images = shard_images(self.store, source.raw)
         for item in map_ahead(prepare, images, self.threads, ahead=2 * self.batch):
             if item.error:
                 failed.append(FailedRow(key=item.key, reason=item.error))
-                self.progress += 1
+                turn.advance(1)
                 continue
             batch = waiting.setdefault(item.bucket, [])
             batch.append(item)
             if len(batch) == self.batch:
-                yield from self._encoded(waiting.pop(item.bucket), rows, failed, counts)
+                yield from self._encoded(waiting.pop(item.bucket), rows, failed, counts, turn)
+        turn.let_go(source.raw.bytes)
         for batch in waiting.values():
-            yield from self._encoded(batch, rows, failed, counts)
+            yield from self._encoded(batch, rows, failed, counts, turn)
 
     def _prepare(self, key: str, data: bytes, buckets: tuple[Side, ...]) -> Prepared:
         try:
@@ -150,8 +169,10 @@ class LatentsWorker:
         rows: dict[str, dict[str, Any]],
         failed: list[FailedRow],
         counts: Counter[str],
+        turn: ShardTurn,
     ) -> Iterator[Sample]:
-        latents = self._latents([item.pixels for item in batch if item.stood is None])
+        latents = self._latents([item.pixels for item in batch if item.stood is None], turn)
+        turn.let_go(sum(item.nbytes for item in batch))
         for item in batch:
             if item.stood is not None:
                 data = item.stood.files()[FEATURES]
@@ -163,14 +184,16 @@ class LatentsWorker:
                 data = latent_bytes(latent)
             counts.update(name for over, name in ENLARGED.items() if item.enlarged > over)
             yield Sample(item.key, {FEATURES: data}, _columns(item, rows[item.key], data))
-        self.progress += len(batch)
+        turn.advance(len(batch))
 
-    def _latents(self, pixels: list[np.ndarray]) -> Iterator[torch.Tensor]:
+    def _latents(self, pixels: list[np.ndarray], turn: ShardTurn) -> Iterator[torch.Tensor]:
         """Of pictures of one bucket, which meet the autoencoder together."""
         if not pixels:
             return iter(())
         images = to_model_range(np.stack(pixels))  # (B, 3, H, W)
-        return iter(self.autoencoder.encode(images).to("cpu", self.dtype))  # (B, 16, H/8, W/8)
+        with turn.encoding():
+            latents = self.autoencoder.encode(images).to("cpu", self.dtype)  # (B, 16, H/8, W/8)
+        return iter(latents)
 
 
 def _taken_over(row: dict[str, Any], stood: EarlierRow) -> Prepared:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sd3core.data.earlier_rows import EarlierRow, EarlierRows
 from sd3core.data.encoded_shards import (
@@ -22,14 +21,16 @@ from sd3core.data.encoded_shards import (
     caption_id,
 )
 from sd3core.data.manifest import ManifestRef
+from sd3core.data.settled_precision import SettledPrecision
 from sd3core.data.shards import TAR_BLOCK, FailedRow, Sample, read_shard_done, write_shard
 from sd3core.data.store import Store
 from sd3core.progress import ProgressCallback, ignore_progress
 from sd3core.recipe import ENCODERS, Text, TextDtype
 from sd3core.specs import DONE
 from sd3core.towers.artifact import fetch_towers
+from workers.at_once import ShardsAtOnce, ShardTurn
 from workers.caches import towers_cache
-from workers.inputs import InputShard, read_input_index, read_input_table
+from workers.inputs import InputShard, batched, read_input_index, read_input_table
 from workers.shard_stage import MadeShard, ShardTask
 
 if TYPE_CHECKING:
@@ -46,7 +47,10 @@ class TextSource:
 
 
 class TextWorker:
-    """Raw shard and its captions -> text tar: each distinct caption once, an index row for each (key, kind)."""
+    """Raw shard and its captions -> text tar: each distinct caption once, an index row for each (key, kind).
+
+    Several threads may call it.
+    """
 
     def __init__(
         self,
@@ -56,25 +60,28 @@ class TextWorker:
         dtype: TextDtype,
         batch: int,
         device: str,
+        precision: SettledPrecision,
+        at_once: ShardsAtOnce,
         report: ProgressCallback = ignore_progress,  # of fetching the encoders
     ) -> None:
         # here, so that a latents worker does not load transformers, nor the process that hands out shards torch
-        import torch
-
+        from sd3core.precision import PRECISION_DTYPES
         from sd3core.towers.text_encoders import load_text_encoders
 
-        self.store, self.text, self.dtype, self.batch = store, text, dtype, batch
+        self.store, self.text, self.dtype, self.batch, self.at_once = store, text, dtype, batch, at_once
         local = fetch_towers(store, towers.folder, towers_cache(), ENCODERS, towers.digest, report)
-        self.encoders = load_text_encoders(local, text, torch.float32, device)
-        self.progress = 0  # rows, by the share of the shard's captions that is done
+        self.encoders = load_text_encoders(local, text, PRECISION_DTYPES[precision], device)
 
     def __call__(self, task: ShardTask) -> MadeShard:
-        self.progress = 0
+        with self.at_once.shard(task.place) as turn:
+            return self._made(task, turn)
+
+    def _made(self, task: ShardTask, turn: ShardTurn) -> MadeShard:
         null = f"{task.folder}/{NULL_FILE}"
         if not self.store.exists(null):
             # one file, which stands for "no prompt" in a part of all steps: its sequences are not rounded to 8 bits
             dtype = "float16" if self.dtype == "int8" else self.dtype
-            self.store.put(null, self._encode([""], dtype)[0].to_bytes(self.text.padding))
+            self.store.put(null, self._encode([""], dtype, turn)[0].to_bytes(self.text.padding))
             if self.store.exists(f"{task.folder}/{task.stem}{DONE}"):  # the shard stands: this alone was missing
                 return MadeShard(read_shard_done(self.store, task.folder, task.stem))
         failed: list[FailedRow] = []
@@ -82,7 +89,8 @@ class TextWorker:
         uses = _distinct(self._captions(task.source))
         with EarlierRows(self.store, task.folder, task.earlier) as earlier:
             stood = earlier.find({caption_id(caption) for caption in uses}, lambda row: row["caption_id"])
-            samples = count_without_caption(self._samples(uses, task.rows, failed, counts, stood), task.rows, counts)
+            samples = self._samples(uses, task.rows, failed, counts, turn, stood)
+            samples = count_without_caption(samples, task.rows, counts)
             record = write_shard(self.store, task.folder, task.stem, samples, failed, TEXT_SCHEMA, counts=counts)
         return MadeShard(record, len(stood), len(uses) - len(stood), tuple(earlier.told))
 
@@ -105,13 +113,14 @@ class TextWorker:
         rows: int,
         failed: list[FailedRow],
         counts: Counter[str],
+        turn: ShardTurn,
         stood: Mapping[str, EarlierRow] = NONE_STOOD,
     ) -> Iterator[Sample]:
         """`stood`: captions, by their ids, whose features are taken over."""
         offset = encoded = 0
         cut: set[str] = set()  # images with a caption that no encoder reads to its end
         for captions in batched(uses, self.batch):
-            for caption, encoded_as in self._features(captions, stood):
+            for caption, encoded_as in self._features(captions, stood, turn):
                 if encoded_as is None:
                     failed += [
                         FailedRow(key=key, reason=f"{kind} caption: its features are not finite in {self.dtype}")
@@ -131,14 +140,15 @@ class TextWorker:
                     yield Sample(name, {FEATURES: data} if position == 0 else {}, row)
                 offset += length
             encoded += len(captions)
-            self.progress = rows * encoded // len(uses)
+            # rows, by the share of the shard's captions that is done
+            turn.reach(rows * encoded // len(uses))
 
     def _features(
-        self, captions: Sequence[str], stood: Mapping[str, EarlierRow]
+        self, captions: Sequence[str], stood: Mapping[str, EarlierRow], turn: ShardTurn
     ) -> Iterator[tuple[str, tuple[bytes, list[int]] | None]]:
         """(caption, its features' bytes and the encoders' token counts), in order; None where they are not finite."""
         new = [caption for caption in captions if caption_id(caption) not in stood]
-        made = dict(zip(new, self._encode(new, self.dtype), strict=True)) if new else {}
+        made = dict(zip(new, self._encode(new, self.dtype, turn), strict=True)) if new else {}
         for caption in captions:
             if (features := made.get(caption)) is None:
                 row = stood[caption_id(caption)]
@@ -148,10 +158,12 @@ class TextWorker:
             else:
                 yield caption, None
 
-    def _encode(self, captions: list[str], dtype: TextDtype) -> list[StoredText]:
+    def _encode(self, captions: list[str], dtype: TextDtype, turn: ShardTurn) -> list[StoredText]:
         from sd3core.data.stored_text import StoredText
 
-        stored = StoredText.of(self.encoders.encode(captions).to("cpu"), dtype)
+        with turn.encoding():
+            features = self.encoders.encode(captions).to("cpu")
+        stored = StoredText.of(features, dtype)
         return [stored.index([i]) for i in range(len(captions))]
 
 
@@ -171,9 +183,3 @@ def _distinct(captions: Iterable[tuple[str, str, str]]) -> dict[str, list[tuple[
     for key, kind, caption in captions:
         uses.setdefault(caption, []).append((key, kind))
     return uses
-
-
-def batched(items: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
-    iterator = iter(items)
-    while batch := tuple(itertools.islice(iterator, size)):
-        yield batch

@@ -259,8 +259,9 @@ def _run_tasks(
     # here, so that a stage with nothing to do loads no models' libraries
     from workers.evaluate_worker import EvaluationWorker
 
-    worker = {"store_url": store.url, "recipe": recipe, "inputs": inputs, "device": actor_device(recipe.compute)}
-    outcomes = map_over_actors(EvaluationWorker, worker, tasks, PoolSettings.of(recipe.compute), ended, working, tell)
+    compute = recipe.compute.for_stage("evaluate")
+    worker = {"store_url": store.url, "recipe": recipe, "inputs": inputs, "device": actor_device(compute)}
+    outcomes = map_over_actors(EvaluationWorker, worker, tasks, PoolSettings.of(compute), ended, working, tell)
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     if failed:
         named = "; ".join(f"{outcome.task.title}: {outcome.error}" for outcome in failed[:5])

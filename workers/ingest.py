@@ -54,7 +54,7 @@ def _made(recipe: Recipe, store: Store, report: ProgressCallback, stage: ShardSt
         "folder": stage.folder,
         "captions_needed": recipe.caption.captioner == "none",
     }
-    return run_shard_stage(store, recipe.run, stage, IngestShard, worker, recipe.compute, report)
+    return run_shard_stage(store, recipe.run, stage, IngestShard, worker, recipe.compute.for_stage("ingest"), report)
 
 
 class _FolderIngest:

@@ -5,6 +5,7 @@ The manifest of the earlier stage says which it is.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,11 +32,15 @@ class InputShard:
     digest: str  # sha256 of its main file
     rows: int
     index_digest: str | None = None
+    bytes: int = 0  # of all its files
 
 
 def input_shards(manifest: Manifest) -> dict[int, InputShard]:
     """A manifest's shards by number: shard 42 of a stage is made from shard 42 of the stages before it."""
-    return {e.number: InputShard(manifest.folder, e.stem, e.digest, e.rows, e.index_digest) for e in manifest.shards}
+    return {
+        e.number: InputShard(manifest.folder, e.stem, e.digest, e.rows, e.index_digest, e.bytes)
+        for e in manifest.shards
+    }
 
 
 def shard_images(store: Store, shard: InputShard) -> Iterator[tuple[str, bytes]]:
@@ -74,6 +79,12 @@ def map_ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: in
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[tuple[Item, ...]]:
+    iterator = iter(items)
+    while batch := tuple(itertools.islice(iterator, size)):
+        yield batch
 
 
 def actor_device(compute: Compute) -> str:

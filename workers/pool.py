@@ -4,8 +4,9 @@ Retries have a cap, and what is quarantined has its reason.
 
 A worker is a plain class without a ray import: `__init__` loads what it needs once, `__call__(task)` returns a result.
 It may keep an attribute `progress` (any comparable value, usually sd3core.progress.Progress): the watchdog then counts
-a long task as alive while that value changes. Tasks and results travel through Ray, so they hold paths and counts,
-never tensors.
+a long task as alive while that value changes. Its class may have `tasks_at_once`: so many threads call one worker, each with a
+task of its own, and `progress` is of all of them. Tasks and results travel through Ray, so they hold paths and counts, never
+tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -51,11 +52,18 @@ class PoolSettings:
     stall_timeout_s: float = 600.0  # without a result or a change of the worker's `progress`
     load_timeout_s: float = 1800.0  # for a worker's process to be placed and its __init__ to end
     autoscaling: bool = False  # the cluster adds nodes: what those of now have room for says nothing
+    keys: Mapping[str, str] = field(default_factory=dict)  # of these numbers, where the recipe has them for this stage
 
     @classmethod
     def of(cls, compute: Compute, **changes: Any) -> PoolSettings:
+        """`compute`: as the stage has it."""
         names = ("actors", "cpus_per_actor", "gpus_per_actor", "stall_timeout_s", "autoscaling")
-        return cls(**{name: getattr(compute, name) for name in names} | changes)
+        keys = {name: compute.key(name) for name in names}
+        return cls(**{name: getattr(compute, name) for name in names} | {"keys": keys} | changes)
+
+    def key(self, name: str) -> str:
+        """Where the recipe says a number, for messages."""
+        return self.keys.get(name, f"compute.{name}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class Outcome(Generic[Task]):
     error: str | None = None
     attempts: int = 1
     device: str = ""  # kind of what the worker ran on
-    seconds: float = 0.0  # of the last attempt
+    seconds: float = 0.0  # of the last attempt, as a part of its worker's time
 
 
 def map_over_actors(
@@ -81,8 +89,9 @@ def map_over_actors(
 ) -> list[Outcome[Task]]:
     """worker_class(**worker_kwargs)(task) for every task; outcomes in the order of the tasks.
 
-    Each actor loads once and has one task at a time. A task that raises, whose process dies or that stalls is tried
-    again, up to settings.max_attempts, then given up with its reason (a UserError keeps its message). `report(outcome,
+    Each actor loads once and has one task at a time, or as many as its worker's `tasks_at_once`. A task that raises, whose
+    process dies or that stalls is tried again, up to settings.max_attempts, then given up with its reason (a UserError keeps
+    its message); where a process dies at several, nobody knows which it was, and each is tried again alone. `report(outcome,
     done, total)` is called as each task ends; `watch(task, progress)` about once a second with what a busy worker
     shows; `tell` hears that Ray itself has died and was started again, after which what had not ended begins anew.
     Raises PoolFailed when no worker can be loaded, and at once when loading raises a UserError that stays or no node
@@ -145,19 +154,34 @@ def of_the_process(error: Exception) -> bool:
     return is_of_the_machine(error) or "CUDA" in str(error)
 
 
-@dataclass
+@dataclass(eq=False)
+class _Call:
+    """A task that an actor is at."""
+
+    position: int
+    seconds: float = 0.0  # its part of the actor's time: what it shares with other tasks is divided among them
+
+
+@dataclass(eq=False)
 class _Seat:
     """One place in the pool: the actor that sits there now, and what it is doing."""
 
     actor: Any
-    pending: Any  # reference of the running load or call
-    task: int | None = None  # position of the task; None while loading
+    loading: Any  # reference of the running load; None once it has ended
+    calls: dict[Any, _Call] = field(default_factory=dict)  # by reference
     device: str = ""
-    began_at: float = 0.0  # the task
+    counted_at: float = 0.0  # the calls' seconds
     failed_loads: int = 0
     progress: Any = None
     progress_pending: Any = None
     alive_at: float = field(default_factory=time.monotonic)
+
+    def count_seconds(self) -> None:
+        """To be called before a call is added or taken away."""
+        now = time.monotonic()
+        for call in self.calls.values():
+            call.seconds += (now - self.counted_at) / len(self.calls)
+        self.counted_at = now
 
 
 class _Pool(Generic[Task]):
@@ -167,6 +191,8 @@ class _Pool(Generic[Task]):
         self.tasks: Sequence[Task] = tasks
         self.settings: PoolSettings = settings
         self.report, self.watch, self.tell = report, watch, tell
+        self.at_once = getattr(worker_class, "tasks_at_once", 1)
+        self.alone: set[int] = set()  # positions of tasks that were lost together with others
         self.waiting = deque(range(len(tasks)))
         self.attempts = [0] * len(tasks)
         self.outcomes: dict[int, Outcome[Task]] = {}
@@ -197,10 +223,14 @@ class _Pool(Generic[Task]):
             self.seats = [self._seated() for _ in range(min(self.settings.actors, len(self.waiting)))]
             while len(self.outcomes) < len(self.tasks):
                 check_ray()
-                busy = {seat.pending: seat for seat in self.seats if seat.pending is not None}
+                busy = {
+                    reference: seat
+                    for seat in self.seats
+                    for reference in (seat.calls if seat.loading is None else [seat.loading])
+                }
                 ready, _ = ray.wait(list(busy), num_returns=1, timeout=POOL_POLL_S)
                 for reference in ready:
-                    self._take(busy[reference])
+                    self._take(busy[reference], reference)
                 self._look_at_progress()
                 self._give_out()
         except RayLost:
@@ -217,7 +247,7 @@ class _Pool(Generic[Task]):
             num_cpus=self.settings.cpus_per_actor,
             num_gpus=self.settings.gpus_per_actor,
             max_restarts=0,  # replaced here, where the attempt is counted
-            concurrency_groups={"watch": 1},
+            concurrency_groups={"watch": 1, "tasks": self.at_once},
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} | drivers_mark()},
         )(_ActorHost)
 
@@ -227,7 +257,7 @@ class _Pool(Generic[Task]):
 
     def _take_back(self, reason: str) -> None:
         """What was at work when Ray died: an attempt each, for it may be what killed Ray."""
-        at_work = [seat.task for seat in self.seats if seat.task is not None]
+        at_work = [call.position for seat in self.seats for call in seat.calls.values()]
         self.seats = []
         for position in at_work:
             self._failed(position, reason)
@@ -236,48 +266,59 @@ class _Pool(Generic[Task]):
         actor = self.actor_class.remote()
         return _Seat(actor, actor.load.remote(*self.load_arguments), failed_loads=failed_loads)
 
-    def _take(self, seat: _Seat) -> None:
-        """The running load or call of this seat has ended: with an answer, or with the actor's death."""
+    def _take(self, seat: _Seat, reference: Any) -> None:
+        """The running load or a call of this seat has ended: with an answer, or with the actor's death."""
         try:
-            answer = ray.get(seat.pending)
+            answer = ray.get(reference)
         except RayActorError as error:
             check_ray()
             self._lost(seat, why_it_died(error))
             return
         except RayError as error:  # a task or result that cannot be pickled, a lost object
             answer = _Answer(error=_missing_module(error) or error_in_one_line(error))
-        loading, position = seat.task is None, seat.task
-        if loading and answer.error is not None:
-            if answer.stays:
-                raise PoolFailed(answer.error)
+        if reference == seat.loading:
+            self._take_load(seat, answer)
+        elif answer.of_the_process:
+            self._lost(seat, answer.error, seat.calls[reference])
+        else:
+            self._take_result(seat, reference, answer)
+
+    def _take_load(self, seat: _Seat, answer: _Answer) -> None:
+        if answer.error is None:
+            seat.loading, seat.failed_loads, seat.device = None, 0, answer.result
+        elif answer.stays:
+            raise PoolFailed(answer.error)
+        else:
             self._lost(seat, answer.error)
-            return
-        if answer.of_the_process:
-            self._lost(seat, answer.error)
-            return
-        seat.pending, seat.task = None, None
-        if loading:
-            seat.failed_loads, seat.device = 0, answer.result
-        elif answer.error is None:
-            how = {
-                "attempts": self.attempts[position],
-                "device": seat.device,
-                "seconds": time.monotonic() - seat.began_at,
-            }
+
+    def _take_result(self, seat: _Seat, reference: Any, answer: _Answer) -> None:
+        seat.count_seconds()
+        call = seat.calls.pop(reference)
+        seat.alive_at, position = time.monotonic(), call.position
+        if answer.error is None:
+            how = {"attempts": self.attempts[position], "device": seat.device, "seconds": call.seconds}
             self._finish(position, Outcome(self.tasks[position], answer.result, **how))
         else:
             self._failed(position, answer.error)
 
-    def _lost(self, seat: _Seat, reason: str) -> None:
-        """The actor is dead, stuck or not loaded: its task's attempt is counted, and another actor takes the seat."""
+    def _lost(self, seat: _Seat, reason: str, culprit: _Call | None = None) -> None:
+        """The actor is dead, stuck, not loaded or of no more use: an attempt of its tasks is counted, and another actor takes
+        the seat. `culprit`: the task that is known to be the cause; then the others' attempts do not count.
+        """
         ray.kill(seat.actor)
         self.seats.remove(seat)
         failed_loads = 0
-        if seat.task is None:
+        if seat.loading is not None:
             failed_loads = seat.failed_loads + 1
             self.last_load_error = reason
-        else:
-            self._failed(seat.task, reason)
+        if len(seat.calls) > 1:
+            self.alone |= {call.position for call in seat.calls.values() if culprit in (None, call)}
+        for call in seat.calls.values():
+            if culprit in (None, call):
+                self._failed(call.position, reason)
+            else:
+                self.attempts[call.position] -= 1
+                self.waiting.append(call.position)
         if failed_loads < self.settings.max_attempts:
             self.seats.append(self._seated(failed_loads))
         elif not self.seats:
@@ -299,23 +340,41 @@ class _Pool(Generic[Task]):
             self.report(outcome, len(self.outcomes), len(self.tasks))
 
     def _give_out(self) -> None:
-        for seat in self.seats:
-            if seat.pending is None and self.waiting:
-                seat.task = self.waiting.popleft()
-                self.attempts[seat.task] += 1
-                seat.alive_at = seat.began_at = time.monotonic()
+        while self.waiting and (seat := self._seat_for(self.waiting[0])) is not None:
+            position = self.waiting.popleft()
+            self.attempts[position] += 1
+            seat.count_seconds()
+            if not seat.calls:
+                seat.alive_at = time.monotonic()
                 seat.progress = seat.progress_pending = None
-                seat.pending = seat.actor.call.remote(self.tasks[seat.task])
+            # one task at a time stays in the thread that has loaded the worker
+            call = seat.actor.call if self.at_once == 1 else seat.actor.call.options(concurrency_group="tasks")
+            seat.calls[call.remote(self.tasks[position])] = _Call(position)
+
+    def _seat_for(self, position: int) -> _Seat | None:
+        """The seat that takes this task now: one with the fewest. A second task is given only where those that wait are more than
+        the seats that have none, some of which may still be loading.
+        """
+        alone = [seat for seat in self.seats if any(call.position in self.alone for call in seat.calls.values())]
+        ready = [seat for seat in self.seats if seat.loading is None and seat not in alone]
+        seat = min(ready, key=lambda seat: len(seat.calls), default=None)
+        if seat is None or not seat.calls:
+            return seat
+        without = sum(not other.calls for other in self.seats)
+        fits = len(seat.calls) < self.at_once and len(self.waiting) > without and position not in self.alone
+        return seat if fits else None
 
     def _look_at_progress(self) -> None:
         now = time.monotonic()
-        for seat in [seat for seat in self.seats if seat.pending is not None]:
-            if seat.task is not None:
+        for seat in [seat for seat in self.seats if seat.loading is not None or seat.calls]:
+            if seat.calls:
                 self._ask(seat, now)
             waited = now - seat.alive_at
-            if seat.task is None and waited > self.settings.load_timeout_s:
-                self._lost(seat, f"not loaded after {self.settings.load_timeout_s:g} s ({_resources_left()})")
-            elif seat.task is not None and waited > self.settings.stall_timeout_s:
+            if seat.loading is not None and waited > self.settings.load_timeout_s:
+                self._lost(
+                    seat, f"not loaded after {self.settings.load_timeout_s:g} s ({_resources_left(self.settings)})"
+                )
+            elif seat.calls and waited > self.settings.stall_timeout_s:
                 self._lost(seat, f"no progress for {self.settings.stall_timeout_s:g} s")
 
     def _ask(self, seat: _Seat, now: float) -> None:
@@ -333,8 +392,8 @@ class _Pool(Generic[Task]):
         seat.progress_pending = None
         if progress is not None and progress != seat.progress:
             seat.progress, seat.alive_at = progress, now
-            if self.watch:
-                self.watch(self.tasks[seat.task], progress)
+            for call in seat.calls.values() if self.watch else ():
+                self.watch(self.tasks[call.position], progress)
 
 
 def why_it_died(error: RayActorError) -> str:
@@ -351,6 +410,7 @@ def _missing_module(error: RayError) -> str | None:
     return f"{found[-1]}: Python{where} lacks it; install this project and its lock there, at the same versions"
 
 
-def _resources_left() -> str:
+def _resources_left(settings: PoolSettings) -> str:
     free = ray.available_resources()
-    return f"free in Ray: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs; compute.actors may ask for more"
+    asks = f"{settings.key('actors')} may ask for more"
+    return f"free in Ray: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs; {asks}"

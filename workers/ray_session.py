@@ -46,6 +46,7 @@ LOCAL_RAY = {
     # it would start a worker for every CPU, and none would be used: actors and ranks have an environment of their own
     "prestart_worker_first_driver": False,
 }
+GPU_KIND = "accelerator_type:"  # so begins a node's resource that names the kind of its GPUs
 NEEDED = {"gcs_server": "GCS server", "raylet": "raylet"}  # without these nothing goes on; the others only log
 
 
@@ -180,7 +181,12 @@ def elsewhere() -> str:
 def living_nodes() -> list[Node]:
     """The machines of this process's Ray."""
     return [
-        Node(node["NodeManagerAddress"], node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        Node(
+            node["NodeManagerAddress"],
+            node["Resources"].get("CPU", 0.0),
+            node["Resources"].get("GPU", 0.0),
+            tuple(name.removeprefix(GPU_KIND) for name in node["Resources"] if name.startswith(GPU_KIND)),
+        )
         for node in ray.nodes()
         if node["Alive"]
     ]
@@ -203,7 +209,6 @@ QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
 def _start(session: _Session) -> None:
     """Ray on this machine. It gives itself half a minute, which may not do beside other work: it is tried again."""
     compute, clusters_allowed = session.compute, ray_constants.ENABLE_RAY_CLUSTER
-    cpus = max(compute.actors * compute.cpus_per_actor, compute.train_ranks * compute.cpus_per_rank)
     ray_constants.ENABLE_RAY_CLUSTER = False  # else ray.init turns 127.0.0.1 into the address that others reach
     try:
         sessions = sessions_folder()
@@ -214,7 +219,7 @@ def _start(session: _Session) -> None:
                         address="local",  # also where RAY_ADDRESS names a cluster, or an older session left its traces
                         _node_ip_address="127.0.0.1",
                         _temp_dir=str(sessions),
-                        num_cpus=max(1, math.ceil(cpus)),
+                        num_cpus=max(1, math.ceil(compute.most_cpus)),
                         object_store_memory=compute.object_store_mb * 1024**2,
                         include_dashboard=False,
                         _system_config=LOCAL_RAY,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -66,6 +66,11 @@ class ShardTask:
         """In messages."""
         return self.stem.rstrip(".")
 
+    @property
+    def place(self) -> str:
+        """Names it among the tasks of several stages."""
+        return f"{self.folder}/{self.name}"
+
 
 @dataclass(frozen=True)
 class MadeShard:
@@ -109,7 +114,7 @@ def run_shard_stage(
     compute: Compute,
     report: ProgressCallback,
 ) -> StageResult:
-    """Makes what is missing of one stage. The worker is called with a ShardTask and returns a MadeShard.
+    """Makes what is missing of one stage. `compute`: as the stage has it. The worker is called with a ShardTask and returns a MadeShard.
 
     Raises StageFailed naming the shards given up and why, when all others are done; then no manifest is committed.
     """
@@ -166,17 +171,18 @@ class _Tally:
         self.told: set[tuple[str, str]] = set()
         self.started = time.monotonic()
 
-    def working(self, task: ShardTask, progress: int | Progress) -> None:
-        """`progress`: rows, or a Progress of what the worker does before the first one."""
+    def working(self, task: ShardTask, progress: int | Mapping[str, int] | Progress) -> None:
+        """`progress`: rows, or those of each shard that the worker is at, or a Progress of what it does before the first one."""
         if isinstance(progress, Progress):
             self._show(progress.note)
             return
-        self.busy[task.folder + task.name] = min(progress, task.rows)
+        rows = progress if isinstance(progress, int) else progress.get(task.place, 0)
+        self.busy[task.place] = min(rows, task.rows)
         self._show("")
 
     def finished(self, outcome: Outcome[ShardTask], done: int, total: int) -> None:
         task = outcome.task
-        self.busy.pop(task.folder + task.name, None)
+        self.busy.pop(task.place, None)
         self.finished_rows += task.rows
         if outcome.error:
             given_up = f"shard {task.name} given up: {outcome.error}"

@@ -62,7 +62,7 @@ def towers_stage(recipe: Recipe, store: Store, raw: ManifestRef | None, report: 
         reason = reason_to_work(note, folder, fields, len(missing), len(TOWER_FOLDERS), "tower")
         pinned = {name: finished[name] for name in damaged}
         outcomes = _make(recipe, store, raw, folder, missing, pinned, report) if missing else []
-        manifest = commit_towers(store, folder, fields, made_by(outcomes, recipe.compute.actors))
+        manifest = commit_towers(store, folder, fields, made_by(outcomes, recipe.compute.for_stage("towers").actors))
     reference = ManifestRef(folder, manifest.digest)
     remember_stage(store, recipe.run, "towers", folder, reference.digest, fields)
     return StageResult(
@@ -114,7 +114,7 @@ def _make(
             worker_class,
             {"store_url": store.url, "folder": folder, "pinned": pinned, **kwargs},
             missing,
-            PoolSettings.of(recipe.compute),
+            PoolSettings.of(recipe.compute.for_stage("towers")),
             tally.finished,
             tally.working,
             tally.tell,

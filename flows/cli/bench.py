@@ -113,3 +113,48 @@ def bench_data(
     console.print(data_table(result))
     if json_out is not None:
         json_out.write_text(json.dumps({"bench": asdict(settings), "result": asdict(result)}, indent=1))
+
+
+@bench.command("encode")
+def bench_encode(
+    recipe: Annotated[str, typer.Option(help="Its towers must have been made.")] = "mini",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; repeatable.")] = None,
+    shards: Annotated[int, typer.Option(min=4, max=10_000, help="That one actor encodes at a time.")] = 16,
+    rows: Annotated[int, typer.Option(min=1, max=100_000, help="Of a shard.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Each encodes in every way, in turn.")] = 3,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", parser=path, help="Also writes the figures to this file.")
+    ] = None,
+) -> None:
+    """Actors that encode a recipe's text and latents: shards at once, two actors, and what bf16 changes."""
+    import json
+    from dataclasses import asdict
+
+    from flows.cli.encode_figures import difference_table, encoding_heading, encoding_table
+    from flows.cli.options import file_to_write
+    from flows.local.home import run_store
+    from flows.local.recipes import known_recipes
+    from flows.upstream import Upstream
+    from sd3core.data.settled_precision import settle_precisions
+    from sd3core.recipe_file import load_recipe
+    from workers.encode_bench import EncodeBench, measure_differences, measure_encoding
+
+    file_to_write("--json", json_out)
+    loaded = load_recipe(known_recipes().get(recipe, recipe), set_ or [])
+    store = run_store(loaded)
+    loaded = settle_precisions(loaded, store)
+    towers = Upstream(loaded, store).towers
+    settings = EncodeBench(shards=shards, rows=rows, rounds=rounds)
+    with console.status("comparing bf16 with fp32") as status:
+        differences = measure_differences(loaded, store, towers)
+        console.print(difference_table(differences))
+        status.update("encoding")
+        found = measure_encoding(
+            settings, loaded, store, towers, lambda n: status.update(f"round {n} of {rounds}"), say
+        )
+    say(encoding_heading(settings, loaded))
+    console.print(encoding_table(found))
+    if json_out is not None:
+        figures = {"bench": asdict(settings), "rates": {rates.kind: rates.rates for rates in found}}
+        figures |= {"bf16": {name: asdict(difference) for name, difference in differences.items()}}
+        json_out.write_text(json.dumps(figures, indent=1))

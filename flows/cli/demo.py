@@ -23,6 +23,7 @@ from flows.redo import check_stage, forget_from
 from flows.summary import of_stage
 from flows.upgrade import check_upgrade
 from sd3core.data.folder_listing import READABLE_SUFFIXES, holds_nothing
+from sd3core.data.settled_precision import settle_precisions
 from sd3core.data.store import Store
 from sd3core.errors import DataError, UserError
 from sd3core.files.local_paths import expanded
@@ -98,7 +99,8 @@ def run_demo(
     if from_stage:
         check_stage(from_stage)
     store.check()  # what cannot be is told before anything starts
-    check_upgrade(recipe, store, remake, from_stage=from_stage)
+    settled = settle_precisions(recipe, store)
+    check_upgrade(settled, store, remake, from_stage=from_stage)
     services = start_services(lambda line: console.print(line, soft_wrap=True, highlight=False))
     listen(f"stopped; the services stay, `{DOWN}` stops them; the same command goes on")
 
@@ -109,7 +111,7 @@ def run_demo(
         from flows.session import run_lock
 
         with run_lock(store.url, recipe.run, seconds=0):  # a stage of another deployment may work on it
-            forgotten = forget_from(recipe, store, from_stage)
+            forgotten = forget_from(settled, store, from_stage)
         console.print(f"made again: {', '.join(forgotten)}", soft_wrap=True, highlight=False)
     parameters = ({"recipe": source} if source != name else {}) | ({"overrides": overrides} if overrides else {})
     parameters |= {"remake": True} if remake else {}  # also what only shows when the stages before it are made again
@@ -119,7 +121,7 @@ def run_demo(
             f"{_first_failure(view)} (the same command{' without --from-stage' if from_stage else ''} goes on from there)"
         )
     summary = store.get_json(summary_path(recipe.run))
-    command = sample_command(recipe, _example_prompt(recipe, store))
+    command = sample_command(recipe, _example_prompt(settle_precisions(recipe, store), store))
     print_summary(summary, store, recipe, services, console, command)
     return summary
 

@@ -16,6 +16,7 @@ from sd3core.costs.stages import (
 )
 from sd3core.moving_average import short_average_warnings
 from sd3core.recipe import Recipe
+from sd3core.recipe_compute import GPU_STAGES
 from sd3core.towers.artifact import check_vae_folder
 from sd3core.words import GB
 
@@ -135,16 +136,15 @@ def _print_time(recipe: Recipe, phases: list[PhaseCost], console: Console) -> No
 
 def _assumed(recipe: Recipe) -> str:
     compute, said = recipe.compute, []
-    if compute.gpus_per_rank or compute.gpus_per_actor:
-        said.append(
-            f"a GPU does {GPU_BF16_TFLOPS:.0f} TFLOP/s of the model's arithmetic and {GPU_FP32_TFLOPS:.0f} of the towers' fp32"
-        )
-    if not (compute.gpus_per_rank and compute.gpus_per_actor):
+    gpus = [compute.gpus_per_rank, *(compute.for_stage(stage).gpus_per_actor for stage in GPU_STAGES)]
+    if any(gpus):
+        said.append(f"a GPU does {GPU_BF16_TFLOPS:.0f} TFLOP/s in bf16 and {GPU_FP32_TFLOPS:.0f} in fp32")
+    if not all(gpus):
         said.append("a CPU does what plain matrix products reach here, measured now: real work takes longer")
     if recipe.caption.captioner == "small_world":
         said.append(f"the drawn world's captioner writes {SMALL_CAPTIONS_PER_S:.0f} captions/s an actor")
     elif recipe.caption.captioner == "vision_language_model":
         said.append(
-            f"the captioner reads {CAPTION_CONTEXT_TOKENS:,} tokens an image in fp32, and its weights once for each token of a batch"
+            f"the captioner reads {CAPTION_CONTEXT_TOKENS:,} tokens an image, and its weights once for each token of a batch"
         )
     return f"assumed: {'; '.join(said)}; every image is as large as the largest bucket"

@@ -22,6 +22,7 @@ from flows.summary import finished_runs
 from flows.upstream import NotFinishedError, Upstream
 from sd3core.checkpoint import open_checkpoint
 from sd3core.conditioning import ENCODERS
+from sd3core.data.settled_precision import settle_precisions
 from sd3core.errors import UserError
 from sd3core.exchange.diffusers_folder import check_exported
 from sd3core.generate import Draw, sample_to_files
@@ -210,6 +211,7 @@ def _own_recipe(checkpoint: str) -> Recipe | None:
 def last_checkpoint(recipe: Recipe) -> str:
     """URL of the last phase's. Where this run is not finished and others are, the UserError names those."""
     store = run_store(recipe)
+    recipe = settle_precisions(recipe, store)
     try:
         return store.uri(Upstream(recipe, store).last_checkpoint(recipe.phases()[-1][0]).folder)
     except NotFinishedError:

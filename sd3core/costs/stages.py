@@ -1,7 +1,8 @@
 """What the stages cost: FLOPs by the recipe's numbers, hours by stated rates.
 
-Rates are of one device. On a GPU they are assumed: training and drawing in bf16, towers in fp32. On a CPU they are measured: no
-work here is faster than plain matrix products, so its hours are at least these.
+Rates are of one device. On a GPU they are assumed: training and drawing in bf16, the evaluation's towers in fp32, encoders and
+captioner as the recipe says. On a CPU they are measured: no work here is faster than plain matrix products, so its hours are at
+least these.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from sd3core.machine import matmul_flops_per_second
 from sd3core.metrics.score import LEVELS
 from sd3core.mmdit.flops import forward_flops
 from sd3core.precision import CPU, PRECISION_DTYPES, has_bf16_arithmetic, resolve_precision
-from sd3core.recipe import Recipe, Training
+from sd3core.recipe import Precision, Recipe, Training
+from sd3core.recipe_compute import GPU_STAGES, Compute
 from sd3core.small_world.world import MIN_SIDE_PX, TASKS
 from sd3core.towers.flops import TowerSizes, tower_sizes
 
 GPU_BF16_TFLOPS = 400.0  # sustained: 40 % of an H100's 989
-GPU_FP32_TFLOPS = 40.0  # 60 % of an H100's 67: the towers run in fp32
+GPU_FP32_TFLOPS = 40.0  # 60 % of an H100's 67: what of the towers runs in fp32
 GPU_BYTES_PER_S, CPU_BYTES_PER_S = 2e12, 2e10  # a captioner writes a token as fast as its weights are read
 SMALL_CAPTIONS_PER_S = 200.0  # of an actor: mini's 406 rows/s on two
 CAPTION_CONTEXT_TOKENS = 1_000  # of an image and the prompt, as many captioners have them
@@ -31,17 +33,21 @@ MILLION = 1_000_000
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s of one device, by kind of work."""
+    """FLOP/s of one device, by number format."""
 
-    model: float
-    towers: float
+    fast: float  # bf16, or fp32 where the device has no arithmetic for it
+    fp32: float
     bytes: float  # read from memory, bytes/s
     gpu: bool
 
+    def of(self, precision: Precision) -> float:
+        """`auto`: of an encoder, which takes bf16 on GPUs alone."""
+        return self.fast if precision == "bf16" or (precision == "auto" and self.gpu) else self.fp32
+
     @classmethod
-    def of(cls, recipe: Recipe, per: float) -> Rates:
-        """`per`: GPUs that a rank or an actor has; 0 measures this machine."""
-        if per:
+    def of_device(cls, gpu: bool) -> Rates:
+        """A CPU's are this machine's, measured now."""
+        if gpu:
             return cls(GPU_BF16_TFLOPS * 1e12, GPU_FP32_TFLOPS * 1e12, GPU_BYTES_PER_S, True)
         precision = resolve_precision("auto", bf16=has_bf16_arithmetic(CPU))
         return cls(
@@ -72,23 +78,37 @@ def training_flops(recipe: Recipe, phase: Training) -> float:
 def stage_costs(recipe: Recipe) -> list[StageCost]:
     """The stages' costs in their order. Of a folder, whose rows nobody has counted, data stages cost a million rows."""
     sizes, compute = tower_sizes(recipe), recipe.compute
-    actor = Rates.of(recipe, compute.gpus_per_actor)
-    rank = actor if compute.gpus_per_rank == compute.gpus_per_actor == 0 else Rates.of(recipe, compute.gpus_per_rank)
-    actors = compute.actors * compute.gpus_per_actor if actor.gpu else 1
-    ranks = compute.train_ranks * compute.gpus_per_rank if rank.gpu else 1
+    on_gpus = {stage: compute.for_stage(stage).gpus_per_actor > 0 for stage in GPU_STAGES}
+    rates = {gpu: Rates.of_device(gpu) for gpu in {compute.gpus_per_rank > 0, *on_gpus.values()}}
+    rank, ranks = rates[compute.gpus_per_rank > 0], compute.train_ranks * compute.gpus_per_rank or 1
+    of_stage = {stage: _Actors(rates[gpu], _devices(compute.for_stage(stage))) for stage, gpu in on_gpus.items()}
+    encode, settings = of_stage["encode"], recipe.encode
     rows = recipe.data.images if recipe.data.source == "small_world" else MILLION
     shown = f"{rows:,} rows" if recipe.data.source == "small_world" else "a million rows"
-    costs = [_captioning(recipe, rows, shown, actor, actors)] if recipe.caption.captioner != "none" else []
+    costs = [_captioning(recipe, rows, shown, of_stage["caption"])] if recipe.caption.captioner != "none" else []
     captions = 1 if recipe.caption.captioner == "none" else 2
     text = rows * captions * sizes.text_flops(recipe.text.clip_tokens, recipe.text.t5_tokens)
-    costs.append(_cost("text", f"{captions} x {shown}", text, actor.towers, actors))
+    costs.append(_cost("text", f"{captions} x {shown}", text, encode.rates.of(settings.text_precision), encode.devices))
     for key, phase in recipe.phases():
         height, width = max(phase.bucket_sides(), key=lambda side: side[0] * side[1])
-        costs.append(_cost(f"latents.{key}", shown, rows * sizes.vae.encode_flops(height, width), actor.towers, actors))
+        flops, rate = rows * sizes.vae.encode_flops(height, width), encode.rates.of(settings.latent_precision)
+        costs.append(_cost(f"latents.{key}", shown, flops, rate, encode.devices))
     for key, phase in recipe.phases():
         samples = phase.total_steps * phase.global_batch
-        costs.append(_cost(key, f"{samples:,} samples", samples * training_flops(recipe, phase), rank.model, ranks))
-    return [*costs, _evaluation(recipe, sizes, actor, actors)]
+        costs.append(_cost(key, f"{samples:,} samples", samples * training_flops(recipe, phase), rank.fast, ranks))
+    return [*costs, _evaluation(recipe, sizes, of_stage["evaluate"])]
+
+
+@dataclass(frozen=True)
+class _Actors:
+    """What a stage's actors run on."""
+
+    rates: Rates
+    devices: float
+
+
+def _devices(compute: Compute) -> float:
+    return compute.actors * compute.gpus_per_actor or 1
 
 
 def _cost(name: str, work: str, flops: float, rate: float, devices: float) -> StageCost:
@@ -100,19 +120,20 @@ def _forward(recipe: Recipe, phase: Training, height: int, width: int) -> float:
     return forward_flops(recipe.model_config_for(phase), height * width // 256, text_tokens)
 
 
-def _captioning(recipe: Recipe, rows: int, shown: str, rates: Rates, devices: float) -> StageCost:
+def _captioning(recipe: Recipe, rows: int, shown: str, on: _Actors) -> StageCost:
     """A model reads image and prompt at the rate of its arithmetic, then writes token by token, its weights read once a batch."""
     caption = recipe.caption
     if caption.captioner == "small_world":
-        return StageCost(
-            "caption", shown, 0.0, rows / (SMALL_CAPTIONS_PER_S * recipe.compute.actors) / 3600, recipe.compute.actors
-        )
+        actors = recipe.compute.for_stage("caption").actors
+        return StageCost("caption", shown, 0.0, rows / (SMALL_CAPTIONS_PER_S * actors) / 3600, actors)
     parameters = _parameters(caption.model)
     if parameters is None:
-        return StageCost("caption", f"{shown}; {caption.model} is not on this machine", 0.0, None, devices)
+        return StageCost("caption", f"{shown}; {caption.model} is not on this machine", 0.0, None, on.devices)
     flops = 2.0 * parameters * (CAPTION_CONTEXT_TOKENS + caption.max_new_tokens) * rows
-    written = 4.0 * parameters * caption.max_new_tokens * rows / caption.batch / rates.bytes
-    return StageCost("caption", shown, flops, (flops / rates.towers + written) / devices / 3600, devices)
+    rate = on.rates.of(caption.precision)
+    weight_bytes = 4.0 if rate == on.rates.fp32 else 2.0
+    written = weight_bytes * parameters * caption.max_new_tokens * rows / caption.batch / on.rates.bytes
+    return StageCost("caption", shown, flops, (flops / rate + written) / on.devices / 3600, on.devices)
 
 
 def _parameters(folder: str | None) -> int | None:
@@ -124,7 +145,7 @@ def _parameters(folder: str | None) -> int | None:
         return None
 
 
-def _evaluation(recipe: Recipe, sizes: TowerSizes, rates: Rates, devices: float) -> StageCost:
+def _evaluation(recipe: Recipe, sizes: TowerSizes, on: _Actors) -> StageCost:
     """Pictures drawn for scores, grids and ShapesBench, decoded and judged, and the validation loss at its levels."""
     evaluate = recipe.evaluate
     both = 2 if evaluate.weights == "both" else 1
@@ -141,8 +162,8 @@ def _evaluation(recipe: Recipe, sizes: TowerSizes, rates: Rates, devices: float)
                 model += pictures * _calls(recipe) * _forward(recipe, phase, height, width)
                 towers += pictures * (sizes.vae.decode_flops(height, width) + sizes.judge.flops(sizes.judge_tokens))
                 drawn += pictures
-    hours = (model / rates.model + towers / rates.towers) / devices / 3600
-    return StageCost("evaluate", f"{drawn:,} pictures", model + towers, hours, devices)
+    hours = (model / on.rates.fast + towers / on.rates.fp32) / on.devices / 3600
+    return StageCost("evaluate", f"{drawn:,} pictures", model + towers, hours, on.devices)
 
 
 def _calls(recipe: Recipe) -> int:

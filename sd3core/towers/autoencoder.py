@@ -34,7 +34,7 @@ class Autoencoder:
         if height % DOWNSAMPLING or width % DOWNSAMPLING:
             raise ValueError(f"images of {height}x{width} px: both sides must be multiples of {DOWNSAMPLING}")
         z = self.module.encode(images.to(self.module.device, self.module.dtype)).latent_dist.mode()
-        return (z - self.shift) * self.scale
+        return (z.float() - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:

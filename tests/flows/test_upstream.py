@@ -19,6 +19,7 @@ from sd3core.data.records import sealed
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError, DataError
 from sd3core.mmdit import make_model
+from sd3core.recipe_compute import GPU_STAGES
 from sd3core.recipe_file import load_recipe
 from sd3core.specs import MANIFEST, captions_folder, fingerprint, latents_folder, raw_fields, raw_folder
 from workers.evaluate_tasks import plan_tasks
@@ -178,6 +179,11 @@ def test_what_no_node_holds_is_said_before_the_first_stage_but_not_of_work_that_
     Upstream(trains, store).check_room(laptop)
     with pytest.raises(NoRoomError, match=no_actors):  # evaluation is still to come
         Upstream(encodes, store).check_room(laptop)
+    of_one = {stage: load_recipe("tiny-test", [f"compute.{stage}.gpus_per_actor=1"]) for stage in GPU_STAGES}
+    for stage in ("caption", "encode"):  # what they make stands
+        Upstream(of_one[stage], store).check_room(laptop)
+    with pytest.raises(NoRoomError, match="^compute.evaluate.gpus_per_actor 1 is more than the 0 GPUs"):
+        Upstream(of_one["evaluate"], store).check_room(laptop)
     for task in plan_tasks(recipe, Upstream(recipe, store).to_be_scored()):
         store.put_json(task.settled("fp32").path, sealed({"precision": "fp32", "pictures": []}))
     Upstream(encodes, store).check_room(laptop)

@@ -102,7 +102,7 @@ def test_worker_writes_model_and_prompt_and_names_what_failed(vlm_folder, tmp_pa
     caption = Caption(
         captioner="vision_language_model", model=str(vlm_folder), prompt="Say.", max_new_tokens=4, batch=2
     )
-    worker = CaptionWorker(store.url, caption, PixelRules(10**6), "cpu")
+    worker = CaptionWorker(store.url, caption, PixelRules(10**6), 1, 1e9, "cpu")
     sizes = []
 
     def captioner(batch):
@@ -127,7 +127,7 @@ def test_a_captioner_that_fails_on_every_image_is_an_error_and_no_shard(vlm_fold
     """Else training would go on without captions, and only a warning would say so."""
     store = open_store(str(tmp_path))
     caption = Caption(captioner="vision_language_model", model=str(vlm_folder), max_new_tokens=4, batch=4)
-    worker = CaptionWorker(store.url, caption, PixelRules(10**6), "cpu")
+    worker = CaptionWorker(store.url, caption, PixelRules(10**6), 1, 1e9, "cpu")
     pictures = {f"k{i}": png(image) for i, image in enumerate(noise_images(TOO_MANY_FAILED))}
 
     def broken(batch):
@@ -163,7 +163,7 @@ def test_the_real_model_fills_a_shard(vlm_folder, tmp_path):
     store = open_store(str(tmp_path))
     task = raw_shard(store, {f"k{i}": png(image) for i, image in enumerate(noise_images(3))})
     caption = Caption(captioner="vision_language_model", model=str(vlm_folder), max_new_tokens=4, batch=2)
-    record = CaptionWorker(store.url, caption, PixelRules(10**6), "cpu")(task).record
+    record = CaptionWorker(store.url, caption, PixelRules(10**6), 1, 1e9, "cpu")(task).record
     assert record.rows + len(record.failed) == 3 and record.rows > 0
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from data_chain import run_chain, small_recipe
+from in_process import without_ray
 from PIL import Image
 from safetensors.torch import load as load_tensors
 
@@ -28,6 +30,9 @@ from sd3core.small_world.captioner import caption_from_pixels
 from sd3core.towers.artifact import fetch_towers
 from sd3core.towers.autoencoder import load_autoencoder
 from sd3core.towers.text_encoders import load_text_encoders
+from workers import encode_bench
+from workers.at_once import ShardsAtOnce
+from workers.encode_bench import EncodeBench
 from workers.encode_text import TOO_LONG, TextWorker
 from workers.ingest import ingest_stage
 from workers.inputs import input_shards, shard_images
@@ -263,7 +268,9 @@ def test_a_finished_tower_is_not_made_again(chain):
 
 
 def test_text_that_does_not_fit_its_dtype_is_a_failed_row(chain, monkeypatch):
-    worker = TextWorker(chain.store, chain.towers.manifest, chain.recipe.text, "float16", 4, "cpu")
+    worker = TextWorker(
+        chain.store, chain.towers.manifest, chain.recipe.text, "float16", 4, "cpu", "fp32", ShardsAtOnce(1e9)
+    )
     encode = worker.encoders.encode
 
     def too_large(captions):
@@ -274,11 +281,59 @@ def test_text_that_does_not_fit_its_dtype_is_a_failed_row(chain, monkeypatch):
     monkeypatch.setattr(worker.encoders, "encode", too_large)
     failed, counts = [], Counter()
     uses = {"a": [("k1", "original")], "b": [("k1", "synthetic"), ("k2", "original")]}
-    samples = list(worker._samples(uses, 2, failed, counts))
-    assert not counts
-    assert len([*worker._samples({"red " * 60: [("k3", "original")]}, 1, [], counts)]) == 1 and counts == {TOO_LONG: 1}
+    with worker.at_once.shard("text") as turn:
+        samples = list(worker._samples(uses, 2, failed, counts, turn))
+        assert not counts
+        long = {"red " * 60: [("k3", "original")]}
+        assert len([*worker._samples(long, 1, [], counts, turn)]) == 1 and counts == {TOO_LONG: 1}
     assert [s.row["key"] for s in samples] == ["k1"]
     assert [(f.key, f.reason) for f in failed] == [
         ("k1", "synthetic caption: its features are not finite in float16"),
         ("k2", "original caption: its features are not finite in float16"),
     ]
+
+
+def test_in_bf16_text_and_latents_are_others_by_little_and_stand_elsewhere(chain):
+    recipe = small_recipe("encode.text_precision=bf16", "encode.latent_precision=bf16")
+    made = run_chain(recipe, chain.store)
+    assert made.towers.skipped and made.captions.skipped
+    for name, part in made.encoded.items():
+        exact = chain.encoded[name]
+        assert part.folder != exact.folder and part.rows == exact.rows and part.made
+        assert re.search("precision: .* -> bf16", part.reason)
+    exact, other = (latents_of(of) for of in (chain, made))
+    assert exact.keys() == other.keys()
+    for key in exact:
+        difference = (other[key] - exact[key]).norm() / exact[key].norm()
+        assert 0 < difference < 0.05
+
+
+def latents_of(chain) -> dict[str, torch.Tensor]:
+    manifest = read_manifest(chain.store, chain.encoded["latents.pretrain"].manifest.folder)
+    return {
+        key: load_tensors(files["safetensors"])["latent"].float()
+        for entry in manifest.shards
+        for key, files in read_samples(chain.store.get(f"{manifest.folder}/{entry.stem}.tar"))
+    }
+
+
+def test_the_difference_of_bf16_is_measured_and_small(chain):
+    found = encode_bench.measure_differences(chain.recipe, chain.store, chain.towers.manifest)
+    assert list(found) == ["clip_l", "clip_g", "t5", "clip_l_pooled", "clip_g_pooled", "latents"]
+    for name, of in found.items():
+        assert 0.999 < of.least_cosine <= of.mean_cosine < 1, name
+        assert 0 < of.mean_error <= of.most_error < 0.05, name
+
+
+def test_the_bench_encodes_in_every_way_and_leaves_nothing(chain, monkeypatch):
+    without_ray(monkeypatch, encode_bench)
+    before, settings = chain.store.list(), EncodeBench(shards=4, rows=4, rounds=2)
+    rounds = []
+    found = encode_bench.measure_encoding(
+        settings, chain.recipe, chain.store, chain.towers.manifest, rounds.append, lambda line: None
+    )
+    assert [rates.kind for rates in found] == ["text", "latents"] and rounds == [1, 2]
+    for rates in found:
+        assert all(len(of_way) == 2 and min(of_way) > 0 for of_way in rates.rates.values())
+        assert rates.gain > 0 and rates.two_actors > 0
+    assert chain.store.list() == before

@@ -3,7 +3,9 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,9 +27,10 @@ from sd3core.progress import Progress
 from sd3core.recipe import TOKENS_AT_MOST, Text
 from sd3core.recipe_file import load_recipe
 from workers import encode_latents
+from workers.at_once import ShardsAtOnce
 from workers.encode import LOAD_S, EncodeWorker, _with_enlarged_images, cut_advice
 from workers.encode_latents import LatentsSource, LatentsWorker
-from workers.encode_text import TOO_LONG, TextWorker
+from workers.encode_text import TOO_LONG, TextSource, TextWorker
 from workers.inputs import InputShard, map_ahead
 from workers.shard_stage import ShardTask
 from workers.stage import StageResult
@@ -51,7 +54,7 @@ class MeanAutoencoder:
 def worker(store, batch) -> LatentsWorker:
     made = LatentsWorker.__new__(LatentsWorker)  # without towers: the autoencoder is given
     made.store, made.batch, made.threads, made.rules = store, batch, 2, PixelRules(10**6)
-    made.dtype, made.autoencoder, made.progress = torch.float32, MeanAutoencoder(), 0
+    made.dtype, made.autoencoder, made.at_once = torch.float32, MeanAutoencoder(), ShardsAtOnce(1e9)
     return made
 
 
@@ -93,7 +96,7 @@ def test_batches_are_of_one_bucket_and_do_not_change_the_latents(shard):
     index = {row["key"]: row["bucket"] for row in read_shard_index(store, "a", record.stem).to_pylist()}
     assert index == {"k0": "32x32", "k1": "32x48", "k2": "32x32", "k3": "32x48", "k4": "32x32"}
     assert record.extra == {"32x32": 3, "32x48": 2}
-    assert made.progress == 7
+    assert made.at_once.progress == {} and made.at_once.held == 0
 
 
 def test_rows_are_sorted_by_bucket_and_split_and_have_their_files_digest(shard, monkeypatch):
@@ -184,8 +187,10 @@ def test_loading_shows_that_time_passes_until_it_has_taken_too_long(monkeypatch)
     assert len(set(shown)) == 3 and shown[2] == shown[3]
     made._fetched(Progress(1, 2, "files"))  # a file has come: the time begins anew
     assert made.progress.note == "loading the encoders, 0 s"
-    made.worker = SimpleNamespace(progress=7)
-    assert made.progress == 7
+    made.worker, made.at_once = SimpleNamespace(), ShardsAtOnce(1)
+    with made.at_once.shard("text/0/00000") as turn:
+        turn.advance(7)
+        assert made.progress == {"text/0/00000": 7}
 
 
 def test_map_ahead_keeps_order_bounds_the_lead_and_passes_errors_on():
@@ -229,7 +234,9 @@ def test_long_captions_are_counted_by_the_images_that_have_one():
         "i j k l m": [("k4", "synthetic")],
     }
     counts = Counter()
-    assert len(list(made._samples(uses, 4, [], counts))) == 6 and counts == {TOO_LONG: 4}
+    with ShardsAtOnce(1).shard("text/0/00000") as turn:
+        assert len(list(made._samples(uses, 4, [], counts, turn))) == 6 and counts == {TOO_LONG: 4}
+        assert turn.among.progress == {"text/0/00000": 4}
 
 
 class LoudEncoders(WordEncoders):
@@ -249,7 +256,7 @@ def test_captions_are_stored_in_8_bits_and_the_empty_string_in_16(tmp_path, padd
     store = open_store(str(tmp_path))
     made = TextWorker.__new__(TextWorker)  # without towers: the encoders are given
     made.store, made.text, made.dtype, made.batch = store, Text(padding=padding), "int8", 4
-    made.encoders = LoudEncoders()
+    made.encoders, made.at_once = LoudEncoders(), ShardsAtOnce(1)
     made._captions = lambda source: iter([("k1", "original", "a b"), ("k2", "original", "nan")])
     task = ShardTask(0, "d" * 12, "text/0", rows=2)
     assert [row.key for row in made(task).record.failed] == ["k2"]
@@ -309,3 +316,29 @@ def test_who_reads_the_empty_string_writes_nothing_and_takes_nothing_on_trust(tm
     ):
         read_null_bytes(store, folder)
     assert [entry.path for entry in store.list()] == [f"{folder}/{NULL_FILE}"]
+
+
+def test_encoders_of_one_kind_are_loaded_at_a_time_and_nobody_passes_who_waits_for_others():
+    """Text and latents in turn, from three threads: each kind's shards are together, and every one is made."""
+    at_work, kinds, loads = [], [], []
+
+    def load(kind):
+        assert not at_work
+        loads.append(kind)
+
+        def make(task):
+            at_work.append(kind)
+            time.sleep(0.002)
+            kinds.append(set(at_work))
+            at_work.remove(kind)
+            return task.number
+
+        return make
+
+    made = EncodeWorker("file:///nowhere", None, Text(), {}, 1, None, 1, "cpu", {}, 1e9)
+    made.make = {source: (lambda source=source: load(source)) for source in (TextSource, LatentsSource)}
+    sources = [TextSource(None, None), LatentsSource(None, ())]
+    todo = [ShardTask(number, "0" * 12, "f", 1, sources[number // 4 % 2]) for number in range(24)]
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(made, todo, timeout=30)) == list(range(24))
+    assert all(len(together) == 1 for together in kinds) and 6 <= len(loads) <= 24

@@ -68,6 +68,13 @@ class Worker:
             raise RuntimeError(f"CUDA error: an illegal memory access was encountered, {os.getpid()}")
         if action == "who":
             return str(os.getpid())
+        if action == "meet":
+            deadline = time.monotonic() + 30
+            while len(set(self.log.read_text().split())) < 3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if name == "poison":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.5)
         if action == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if action == "die once" and name not in lines:
@@ -79,6 +86,10 @@ class Worker:
                 time.sleep(0.5)
                 self.progress += 1
         return name.upper() + os.environ["OMP_NUM_THREADS"]
+
+
+class ThreeAtOnce(Worker):
+    tasks_at_once = 3
 
 
 def run(tmp_path, tasks, settings=TWO, load="", report=None, watch=None):
@@ -116,6 +127,27 @@ def test_a_task_that_kills_every_worker_is_quarantined(tmp_path):
     assert outcomes[0].error.startswith("the worker process died")
     assert outcomes[0].attempts == 2
     assert outcomes[1].result == "A1"
+
+
+def run_three(tmp_path, tasks):
+    return map_over_actors(
+        ThreeAtOnce, {"log": str(tmp_path / "log")}, tasks, PoolSettings(actors=1, stall_timeout_s=60)
+    )
+
+
+def test_a_worker_that_takes_several_tasks_has_them_at_once(tmp_path):
+    outcomes = run_three(tmp_path, [(name, "meet") for name in "abc"])
+    assert [(o.result, o.attempts) for o in outcomes] == [("A1", 1), ("B1", 1), ("C1", 1)]
+    total = sum(o.seconds for o in outcomes)
+    assert 0.5 < total < 3 * min(o.seconds for o in outcomes) + 0.5  # shared time counts once
+
+
+def test_a_task_that_kills_its_worker_takes_no_other_with_it(tmp_path):
+    """Nobody knows which of three it was: each is tried again alone, and only the one to blame is given up."""
+    outcomes = run_three(tmp_path, [("a", "meet"), ("poison", "meet"), ("b", "meet"), ("c", "")])
+    assert [o.result for o in outcomes] == ["A1", None, "B1", "C1"]
+    assert outcomes[1].error.startswith("the worker process died") and attempts(tmp_path, "poison") == 3
+    assert {o.attempts for o in (outcomes[0], outcomes[2])} == {2}
 
 
 def test_a_worker_killed_once_while_loading_is_replaced(tmp_path):

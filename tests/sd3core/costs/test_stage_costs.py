@@ -31,7 +31,11 @@ def test_encoding_is_by_the_towers_at_each_phases_largest_bucket():
     costs = costs_of()
     assert costs["latents.pretrain"].flops == 1e6 * RELEASED.vae.encode_flops(256, 256)
     assert costs["text"].flops == 1e6 * 2 * RELEASED.text_flops(77, 77)  # original and synthetic captions
-    assert costs["text"].hours == pytest.approx(costs["text"].flops / (64 * GPU_FP32_TFLOPS * 1e12 * 3600))
+    assert costs["text"].hours == pytest.approx(costs["text"].flops / (64 * GPU_BF16_TFLOPS * 1e12 * 3600))
+    in_fp32 = costs_of("encode.text_precision=fp32", "compute.encode.actors=8")
+    assert in_fp32["text"].hours == pytest.approx(costs["text"].flops / (8 * GPU_FP32_TFLOPS * 1e12 * 3600))
+    assert in_fp32["latents.pretrain"].hours == pytest.approx(8 * costs["latents.pretrain"].hours)
+    assert in_fp32["evaluate"].hours == pytest.approx(costs["evaluate"].hours)
     alone = costs_of("caption.captioner=none")
     assert alone["text"].flops == costs["text"].flops / 2 and "caption" not in alone
 
@@ -39,11 +43,14 @@ def test_encoding_is_by_the_towers_at_each_phases_largest_bucket():
 def test_a_captioner_costs_by_its_parameters_and_is_not_guessed_where_it_is_not(tmp_path):
     assert costs_of()["caption"].hours is None
     save_file({"a": torch.zeros(1000, 1000), "b": torch.zeros(500)}, tmp_path / "model.safetensors")
-    cost = costs_of(f"caption.model={tmp_path}")["caption"]
+    cost = costs_of(f"caption.model={tmp_path}", "caption.precision=fp32")["caption"]
+    in_bf16 = costs_of(f"caption.model={tmp_path}")["caption"]
     parameters, images, batch = 1_000_500, 1e6, 8
     assert cost.flops == 2 * parameters * (1_000 + 64) * images
     seconds = cost.flops / (GPU_FP32_TFLOPS * 1e12) + 4 * parameters * 64 * images / batch / 2e12
     assert cost.hours == pytest.approx(seconds / 64 / 3600)
+    seconds = cost.flops / (GPU_BF16_TFLOPS * 1e12) + 2 * parameters * 64 * images / batch / 2e12
+    assert in_bf16.hours == pytest.approx(seconds / 64 / 3600)
 
 
 @pytest.mark.parametrize(
