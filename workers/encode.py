@@ -1,6 +1,6 @@
 """The encode stage: text features of captions, and VAE latents of images.
 
-Text is encoded once for all resolutions, latents for each phase.
+Text is encoded once for all resolutions, latents for each phase: pretraining's beside the text, each other phase's before it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sd3core.data.uncaptioned import record_uncaptioned
 from sd3core.data.unit_counts import rows_in_manifest, small_buckets_warning
 from sd3core.progress import Progress, ProgressCallback
 from sd3core.recipe import TOKENS_AT_MOST, Recipe, Text
-from sd3core.specs import fingerprint, latents_fields, latents_folder, text_fields, text_folder
+from sd3core.specs import fingerprint, latents_fields, latents_folder, latents_part, text_fields, text_folder
 from sd3core.towers.artifact import read_towers
 from sd3core.words import counted
 from workers.encode_latents import ENLARGED, LatentsSource, LatentsWorker
@@ -37,28 +37,61 @@ def encode_stage(
     towers: ManifestRef,
     report: ProgressCallback,
 ) -> StageResult:
-    """Its parts are "text", "latents.pretrain", "latents.finetune.0", …; phases whose latents are the same share them.
+    """What pretraining needs: its parts are "text", of all phases, and "latents.pretrain". Other phases' latents are made before
+    them, by encode_phase.
 
     Raises StageFailed when shards could not be made, DataError when an input is missing or not what its manifest says.
     """
     digests = read_towers(store, towers.folder, towers.digest).digests
     raw_shards = input_shards(read_manifest(store, raw.folder, raw.digest))
     caption_shards = input_shards(read_manifest(store, captions.folder, captions.digest)) if captions else {}
-    stages = {"text": _text_stage(recipe, digests, raw, raw_shards, captions, caption_shards)}
-    folders: dict[str, str] = {}  # latents folder -> the first stage that fills it
-    shared: dict[str, str] = {}
-    for phase_key, phase in recipe.phases():
-        name, folder = f"latents.{phase_key}", latents_folder(recipe, phase, digests)
-        shared[name] = folders.setdefault(folder, name)
-        if shared[name] == name:
-            buckets = tuple(phase.bucket_sides())
-            fields = latents_fields(recipe, phase, digests)
-            tasks = [
-                ShardTask(number, shard.digest[:12], folder, shard.rows, LatentsSource(shard, buckets))
-                for number, shard in raw_shards.items()
-            ]
-            stages[name] = ShardStage(name, "latents", folder, fields, {"raw": raw.digest}, tasks, unit="image")
-    damaged = pin_null(store, stages["text"].folder)
+    first, _ = recipe.phases()[0]
+    stages = [
+        _text_stage(recipe, digests, raw, raw_shards, captions, caption_shards),
+        _latents_stage(recipe, first, digests, raw, raw_shards),
+    ]
+    folder = stages[0].folder
+    damaged = pin_null(store, folder)
+    text, latents = _encode(recipe, store, stages, towers, report)
+    pin_null(store, folder)  # here, where one process does it: several workers may have written it
+    text = _with_cut_captions(store, recipe, text)
+    if damaged:
+        warnings = [*text.warnings, f"{store.uri(damaged)} was damaged: it is made again"]
+        text = dataclasses.replace(text, warnings=warnings)
+    latents = _told_of_phase(store, recipe, first, latents, text.manifest)
+    results = {result.stage: result for result in (text, latents)}
+    digest = fingerprint({name: result.digest for name, result in results.items()})
+    return join_results("encode", results, digest, "; ".join(sorted({result.reason for result in results.values()})))
+
+
+def encode_phase(
+    recipe: Recipe,
+    store: Store,
+    phase_key: str,
+    raw: ManifestRef,
+    text: ManifestRef,
+    towers: ManifestRef,
+    report: ProgressCallback,
+) -> StageResult:
+    """The latents that one phase trains on, "latents.KEY". Those that it shares with an earlier phase are made once.
+
+    `text`: what it trains on beside them. Raises as encode_stage.
+    """
+    digests = read_towers(store, towers.folder, towers.digest).digests
+    raw_shards = input_shards(read_manifest(store, raw.folder, raw.digest))
+    folders = {key: latents_folder(recipe, phase, digests) for key, phase in recipe.phases()}
+    first = next(key for key, folder in folders.items() if folder == folders[phase_key])
+    stage = _latents_stage(recipe, first, digests, raw, raw_shards)
+    (latents,) = _encode(recipe, store, [stage], towers, report)
+    if first != phase_key:
+        latents = dataclasses.replace(latents, stage=latents_part(phase_key))
+        remember_stage(store, recipe.run, latents.stage, stage.folder, latents.digest, stage.fields)
+    return _told_of_phase(store, recipe, phase_key, latents, text)
+
+
+def _encode(
+    recipe: Recipe, store: Store, stages: list[ShardStage], towers: ManifestRef, report: ProgressCallback
+) -> list[StageResult]:
     worker = {
         "store_url": store.url,
         "towers": towers,
@@ -69,25 +102,31 @@ def encode_stage(
         "threads": decode_threads(recipe.compute),
         "device": actor_device(recipe.compute),
     }
-    made = run_shard_stages(store, recipe.run, list(stages.values()), EncodeWorker, worker, recipe.compute, report)
-    results = {result.stage: result for result in made}
-    pin_null(store, stages["text"].folder)  # here, where one process does it: several workers may have written it
-    results["text"] = _with_cut_captions(store, recipe, results["text"])
-    if damaged:
-        warnings = [*results["text"].warnings, f"{store.uri(damaged)} was damaged: it is made again"]
-        results["text"] = dataclasses.replace(results["text"], warnings=warnings)
-    for name, source in shared.items():
-        if name != source:
-            results[name] = dataclasses.replace(results[source], stage=name)
-            stage = stages[source]
-            remember_stage(store, recipe.run, name, stage.folder, results[name].manifest.digest, stage.fields)
-    for phase_key, phase in recipe.phases():
-        name = f"latents.{phase_key}"
-        results[name] = _with_enlarged_images(store, f"{phase_key} ({phase.side_px} px)", results[name])
-        results[name] = _with_small_buckets(store, phase_key, phase.global_batch, results[name])
-        record_uncaptioned(store, results[name].manifest, results["text"].manifest)
-    digest = fingerprint({name: result.digest for name, result in results.items()})
-    return join_results("encode", results, digest, "; ".join(sorted({result.reason for result in results.values()})))
+    return run_shard_stages(store, recipe.run, stages, EncodeWorker, worker, recipe.compute, report)
+
+
+def _latents_stage(
+    recipe: Recipe, phase_key: str, digests: dict[str, str], raw: ManifestRef, raw_shards: dict[int, InputShard]
+) -> ShardStage:
+    phase = dict(recipe.phases())[phase_key]
+    folder, fields = latents_folder(recipe, phase, digests), latents_fields(recipe, phase, digests)
+    buckets = tuple(phase.bucket_sides())
+    tasks = [
+        ShardTask(number, shard.digest[:12], folder, shard.rows, LatentsSource(shard, buckets))
+        for number, shard in raw_shards.items()
+    ]
+    return ShardStage(latents_part(phase_key), "latents", folder, fields, {"raw": raw.digest}, tasks, unit="image")
+
+
+def _told_of_phase(
+    store: Store, recipe: Recipe, phase_key: str, latents: StageResult, text: ManifestRef
+) -> StageResult:
+    """What a user should know of a phase's latents before it trains, and what its ranks will ask of them."""
+    phase = dict(recipe.phases())[phase_key]
+    latents = _with_enlarged_images(store, f"{phase_key} ({phase.side_px} px)", latents)
+    latents = _with_small_buckets(store, phase_key, phase.global_batch, latents)
+    record_uncaptioned(store, latents.manifest, text)
+    return latents
 
 
 def _with_small_buckets(store: Store, phase: str, global_batch: int, result: StageResult) -> StageResult:

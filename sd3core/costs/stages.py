@@ -18,6 +18,7 @@ from sd3core.mmdit.flops import forward_flops
 from sd3core.precision import CPU, PRECISION_DTYPES, has_bf16_arithmetic, resolve_precision
 from sd3core.recipe import Recipe, Training
 from sd3core.small_world.world import MIN_SIDE_PX, TASKS
+from sd3core.specs import latents_part
 from sd3core.towers.flops import TowerSizes, tower_sizes
 
 GPU_BF16_TFLOPS = 400.0  # sustained: 40 % of an H100's 989
@@ -84,8 +85,8 @@ def stage_costs(recipe: Recipe) -> list[StageCost]:
     costs.append(_cost("text", f"{captions} x {shown}", text, actor.towers, actors))
     for key, phase in recipe.phases():
         height, width = max(phase.bucket_sides(), key=lambda side: side[0] * side[1])
-        costs.append(_cost(f"latents.{key}", shown, rows * sizes.vae.encode_flops(height, width), actor.towers, actors))
-    for key, phase in recipe.phases():
+        encoding = rows * sizes.vae.encode_flops(height, width)
+        costs.append(_cost(latents_part(key), shown, encoding, actor.towers, actors))
         samples = phase.total_steps * phase.global_batch
         costs.append(_cost(key, f"{samples:,} samples", samples * training_flops(recipe, phase), rank.model, ranks))
     return [*costs, _evaluation(recipe, sizes, actor, actors)]

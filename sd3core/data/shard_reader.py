@@ -20,6 +20,7 @@ from torch import Tensor
 from sd3core.buckets import bucket_side
 from sd3core.data.encoded_shards import (
     CAPTION_KINDS,
+    ENCODE_AGAIN,
     ORIGINAL,
     SYNTHETIC,
     Split,
@@ -174,7 +175,7 @@ class ShardReader:
             if units[wanted].max() >= len(chosen):
                 raise DataError(
                     f"{self.store.uri(self.latents_folder)}/{self.shards[position].latents.stem}: its index has"
-                    f" {len(chosen)} rows of {bucket} px with a caption, its manifest more; run the encode stage again"
+                    f" {len(chosen)} rows of {bucket} px with a caption, its manifest more; {ENCODE_AGAIN}"
                 )
             rows[wanted] = chosen[units[wanted]]
         pairs = zip(shards.tolist(), rows.tolist(), strict=True)
@@ -233,10 +234,10 @@ def _latent(sample: StoredSample, bucket: str) -> Tensor:
     try:
         latent = latent_of(sample.latent)
     except (KeyError, SafetensorError):
-        raise DataError(f"{sample.where} holds no latent; run encode again") from None
+        raise DataError(f"{sample.where} holds no latent; {ENCODE_AGAIN}") from None
     if tuple(latent.shape[1:]) != (height // 8, width // 8):
         raise DataError(
-            f"{sample.where} has a latent of {tuple(latent.shape)}, its bucket is {bucket} px; run encode again"
+            f"{sample.where} has a latent of {tuple(latent.shape)}, its bucket is {bucket} px; {ENCODE_AGAIN}"
         )
     return latent
 
@@ -247,9 +248,7 @@ def _check_line_up(latents: Manifest, text: Manifest, tokens: dict[str, int]) ->
         if manifest.stage != stage:
             raise DataError(f"{manifest.folder}: a manifest of {manifest.stage}, where one of {stage} is needed")
     if latents.inputs.get("raw") != text.inputs.get("raw"):
-        raise DataError(
-            f"{latents.folder} and {text.folder} were made from different raw shards; run the encode stage again"
-        )
+        raise DataError(f"{latents.folder} and {text.folder} were made from different raw shards; {ENCODE_AGAIN}")
     for there, absent in ((latents, text), (text, latents)):
         missing = sorted({shard.number for shard in there.shards} - {shard.number for shard in absent.shards})
         if missing:
@@ -257,7 +256,7 @@ def _check_line_up(latents: Manifest, text: Manifest, tokens: dict[str, int]) ->
             rows = sum(shard.rows for shard in there.shards if shard.number in lacking)
             raise DataError(
                 f"{absent.folder}: no {absent.stage} for {rows} rows of {there.stage}, in shards {_first(missing)}"
-                f" ({len(missing)} in all); run the encode stage again"
+                f" ({len(missing)} in all); {ENCODE_AGAIN}"
             )
     made_with = text.fields.get("text", {})
     for name, count in tokens.items():
