@@ -19,5 +19,6 @@ def encode(recipe: str, overrides: list[str] | None = None, remake: bool = False
     """Text serves all phases; of latents only those that come next are made."""
     with stage("encode", recipe, overrides, remake) as run:
         upstream = run.upstream
-        result = encode_stage(run.recipe, run.store, upstream.raw, upstream.captions, upstream.towers, run.report)
+        inputs = upstream.raw, upstream.captions, upstream.towers
+        result = encode_stage(run.recipe, run.store, *inputs, run.report, run.warn)
         return run.finish(result, [shard_table(run.store, result.parts)])

@@ -24,7 +24,8 @@ def make_latents(run: StageRun, key: str) -> StageResult:
     """
     upstream = run.upstream
     upstream.start_of(key)
-    result = encode_phase(run.recipe, run.store, key, upstream.raw, upstream.text, upstream.towers, run.report)
+    inputs = upstream.raw, upstream.text, upstream.towers
+    result = encode_phase(run.recipe, run.store, key, *inputs, run.report, run.warn)
     for warning in result.warnings:
         run.warn(warning)
     return result

@@ -51,10 +51,11 @@ def encode_all(
     captions: ManifestRef | None,
     towers: ManifestRef,
     report=ignore_progress,
+    tell=lambda note: None,
 ) -> dict[str, StageResult]:
     """Text and the latents of every phase, in the order in which a run makes them, without the training between."""
-    parts = dict(encode_stage(recipe, store, raw, captions, towers, report).parts)
+    parts = dict(encode_stage(recipe, store, raw, captions, towers, report, tell).parts)
     for key, _ in recipe.phases()[1:]:
-        made = encode_phase(recipe, store, key, raw, parts["text"].manifest, towers, report)
+        made = encode_phase(recipe, store, key, raw, parts["text"].manifest, towers, report, tell)
         parts[made.stage] = made
     return parts
