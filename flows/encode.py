@@ -1,6 +1,6 @@
-"""Stage 4, encode: text features of every caption, VAE latents for every phase.
+"""Stage 4, encode: text features of every caption, VAE latents for pretraining.
 
-Text is encoded once for all resolutions. Paper appendix E.1.
+Text is encoded once for all resolutions; the latents of a fine-tuning phase are made right before it. Paper appendix E.1.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from workers.encode import encode_stage
 
 @flow(name="encode", **FLOW_OPTIONS)
 def encode(recipe: str, overrides: list[str] | None = None, remake: bool = False) -> dict[str, Any]:
-    """Square crops for pretraining, aspect buckets for fine-tuning; text serves both."""
+    """Text serves all phases; of latents only those that come next are made."""
     with stage("encode", recipe, overrides, remake) as run:
         upstream = run.upstream
-        result = encode_stage(run.recipe, run.store, upstream.raw, upstream.captions, upstream.towers, run.report)
+        inputs = upstream.raw, upstream.captions, upstream.towers
+        result = encode_stage(run.recipe, run.store, *inputs, run.report, run.warn)
         return run.finish(result, [shard_table(run.store, result.parts)])

@@ -35,7 +35,7 @@ class StandingPart:
     """A stage, or one of the things that it makes, as far as it stands."""
 
     name: str  # as in stage notes: "ingest", "latents.pretrain", "finetune.0"
-    stage: str
+    stage: str  # that it is taken back with (flows.redo): all latents are encode's
     status: Literal["stands", "upgrade", "other"]  # other: never made, or made again for another reason
     changes: tuple[str, ...] = ()  # "train format 1 -> 2"; none where only what is upstream is made again
     folders: tuple[str, ...] = ()  # of what stands and would be made again
@@ -82,8 +82,8 @@ class _Look:
             "towers": self._towers,
             "caption": self._caption,
             "encode": self._encode,
-            "pretrain": lambda: self._phases(slice(0, 1)),
-            "finetune": lambda: self._phases(slice(1, None)),
+            "pretrain": lambda: self._phase(*self.recipe.phases()[0]),
+            "finetune": self._finetune,
             "evaluate": self._evaluate,
             "export": self._export,
         }
@@ -152,10 +152,12 @@ class _Look:
                 text,
                 {"encoders": "towers", "captions": "caption"},
             )
-        for key, phase in recipe.phases():
-            latents = specs.latents_fields(recipe, phase, self.tower_digests)
-            needs = {"vae": "towers", "raw": "ingest"}
-            self._data(f"latents.{key}", "encode", "latents", specs.data_folder(name, "latents"), latents, needs)
+        self._latents(*recipe.phases()[0])
+
+    def _latents(self, key: str, phase: Training) -> None:
+        fields = specs.latents_fields(self.recipe, phase, self.tower_digests)
+        parent, needs = specs.data_folder(self.recipe.data.name, "latents"), {"vae": "towers", "raw": "ingest"}
+        self._data(specs.latents_part(key), "encode", "latents", parent, fields, needs)
 
     def _data(
         self, name: str, stage: str, kind: str, parent: str, fields: dict[str, Any], needs: dict[str, str]
@@ -167,14 +169,15 @@ class _Look:
         else:
             self._judge(name, stage)
 
-    def _phases(self, which: slice) -> None:
-        for key, phase in self.recipe.phases()[which]:
+    def _finetune(self) -> None:
+        for key, phase in self.recipe.phases()[1:]:
+            self._latents(key, phase)
             self._phase(key, phase)
 
     def _phase(self, key: str, phase: Training) -> None:
         keys = [other for other, _ in self.recipe.phases()]
         before = keys[keys.index(key) - 1] if key != keys[0] else None
-        needs = {"latents": f"latents.{key}", "text": "text"} | ({"init": before} if before else {})
+        needs = {"latents": specs.latents_part(key), "text": "text"} | ({"init": before} if before else {})
         stage, parent = key.partition(".")[0], specs.phase_folder(self.recipe.run, key)
         if any(self.parts[other].status == "other" for other in needs.values()) or not self.store.folders(parent):
             return self._put(key, stage, "other")
@@ -197,7 +200,7 @@ class _Look:
             init = Upstream(recipe, self.store).start_digest(key)
         data = {
             name: REMADE if self.parts[part].status == "upgrade" else self._digest(part)
-            for name, part in (("latents", f"latents.{key}"), ("text", "text"))
+            for name, part in (("latents", specs.latents_part(key)), ("text", "text"))
         }
         return specs.train_fields(recipe, phase, init=init, **data)
 

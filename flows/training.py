@@ -1,4 +1,4 @@
-"""A training phase for both training flows: its job, curve and checkpoints."""
+"""A training phase for both training flows: latents, job, curve, checkpoints."""
 
 from __future__ import annotations
 
@@ -9,10 +9,26 @@ from flows.ui.loss_curve import loss_curve
 from flows.ui.previews import preview_settings
 from sd3core.checkpoint_record import read_checkpoint_done
 from sd3core.specs import fingerprint
+from workers.encode import encode_phase
 from workers.stage import StageResult
 from workers.trainer.job import TrainingJob
 from workers.trainer.stage import train_stage
 from workers.trainer.standing_checkpoints import read_metrics
+
+
+def make_latents(run: StageRun, key: str) -> StageResult:
+    """Makes what is missing of a phase's latents, as encode has done for the first phase.
+
+    Its warnings are told before the training that they are of. Raises NotFinishedError where the phase before, or text, is to come:
+    hours of encoding would end in that.
+    """
+    upstream = run.upstream
+    upstream.start_of(key)
+    inputs = upstream.raw, upstream.text, upstream.towers
+    result = encode_phase(run.recipe, run.store, key, *inputs, run.report, run.warn)
+    for warning in result.warnings:
+        run.warn(warning)
+    return result
 
 
 def train_phase(run: StageRun, key: str) -> StageResult:

@@ -91,13 +91,15 @@ class Upstream:
         return self._up_to_date(manifest, "encode", raw=self.raw, captions=self.captions)
 
     def latents(self, phase_key: str) -> ManifestRef:
-        """Phases of one resolution share them."""
+        """Phases of one resolution share them. Those that pretraining needs are encode's, all others are made before their phase."""
         folder = self._latents_folders[phase_key]
         first = next(key for key, other in self._latents_folders.items() if other == folder)
-        return self._once("latents", first, lambda: self._latents(folder, f"latents.{first}"))
+        return self._once("latents", first, lambda: self._latents(folder, first))
 
-    def _latents(self, folder: str, note: str) -> ManifestRef:
-        return self._up_to_date(self._manifest(folder, "encode", note), "encode", raw=self.raw)
+    def _latents(self, folder: str, first: str) -> ManifestRef:
+        stage = "encode" if first == next(iter(self._phases)) else first.partition(".")[0]
+        manifest = self._manifest(folder, stage, specs.latents_part(first))
+        return self._up_to_date(manifest, stage, raw=self.raw)
 
     @cached_property
     def _latents_folders(self) -> dict[str, str]:

@@ -6,11 +6,14 @@ Both are multiples of what a patch covers. Paper section 5.3.2.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 Side = tuple[int, int]  # height, width in px
 DOWNSAMPLING = 8  # px of an image to a place of its latent, each way: the VAE's
 PATCH_PX = 2 * DOWNSAMPLING  # a patch is 2 x 2 places
+MERGED_CROP = 0.1  # of an image, that may be cut off so that it joins a bucket whose images fill a batch
 
 
 def bucket_sides(side_px: int, aspect_ratios: Sequence[float], multiple: int = PATCH_PX) -> list[Side]:
@@ -61,6 +64,48 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[Side]) -> Side:
     """
     wanted = math.log(width / height)
     return min(buckets, key=lambda side: abs(math.log(side[1] / side[0]) - wanted))
+
+
+def nearest_places(sizes: np.ndarray, buckets: Sequence[Side]) -> np.ndarray:
+    """The places (n,) in `buckets` of the nearest_bucket of each size (n, 2), width and height: of millions in seconds."""
+    aspects = np.log([width / height for height, width in buckets])
+    distances = np.abs(aspects - np.log(sizes[:, :1] / sizes[:, 1:]))  # (n, buckets)
+    places = distances.argmin(axis=1)
+    nearest = distances[np.arange(len(sizes)), places]
+    # the last bit of a logarithm decides nothing: who is in the middle is asked of the one rule
+    doubtful = np.flatnonzero((distances < nearest[:, None] + 1e-9).sum(axis=1) > 1)
+    for row in doubtful.tolist():
+        places[row] = buckets.index(nearest_bucket(*sizes[row].tolist(), buckets))
+    return places
+
+
+def cut_off(side: Side, other: Side) -> float:
+    """The share of an image of one side's aspect that is cut off to fill the other: 1 - min(a / b, b / a) of their aspects.
+
+    Of any image whose nearest bucket is `side` no larger share is cut off in addition.
+    """
+    across, down = side[1] * other[0], other[1] * side[0]
+    # of whole numbers, so exact to the last bit: no machine may order two buckets otherwise
+    return 1 - min(across, down) / max(across, down)
+
+
+def merged_buckets(rows: Mapping[Side, int], global_batch: int) -> dict[Side, Side]:
+    """Where the images of buckets go that have some, but fewer `rows` than a batch: to the nearest bucket that fills one.
+
+    A bucket farther than MERGED_CROP from all of those stays by itself. Where none fills a batch, the fullest is taken for one.
+    Each bucket is judged by its own rows, not by what others bring it: a row more changes nothing, but where its bucket now
+    fills a batch (or none does, and it is now the fullest), and then for that bucket and the small ones that it is nearest to.
+    """
+    there = {side: count for side, count in rows.items() if count}
+    full = [side for side, count in there.items() if count >= global_batch]
+    if there and not full:
+        full = [max(there, key=lambda side: (there[side], side))]
+    merged = {}
+    for side in there.keys() - set(full):
+        target = min(full, key=lambda other: (cut_off(side, other), other))
+        if cut_off(side, target) <= MERGED_CROP:
+            merged[side] = target
+    return dict(sorted(merged.items()))
 
 
 def bucket_name(side: Side) -> str:

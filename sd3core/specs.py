@@ -199,6 +199,11 @@ def latents_folder(recipe: Recipe, phase: Training, tower_digests: dict[str, str
     return data_folder(recipe.data.name, "latents", fingerprint(latents_fields(recipe, phase, tower_digests)))
 
 
+def latents_part(phase_key: str) -> str:
+    """What a phase's latents are called in notes and messages: "latents.finetune.0"."""
+    return f"latents.{phase_key}"
+
+
 def named_towers(name: str, *spec: str) -> str:
     return "/".join((TOWERS, name, *spec))
 

@@ -1,6 +1,6 @@
 """The encode stage: text features of captions, and VAE latents of images.
 
-Text is encoded once for all resolutions, latents for each phase.
+Text is encoded once for all resolutions, latents for each phase: pretraining's beside the text, each other phase's before it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import time
 from threading import Condition, Lock
 
 from sd3core.data.encoded_shards import NULL_FILE, pin_null
+from sd3core.data.folder_source import Tell
 from sd3core.data.images import PixelRules
-from sd3core.data.manifest import ManifestRef, read_manifest
+from sd3core.data.manifest import Manifest, ManifestRef, read_manifest
+from sd3core.data.raw_buckets import count_raw_buckets
 from sd3core.data.settled_precision import SettledPrecision
 from sd3core.data.shards import parts_digest
 from sd3core.data.store import Store, open_store
@@ -19,13 +21,14 @@ from sd3core.data.uncaptioned import record_uncaptioned
 from sd3core.data.unit_counts import rows_in_manifest, small_buckets_warning
 from sd3core.progress import Progress, ProgressCallback
 from sd3core.recipe import TOKENS_AT_MOST, Recipe, Text
-from sd3core.specs import fingerprint, latents_fields, latents_folder, text_fields, text_folder
+from sd3core.specs import fingerprint, latents_fields, latents_folder, latents_part, text_fields, text_folder
 from sd3core.towers.artifact import read_towers
 from sd3core.words import counted
 from workers.at_once import SHARDS_AT_ONCE, ShardsAtOnce
 from workers.encode_latents import ENLARGED, LatentsSource, LatentsWorker
 from workers.encode_text import TOO_LONG, TextSource, TextWorker
 from workers.inputs import InputShard, actor_device, decode_threads, input_shards
+from workers.rare_sizes import Merged, RareSizes, kept_note, merged_digest, own_merges, rare_sizes
 from workers.shard_stage import MadeShard, ShardStage, ShardTask, run_shard_stages
 from workers.stage import StageResult, join_results, remember_stage
 
@@ -39,29 +42,69 @@ def encode_stage(
     captions: ManifestRef | None,
     towers: ManifestRef,
     report: ProgressCallback,
+    tell: Tell = lambda note: None,
 ) -> StageResult:
-    """Its parts are "text", "latents.pretrain", "latents.finetune.0", …; phases whose latents are the same share them.
+    """What pretraining needs: its parts are "text", of all phases, and "latents.pretrain". Other phases' latents are made before
+    them, by encode_phase.
+
+    `tell` hears what becomes of the rare sizes of all phases before anything is encoded.
 
     Raises StageFailed when shards could not be made, DataError when an input is missing or not what its manifest says.
     """
     digests = read_towers(store, towers.folder, towers.digest).digests
-    raw_shards = input_shards(read_manifest(store, raw.folder, raw.digest))
+    raw_manifest = read_manifest(store, raw.folder, raw.digest)
+    raw_shards = input_shards(raw_manifest)
     caption_shards = input_shards(read_manifest(store, captions.folder, captions.digest)) if captions else {}
-    stages = {"text": _text_stage(recipe, digests, raw, raw_shards, captions, caption_shards)}
-    folders: dict[str, str] = {}  # latents folder -> the first stage that fills it
-    shared: dict[str, str] = {}
-    for phase_key, phase in recipe.phases():
-        name, folder = f"latents.{phase_key}", latents_folder(recipe, phase, digests)
-        shared[name] = folders.setdefault(folder, name)
-        if shared[name] == name:
-            buckets = tuple(phase.bucket_sides())
-            fields = latents_fields(recipe, phase, digests)
-            tasks = [
-                ShardTask(number, shard.digest[:12], folder, shard.rows, LatentsSource(shard, buckets))
-                for number, shard in raw_shards.items()
-            ]
-            stages[name] = ShardStage(name, "latents", folder, fields, {"raw": raw.digest}, tasks, unit="image")
-    damaged = pin_null(store, stages["text"].folder)
+    first, *later = (key for key, _ in recipe.phases())
+    rare = _rare_sizes(recipe, store, [first, *later], raw_manifest, raw.digest, digests, report, tell)
+    stages = [
+        _text_stage(recipe, digests, raw, raw_shards, captions, caption_shards),
+        _latents_stage(recipe, first, digests, raw, raw_shards, rare.merged.get(first, {})),
+    ]
+    folder = stages[0].folder
+    damaged = pin_null(store, folder)
+    text, latents = _encode(recipe, store, stages, towers, report)
+    pin_null(store, folder)  # here, where one process does it: several workers may have written it
+    text = _with_cut_captions(store, recipe, text)
+    if damaged:
+        warnings = [*text.warnings, f"{store.uri(damaged)} was damaged: it is made again"]
+        text = dataclasses.replace(text, warnings=warnings)
+    latents = _told_of_phase(store, recipe, first, latents, text.manifest, rare)
+    results = {result.stage: result for result in (text, latents)}
+    digest = fingerprint({name: result.digest for name, result in results.items()})
+    return join_results("encode", results, digest, "; ".join(sorted({result.reason for result in results.values()})))
+
+
+def encode_phase(
+    recipe: Recipe,
+    store: Store,
+    phase_key: str,
+    raw: ManifestRef,
+    text: ManifestRef,
+    towers: ManifestRef,
+    report: ProgressCallback,
+    tell: Tell = lambda note: None,
+) -> StageResult:
+    """The latents that one phase trains on, "latents.KEY". Those that it shares with an earlier phase are made once.
+
+    `text`: what it trains on beside them. `tell` and what is raised: as of encode_stage.
+    """
+    digests = read_towers(store, towers.folder, towers.digest).digests
+    raw_manifest = read_manifest(store, raw.folder, raw.digest)
+    rare = _rare_sizes(recipe, store, [phase_key], raw_manifest, raw.digest, digests, report, tell)
+    folders = {key: latents_folder(recipe, phase, digests) for key, phase in recipe.phases()}
+    first = next(key for key, folder in folders.items() if folder == folders[phase_key])
+    stage = _latents_stage(recipe, first, digests, raw, input_shards(raw_manifest), rare.merged.get(phase_key, {}))
+    (latents,) = _encode(recipe, store, [stage], towers, report)
+    if first != phase_key:
+        latents = dataclasses.replace(latents, stage=latents_part(phase_key))
+        remember_stage(store, recipe.run, latents.stage, stage.folder, latents.digest, stage.fields)
+    return _told_of_phase(store, recipe, phase_key, latents, text, rare)
+
+
+def _encode(
+    recipe: Recipe, store: Store, stages: list[ShardStage], towers: ManifestRef, report: ProgressCallback
+) -> list[StageResult]:
     compute = recipe.compute.for_stage("encode")
     worker = {
         "store_url": store.url,
@@ -75,32 +118,64 @@ def encode_stage(
         "precisions": {"text": recipe.encode.text_precision, "latents": recipe.encode.latent_precision},
         "most_bytes": compute.decoded_gb * 1e9,
     }
-    made = run_shard_stages(store, recipe.run, list(stages.values()), EncodeWorker, worker, compute, report)
-    results = {result.stage: result for result in made}
-    pin_null(store, stages["text"].folder)  # here, where one process does it: several workers may have written it
-    results["text"] = _with_cut_captions(store, recipe, results["text"])
-    if damaged:
-        warnings = [*results["text"].warnings, f"{store.uri(damaged)} was damaged: it is made again"]
-        results["text"] = dataclasses.replace(results["text"], warnings=warnings)
-    for name, source in shared.items():
-        if name != source:
-            results[name] = dataclasses.replace(results[source], stage=name)
-            stage = stages[source]
-            remember_stage(store, recipe.run, name, stage.folder, results[name].manifest.digest, stage.fields)
-    for phase_key, phase in recipe.phases():
-        name = f"latents.{phase_key}"
-        results[name] = _with_enlarged_images(store, f"{phase_key} ({phase.side_px} px)", results[name])
-        results[name] = _with_small_buckets(store, phase_key, phase.global_batch, results[name])
-        record_uncaptioned(store, results[name].manifest, results["text"].manifest)
-    digest = fingerprint({name: result.digest for name, result in results.items()})
-    return join_results("encode", results, digest, "; ".join(sorted({result.reason for result in results.values()})))
+    return run_shard_stages(store, recipe.run, stages, EncodeWorker, worker, compute, report)
 
 
-def _with_small_buckets(store: Store, phase: str, global_batch: int, result: StageResult) -> StageResult:
-    """Says before any training what it will say of buckets that do not fill a batch."""
+def _rare_sizes(
+    recipe: Recipe,
+    store: Store,
+    phases: list[str],
+    raw: Manifest,
+    raw_digest: str,
+    digests: dict[str, str],
+    report: ProgressCallback,
+    tell: Tell,
+) -> RareSizes:
+    count = lambda lists: count_raw_buckets(store, raw, lists, report)
+    rare = rare_sizes(recipe, store, phases, raw, raw_digest, digests, count)
+    for note in rare.notes:
+        tell(note)
+    return rare
+
+
+def _latents_stage(
+    recipe: Recipe,
+    phase_key: str,
+    digests: dict[str, str],
+    raw: ManifestRef,
+    raw_shards: dict[int, InputShard],
+    merged: Merged,
+) -> ShardStage:
+    phase = dict(recipe.phases())[phase_key]
+    folder, fields = latents_folder(recipe, phase, digests), latents_fields(recipe, phase, digests)
+    buckets = tuple(phase.bucket_sides())
+    tasks = []
+    for number, shard in raw_shards.items():
+        own = own_merges(merged, number)
+        source = LatentsSource(shard, buckets, own)
+        tasks.append(ShardTask(number, merged_digest(shard, own), folder, shard.rows, source))
+    return ShardStage(latents_part(phase_key), "latents", folder, fields, {"raw": raw.digest}, tasks, unit="image")
+
+
+def _told_of_phase(
+    store: Store, recipe: Recipe, phase_key: str, latents: StageResult, text: ManifestRef, rare: RareSizes
+) -> StageResult:
+    """What a user should know of a phase's latents before it trains, and what its ranks will ask of them."""
+    phase = dict(recipe.phases())[phase_key]
+    latents = _with_enlarged_images(store, f"{phase_key} ({phase.side_px} px)", latents)
+    latents = _with_rare_sizes(store, phase_key, phase.global_batch, latents, rare)
+    record_uncaptioned(store, latents.manifest, text)
+    return latents
+
+
+def _with_rare_sizes(store: Store, phase: str, global_batch: int, result: StageResult, rare: RareSizes) -> StageResult:
+    """What was told of the phase, and what training will say: an image that could not be encoded may have been of a rare size."""
     manifest = read_manifest(store, result.manifest.folder, result.manifest.digest)
-    warning = small_buckets_warning(rows_in_manifest(manifest, "train"), global_batch)
-    return dataclasses.replace(result, warnings=[*result.warnings, f"{phase}: {warning}"]) if warning else result
+    counts = rows_in_manifest(manifest, "train")
+    kept = kept_note(counts, global_batch) if phase in rare.kept else None
+    said = [f"{phase}: {note}" for note in (kept, small_buckets_warning(counts, global_batch)) if note]
+    told = [note for note in rare.notes if note.startswith(f"{phase}: ")]
+    return dataclasses.replace(result, warnings=list(dict.fromkeys([*result.warnings, *told, *said])))
 
 
 def _with_enlarged_images(store: Store, phase: str, result: StageResult) -> StageResult:

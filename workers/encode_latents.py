@@ -9,7 +9,7 @@ import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,6 +48,16 @@ ENLARGED = {over: f"enlarged over {over:g} times" for over in (1.1, 2.0, 4.0, 8.
 class LatentsSource:
     raw: InputShard
     buckets: tuple[Side, ...]  # (height, width) px
+    # buckets whose images go to another (workers.rare_sizes)
+    merged: dict[Side, Side] = field(default_factory=dict)
+
+    def bucket_of(self, width: int, height: int) -> Side:
+        nearest = nearest_bucket(width, height, self.buckets)
+        return self.merged.get(nearest, nearest)
+
+    def latent_name(self, row: dict[str, Any]) -> tuple[RowName, str]:
+        """Image and bucket of a row of the raw index: an earlier latent of the image may be of another bucket than today's."""
+        return row_name(row), bucket_name(self.bucket_of(row["width"], row["height"]))
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,9 @@ class LatentsWorker:
         failed: list[FailedRow] = []
         counts: Counter[str] = Counter()
         with EarlierRows(self.store, task.folder, task.earlier) as earlier:
-            stood = earlier.find({row_name(row) for row in rows.values()}, row_name)
+            names = {key: task.source.latent_name(row) for key, row in rows.items()} if task.earlier else {}
+            found = earlier.find({*names.values()}, lambda row: (row_name(row), row["bucket"]))
+            stood = {key: found[name] for key, name in names.items() if name in found}
             samples = self._samples(task.source, rows, stood, failed, counts, turn)
             samples = in_bucket_order(samples, list(rows), counts)
             schema = with_image_digest(LATENT_SCHEMA, index)
@@ -121,20 +133,19 @@ class LatentsWorker:
         self,
         source: LatentsSource,
         rows: dict[str, dict[str, Any]],
-        stood: dict[RowName, EarlierRow],
+        stood: dict[str, EarlierRow],
         failed: list[FailedRow],
         counts: Counter[str],
         turn: ShardTurn,
     ) -> Iterator[Sample]:
-        """`rows`: those of the raw index, by key. `stood`: those whose latents are taken over, in the order of those made."""
+        """`rows`: those of the raw index, by key. `stood`: latents that are taken over, likewise, in the order of those made."""
         waiting: dict[Side, list[Prepared]] = {}
 
         def prepare(image: tuple[str, bytes]) -> Prepared:
-            row = rows[image[0]]
-            earlier = stood.get(row_name(row))
+            earlier = stood.get(image[0])
             if earlier:
-                return _taken_over(row, earlier)
-            prepared = self._prepare(*image, source.buckets)
+                return _taken_over(rows[image[0]], earlier)
+            prepared = self._prepare(*image, source)
             turn.hold(prepared.nbytes)
             return prepared
 
@@ -153,13 +164,13 @@ class LatentsWorker:
         for batch in waiting.values():
             yield from self._encoded(batch, rows, failed, counts, turn)
 
-    def _prepare(self, key: str, data: bytes, buckets: tuple[Side, ...]) -> Prepared:
+    def _prepare(self, key: str, data: bytes, source: LatentsSource) -> Prepared:
         try:
             with naming(key):
                 image = decode_image(data, self.rules)
         except DataError as error:
             return Prepared(key, error=str(error))
-        bucket = nearest_bucket(image.width, image.height, buckets)
+        bucket = source.bucket_of(image.width, image.height)
         pixels, crop = crop_to(image, *bucket)
         return Prepared(key, bucket, pixels, crop, enlargement(image.size, *bucket))
 

@@ -190,13 +190,15 @@ def deploy(
 @app.command()
 def plan(recipe: RecipeOption = DEFAULT_RECIPE, set_: SetOption = None) -> None:
     """Before money is spent: parameters, images, bytes in the store, memory per GPU at each ZeRO stage, steps, FLOPs, hours."""
-    from flows.cli.plan import print_plan
+    from flows.cli.plan import print_plan, print_rare_sizes
     from flows.local.home import run_store
     from flows.upgrade import print_upgrade
 
     loaded = _load(recipe, set_)
+    store = run_store(loaded)
     print_plan(loaded, console)
-    print_upgrade(loaded, run_store(loaded), console)
+    print_rare_sizes(loaded, store, console)
+    print_upgrade(loaded, store, console)
 
 
 @app.command()

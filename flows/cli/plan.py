@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from flows.upstream import NotFinishedError, Upstream
 from sd3core.buckets import bucket_name, off_centre
 from sd3core.costs.phases import PhaseCost, compare_backbones, phase_cost, text_bytes
 from sd3core.costs.stages import (
@@ -14,13 +15,19 @@ from sd3core.costs.stages import (
     SMALL_CAPTIONS_PER_S,
     stage_costs,
 )
+from sd3core.data.manifest import read_manifest
+from sd3core.data.raw_buckets import look_at_raw_buckets
+from sd3core.data.store import Store
+from sd3core.errors import UserError
 from sd3core.moving_average import short_average_warnings
 from sd3core.recipe import Recipe
 from sd3core.recipe_compute import GPU_STAGES
-from sd3core.towers.artifact import check_vae_folder
+from sd3core.towers.artifact import TOWER_FOLDERS, check_vae_folder
 from sd3core.words import GB
+from workers.rare_sizes import rare_sizes
 
 GIB = 2**30
+INDEXES_READ = 1_000  # of raw shards that nobody has counted yet: some seconds
 
 
 def print_plan(recipe: Recipe, console: Console) -> None:
@@ -37,6 +44,36 @@ def print_plan(recipe: Recipe, console: Console) -> None:
     _print_backbones(recipe, console)
     _print_storage(recipe, phases, captions, console)
     _print_time(recipe, phases, console)
+
+
+def print_rare_sizes(recipe: Recipe, store: Store, console: Console) -> None:
+    """Prints what will become of sizes with fewer images than a batch, where the images are ingested; writes nothing."""
+    if all(len(phase.bucket_sides()) == 1 for _, phase in recipe.phases()):
+        return
+    try:
+        said = _rare_sizes_notes(recipe, store) or [
+            "every size that has images has enough for a batch, or stays as it is encoded"
+        ]
+    except NotFinishedError:
+        said = ["sizes with fewer images than a batch are told here when the images are ingested"]
+    except UserError as error:
+        said = [f"sizes with fewer images than a batch were not looked for: {error}"]
+    console.print()
+    for line in said:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _rare_sizes_notes(recipe: Recipe, store: Store) -> tuple[str, ...]:
+    upstream = Upstream(recipe, store)
+    ref = upstream.raw
+    raw = read_manifest(store, ref.folder, ref.digest)
+    try:
+        digests = upstream.towers_manifest.digests
+    except NotFinishedError:  # then nothing is encoded, and which phases share latents is a matter of their sizes
+        digests = dict.fromkeys(TOWER_FOLDERS, "")
+    look = lambda lists: look_at_raw_buckets(store, raw, lists, at_most=INDEXES_READ)
+    phases = [key for key, _ in recipe.phases()]
+    return rare_sizes(recipe, store, phases, raw, ref.digest, digests, look).notes
 
 
 def _print_phases(recipe: Recipe, phases: list[PhaseCost], console: Console) -> None:

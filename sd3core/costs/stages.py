@@ -20,6 +20,7 @@ from sd3core.precision import CPU, PRECISION_DTYPES, has_bf16_arithmetic, resolv
 from sd3core.recipe import Precision, Recipe, Training
 from sd3core.recipe_compute import GPU_STAGES, Compute
 from sd3core.small_world.world import MIN_SIDE_PX, TASKS
+from sd3core.specs import latents_part
 from sd3core.towers.flops import TowerSizes, tower_sizes
 
 GPU_BF16_TFLOPS = 400.0  # sustained: 40 % of an H100's 989
@@ -92,8 +93,7 @@ def stage_costs(recipe: Recipe) -> list[StageCost]:
     for key, phase in recipe.phases():
         height, width = max(phase.bucket_sides(), key=lambda side: side[0] * side[1])
         flops, rate = rows * sizes.vae.encode_flops(height, width), encode.rates.of(settings.latent_precision)
-        costs.append(_cost(f"latents.{key}", shown, flops, rate, encode.devices))
-    for key, phase in recipe.phases():
+        costs.append(_cost(latents_part(key), shown, flops, rate, encode.devices))
         samples = phase.total_steps * phase.global_batch
         costs.append(_cost(key, f"{samples:,} samples", samples * training_flops(recipe, phase), rank.fast, ranks))
     return [*costs, _evaluation(recipe, sizes, of_stage["evaluate"])]

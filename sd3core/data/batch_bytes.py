@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from sd3core.buckets import DOWNSAMPLING, bucket_side
+from sd3core.data.encoded_shards import ENCODE_AGAIN
 from sd3core.errors import DataError
 from sd3core.recipe import ENCODERS
 
@@ -176,9 +177,9 @@ def _latent(sample: StoredSample, bucket: str) -> StoredTensor:
     try:
         latent = read_tensors(sample.latent)["latent"]
     except (KeyError, ValueError):
-        raise DataError(f"{sample.where} holds no latent; run encode again") from None
+        raise DataError(f"{sample.where} holds no latent; {ENCODE_AGAIN}") from None
     if latent.shape[1:] != (height // DOWNSAMPLING, width // DOWNSAMPLING):
-        raise DataError(f"{sample.where} has a latent of {latent.shape}, its bucket is {bucket} px; run encode again")
+        raise DataError(f"{sample.where} has a latent of {latent.shape}, its bucket is {bucket} px; {ENCODE_AGAIN}")
     return latent
 
 

@@ -37,6 +37,7 @@ NULL_FILE = "NULL.safetensors"
 NULL_RECORD = "NULL.json"  # absent where an earlier version encoded it
 UNCAPTIONED = "UNCAPTIONED."  # begins the name of a record of how many rows have none, beside the latents
 WITHOUT_CAPTION = "without caption"  # a text shard's count of rows that have none
+ENCODE_AGAIN = "run the stage again that makes it (encode; for the latents of a fine-tuning phase, finetune)"
 FILE_DIGEST = ("sha256", pa.binary(32))  # of the row's file, without its tar header
 TEXT_SCHEMA = pa.schema(
     [("kind", pa.string()), ("caption_id", pa.string()), FILE_DIGEST]

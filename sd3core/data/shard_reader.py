@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sd3core.data.batch_bytes import BatchBuffer, PackedBatch, PlainBuffer, StoredSample, pack_batch
-from sd3core.data.encoded_shards import CAPTION_KINDS, ORIGINAL, SYNTHETIC, Split
+from sd3core.data.encoded_shards import CAPTION_KINDS, ENCODE_AGAIN, ORIGINAL, SYNTHETIC, Split
 from sd3core.data.manifest import Manifest
 from sd3core.data.shard_cache import ShardCache, StoredRow
 from sd3core.data.shard_rows import LATENT, ShardFiles, ShardRows, join_rows, joined_name
@@ -150,7 +150,7 @@ class ShardReader:
             if units[wanted].max() >= len(chosen):
                 raise DataError(
                     f"{self.store.uri(self.latents_folder)}/{self.shards[position].latents.stem}: its index has"
-                    f" {len(chosen)} rows of {bucket} px with a caption, its manifest more; run the encode stage again"
+                    f" {len(chosen)} rows of {bucket} px with a caption, its manifest more; {ENCODE_AGAIN}"
                 )
             rows[wanted] = chosen[units[wanted]]
         pairs = zip(shards.tolist(), rows.tolist(), strict=True)
@@ -206,9 +206,7 @@ def _check_line_up(latents: Manifest, text: Manifest, tokens: dict[str, int]) ->
         if manifest.stage != stage:
             raise DataError(f"{manifest.folder}: a manifest of {manifest.stage}, where one of {stage} is needed")
     if latents.inputs.get("raw") != text.inputs.get("raw"):
-        raise DataError(
-            f"{latents.folder} and {text.folder} were made from different raw shards; run the encode stage again"
-        )
+        raise DataError(f"{latents.folder} and {text.folder} were made from different raw shards; {ENCODE_AGAIN}")
     for there, absent in ((latents, text), (text, latents)):
         missing = sorted({shard.number for shard in there.shards} - {shard.number for shard in absent.shards})
         if missing:
@@ -216,7 +214,7 @@ def _check_line_up(latents: Manifest, text: Manifest, tokens: dict[str, int]) ->
             rows = sum(shard.rows for shard in there.shards if shard.number in lacking)
             raise DataError(
                 f"{absent.folder}: no {absent.stage} for {rows} rows of {there.stage}, in shards {_first(missing)}"
-                f" ({len(missing)} in all); run the encode stage again"
+                f" ({len(missing)} in all); {ENCODE_AGAIN}"
             )
     made_with = text.fields.get("text", {})
     for name, count in tokens.items():

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sd3core.data.encoded_shards import CAPTION_KINDS, FILE_DIGEST, Split
+from sd3core.data.encoded_shards import CAPTION_KINDS, ENCODE_AGAIN, FILE_DIGEST, Split
 from sd3core.data.manifest import ShardEntry
 from sd3core.data.shards import read_shard_index, sample_id
 from sd3core.data.store import Store, StoreNotFound
@@ -134,5 +134,5 @@ def _read_checked_index(store: Store, folder: str, shard: ShardFiles) -> pa.Tabl
     if index.num_rows != shard.rows:
         raise DataError(f"{where}: its index has {index.num_rows} rows, its manifest {shard.rows}; run the stage again")
     if FILE_DIGEST[0] not in index.column_names:
-        raise DataError(f"{where}: its index is of an earlier version; run the encode stage again")
+        raise DataError(f"{where}: its index is of an earlier version; {ENCODE_AGAIN}")
     return index

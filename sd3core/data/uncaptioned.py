@@ -1,6 +1,6 @@
 """Counts the encoded rows that have no caption, so that a plan needs no index.
 
-Latents and text are made apart, and only their indexes together say which latent has no text. The encode stage reads them
+Latents and text are made apart, and only their indexes together say which latent has no text. Who makes latents reads them
 once for each pair of manifests, and only of shards whose text says that it lacks some; every rank reads one record.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from sd3core.data.encoded_shards import UNCAPTIONED, WITHOUT_CAPTION, Split
+from sd3core.data.encoded_shards import ENCODE_AGAIN, UNCAPTIONED, WITHOUT_CAPTION, Split
 from sd3core.data.manifest import Manifest, ManifestRef, read_manifest
 from sd3core.data.records import own_digest, sealed
 from sd3core.data.shard_rows import ShardFiles, ShardRows, join_rows
@@ -51,12 +51,10 @@ def record_uncaptioned(store: Store, latents: ManifestRef, text: ManifestRef) ->
 
 
 def read_uncaptioned(store: Store, latents: ManifestRef, text: ManifestRef) -> Uncaptioned:
-    """What the encode stage recorded of two manifests. DataError where it is not there, or damaged."""
+    """What was recorded of two manifests. DataError where it is not there, or damaged."""
     rows = _read(store, latents, text)
     if rows is None:
-        raise DataError(
-            f"{store.uri(_path(latents, text))}: not there or damaged; run the encode stage: it writes it again"
-        )
+        raise DataError(f"{store.uri(_path(latents, text))}: not there or damaged; {ENCODE_AGAIN}")
     return rows
 
 

@@ -95,7 +95,7 @@ def test_a_stage_at_work_shows_its_progress(killed):
     assert re.match(
         rf"\d+/{LAST} samples, [\d.,]+ samples/s, \d.* left, .*\bloss \d\.\d+", killed.shown["pretrain-progress"]
     )
-    assert killed.shown["encode-progress"].startswith("288/288 rows")
+    assert killed.shown["encode-progress"].startswith("192/192 rows")  # text, and latents of pretraining
 
 
 @pytest.mark.kills

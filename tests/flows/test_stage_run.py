@@ -74,7 +74,21 @@ def test_a_stage_is_skipped_where_all_of_its_parts_are(run):
 
 def test_phases_are_told_each_with_its_own_reason():
     first, second = part("finetune.0", "1", True, "done"), part("finetune.1", "2", False, "longer", notes=["n"])
-    assert join_phases([first]) is first
-    both = join_phases([first, second])
-    assert (both.reason, both.skipped, both.path) == ("finetune.0: done; finetune.1: longer", False, second.path)
+    alone, both = join_phases([first]), join_phases([first, second])
+    assert (alone.reason, alone.skipped, alone.path, alone.digest) == ("done", True, first.path, "1")
+    assert (both.reason, both.skipped, both.path) == ("finetune.1: longer", False, second.path)
     assert (both.digest, both.notes) == (fingerprint(["1", "2"]), ["n"])
+
+
+def test_latents_that_were_made_for_a_phase_are_work_of_its_stage():
+    phase = part("finetune.0", "1", True, "done")
+    stood, made = (part("latents.finetune.0", "2", skipped, "why") for skipped in (True, False))
+    found = join_phases([phase], [stood])
+    assert (found.reason, found.skipped, found.digest, found.path) == ("done", True, "1", phase.path)
+    found = join_phases([phase], [made])
+    assert (found.reason, found.skipped, found.digest, found.path) == (
+        "latents.finetune.0: why",
+        False,
+        "1",
+        phase.path,
+    )

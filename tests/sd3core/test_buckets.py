@@ -3,12 +3,24 @@ from __future__ import annotations
 import ast
 import importlib.util
 import math
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from sd3core.buckets import bucket_name, bucket_sides, buckets_for_area, nearest_bucket, off_centre
+from sd3core.buckets import (
+    MERGED_CROP,
+    bucket_name,
+    bucket_sides,
+    buckets_for_area,
+    cut_off,
+    merged_buckets,
+    nearest_bucket,
+    nearest_places,
+    off_centre,
+)
 from sd3core.mmdit.positions import crop_positions
 from sd3core.recipe import Buckets, Training
 from sd3core.recipe_file import load_recipe
@@ -106,3 +118,68 @@ def test_sizes_whose_patches_lie_half_a_patch_off_are_found():
     for name in ("mini", "small", "sd3-2b", "sd3-8b"):
         recipe = load_recipe(name)
         assert not any(off_centre(phase.bucket_sides(), recipe.model.max_side_px) for _, phase in recipe.phases())
+
+
+def test_many_sizes_are_placed_as_each_alone():
+    rng = np.random.default_rng(0)
+    for sides in (buckets_for_area(1024), buckets_for_area(256, 16, max_ratio=2.0), bucket_sides(64, (1.0, 2.0, 0.5))):
+        between = [
+            (a[1] * b[1], a[0] * b[0]) for a in sides for b in sides
+        ]  # squared: half of them in the middle of two
+        sizes = np.array(
+            [*rng.integers(1, 3000, (2_000, 2)).tolist(), *between, *(side[::-1] for side in sides), (7, 7)]
+        )
+        expected = [sides.index(nearest_bucket(width, height, sides)) for width, height in sizes.tolist()]
+        assert nearest_places(sizes, sides).tolist() == expected
+
+
+def test_small_buckets_join_the_nearest_that_fills_a_batch():
+    square, wide, wider, tall = (256, 256), (240, 256), (224, 256), (256, 128)
+    assert cut_off(square, wide) == pytest.approx(1 - 240 / 256) == cut_off(wide, square)
+    # the others lie farther than a tenth
+    assert merged_buckets({square: 10, wide: 3, wider: 2, tall: 1}, 8) == {wide: square}
+    assert merged_buckets({square: 10, wide: 8, wider: 2, tall: 1}, 8) == {wider: wide}
+    assert merged_buckets({square: 10, wide: 0, wider: 9}, 8) == {}
+    # equally far from both: the smaller side, whatever comes first
+    assert merged_buckets({(256, 240): 9, square: 1, wide: 9}, 8) == merged_buckets(
+        {wide: 9, square: 1, (256, 240): 9}, 8
+    )
+    # none fills a batch: the fullest is taken for one
+    assert merged_buckets({square: 3, wide: 4, tall: 2}, 8) == {square: wide}
+    assert merged_buckets({}, 8) == {}
+
+
+def test_merging_cuts_no_image_by_more_than_is_stated():
+    """By the definition: the share of an image of aspect a that fills a bucket of aspect b is min(a / b, b / a)."""
+
+    def kept(aspect: float, side: tuple[int, int]) -> float:
+        return min(aspect * side[0] / side[1], side[1] / side[0] / aspect)
+
+    sides = buckets_for_area(1024)
+    for hundredth in range(25, 400):
+        own = nearest_bucket(hundredth, 100, sides)
+        merged = merged_buckets({side: 1 if side == own else 4096 for side in sides}, 4096)
+        if own in merged:
+            aspect = hundredth / 100
+            assert kept(aspect, own) - kept(aspect, merged[own]) <= cut_off(own, merged[own]) + 1e-9
+            assert cut_off(own, merged[own]) <= MERGED_CROP
+    assert all(
+        merged_buckets({side: 1, other: 4096}, 4096) in ({}, {side: other})
+        for side in sides
+        for other in sides
+        if side != other
+    )
+
+
+def test_a_row_more_moves_its_own_bucket_and_its_small_neighbours_alone():
+    sides, rng = buckets_for_area(1024), random.Random(0)
+    for _ in range(300):
+        rows = {side: rng.choice([0, 1, 5, 7, 8, 30]) for side in sides}
+        rows[(1024, 1024)] = 100
+        grown = rng.choice(sides)
+        before, after = merged_buckets(rows, 8), merged_buckets(rows | {grown: rows[grown] + 1}, 8)
+        assert (1024, 1024) not in before
+        changed = {side for side in before | after if before.get(side) != after.get(side)}
+        if rows[grown] != 7:
+            assert changed <= {grown}  # one with no images before
+        assert all(side == grown or after.get(side) == grown for side in changed)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sd3core.data.manifest import ManifestRef
 from sd3core.data.store import Store
 from sd3core.progress import ignore_progress
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
 from workers.caption import caption_stage
-from workers.encode import encode_stage
+from workers.encode import encode_phase, encode_stage
 from workers.ingest import ingest_stage
 from workers.stage import StageResult
 from workers.towers import towers_stage
@@ -39,7 +40,23 @@ def run_chain(recipe: Recipe, store: Store, report=ignore_progress) -> Chain:
     raw = ingest_stage(recipe, store, report)
     towers = towers_stage(recipe, store, raw.manifest, report)
     captions = caption_stage(recipe, store, raw.manifest, report) if recipe.caption.captioner != "none" else None
-    encoded = encode_stage(
-        recipe, store, raw.manifest, captions.manifest if captions else None, towers.manifest, report
-    )
-    return Chain(recipe, store, raw, towers, captions, encoded.parts)
+    described = captions.manifest if captions else None
+    encoded = encode_all(recipe, store, raw.manifest, described, towers.manifest, report)
+    return Chain(recipe, store, raw, towers, captions, encoded)
+
+
+def encode_all(
+    recipe: Recipe,
+    store: Store,
+    raw: ManifestRef,
+    captions: ManifestRef | None,
+    towers: ManifestRef,
+    report=ignore_progress,
+    tell=lambda note: None,
+) -> dict[str, StageResult]:
+    """Text and the latents of every phase, in the order in which a run makes them, without the training between."""
+    parts = dict(encode_stage(recipe, store, raw, captions, towers, report, tell).parts)
+    for key, _ in recipe.phases()[1:]:
+        made = encode_phase(recipe, store, key, raw, parts["text"].manifest, towers, report, tell)
+        parts[made.stage] = made
+    return parts

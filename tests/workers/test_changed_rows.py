@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from in_process import without_ray
+from counting_models import TOWERS, count_models
+from data_chain import encode_all
 from PIL import Image
 
-import workers.shard_stage
-from sd3core.conditioning import ENCODERS, TextFeatures
-from sd3core.data.manifest import Manifest, ManifestRef, ShardEntry, read_manifest
+from sd3core.data.manifest import Manifest, ShardEntry, read_manifest
 from sd3core.data.shards import parts_digest
 from sd3core.data.slices import deal_slices
 from sd3core.data.store import Store, open_store
 from sd3core.progress import ignore_progress
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
-from sd3core.towers.artifact import TOWER_FOLDERS
 from workers.caption import caption_stage
-from workers.encode import encode_stage
 from workers.ingest import ingest_stage
 from workers.shard_stage import ShardStage, ShardTask, _with_earlier
 from workers.stage import NOTHING_TO_DO, StageResult
@@ -33,73 +28,9 @@ from workers.stage import NOTHING_TO_DO, StageResult
 IMAGES, ROWS_PER_SHARD = 2_000, 64
 
 
-@dataclass
-class Seen:
-    """What the models were shown since the last look."""
-
-    captioned: int = 0
-    encoded: int = 0  # images, by both phases
-    texts: list[str] = field(default_factory=list)
-
-    def take(self) -> tuple[int, int, int]:
-        """(images captioned, images encoded, captions encoded)."""
-        assert self.encoded % 2 == 0  # two phases of other sizes
-        taken = (
-            self.captioned,
-            self.encoded // 2,
-            len([text for text in self.texts if text]),
-        )  # the empty string stands apart
-        self.captioned = self.encoded = 0
-        self.texts.clear()
-        return taken
-
-
-class CountingEncoders:
-    tokens = dict.fromkeys(ENCODERS, 3)
-
-    def __init__(self, seen: Seen) -> None:
-        self.seen = seen
-
-    def encode(self, captions: list[str]) -> TextFeatures:
-        self.seen.texts += captions
-        lengths = torch.tensor([[min(len(caption.split()), 3)] * 3 for caption in captions])
-        values = torch.tensor([float(sum(caption.encode()) % 997) for caption in captions])
-        sequences = [values[:, None, None].expand(-1, 3, 4).clone() for _ in ENCODERS]
-        return TextFeatures(*sequences, values[:, None].clone(), values[:, None].clone(), lengths)
-
-    def too_long(self, captions: list[str]) -> list[str]:
-        return [caption for caption in captions if len(caption.split()) > 3]
-
-
-class CountingAutoencoder:
-    def __init__(self, seen: Seen) -> None:
-        self.seen = seen
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        self.seen.encoded += len(images)
-        mean = images.mean(dim=(1, 2, 3))
-        return mean[:, None, None, None].expand(-1, 16, images.shape[2] // 8, images.shape[3] // 8)
-
-
 @pytest.fixture
 def seen(monkeypatch, tmp_path):
-    seen = Seen()
-
-    def captioner(images):
-        seen.captioned += len(images)
-        return ["shade {} {} {}".format(*np.asarray(image)[0, 0]) for image in images]
-
-    without_ray(monkeypatch, workers.shard_stage)
-    monkeypatch.setenv("SD3_HOME", str(tmp_path / "home"))
-    digests = dict.fromkeys(TOWER_FOLDERS, "0" * 64)
-    monkeypatch.setattr("workers.encode.read_towers", lambda *_: SimpleNamespace(digests=digests))
-    for module in ("encode_text", "encode_latents"):
-        monkeypatch.setattr(f"workers.{module}.fetch_towers", lambda *_: tmp_path)
-    monkeypatch.setattr("sd3core.towers.text_encoders.load_text_encoders", lambda *_: CountingEncoders(seen))
-    monkeypatch.setattr("sd3core.towers.autoencoder.load_autoencoder", lambda *_: CountingAutoencoder(seen))
-    monkeypatch.setattr("workers.caption._load_captioner", lambda *_: captioner)
-    monkeypatch.setattr("sd3core.specs.model_identity", lambda *_: "0" * 12)
-    return seen
+    return count_models(monkeypatch, tmp_path)
 
 
 @dataclass(frozen=True)
@@ -124,8 +55,7 @@ class Stages:
 def run_stages(recipe: Recipe, store: Store) -> Stages:
     raw = ingest_stage(recipe, store, ignore_progress)
     captions = caption_stage(recipe, store, raw.manifest, ignore_progress)
-    towers = ManifestRef("towers", "0" * 64)
-    parts = encode_stage(recipe, store, raw.manifest, captions.manifest, towers, ignore_progress).parts
+    parts = encode_all(recipe, store, raw.manifest, captions.manifest, TOWERS)
     return Stages(raw, captions, parts["text"], parts["latents.pretrain"], parts["latents.finetune.0"])
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from data_chain import encode_all
 from in_process import without_ray
 from PIL import Image
 from safetensors.torch import save_file
@@ -36,7 +37,6 @@ from sd3core.recipe_file import load_recipe
 from sd3core.specs import DONE_FILE, fingerprint
 from sd3core.towers.artifact import read_towers
 from sd3core.training_checkpoint import piece_name, rank_file
-from workers.encode import encode_stage
 from workers.evaluate import EvaluationFailed, _chosen, _read_part, _to_be_of_one_precision, evaluate_stage
 from workers.evaluate_tasks import EvaluationInputs, ScoredCheckpoint, plan_tasks
 from workers.ingest import ingest_stage
@@ -102,7 +102,7 @@ def world(patched, tmp_path_factory) -> World:
     recipe, store = load_recipe("tiny-test", SETTINGS), open_store(str(root / "store"))
     raw = ingest_stage(recipe, store, ignore).manifest
     towers = towers_stage(recipe, store, raw, ignore).manifest
-    encoded = encode_stage(recipe, store, raw, None, towers, ignore).parts
+    encoded = encode_all(recipe, store, raw, None, towers, ignore)
     checkpoints = {
         "pretrain": [write_checkpoint(store, recipe, "pretrain", samples, samples) for samples in (32, 64)],
         "finetune.0": [write_checkpoint(store, recipe, "finetune.0", 32, 5)],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sd3core.checkpoint_record import read_checkpoint_done
@@ -72,13 +72,18 @@ def train_stage(
     )
 
 
-def join_phases(phases: list[StageResult]) -> StageResult:
-    """Several phases of one stage as one result: the last one's checkpoint."""
+def join_phases(phases: list[StageResult], latents: Sequence[StageResult] = ()) -> StageResult:
+    """Several phases of one stage, and the latents that were made for them, as one result: the last phase's checkpoint.
+
+    The reason is that of what had work to do; of all phases where nothing had.
+    """
+    parts = {part.stage: part for part in (*latents, *phases)}
+    at_work = [part for part in parts.values() if not part.skipped] or phases
+    reason = "; ".join(f"{part.stage}: {part.reason}" for part in at_work)
     if len(phases) == 1:
-        return phases[0]
-    digest = fingerprint([phase.digest for phase in phases])
-    reason = "; ".join(f"{phase.stage}: {phase.reason}" for phase in phases)
-    return join_results("finetune", {phase.stage: phase for phase in phases}, digest, reason)
+        only = phases[0]
+        return join_results("finetune", parts, only.digest, only.reason if at_work == phases else reason)
+    return join_results("finetune", parts, fingerprint([phase.digest for phase in phases]), reason)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from flows.cli.commands import app
+from flows.cli.plan import print_rare_sizes
 from sd3core.costs.phases import compare_backbones, phase_cost, text_bytes, zero_bytes
+from sd3core.data.ingest import RAW_SCHEMA
+from sd3core.data.manifest import Manifest, ShardEntry, commit_manifest
+from sd3core.data.shards import Sample, write_shard
+from sd3core.data.store import open_store
 from sd3core.recipe_file import load_recipe, shipped_recipes
+from sd3core.specs import INDEX, fingerprint, raw_fields, raw_folder
 
 
 def test_training_state_shrinks_with_the_zero_stage():
@@ -107,3 +116,42 @@ def test_sizes_that_lie_half_a_patch_off_the_others_are_told():
     )
     assert "half a patch" not in even
     assert "note: finetune.0: of its sizes 80x80 px lie half a patch off the others' positions" in mixed
+
+
+def test_what_becomes_of_rare_sizes_is_told_once_images_are_ingested(tmp_path):
+    """From the raw shards alone: before an image is encoded, and without a word in the store."""
+    store = open_store(str(tmp_path))
+    settings = [
+        "finetune.0.side_px=256",
+        "finetune.0.aspect_ratios=[1.0]",
+        "model.max_side_px=512",
+        "finetune.0.global_batch=8",
+    ]
+    recipe = load_recipe("tiny-test", [*settings, "finetune.0.buckets={multiple_px: 16, max_ratio: 2, min_area: 0.9}"])
+
+    def said() -> str:
+        shown = Console(file=io.StringIO(), width=100)
+        print_rare_sizes(recipe, store, shown)
+        return shown.file.getvalue()
+
+    assert "are told here when the images are ingested" in said()
+
+    sizes = [(64, 64)] * 90 + [(64, 60)] * 3 + [(60, 32)]
+    rows = [{"width": w, "height": h, "caption": "", "source": "", "split": "train"} for w, h in sizes]
+    samples = [Sample(f"k{number:03d}", {"png": b"x"}, row) for number, row in enumerate(rows)]
+    folder, fields = raw_folder(recipe), raw_fields(recipe)
+    made = write_shard(store, folder, "00000.0123456789ab", samples, [], RAW_SCHEMA)
+    entry = ShardEntry(
+        number=0, stem=made.stem, rows=made.rows, bytes=made.bytes, digest=made.digest, index_digest=made.files[INDEX]
+    )
+    raw = Manifest(stage="raw", spec=fingerprint(fields), fields=fields, inputs={}, folder=folder, shards=[entry])
+    commit_manifest(store, folder, raw)
+    before = [entry.path for entry in store.list("")]
+    told = said()
+    assert "finetune.0: 3 images of sizes with fewer images than a batch of 8 cropped" in told
+    assert "(240x256 to 256x256 px)" in told
+    assert "finetune.0: 1 image in buckets with fewer images than a batch of 8" in told
+    assert "left out of training" in told and "pretrain" not in told  # which has one size
+    assert [entry.path for entry in store.list("")] == before
+    store.put(f"{folder}/{made.stem}{INDEX}", b"damaged")
+    assert f"were not looked for: {store.uri(folder)}/{made.stem}{INDEX}: its bytes are not those" in said()

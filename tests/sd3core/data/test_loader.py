@@ -16,6 +16,7 @@ import torch
 
 from sd3core.conditioning import TextFeatures
 from sd3core.data import shard_reader
+from sd3core.data.encoded_shards import ENCODE_AGAIN
 from sd3core.data.loader import FEWEST_AHEAD, MOST_AHEAD, BatchLoader, load_split
 from sd3core.data.shard_cache import ShardCache
 from sd3core.data.shard_reader import ShardReader
@@ -294,10 +295,7 @@ def test_manifests_that_do_not_line_up_are_refused(file_store, tmp_path):
         return str(error.value)
 
     short = text.model_copy(update={"shards": text.shards[:1]})
-    assert (
-        refused(latents, short)
-        == "text: no text for 80 rows of latents, in shards 1, 2 (2 in all); run the encode stage again"
-    )
+    assert refused(latents, short) == f"text: no text for 80 rows of latents, in shards 1, 2 (2 in all); {ENCODE_AGAIN}"
     incomplete = latents.model_copy(update={"shards": latents.shards[1:]})
     assert "latents: no latents for" in refused(incomplete, text) and "in shards 0 (1 in all)" in refused(
         incomplete, text
@@ -354,5 +352,5 @@ def test_a_manifest_with_more_rows_than_its_index_is_refused(file_store, tmp_pat
 def test_an_index_of_an_earlier_version_is_refused(file_store, tmp_path, monkeypatch):
     monkeypatch.setattr(made, "LATENTS_SCHEMA", pa.schema([*made.LATENTS_SCHEMA][:2]))
     data_set = made.write_data_set(file_store)
-    with pytest.raises(DataError, match="its index is of an earlier version; run the encode stage again"):
+    with pytest.raises(DataError, match="its index is of an earlier version; run the stage again that makes it"):
         _reader(file_store, data_set, tmp_path).open([0])

@@ -214,7 +214,7 @@ def test_rows_without_a_caption_are_recorded_once_and_a_rank_reads_no_index_to_b
     assert not [path for path in asked if path.endswith(".parquet")] and len(asked) <= 6
     [record] = [entry.path for entry in store.list() if "UNCAPTIONED" in entry.path]
     store.put(record, store.get(record).replace(b"1,", b"2,"))
-    with pytest.raises(DataError, match="UNCAPTIONED.*not there or damaged; run the encode stage: it writes it again"):
+    with pytest.raises(DataError, match="UNCAPTIONED.*not there or damaged; run the stage again that makes it"):
         open_shards(job, store, RankContext(0, 1, CPU, 1), lambda message: None)
     record_uncaptioned(store, *pair)
     assert read_uncaptioned(store, *pair) == {0: {"64x64": [1, 0]}}

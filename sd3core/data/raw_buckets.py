@@ -1,0 +1,194 @@
+"""Counts a data set's images by bucket, before any of them is encoded.
+
+Ingest wrote their sizes into the raw shards' indexes. A shard is counted once for each list of buckets, and a record beside the
+raw shards keeps the counts: where it stands no index is read.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from sd3core.buckets import Side, bucket_name, cut_off, merged_buckets, nearest_places
+from sd3core.data.manifest import Manifest, ShardEntry
+from sd3core.data.records import own_digest, sealed
+from sd3core.data.shards import read_shard_index
+from sd3core.data.store import Store, StoreDamaged, StoreNotFound
+from sd3core.data.uncaptioned import SPLITS
+from sd3core.data.unit_counts import UnitCounts
+from sd3core.errors import DataError
+from sd3core.progress import ProgressCallback, ProgressMeter, ignore_progress
+from sd3core.specs import fingerprint
+from sd3core.words import counted, some
+
+COUNTED = "BUCKETS."  # begins the name of the record, beside the raw shards
+COUNTING_THREADS = 16
+SHARDS_A_RECORD = 10_000  # are counted before the records are written: so many a kill may cost
+SHARDS_SHOWN = 256  # are counted between two words on the progress
+
+Sides = tuple[Side, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class RawBuckets:
+    """How many images of each raw shard are nearest to each bucket, whatever becomes of them."""
+
+    sides: Sides
+    numbers: tuple[int, ...]  # of the shards
+    rows: np.ndarray  # (shards, sides, 2) int32: to train on, held out
+
+    def to_train_on(self) -> dict[Side, int]:
+        """Of all shards; buckets without any are left out."""
+        totals = self.rows[:, :, SPLITS.index("train")].sum(axis=0, dtype=np.int64).tolist()
+        return {side: total for side, total in zip(self.sides, totals, strict=True) if total}
+
+    def shards_with(self, side: Side) -> set[int]:
+        """The numbers of the shards that have images of a bucket."""
+        there = self.rows[:, self.sides.index(side)].any(axis=1)
+        return {number for number, found in zip(self.numbers, there.tolist(), strict=True) if found}
+
+
+def count_raw_buckets(
+    store: Store, raw: Manifest, lists: Sequence[Sides], report: ProgressCallback = ignore_progress
+) -> list[RawBuckets]:
+    """The images by each list of buckets. An index is read once for all lists, where a record of one lacks its shard.
+
+    One process calls it: it writes the records. DataError where an index is gone or damaged.
+    """
+    known = _read_records(store, raw, lists)
+    new = _uncounted(raw, known)
+    meter = ProgressMeter(len(raw.shards), "shards", report, already_done=len(raw.shards) - len(new))
+    with ThreadPoolExecutor(COUNTING_THREADS, thread_name_prefix="sizes") as threads:
+        for part in _parts(new, SHARDS_A_RECORD):
+            for few in _parts(part, SHARDS_SHOWN):
+                _count(store, raw, few, known, threads)
+                meter.advance(len(few), "images counted by size")
+            _write_records(store, raw, known)
+    return [_counts_of(raw, sides, known[sides]) for sides in lists]
+
+
+def look_at_raw_buckets(store: Store, raw: Manifest, lists: Sequence[Sides], at_most: int) -> list[RawBuckets] | None:
+    """As count_raw_buckets, and writes nothing; None where that would read more than `at_most` indexes."""
+    known = _read_records(store, raw, lists)
+    new = _uncounted(raw, known)
+    if len(new) > at_most:
+        return None
+    with ThreadPoolExecutor(COUNTING_THREADS, thread_name_prefix="sizes") as threads:
+        _count(store, raw, new, known, threads)
+    return [_counts_of(raw, sides, known[sides]) for sides in lists]
+
+
+def _parts(shards: Sequence[ShardEntry], size: int) -> list[Sequence[ShardEntry]]:
+    return [shards[start : start + size] for start in range(0, len(shards), size)]
+
+
+_Known = dict[Sides, dict[str, np.ndarray]]  # list of buckets -> _content of a shard -> (sides, 2) int32
+
+
+def _uncounted(raw: Manifest, known: _Known) -> list[ShardEntry]:
+    return [shard for shard in raw.shards if any(_content(shard) not in counts for counts in known.values())]
+
+
+def _count(
+    store: Store, raw: Manifest, shards: Sequence[ShardEntry], known: _Known, threads: ThreadPoolExecutor
+) -> None:
+    """Adds the counts of the shards to what is known."""
+
+    def count(shard: ShardEntry) -> list[np.ndarray]:
+        try:
+            index = read_shard_index(store, raw.folder, shard.stem, shard.index_digest)
+        except StoreNotFound:
+            where = f"{store.uri(raw.folder)}/{shard.stem}"
+            raise DataError(f"{where}: its index is gone; delete its done record and run ingest again") from None
+        return _count_rows(index, [*known])
+
+    for shard, found in zip(shards, threads.map(count, shards), strict=True):
+        for counts, rows in zip(known.values(), found, strict=True):
+            counts[_content(shard)] = rows
+
+
+def _count_rows(index: pa.Table, lists: Sequence[Sides]) -> list[np.ndarray]:
+    """For each list (sides, 2): the rows of a raw index by nearest bucket and split; each size is placed once."""
+    widths, heights = (index[name].to_numpy().astype(np.int64) for name in ("width", "height"))
+    distinct, which = np.unique(widths << 32 | heights, return_inverse=True)
+    sizes = np.stack([distinct >> 32, distinct & 0xFFFFFFFF], axis=1)
+    splits = np.array([SPLITS.index(split) for split in index["split"].to_pylist()], dtype=np.int64)
+    counts = []
+    for sides in lists:
+        cells = nearest_places(sizes, sides)[which] * len(SPLITS) + splits
+        found = np.bincount(cells, minlength=len(sides) * len(SPLITS))
+        counts.append(found.reshape(len(sides), len(SPLITS)).astype(np.int32))
+    return counts
+
+
+def _content(shard: ShardEntry) -> str:
+    """What a record names a shard by: an index with other rows is counted again."""
+    return shard.index_digest or shard.stem
+
+
+def _counts_of(raw: Manifest, sides: Sides, known: dict[str, np.ndarray]) -> RawBuckets:
+    rows = np.array([known[_content(shard)] for shard in raw.shards], dtype=np.int32)
+    return RawBuckets(sides, tuple(shard.number for shard in raw.shards), rows.reshape(-1, len(sides), len(SPLITS)))
+
+
+def _path(raw: Manifest, sides: Sides) -> str:
+    return f"{raw.folder}/{COUNTED}{fingerprint([bucket_name(side) for side in sides])}.json"
+
+
+def _read_records(store: Store, raw: Manifest, lists: Sequence[Sides]) -> _Known:
+    return {sides: _read(store, _path(raw, sides), len(sides)) for sides in dict.fromkeys(lists)}
+
+
+def _write_records(store: Store, raw: Manifest, known: _Known) -> None:
+    for sides, counts in known.items():
+        names = [_content(shard) for shard in raw.shards if _content(shard) in counts]
+        rows = np.array([counts[name] for name in names], dtype="<i4")
+        packed = base64.b64encode(zlib.compress(rows.tobytes())).decode()
+        store.put_json(_path(raw, sides), sealed({"shards": names, "rows": packed}))
+
+
+def _read(store: Store, path: str, sides: int) -> dict[str, np.ndarray]:
+    """By `_content`; nothing where there is no record, or one that is damaged."""
+    try:
+        record = store.get_json(path)
+    except (StoreNotFound, StoreDamaged):
+        return {}
+    if not isinstance(record, dict) or record.get("sha256") != own_digest(record):
+        return {}
+    rows = np.frombuffer(zlib.decompress(base64.b64decode(record["rows"])), dtype="<i4")
+    return dict(zip(record["shards"], rows.reshape(-1, sides, len(SPLITS)), strict=True))
+
+
+def merges_of(rows: RawBuckets, global_batch: int) -> dict[Side, Side]:
+    """Which buckets go to which, by the images to train on: `merged_buckets` of a whole data set."""
+    return merged_buckets(rows.to_train_on(), global_batch)
+
+
+def after_merging(rows: RawBuckets, merged: dict[Side, Side]) -> UnitCounts:
+    """What there will be to train on, as of one shard."""
+    totals: Counter[str] = Counter()
+    for side, count in rows.to_train_on().items():
+        totals[bucket_name(merged.get(side, side))] += count
+    names = sorted(totals)
+    return UnitCounts(np.array([[totals[name] for name in names]]), tuple(names))
+
+
+def merging_note(rows: RawBuckets, merged: dict[Side, Side], global_batch: int) -> str | None:
+    """What is said of buckets that are merged; None where none is."""
+    if not merged:
+        return None
+    there = rows.to_train_on()
+    images = sum(there[side] for side in merged)
+    most = max(cut_off(side, target) for side, target in merged.items())
+    pairs = [f"{bucket_name(side)} to {bucket_name(target)}" for side, target in merged.items()]
+    return (
+        f"{counted(images, 'image')} of sizes with fewer images than a batch of {global_batch} cropped to the nearest size that has"
+        f" more, at most {most:.1%} more of each cut off ({some(pairs, len(pairs))} px)"
+    )
