@@ -121,10 +121,10 @@ def test_rows_that_are_no_rows_are_named():
             pack_batch([row, changed], np.zeros(2), "16x24", **TOKENS | tokens)
         assert "\n" not in str(error.value)
 
-    refused(row._replace(latent=save({"image": latents[0]})), "latents/0.tar: k1 holds no latent; run encode again")
-    refused(row._replace(latent=b"?"), "latents/0.tar: k1 holds no latent; run encode again")
+    refused(row._replace(latent=save({"image": latents[0]})), "latents/0.tar: k1 holds no latent; run the stage again")
+    refused(row._replace(latent=b"?"), "latents/0.tar: k1 holds no latent; run the stage again")
     wide = save({"latent": torch.zeros(16, 2, 4)})
-    refused(row._replace(latent=wide), r"k1 has a latent of \(16, 2, 4\), its bucket is 16x24 px; run encode again")
+    refused(row._replace(latent=wide), r"k1 has a latent of \(16, 2, 4\), its bucket is 16x24 px; run the stage again")
     refused(row, "text features: 4 stored t5 tokens do not fit 3; encode again", t5_tokens=3)
     refused(row._replace(text=b"?"), "text features cannot be read .*; encode the shard again")
     fine = captions("float32", "trimmed")[0]
