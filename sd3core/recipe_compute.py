@@ -38,7 +38,7 @@ def _whole_or_shared(gpus: float) -> float:
 
 
 class Compute(Section):
-    """How many processes on what; never changes the bytes that are made."""
+    """How many processes on what; changes no bytes that are made, but for what a precision `auto` finds on the first actors' GPUs."""
 
     ray_address: str | None = None  # None starts Ray on this machine
     autoscaling: bool = (

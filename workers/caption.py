@@ -130,6 +130,7 @@ class CaptionWorker:
                 turn.advance(1)
             else:
                 yield key, image
+        turn.let_go(shard.bytes)
 
     def _write_captions(
         self,

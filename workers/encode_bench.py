@@ -6,6 +6,7 @@ but the towers is removed at the end. What counts is the time in which all actor
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -181,16 +182,18 @@ def _rate(
         raise UserError(
             f"{store.uri(folder)}: {len(failed)} of {len(tasks)} shards could not be made: {failed[0].error}"
         )
-    return rate_while_all_work([outcome.result for outcome in outcomes])
+    return rate_while_all_work([outcome.result for outcome in outcomes], actors)
 
 
-def rate_while_all_work(times: Sequence[ShardTime]) -> float:
+def rate_while_all_work(times: Sequence[ShardTime], actors: int) -> float:
     """Shards a second from the moment at which the last process has begun to the one at which the first has ended; a shard that is
-    partly within that time counts with that part.
+    partly within that time counts with that part. NaN where so many actors were never at work together.
     """
     processes = {time.process for time in times}
     began = max(min(time.began for time in times if time.process == process) for process in processes)
     ended = min(max(time.ended for time in times if time.process == process) for process in processes)
+    if len(processes) < actors or ended <= began:
+        return math.nan
     within = sum(
         max(0.0, min(time.ended, ended) - max(time.began, began)) / (time.ended - time.began) for time in times
     )

@@ -293,8 +293,10 @@ class _Pool(Generic[Task]):
 
     def _take_result(self, seat: _Seat, reference: Any, answer: _Answer) -> None:
         seat.count_seconds()
+        if reference is next(iter(seat.calls)):  # the oldest: what younger ones do says nothing of it
+            seat.alive_at = time.monotonic()
         call = seat.calls.pop(reference)
-        seat.alive_at, position = time.monotonic(), call.position
+        position = call.position
         if answer.error is None:
             how = {"attempts": self.attempts[position], "device": seat.device, "seconds": call.seconds}
             self._finish(position, Outcome(self.tasks[position], answer.result, **how))
@@ -391,9 +393,16 @@ class _Pool(Generic[Task]):
             progress = None  # its death shows in the call
         seat.progress_pending = None
         if progress is not None and progress != seat.progress:
-            seat.progress, seat.alive_at = progress, now
+            if _of_the_oldest(progress) != _of_the_oldest(seat.progress):
+                seat.alive_at = now
+            seat.progress = progress
             for call in seat.calls.values() if self.watch else ():
                 self.watch(self.tasks[call.position], progress)
+
+
+def _of_the_oldest(progress: Any) -> Any:
+    """Of a worker that is at several tasks the others may wait for this one, which waits for none."""
+    return next(iter(progress.items()), None) if isinstance(progress, dict) else progress
 
 
 def why_it_died(error: RayActorError) -> str:

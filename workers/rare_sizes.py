@@ -47,8 +47,8 @@ def rare_sizes(
 ) -> RareSizes:
     """Of these phases, by the images to train on. Phases that share latents have what the first of them makes, for its batch.
 
-    Latents of the same images that stand without merges stay: what was trained on them would be trained again. `count` is asked
-    once, and only where some phase can merge; its None, "not now", is a note.
+    Latents of the same images that the run has noted without merges stay: what was trained on them would be trained again.
+    `count` is asked once, and only where some phase can merge; its None, "not now", is a note.
     """
     own, first_of = dict(recipe.phases()), _first_of(recipe, digests)
     several = [key for key in phases if len(own[key].bucket_sides()) > 1]
@@ -104,15 +104,18 @@ def _first_of(recipe: Recipe, digests: dict[str, str]) -> dict[str, str]:
 def _stands_plain(
     recipe: Recipe, store: Store, first: str, raw: Manifest, raw_digest: str, digests: dict[str, str]
 ) -> bool:
-    """Whether whole latents of just these images stand whose shards are named without merges: those that the run has noted, else
-    the folder's newest.
+    """Whether the run has noted whole latents of just these images whose shards are named without merges.
+
+    What another run has left decides nothing: the same recipe makes the same latents in any store.
     """
     folder = latents_folder(recipe, dict(recipe.phases())[first], digests)
-    if not store.exists(f"{folder}/{MANIFEST}"):  # never made, or taken back (--from-stage)
-        return False
     note = recall_stage(store, recipe.run, latents_part(first))
+    if (
+        note is None or note.folder != folder or not store.exists(f"{folder}/{MANIFEST}")
+    ):  # or taken back (--from-stage)
+        return False
     try:
-        made = read_manifest(store, folder, note.digest if note is not None and note.folder == folder else None)
+        made = read_manifest(store, folder, note.digest)
     except (DataError, StoreError):
         return False
     plain = [shard_stem(shard.number, shard.digest) for shard in raw.shards]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from rich.table import Table
@@ -37,6 +38,11 @@ def encoding_table(found: Sequence[EncodeRates]) -> Table:
     for column in ("what", *WAYS, "at once / one by one", "two actors / one"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for rates in found:
-        shown = (f"{rates.rate(way):.2f}" for way in WAYS)
-        table.add_row(rates.kind, *shown, f"{rates.gain:.2f}", f"{rates.two_actors:.2f}")
+        shown = (_figure(rates.rate(way)) for way in WAYS)
+        table.add_row(rates.kind, *shown, _figure(rates.gain), _figure(rates.two_actors))
     return table
+
+
+def _figure(value: float) -> str:
+    """A dash for two actors that were never at work together: one GPU for both, or the second still loading."""
+    return "-" if math.isnan(value) else f"{value:.2f}"

@@ -17,6 +17,7 @@ from sd3core.costs.stages import (
 )
 from sd3core.data.manifest import read_manifest
 from sd3core.data.raw_buckets import look_at_raw_buckets
+from sd3core.data.settled_precision import settle_precisions
 from sd3core.data.store import Store
 from sd3core.errors import UserError
 from sd3core.moving_average import short_average_warnings
@@ -64,6 +65,7 @@ def print_rare_sizes(recipe: Recipe, store: Store, console: Console) -> None:
 
 
 def _rare_sizes_notes(recipe: Recipe, store: Store) -> tuple[str, ...]:
+    recipe = settle_precisions(recipe, store)
     upstream = Upstream(recipe, store)
     ref = upstream.raw
     raw = read_manifest(store, ref.folder, ref.digest)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sd3core.buckets import Side, bucket_name, cut_off, merged_buckets, nearest_places
 from sd3core.data.manifest import Manifest, ShardEntry
@@ -119,7 +120,7 @@ def _count_rows(index: pa.Table, lists: Sequence[Sides]) -> list[np.ndarray]:
     widths, heights = (index[name].to_numpy().astype(np.int64) for name in ("width", "height"))
     distinct, which = np.unique(widths << 32 | heights, return_inverse=True)
     sizes = np.stack([distinct >> 32, distinct & 0xFFFFFFFF], axis=1)
-    splits = np.array([SPLITS.index(split) for split in index["split"].to_pylist()], dtype=np.int64)
+    splits = pc.equal(index["split"], SPLITS[1]).to_numpy().astype(np.int64)
     counts = []
     for sides in lists:
         cells = nearest_places(sizes, sides)[which] * len(SPLITS) + splits

@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -40,13 +41,17 @@ TOKEN_MARKS = re.compile("▁|</w>")  # of a word's beginning (T5) or end (CLIP)
 
 
 class TextEncoders:
-    """The three encoders with the recipe's token counts and padding."""
+    """The three encoders with the recipe's token counts and padding.
+
+    Several threads may ask at once: a call of a tokenizer first sets how it cuts and pads, for all of its callers.
+    """
 
     def __init__(
         self, models: dict[str, PreTrainedModel], tokenizers: dict[str, PreTrainedTokenizerBase], text: Text
     ) -> None:
         self.models = {name: model.eval().requires_grad_(False) for name, model in models.items()}
         self.tokenizers = tokenizers
+        self.tokenizing = Lock()
         self.text = text
         self.tokens = {"clip_l": text.clip_tokens, "clip_g": text.clip_tokens, "t5": text.t5_tokens}
         for name in ("clip_l", "clip_g"):
@@ -93,7 +98,8 @@ class TextEncoders:
         ]
 
     def _is_cut(self, name: str, prompt: str) -> bool:
-        ids = self.tokenizers[name](prompt, verbose=False).input_ids  # it would warn of a length that is not used
+        with self.tokenizing:
+            ids = self.tokenizers[name](prompt, verbose=False).input_ids  # it would warn of a length that is not used
         return len(ids) > self.tokens[name]
 
     def null(self) -> TextFeatures:
@@ -102,9 +108,10 @@ class TextEncoders:
 
     def _tokenize(self, name: str, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """ids (B, T) padded with the tokenizer's own pad id, and the count of real tokens (B,), marks included."""
-        encoded = self.tokenizers[name](
-            list(captions), padding="max_length", max_length=self.tokens[name], truncation=True, return_tensors="pt"
-        )
+        with self.tokenizing:
+            encoded = self.tokenizers[name](
+                list(captions), padding="max_length", max_length=self.tokens[name], truncation=True, return_tensors="pt"
+            )
         return encoded.input_ids, encoded.attention_mask.sum(dim=1)
 
     def _run(self, name: str, ids: Tensor) -> dict[str, Tensor]:

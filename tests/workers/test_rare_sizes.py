@@ -107,13 +107,15 @@ def test_what_stands_of_the_same_images_stays_as_it_is(folder, store, monkeypatc
         before.setattr(rare_sizes, "merges_of", lambda *_: {})
         _, _, plain = folder.encode(store)
     assert buckets(plain) == {"256x256": 10, "240x256": 3}
-    for overrides in ([], ["run=another"]):
-        count, result, made = folder.encode(store, *overrides)
-        assert (count, made, result.reason, folder.told) == (0, plain, NOTHING_TO_DO, [])
-        assert (
-            "finetune.0: 3 images of sizes with fewer images than a batch of 8 stay as they were encoded, in buckets of their own;"
-            " `--from-stage encode` would crop them to the nearest size that has more"
-        ) in result.warnings
+    count, result, made = folder.encode(store)
+    assert (count, made, result.reason, folder.told) == (0, plain, NOTHING_TO_DO, [])
+    assert (
+        "finetune.0: 3 images of sizes with fewer images than a batch of 8 stay as they were encoded, in buckets of their own;"
+        " `--from-stage encode` would crop them to the nearest size that has more"
+    ) in result.warnings
+    count, _, merged = folder.encode(store, "run=another")  # which makes what it would make in any store
+    assert (count, buckets(merged)) == (3, {"256x256": 13})
+    assert folder.encode(store)[::2] == (0, plain)
 
     for entry in store.list(plain.folder):
         if entry.path.endswith((MANIFEST, DONE)):

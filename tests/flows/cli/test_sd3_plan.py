@@ -153,5 +153,7 @@ def test_what_becomes_of_rare_sizes_is_told_once_images_are_ingested(tmp_path):
     assert "finetune.0: 1 image in buckets with fewer images than a batch of 8" in told
     assert "left out of training" in told and "pretrain" not in told  # which has one size
     assert [entry.path for entry in store.list("")] == before
+    recipe = recipe.model_copy(update={"encode": recipe.encode.model_copy(update={"latent_precision": "auto"})})
+    assert said() == told
     store.put(f"{folder}/{made.stem}{INDEX}", b"damaged")
     assert f"were not looked for: {store.uri(folder)}/{made.stem}{INDEX}: its bytes are not those" in said()

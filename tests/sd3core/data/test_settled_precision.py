@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sd3core import specs
-from sd3core.data.settled_precision import PLACES, settle_precisions
+from sd3core.data.settled_precision import NOTES, PLACES, settle_precisions
 from sd3core.data.store import open_store
 from sd3core.errors import DataError
 from sd3core.recipe_file import load_recipe
@@ -74,13 +74,27 @@ def test_what_a_run_was_trained_on_is_made_as_it_was_where_it_was_removed(store)
     assert settled(store, GPUS, True) == all_of("bf16") | {"text": "fp32"}
 
 
+@pytest.mark.parametrize("kind", PLACES)
+def test_a_run_that_names_bf16_changes_no_other_run(store, kind):
+    """What stands in fp32 is not made again because somebody tries bf16 beside it; the trial itself goes on in bf16."""
+    store.put(f"{data_folder('tiny-world', kind)}/0123456789ab/00000.0123456789ab.done.json", b"{}")
+    section, key, _ = PLACES[kind]
+    trial = [*GPUS, "run=trial"]
+    assert settled(store, [*trial, f"{section}.{key}=bf16"], True)[kind] == "bf16"
+    assert kind not in store.get_json(precision_path("tiny-world"))
+    assert settled(store, GPUS, True)[kind] == "fp32"
+    fields = {"precision": "bf16"} if kind != "captions" else {"caption": {"precision": "bf16"}}
+    store.put_json(f"runs/trial/stages/{NOTES[kind]}.json", {"fields": fields})
+    assert settled(store, trial, True)[kind] == "bf16" and settled(store, GPUS, True)[kind] == "fp32"
+
+
 def test_who_makes_nothing_writes_nothing(store):
     assert settled(store, GPUS, None) == all_of("bf16") and not store.list()
     assert settled(store, GPUS, False) == all_of("fp32") and not store.list()
 
 
 def test_a_note_that_says_something_else_is_named(store):
-    for wrong in ([], {"text": "fp16"}, {"raw": "bf16"}, "bf16"):
+    for wrong in ([], {"text": "fp16"}, {"raw": "bf16"}, {"text": ["bf16"]}, "bf16"):
         store.put_json(precision_path("tiny-world"), wrong)
         with pytest.raises(DataError, match=r"PRECISION.json: does not say .*encode.text_precision"):
             settled(store, GPUS, True)

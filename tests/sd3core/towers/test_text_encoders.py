@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -195,3 +196,15 @@ def test_a_missing_encoder_is_named(towers_folder: Path, tmp_path: Path):
     shutil.rmtree(tmp_path / "t" / "text_encoder_3")
     with pytest.raises(DataError, match="text_encoder_3"):
         load_text_encoders(tmp_path / "t", TEXT)
+
+
+def test_threads_that_ask_at_once_get_what_each_gets_alone(encoders):
+    """An actor encodes one shard's captions while it looks for the cut ones of another's."""
+    long = PROMPTS[-1]
+    alone = encoders.encode([long])
+    with ThreadPoolExecutor(2) as threads:
+        looks = [threads.submit(encoders.too_long, [long]) for _ in range(300)]
+        for _ in range(30):
+            found = encoders.encode([long])
+            assert all(torch.equal(getattr(found, name), getattr(alone, name)) for name in ("clip_l", "t5", "lengths"))
+        assert all(look.result() == [long] for look in looks)
