@@ -62,7 +62,8 @@ def client_settings(port: int) -> dict[str, str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
         "PREFECT_RUNNER_SERVER_ENABLE": "false",
-        "PREFECT_WORKER_QUERY_SECONDS": "1",  # a person waits for the first stage
+        # a person waits for the first stage; but each look costs the server 30 ms, also while a model trains beside it
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PREFECT_CLI_PROMPT": "false",
         "DO_NOT_TRACK": "1",
         "SD3_HOME": str(home()),
