@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from threading import Condition, Lock
+from typing import Any
 
 from sd3core.data.encoded_shards import NULL_FILE, pin_null
 from sd3core.data.folder_source import Tell
@@ -106,7 +107,14 @@ def _encode(
     recipe: Recipe, store: Store, stages: list[ShardStage], towers: ManifestRef, report: ProgressCallback
 ) -> list[StageResult]:
     compute = recipe.compute.for_stage("encode")
-    worker = {
+    worker = encoding_settings(recipe, store, towers)
+    return run_shard_stages(store, recipe.run, stages, EncodeWorker, worker, compute, report)
+
+
+def encoding_settings(recipe: Recipe, store: Store, towers: ManifestRef) -> dict[str, Any]:
+    """What an EncodeWorker is made with."""
+    compute = recipe.compute.for_stage("encode")
+    return {
         "store_url": store.url,
         "towers": towers,
         "text": recipe.text,
@@ -118,7 +126,6 @@ def _encode(
         "precisions": {"text": recipe.encode.text_precision, "latents": recipe.encode.latent_precision},
         "most_bytes": compute.decoded_gb * 1e9,
     }
-    return run_shard_stages(store, recipe.run, stages, EncodeWorker, worker, compute, report)
 
 
 def _rare_sizes(

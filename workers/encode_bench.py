@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sd3core.data.images import PixelRules
 from sd3core.data.ingest import DESCRIBE, SceneWorker, list_scenes
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.store import Store
@@ -26,10 +25,10 @@ from sd3core.specs import INDEX
 from sd3core.towers.artifact import fetch_towers
 from workers.at_once import SHARDS_AT_ONCE
 from workers.caches import towers_cache
-from workers.encode import EncodeWorker
+from workers.encode import EncodeWorker, encoding_settings
 from workers.encode_latents import LatentsSource
 from workers.encode_text import TextSource
-from workers.inputs import InputShard, actor_device, decode_threads
+from workers.inputs import InputShard
 from workers.pool import PoolSettings, map_over_actors
 from workers.ray_session import start_ray
 from workers.shard_stage import ShardTask
@@ -160,18 +159,7 @@ def _rate(
     """Shards a second of these actors, over the time in which all of them are at work."""
     actors, at_once = WAYS[way]
     compute = recipe.compute.for_stage("encode")
-    worker = {
-        "store_url": store.url,
-        "towers": towers,
-        "text": recipe.text,
-        "dtypes": {"text": recipe.encode.text_dtype, "latents": recipe.encode.latent_dtype},
-        "batch": recipe.encode.batch,
-        "rules": PixelRules.of(recipe.data),
-        "threads": decode_threads(compute),
-        "device": actor_device(compute),
-        "precisions": {"text": recipe.encode.text_precision, "latents": recipe.encode.latent_precision},
-        "most_bytes": compute.decoded_gb * 1e9,
-    }
+    worker = encoding_settings(recipe, store, towers)
     tasks = [
         ShardTask(number, source.raw.digest[:12], folder, source.raw.rows, source)
         for number, source in enumerate(sources)

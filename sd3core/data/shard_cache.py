@@ -36,9 +36,8 @@ from sd3core.files.whole_output import PARTIAL, atomic_replacement
 STALE_PARTIAL_S = 3600  # a file being written for so long belongs to a killed process
 READ_THREADS = 16  # requests under way
 WASTE = 1 / 8  # of the bytes of a request that may lie between the rows that are wanted
-SPAN_BYTES_AT_MOST = (
-    8 << 20
-)  # a plan's piece of whole captions; times READ_THREADS it is all that requests hold at once
+# a plan's piece of whole captions; times READ_THREADS it is all that requests hold at once
+SPAN_BYTES_AT_MOST = 8 << 20
 SCANS = 64  # the folder is looked through after so small a part of its room has been written by this process
 
 
