@@ -36,6 +36,7 @@ def export(recipe: str, overrides: list[str] | None = None, remake: bool = False
             run.recipe,
             run.store,
             last.folder,
+            run.upstream.last_facts(key),
             towers,
             manifest.digests,
             run.report,

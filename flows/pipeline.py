@@ -38,7 +38,7 @@ def pipeline(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
         check_upgrade(opened.recipe, opened.store, remake)
         # each stage makes its own: it finds what those before it have made
         before = Upstream(opened.recipe, opened.store)
-        before.check_room(living_nodes())
+        before.check_room(living_nodes)
         before.check_start_from()
         before.check_vae()
         run, folder = opened.recipe.run, run_folder(opened.recipe.run)

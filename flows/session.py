@@ -26,7 +26,7 @@ from sd3core.loopback import keep_loopback_direct
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
 from workers.ray_room import gpus_have_bf16
-from workers.ray_session import living_nodes, start_ray
+from workers.ray_session import living_nodes, ray_when_needed
 
 LOCK_SECONDS = 60
 
@@ -68,7 +68,7 @@ def session(recipe: str, overrides: list[str] | None) -> Iterator[Session]:
     remember_process(runtime.flow_run.id, Process.of(os.getpid()), Reads.of(loaded))
     if take_cancellation(runtime.flow_run.id):
         raise RunCancelledError("this run was cancelled before it began")
-    with run_lock(store.url, loaded.run), start_ray(loaded.compute):
+    with run_lock(store.url, loaded.run), ray_when_needed(loaded.compute):
         nodes_have = lambda: gpus_have_bf16(living_nodes(), loaded.compute.autoscaling)
         opened = Session(settle_precisions(loaded, store, nodes_have), store)
         token = _current.set(opened)

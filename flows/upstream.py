@@ -10,17 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 from flows.local.home import local_command
 from sd3core import specs
-from sd3core.checkpoint_record import CONFIG_FILE, CheckpointRef, list_checkpoints, read_checkpoint_done
+from sd3core.checkpoint_facts import CheckpointFacts, trained_facts
+from sd3core.checkpoint_record import (
+    CONFIG_FILE,
+    CheckpointDone,
+    CheckpointRef,
+    list_checkpoints,
+    read_checkpoint_done,
+)
 from sd3core.data.manifest import Manifest, ManifestRef, read_manifest
 from sd3core.data.store import Store, open_store
 from sd3core.errors import CheckpointError, DataError, UserError
 from sd3core.recipe import Recipe
-from sd3core.recipe_compute import ACTOR_STAGES, ActorStage
+from sd3core.recipe_compute import ACTOR_STAGES
 from sd3core.specs import DONE_FILE, MANIFEST
 from sd3core.towers.artifact import TowersManifest, check_vae_channels, check_vae_folder, read_towers
 from workers.evaluate import all_scored
@@ -157,9 +164,16 @@ class Upstream:
         """The digest that names the content of a phase's last checkpoint."""
         return self._digest(self.last_checkpoint(phase_key))
 
+    def last_facts(self, phase_key: str) -> CheckpointFacts:
+        """What a phase's last checkpoint says of itself."""
+        folder = self.last_checkpoint(phase_key).folder
+        return trained_facts(self._done(folder), self.store.uri(folder))
+
     def _digest(self, checkpoint: CheckpointRef) -> str:
-        folder = checkpoint.folder
-        return self._once("digest", folder, lambda: read_checkpoint_done(self.store, folder).digest)
+        return self._once("digest", checkpoint.folder, lambda: self._done(checkpoint.folder).digest)
+
+    def _done(self, folder: str) -> CheckpointDone:
+        return self._once("done", folder, lambda: read_checkpoint_done(self.store, folder))
 
     def to_be_scored(self) -> EvaluationInputs:
         """What evaluation goes by."""
@@ -196,24 +210,33 @@ class Upstream:
         if self.store.exists(path):
             check_vae_channels(self.store.get(path), channels, self.store.uri(path))
 
-    def check_room(self, nodes: Sequence[Node]) -> None:
+    def check_room(self, living_nodes: Callable[[], Sequence[Node]]) -> None:
         """Says before the first stage what a later one would say of compute's CPUs and GPUs. A stage for which all stands as today's
-        recipe makes it has nothing to do, and needs none.
+        recipe makes it has nothing to do, and needs none; where that is so of all, no nodes are asked for.
         """
-        compute, (last, _) = self.recipe.compute, self.recipe.phases()[-1]
-        for stage in ACTOR_STAGES:
-            problem = actors_problem(compute.for_stage(stage), nodes)
-            if problem and not _stands(lambda stage=stage: self._has_nothing_to_do(stage)):
+        compute = self.recipe.compute
+        problems = {stage: partial(actors_problem, compute.for_stage(stage)) for stage in ACTOR_STAGES}
+        problems["training"] = partial(ranks_problem, compute)
+        if all(map(self._has_nothing_to_do, problems)):
+            return
+        nodes = living_nodes()
+        for stage, problem_on in problems.items():
+            if (problem := problem_on(nodes)) and not self._has_nothing_to_do(stage):
                 raise NoRoomError(problem)
-        if (problem := ranks_problem(compute, nodes)) and not _stands(lambda: self.checkpoints(last)):
-            raise NoRoomError(problem)
 
-    def _has_nothing_to_do(self, stage: ActorStage) -> bool:
-        """DataError where a stage before it has not ended, or it has not itself."""
+    def _has_nothing_to_do(self, stage: str) -> bool:
+        try:
+            return self._stands(stage)
+        except (DataError, CheckpointError):  # it has not ended, or one before it has not, or is behind, or damaged
+            return False
+
+    def _stands(self, stage: str) -> bool:
         if stage == "caption":
             return self.recipe.caption.captioner == "none" or self.captions is not None
         if stage == "encode":
             return all([self.text, *(self.latents(key) for key in self._phases)])
+        if stage == "training":
+            return bool(self.checkpoints(self.recipe.phases()[-1][0]))
         if stage == "evaluate":
             return all_scored(self.recipe, self.store, self.to_be_scored())
         return bool(self.raw if stage == "ingest" else self.towers)
@@ -266,13 +289,6 @@ class Upstream:
             f"`{local_command(f'sd3 demo --recipe {self.recipe.name}')}` with the same --set makes all that is missing,"
             f" the deployment '{stage}/{self.recipe.name}' this alone"
         )
-
-
-def _stands(found: Callable[[], object]) -> bool:
-    try:
-        return bool(found())
-    except (DataError, CheckpointError):  # a stage before it is not finished, behind, or damaged
-        return False
 
 
 def _ref(manifest: Manifest | TowersManifest) -> ManifestRef:

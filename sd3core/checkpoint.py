@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sd3core.checkpoint_facts import CheckpointFacts, checked_facts
+from sd3core.checkpoint_facts import CheckpointFacts, checked_facts, trained_facts
 from sd3core.checkpoint_record import CHECKPOINT_FORMAT, CONFIG_FILE, CheckpointDone, read_checkpoint_done
 from sd3core.data.records import FileRecord, record_file
 from sd3core.data.store import Store, open_store
@@ -27,7 +27,6 @@ from sd3core.errors import CheckpointError
 from sd3core.files.tensor_files import Shape, TensorFiles
 from sd3core.mmdit import Backbone, BackboneConfig, config_from_dict, make_model
 from sd3core.mmdit.backbone import config_positions
-from sd3core.recipe import picture_shift
 from sd3core.sample_settings import Weights
 from sd3core.specs import DONE_FILE
 from sd3core.training_checkpoint import TensorKind, assemble_weights, read_kind, verified_local_file
@@ -170,12 +169,7 @@ class TrainingCheckpoint(Checkpoint):
 
     @cached_property
     def facts(self) -> CheckpointFacts:
-        if not self.recipe:
-            raise CheckpointError(f"{self.url}: {DONE_FILE} holds no recipe, so its text lengths are unknown")
-        shift = picture_shift(self.recipe.get("evaluate", {}).get("shift"), self.trained["shift"])
-        fields = {"null": self.done.null, "text": self.recipe["text"], "side_px": self.trained["side_px"]}
-        fields |= {"shift": shift, "formulation": self.formulation, "samples": self.done.samples}
-        return checked_facts(fields, self.digest, self.done.config.get("clip_tokens"), self.url)
+        return trained_facts(self.done, self.url)
 
     def weights_taken(self, weights: Weights | None = None) -> Weights:
         _check_weights(weights)

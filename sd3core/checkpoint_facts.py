@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
+from sd3core.checkpoint_record import CheckpointDone
 from sd3core.errors import CheckpointError
 from sd3core.formulation_names import canonical_name
-from sd3core.recipe import Text
+from sd3core.recipe import Text, picture_shift
 from sd3core.sample_settings import SampleSettings
+from sd3core.specs import DONE_FILE
 
 Null = Literal["zeros", "empty"]
 
@@ -78,3 +80,19 @@ def checked_facts(fields: Mapping[str, Any], digest: str, split: int | None, whe
             f" {split} (model.clip_tokens); save it with that in CheckpointFacts.text"
         )
     return CheckpointFacts(**dict(extra), digest=digest)
+
+
+def trained_facts(done: CheckpointDone, where: str) -> CheckpointFacts:
+    """Of a training checkpoint, from its record alone. Raises CheckpointError where it holds no recipe."""
+    if not done.recipe:
+        raise CheckpointError(f"{where}: {DONE_FILE} holds no recipe, so its text lengths are unknown")
+    trained = done.training
+    fields = {
+        "null": done.null,
+        "text": done.recipe["text"],
+        "side_px": trained["side_px"],
+        "shift": picture_shift(done.recipe.get("evaluate", {}).get("shift"), trained["shift"]),
+        "formulation": trained.get("formulation", "rf"),
+        "samples": done.samples,
+    }
+    return checked_facts(fields, done.digest, done.config.get("clip_tokens"), where)

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sd3core.checkpoint_facts import CheckpointFacts
 from sd3core.data.begun import begin
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.provenance import PROVENANCE_FILE, provenance, put_provenance
@@ -25,6 +26,7 @@ def export_stage(
     recipe: Recipe,
     store: Store,
     checkpoint: str,
+    facts: CheckpointFacts,
     towers: Path,
     tower_digests: dict[str, str],
     report: ProgressCallback = ignore_progress,
@@ -34,17 +36,12 @@ def export_stage(
 ) -> StageResult:
     """The checkpoint folder `checkpoint` of the store, exported to runs/RUN/export/SPEC with its MANIFEST.json last.
 
-    `towers` is the local copy, `tower_digests` the digests of its manifest; before it is copied `reread_towers` compares
-    all of its bytes, which the export's own manifest will vouch for. Where a manifest stands and every file is as it says,
-    nothing is made.
+    `facts` are what it says of itself. `towers` is the local copy, `tower_digests` the digests of its manifest; before it is
+    copied `reread_towers` compares all of its bytes, which the export's own manifest will vouch for. Where a manifest stands
+    and every file is as it says, nothing is made.
     """
-    # here: the other stages' processes, which import this module too, load no torch
-    from sd3core.checkpoint import open_checkpoint
-    from sd3core.exchange.diffusers_folder import export_diffusers
-
     started = time.monotonic()
     report(Progress(0, 1, "folders"))
-    facts = open_checkpoint(store.uri(checkpoint)).facts
     fields = {
         "format": FORMATS["export"],
         "checkpoint": facts.digest,
@@ -61,6 +58,9 @@ def export_stage(
     begin(store, recipe.run, "export", folder, fields, [checkpoint])
     skipped, damaged = _look(store, folder, standing, checked)
     if not skipped:
+        # here: a process that makes no export loads no torch
+        from sd3core.exchange.diffusers_folder import export_diffusers
+
         reread_towers()
         with tempfile.TemporaryDirectory() as scratch:
             local = export_diffusers(store.uri(checkpoint), towers, Path(scratch) / "export", shift=shift)

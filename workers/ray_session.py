@@ -1,6 +1,6 @@
 """Starts or joins this process's Ray, watches it, and starts it again.
 
-A Ray at compute.ray_address is joined; one that died is started again.
+A Ray at compute.ray_address is joined; one that died is started again. Nothing but this module begins one.
 """
 
 from __future__ import annotations
@@ -80,15 +80,19 @@ def start_ray(compute: Compute) -> Iterator[None]:
     CPUs are Ray's scheduling units: as many as the recipe asks for, whatever the machine has. What Ray's processes on
     this machine leave in their folder for temporary files goes when the block ends, whoever was killed in it.
     """
+    with ray_when_needed(compute):
+        _open_once()
+        yield
+
+
+@contextmanager
+def ray_when_needed(compute: Compute) -> Iterator[None]:
+    """As `start_ray`, but Ray is started or joined when `living_nodes` is first asked: where all is done, it never is."""
     global _session
-    if ray.is_initialized():
-        if lost := loss_of_ray():
-            restart_ray(RayLost(lost))
+    if _session is not None or ray.is_initialized():
         yield
         return
-    session = _Session(compute)
-    _open(session)
-    _session = session
+    _session = session = _Session(compute)
     try:
         yield
     finally:
@@ -96,6 +100,14 @@ def start_ray(compute: Compute) -> Iterator[None]:
         ray.shutdown()
         if session.scratch:
             shutil.rmtree(session.scratch, ignore_errors=True)
+
+
+def _open_once() -> None:
+    """This process's Ray: started or joined unless it has been, and again where it has died."""
+    if not ray.is_initialized() and _session is not None:
+        _open(_session)
+    elif lost := loss_of_ray():
+        restart_ray(RayLost(lost))
 
 
 def restart_ray(lost: RayLost) -> None:
@@ -179,7 +191,8 @@ def elsewhere() -> str:
 
 
 def living_nodes() -> list[Node]:
-    """The machines of this process's Ray."""
+    """The machines of this process's Ray, which begins here where it is still to begin."""
+    _open_once()
     return [
         Node(
             node["NodeManagerAddress"],

@@ -91,13 +91,10 @@ def test_an_export_is_noted_when_it_ends(run, in_flow, monkeypatch):
 
     run.upstream = SimpleNamespace(
         last_checkpoint=lambda key: SimpleNamespace(folder="runs/tiny-test/checkpoints/finetune.0/1"),
+        last_facts=lambda key: SimpleNamespace(digest="b" * 64, shift=1.0),
         towers_manifest=SimpleNamespace(folder="towers/t", digests=dict.fromkeys(TOWER_FOLDERS, "d")),
     )
     monkeypatch.setattr(export, "fetch_towers", lambda *_: None)
-    monkeypatch.setattr(
-        "sd3core.checkpoint.open_checkpoint",
-        lambda url: SimpleNamespace(facts=SimpleNamespace(digest="b" * 64, shift=1.0)),
-    )
     monkeypatch.setattr(workers.export, "_look", look)
     with pytest.raises(Killed):
         in_flow(export, export.export)

@@ -170,29 +170,29 @@ def test_what_no_node_holds_is_said_before_the_first_stage_but_not_of_work_that_
     trains, encodes = (load_recipe("tiny-test", [f"compute.gpus_per_{process}=1"]) for process in ("rank", "actor"))
     write_records(store)  # a run that was trained, with scores and notes, by other fields than today's
     store.put_json("runs/tiny-test/summary.json", {})
-    Upstream(recipe, store).check_room(laptop)
+    Upstream(recipe, store).check_room(lambda: laptop)
     with pytest.raises(NoRoomError, match=no_ranks):
-        Upstream(trains, store).check_room(laptop)
+        Upstream(trains, store).check_room(lambda: laptop)
     with pytest.raises(NoRoomError, match=no_actors):
-        Upstream(encodes, store).check_room(laptop)
+        Upstream(encodes, store).check_room(lambda: laptop)
     train_today(recipe, store)
-    Upstream(trains, store).check_room(laptop)
+    Upstream(trains, store).check_room(lambda: laptop)
     with pytest.raises(NoRoomError, match=no_actors):  # evaluation is still to come
-        Upstream(encodes, store).check_room(laptop)
+        Upstream(encodes, store).check_room(lambda: laptop)
     of_one = {stage: load_recipe("tiny-test", [f"compute.{stage}.gpus_per_actor=1"]) for stage in GPU_STAGES}
     for stage in ("caption", "encode"):  # what they make stands
-        Upstream(of_one[stage], store).check_room(laptop)
+        Upstream(of_one[stage], store).check_room(lambda: laptop)
     with pytest.raises(NoRoomError, match="^compute.evaluate.gpus_per_actor 1 is more than the 0 GPUs"):
-        Upstream(of_one["evaluate"], store).check_room(laptop)
+        Upstream(of_one["evaluate"], store).check_room(lambda: laptop)
     for task in plan_tasks(recipe, Upstream(recipe, store).to_be_scored()):
         store.put_json(task.settled("fp32").path, sealed({"precision": "fp32", "pictures": []}))
-    Upstream(encodes, store).check_room(laptop)
+    Upstream(encodes, store).check_room(lambda: pytest.fail("all stands: no Ray is asked for"))
     longer = load_recipe("tiny-test", ["pretrain.samples=960", "compute.gpus_per_rank=1"])
     with pytest.raises(NoRoomError, match=no_ranks):
-        Upstream(longer, store).check_room(laptop)
+        Upstream(longer, store).check_room(lambda: laptop)
     changed = load_recipe("tiny-test", ["evaluate.num_steps=3", "compute.gpus_per_actor=1"])
     with pytest.raises(NoRoomError, match=no_actors):
-        Upstream(changed, store).check_room(laptop)
+        Upstream(changed, store).check_room(lambda: laptop)
 
 
 @pytest.fixture

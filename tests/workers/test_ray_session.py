@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -191,6 +193,31 @@ def test_a_ray_on_this_machine_is_looked_at_by_its_processes(monkeypatch, dead, 
     here = SimpleNamespace(is_head=lambda: True, dead_processes=lambda: [(kind, None) for kind in dead])
     monkeypatch.setattr(ray_session.ray_worker, "_global_node", here)
     assert loss_of_ray() == told
+
+
+def test_ray_begins_when_its_machines_are_first_asked_for_and_by_nothing_else():
+    """In a process of its own: the tests of this one may have a Ray already."""
+    program = """
+import ray
+from sd3core.recipe import Compute
+from workers.ray_session import living_nodes, ray_when_needed, start_ray
+
+with ray_when_needed(Compute(object_store_mb=80)):
+    assert not ray.is_initialized()
+    try:
+        ray.remote(lambda: None).remote()
+    except ray.exceptions.RaySystemError:
+        assert not ray.is_initialized()
+    else:
+        raise AssertionError("Ray began by itself")
+    (node,) = living_nodes()
+    assert ray.is_initialized() and node.name == "127.0.0.1"
+    with start_ray(Compute()):
+        assert living_nodes() == [node]
+    assert ray.is_initialized()
+assert not ray.is_initialized()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=180)
 
 
 def test_a_ray_that_another_has_started_is_not_started_again():

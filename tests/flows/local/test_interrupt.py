@@ -147,7 +147,7 @@ def test_a_run_that_the_command_joined_goes_on(ended):
 def begin(monkeypatch):
     """Opens the session of a run, as its process does first of all; nothing is started."""
     monkeypatch.setattr(runs, "_set_states", lambda *_: None)  # there is no server here
-    monkeypatch.setattr(sessions, "start_ray", lambda compute: nullcontext())
+    monkeypatch.setattr(sessions, "ray_when_needed", lambda compute: nullcontext())
 
     def begin(run):
         monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", str(run))

@@ -153,16 +153,26 @@ def test_towers_that_diffusers_would_join_otherwise_are_refused(towers_folder, t
         export_diffusers(str(tmp_path / "model"), towers_folder, tmp_path / "exported")
 
 
+MODEL = "runs/tiny-test/model"
+
+
+def export_model(recipe, store, *arguments, **options):
+    """The stage, of the model folder MODEL of the store."""
+    from sd3core.checkpoint import open_checkpoint
+    from workers.export import export_stage
+
+    return export_stage(recipe, store, MODEL, open_checkpoint(store.uri(MODEL)).facts, *arguments, **options)
+
+
 def test_the_stage_writes_its_manifest_last_and_once(towers_folder, tmp_path):
     from sd3core.data.records import record_file
     from sd3core.data.store import open_store
     from sd3core.recipe_file import load_recipe
-    from workers.export import export_stage
 
     store, recipe = open_store(str(tmp_path / "store")), load_recipe("tiny-test")
     write_checkpoint(tmp_path / "store" / "runs" / "tiny-test" / "model")
     digests = dict.fromkeys(("vae", "clip_l", "clip_g", "t5", "judge"), "0" * 64)
-    exported = export_stage(recipe, store, "runs/tiny-test/model", towers_folder, digests)
+    exported = export_model(recipe, store, towers_folder, digests)
     assert not exported.skipped and exported.folder.startswith("runs/tiny-test/export/")
     manifest = store.get_json(f"{exported.folder}/MANIFEST.json")
     local = store.local_path(exported.folder)
@@ -172,16 +182,15 @@ def test_the_stage_writes_its_manifest_last_and_once(towers_folder, tmp_path):
         "PROVENANCE.json",
     }
     assert all(record_file(local / name).model_dump() == record for name, record in manifest["files"].items())
-    again = export_stage(recipe, store, "runs/tiny-test/model", towers_folder, digests)
+    again = export_model(recipe, store, towers_folder, digests)
     assert again.skipped and again.digest == exported.digest
-    other = export_stage(recipe, store, "runs/tiny-test/model", towers_folder, digests | {"vae": "1" * 64})
+    other = export_model(recipe, store, towers_folder, digests | {"vae": "1" * 64})
     assert not other.skipped and other.folder != exported.folder
 
 
 def test_the_scheduler_follows_a_shift_that_was_changed_after_training(towers_folder, tmp_path):
     from sd3core.data.store import open_store
     from sd3core.recipe_file import load_recipe
-    from workers.export import export_stage
 
     store = open_store(str(tmp_path / "store"))
     write_checkpoint(tmp_path / "store" / "runs" / "tiny-test" / "model")
@@ -189,7 +198,7 @@ def test_the_scheduler_follows_a_shift_that_was_changed_after_training(towers_fo
     folders = {}
     for shift in (2.5, 4.0):
         recipe = load_recipe("tiny-test", [f"evaluate.shift={shift}"])
-        exported = export_stage(recipe, store, "runs/tiny-test/model", towers_folder, digests)
+        exported = export_model(recipe, store, towers_folder, digests)
         scheduler = store.get_json(f"{exported.folder}/scheduler/scheduler_config.json")
         assert scheduler["shift"] == shift and not exported.skipped
         folders[shift] = exported.folder
@@ -201,7 +210,6 @@ def test_a_damaged_export_in_a_store_elsewhere_is_made_again(towers_folder, s3_b
     from sd3core.data.checked_files import CheckedFiles
     from sd3core.data.store import open_store
     from sd3core.recipe_file import load_recipe
-    from workers.export import export_stage
 
     store, model = open_store(f"s3://{s3_bucket}"), tmp_path / "model"
     write_checkpoint(model)
@@ -212,9 +220,7 @@ def test_a_damaged_export_in_a_store_elsewhere_is_made_again(towers_folder, s3_b
 
     def export():
         checked = CheckedFiles(tmp_path / "checked")
-        return export_stage(
-            load_recipe("tiny-test"), store, "runs/tiny-test/model", towers_folder, digests, checked=checked
-        )
+        return export_model(load_recipe("tiny-test"), store, towers_folder, digests, checked=checked)
 
     path = f"{export().folder}/transformer/diffusion_pytorch_model.safetensors"
     assert export().skipped
@@ -238,7 +244,6 @@ def test_a_damaged_export_is_named_and_made_again(towers_folder, tmp_path, damag
     from sd3core.data.store import open_store
     from sd3core.exchange.diffusers_folder import check_exported
     from sd3core.recipe_file import load_recipe
-    from workers.export import export_stage
 
     store, recipe = open_store(str(tmp_path / "store")), load_recipe("tiny-test")
     write_checkpoint(tmp_path / "store" / "runs" / "tiny-test" / "model")
@@ -246,7 +251,7 @@ def test_a_damaged_export_is_named_and_made_again(towers_folder, tmp_path, damag
     checked = CheckedFiles(tmp_path / "checked")
 
     def export():
-        return export_stage(recipe, store, "runs/tiny-test/model", towers_folder, digests, checked=checked)
+        return export_model(recipe, store, towers_folder, digests, checked=checked)
 
     folder = export().folder
     local = store.local_path(folder)
