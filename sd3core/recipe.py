@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import re
 from itertools import combinations
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, field_validator, model_validator
 
 from sd3core.backbone_config import CONFIGS, BackboneConfig
 from sd3core.buckets import PATCH_PX, Side, bucket_name, bucket_sides, buckets_for_area
@@ -33,10 +33,17 @@ def _colour(text: str) -> str:
     return colour
 
 
+def _one_or_several(value: Any) -> Any:
+    """A name alone is a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]  # becomes a folder and a deployment
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]  # of a running mean
 Colour = Annotated[str, AfterValidator(_colour)]
+FieldName = Annotated[str, StringConstraints(min_length=1)]
+CaptionFields = Annotated[tuple[FieldName, ...], BeforeValidator(_one_or_several), Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what numpy and torch both take
 Precision = Literal["auto", "bf16", "fp32"]  # auto: bf16 where the device has arithmetic for it, else fp32
 AspectRatio = Annotated[float, Field(gt=0)]  # width / height
@@ -57,6 +64,10 @@ class Data(Section):
     name: Name  # datasets/NAME in the store
     source: Literal["small_world", "folder"]
     folder: str | None = None  # a local folder: name.jpg with name.txt, or a metadata.jsonl with file_name and text
+    # where a row of a source has its image, and its captions: column or field names; None: the source's own. A caption field
+    # may hold a text or a list of texts; all captions are kept, and the first stands first wherever one alone is used
+    image_field: FieldName | None = None
+    caption_fields: CaptionFields | None = None
     caption: Literal["whole", "first_line"] = "whole"  # folder only: what a caption file holds, or its first line
     images: int = Field(4096, ge=1, le=100_000_000)  # small world only: how many scenes
     # small world only: side of the square whose area each scene has
@@ -76,6 +87,15 @@ class Data(Section):
             raise ValueError("data.folder must name the folder of images when data.source is 'folder'")
         _refuse_url("folder", self.folder)
         _check_whole_path("folder", self.folder)
+        return self
+
+    @model_validator(mode="after")
+    def _fields_of_a_source(self) -> Data:
+        for key in ("image_field", "caption_fields"):
+            if getattr(self, key) is not None and self.source == "small_world":
+                raise ValueError(f"{key} is of a source that is read; leave it out for 'small_world'")
+        if self.caption_fields and len({*self.caption_fields}) < len(self.caption_fields):
+            raise ValueError("caption_fields names a field twice; name each once")
         return self
 
 

@@ -59,6 +59,8 @@ def raw_fields(recipe: Recipe) -> dict[str, Any]:
     for later, plain in (
         ("caption", "whole"),
         ("background", "white"),
+        ("image_field", None),
+        ("caption_fields", None),
     ):
         if drawn or getattr(recipe.data, later) == plain:
             left_out.add(later)

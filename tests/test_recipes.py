@@ -523,7 +523,8 @@ CHANGES: list[tuple[set[str], dict[str, Any]]] = [
     (set(), under("finetune.0", samples=192)),
     (set(), {"name": "other", "run": "other", "store": "s3://bucket/x"}),
     (set(), under("data", folder="/other", images=960)),  # more shards of the same kind
-    (set(), under("data", caption="first_line", background="black")),  # of a folder's files
+    # of what is read
+    (set(), under("data", caption="first_line", background="black", image_field="path", caption_fields=("text",))),
     (set(), under("caption", "encode", batch=1) | under("pretrain", "finetune.0", **HOW)),
     (set(), under("evaluate", **EVALUATE) | under("compute", **COMPUTE)),
 ]
@@ -630,6 +631,34 @@ def test_fields_that_came_later_leave_fingerprints_as_they_were(monkeypatch):
     found += [fingerprint(specs.latents_fields(recipe, phase, {"vae": "0"})) for _, phase in recipe.phases()]
     assert found[:2] == ["f63697300ede", "264b8c208169"]
     assert found[2:] == ["a875bcf22aa4", "22066f934c56", "4c1cf6ccef01", "996f973eedb4"]
+
+
+def test_a_folder_read_as_before_has_the_fingerprint_of_before():
+    """Golden: from before a source named its fields."""
+
+    def spec(*more: str) -> str:
+        folder = ["data.source=folder", "data.folder=/photos", "caption.captioner=none"]
+        return fingerprint(specs.raw_fields(load_recipe("tiny-test", [*folder, *more])))
+
+    assert spec() == "5bcd69704cc3"
+    assert spec("data.caption=first_line", "data.background=black") == "0dd6368e6311"
+    others = [
+        spec(f"data.{setting}") for setting in ("image_field=path", "caption_fields=[text]", "caption_fields=[a]")
+    ]
+    assert len({spec(), *others}) == 4
+
+
+def test_fields_of_a_source_are_names_each_once():
+    folder = ["data.source=folder", "data.folder=/photos", "caption.captioner=none"]
+    assert load_recipe("tiny-test", [*folder, "data.caption_fields=text"]).data.caption_fields == ("text",)
+    for settings, words in (
+        (["data.image_field=path"], "data: image_field is of a source that is read; leave it out for 'small_world'"),
+        ([*folder, "data.caption_fields=[a,b,a]"], "data: caption_fields names a field twice; name each once"),
+        ([*folder, "data.caption_fields=[]"], "data.caption_fields: "),
+        ([*folder, "data.image_field=''"], "data.image_field: "),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            load_recipe("tiny-test", settings)
 
 
 def test_a_folders_first_lines_are_another_data_set_and_whole_captions_are_the_one_from_before():

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sd3core.data.earlier_rows import EarlierRow, EarlierRows
 from sd3core.data.encoded_shards import (
@@ -20,6 +20,7 @@ from sd3core.data.encoded_shards import (
     WITHOUT_CAPTION,
     caption_id,
 )
+from sd3core.data.ingest import captions_column
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.settled_precision import SettledPrecision
 from sd3core.data.shards import TAR_BLOCK, FailedRow, Sample, read_shard_done, write_shard
@@ -46,8 +47,16 @@ class TextSource:
     captions: InputShard | None
 
 
+class CaptionUse(NamedTuple):
+    """An image that has a caption, and as what."""
+
+    key: str
+    kind: str
+    place: int | None = None  # among its captions of this kind, where it has several
+
+
 class TextWorker:
-    """Raw shard and its captions -> text tar: each distinct caption once, an index row for each (key, kind).
+    """Raw shard and its captions -> text tar: each distinct caption once, an index row for each use of it.
 
     Several threads may call it.
     """
@@ -94,22 +103,22 @@ class TextWorker:
             record = write_shard(self.store, task.folder, task.stem, samples, failed, TEXT_SCHEMA, counts=counts)
         return MadeShard(record, len(stood), len(uses) - len(stood), tuple(earlier.told))
 
-    def _captions(self, source: TextSource) -> Iterator[tuple[str, str, str]]:
-        """(key, kind, caption) of every caption there is."""
+    def _captions(self, source: TextSource) -> Iterator[tuple[CaptionUse, str]]:
+        """Every caption there is, and whose it is."""
         raw = read_input_index(self.store, source.raw)
         synthetic = {}
         if source.captions:
             table = read_input_table(self.store, source.captions)
             synthetic = dict(zip(table["key"].to_pylist(), table["caption"].to_pylist(), strict=True))
-        for key, original in zip(raw["key"].to_pylist(), raw["caption"].to_pylist(), strict=True):
-            if original:
-                yield key, ORIGINAL, original
+        for key, originals in zip(raw["key"].to_pylist(), captions_column(raw), strict=True):
+            for place, original in enumerate(originals):
+                yield CaptionUse(key, ORIGINAL, place if len(originals) > 1 else None), original
             if synthetic.get(key):
-                yield key, SYNTHETIC, synthetic[key]
+                yield CaptionUse(key, SYNTHETIC), synthetic[key]
 
     def _samples(
         self,
-        uses: dict[str, list[tuple[str, str]]],
+        uses: dict[str, list[CaptionUse]],
         rows: int,
         failed: list[FailedRow],
         counts: Counter[str],
@@ -123,20 +132,22 @@ class TextWorker:
             for caption, encoded_as in self._features(captions, stood, turn):
                 if encoded_as is None:
                     failed += [
-                        FailedRow(key=key, reason=f"{kind} caption: its features are not finite in {self.dtype}")
-                        for key, kind in uses[caption]
+                        FailedRow(
+                            key=use.key, reason=f"{use.kind} caption: its features are not finite in {self.dtype}"
+                        )
+                        for use in uses[caption]
                     ]
                     continue
                 data, real = encoded_as
                 length = TAR_BLOCK * (1 + math.ceil(len(data) / TAR_BLOCK))  # one tar header and the padded bytes
                 name = caption_id(caption)
                 if real == [self.encoders.tokens[name] for name in ENCODERS] and self.encoders.too_long([caption]):
-                    cut.update(key for key, _ in uses[caption])
+                    cut.update(use.key for use in uses[caption])
                     counts[TOO_LONG] = len(cut)
                 stored = {f"{name}_len": count for name, count in zip(ENCODERS, real, strict=True)}
                 stored |= {"offset": offset, "length": length, "sha256": hashlib.sha256(data).digest()}
-                for position, (key, kind) in enumerate(uses[caption]):
-                    row = {"key": key, "kind": kind, "caption_id": name, **stored}
+                for position, use in enumerate(uses[caption]):
+                    row = {**use._asdict(), "caption_id": name, **stored}
                     yield Sample(name, {FEATURES: data} if position == 0 else {}, row)
                 offset += length
             encoded += len(captions)
@@ -177,9 +188,9 @@ def count_without_caption(samples: Iterable[Sample], rows: int, counts: Counter[
         counts[WITHOUT_CAPTION] = rows - len(captioned)
 
 
-def _distinct(captions: Iterable[tuple[str, str, str]]) -> dict[str, list[tuple[str, str]]]:
-    """caption -> the (key, kind)s that have it, in order of first use."""
-    uses: dict[str, list[tuple[str, str]]] = {}
-    for key, kind, caption in captions:
-        uses.setdefault(caption, []).append((key, kind))
+def _distinct(captions: Iterable[tuple[CaptionUse, str]]) -> dict[str, list[CaptionUse]]:
+    """caption -> its uses, in order of the first."""
+    uses: dict[str, list[CaptionUse]] = {}
+    for use, caption in captions:
+        uses.setdefault(caption, []).append(use)
     return uses

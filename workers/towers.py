@@ -195,7 +195,7 @@ class SmallTowerWorker:
 def training_rows(
     store: Store, shards: list[InputShard], at_most: int, rules: PixelRules
 ) -> Iterator[tuple[np.ndarray, str]]:
-    """(uint8 (H, W, 3), caption) of rows spread evenly over the training part; the held-out part is never read."""
+    """(uint8 (H, W, 3), first caption) of rows spread evenly over the training part; the held-out part is never read."""
     captions: dict[tuple[int, str], str] = {}
     for position, shard in enumerate(shards):
         columns = read_input_index(store, shard).select(["key", "caption", "split"]).to_pydict()

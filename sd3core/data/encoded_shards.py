@@ -3,7 +3,7 @@
 Workers write them, the trainer and evaluation read them.
 
     text tar       CAPTION_ID.safetensors   `StoredText`, each distinct caption of the shard once
-    text index     a row for each key and kind of caption (TEXT_SCHEMA)
+    text index     a row for each key and caption (TEXT_SCHEMA): an image has one of a kind, or several originals
     latents tar    KEY.safetensors          "latent" (16, H/8, W/8), not normalised
     latents index  bucket, crop and split of each key (LATENT_SCHEMA)
     NULL_FILE      the encoded empty string, beside the text shards; NULL_RECORD has its size and SHA-256
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import pyarrow as pa
 
 from sd3core.data.records import record_bytes
+from sd3core.data.shards import optional_column
 from sd3core.data.store import Store, StoreNotFound, canonical_json
 from sd3core.errors import DataError
 from sd3core.recipe import ENCODERS
@@ -42,6 +43,8 @@ FILE_DIGEST = ("sha256", pa.binary(32))  # of the row's file, without its tar he
 TEXT_SCHEMA = pa.schema(
     [("kind", pa.string()), ("caption_id", pa.string()), FILE_DIGEST]
     + [(f"{name}_len", pa.int32()) for name in ENCODERS]
+    # which of its image's captions of this kind it is, from 0 on, where the image has several
+    + [optional_column("place", pa.int32())]
 )
 LATENT_SCHEMA = pa.schema(
     [("bucket", pa.string()), FILE_DIGEST]

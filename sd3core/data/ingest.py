@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 from PIL import Image
 
-from sd3core.data.shards import DoneRecord, Sample, is_held_out, parts_digest, shard_stem, write_shard
+from sd3core.data.shards import (
+    DoneRecord,
+    Sample,
+    is_held_out,
+    optional_column,
+    parts_digest,
+    shard_stem,
+    write_shard,
+)
 from sd3core.data.store import open_store
 from sd3core.recipe import Data
 from sd3core.small_world.scenes import describe, draw_scene, render, scene_rng
@@ -25,6 +33,8 @@ RAW_SCHEMA = pa.schema(
         ("caption", pa.string()),
         ("source", pa.string()),
         ("split", pa.string()),
+        # all of an image's captions, where it has several
+        optional_column("captions", pa.list_(pa.string())),
     ]
 )
 ASPECT, DESCRIBE = 2, 1  # purposes of scene_rng besides drawing, which is 0
@@ -75,18 +85,32 @@ class SceneWorker:
             image = Image.fromarray(render(scene))
             caption = describe(scene, scene_rng(shard.seed, index, DESCRIBE))
             key = f"scene-{shard.seed}-{index:08d}"
-            yield raw_sample(self.data, key, "png", png_bytes(image), image.size, caption, "small_world")
+            yield raw_sample(self.data, key, "png", png_bytes(image), image.size, (caption,), "small_world")
             self.progress += 1
 
 
 def raw_sample(
-    data: Data, key: str, extension: str, image: bytes, size: tuple[int, int], caption: str, source: str
+    data: Data, key: str, extension: str, image: bytes, size: tuple[int, int], captions: Sequence[str], source: str
 ) -> Sample:
-    """`size`: width, height of the upright picture. `source`: where it comes from."""
-    about = {"caption": caption, "width": size[0], "height": size[1], "source": source}
+    """`size`: width, height of the upright picture. `source`: where it comes from.
+
+    Of its captions, each a clean line, the first stands as "caption", "" where it has none; all distinct ones stand as
+    "captions" beside it where they are several.
+    """
+    distinct = list(dict.fromkeys(filter(None, captions)))
+    about = {"caption": "".join(distinct[:1]), "width": size[0], "height": size[1], "source": source}
+    about |= {"captions": distinct} if len(distinct) > 1 else {}
     described = json.dumps(about, sort_keys=True, ensure_ascii=False).encode()
     split = "held_out" if is_held_out(key, data.held_out_fraction) else "train"
     return Sample(key, {extension: image, "json": described}, about | {"split": split})
+
+
+def captions_column(index: pa.Table) -> list[list[str]]:
+    """Every row's captions, in the order of a raw shard's index."""
+    first = [[caption] if caption else [] for caption in index["caption"].to_pylist()]
+    if "captions" not in index.column_names:
+        return first
+    return [several or one for one, several in zip(first, index["captions"].to_pylist(), strict=True)]
 
 
 def png_bytes(image: Image.Image) -> bytes:

@@ -173,7 +173,7 @@ class FolderWorker:
                     picture, extension, stored = usable_image(self.data, root, item)
                     size = picture.image.size
                     file.seen = file.seen._replace(image=short_digest(stored), notes=picture.notes)
-                sample = raw_sample(self.data, item.key, extension, stored, size, item.caption, item.name)
+                sample = raw_sample(self.data, item.key, extension, stored, size, (item.caption,), item.name)
                 counts.update([*file.seen.notes, *([HELD_OUT_ROWS] if sample.row["split"] == "held_out" else [])])
                 yield replace(sample, row=sample.row | {IMAGE_DIGEST: file.seen.image})
             except DataError as error:

@@ -28,10 +28,10 @@ import numpy as np
 
 from sd3core.data.batch_bytes import PackedBatch, StoredSample
 from sd3core.data.encoded_shards import Split
-from sd3core.data.shard_reader import ShardReader
+from sd3core.data.shard_reader import CaptionDraws, ShardReader
 from sd3core.data.training_plan import PlannedBatch, TrainingPlan
 from sd3core.errors import DataError
-from sd3core.randomness import uniform
+from sd3core.randomness import uniforms
 
 if TYPE_CHECKING:
     from sd3core.data.batch import Batch
@@ -115,7 +115,7 @@ class BatchLoader:
         return max(FEWEST_AHEAD, min(most, int(room)))
 
     def batch(self, step: int, part: int = 0) -> Batch:
-        """Original or synthetic caption: by (seed, epoch, sample), so neither ranks nor restarts change it."""
+        """Original or synthetic caption, and which of several: by (seed, epoch, sample), so neither ranks nor restarts change it."""
         return _unpacked(self.packed(step, part))
 
     def packed(self, step: int, part: int = 0) -> PackedBatch:
@@ -201,8 +201,9 @@ class BatchLoader:
         """Rows of one bucket, each with the caption that is drawn for it."""
         epochs, shards, units = np.array([row[1:] for row in wanted], dtype=np.int64).T
 
-        def draw(ids: np.ndarray) -> np.ndarray:
-            return uniform(self.seed, epochs, ids, "caption") >= self.original_fraction
+        def draw(ids: np.ndarray) -> CaptionDraws:
+            kind, which = uniforms(self.seed, epochs, ids, "caption", 2).T
+            return CaptionDraws(kind >= self.original_fraction, which)
 
         return list(self.reader.read_units(shards, units, wanted[0][0], draw))
 
@@ -212,7 +213,7 @@ class BatchLoader:
 
 
 def load_split(reader: ShardReader, split: Split, batch: int, limit: int | None = None) -> Iterator[Batch]:
-    """At most `limit` rows of a split, original captions first choice, in batches of one bucket, for evaluation.
+    """At most `limit` rows of a split, each with its first original caption, in batches of one bucket, for evaluation.
 
     Shards, then rows, are taken in the order of a hash: the choice does not follow the order of the data, is the same
     at every resolution, and of a large data set only as many shards are opened as are needed.

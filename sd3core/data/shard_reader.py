@@ -39,6 +39,19 @@ class EncodedShard:
     text: ShardFiles
 
 
+@dataclass(frozen=True, eq=False)
+class CaptionDraws:
+    """Which caption of each of n rows is wanted."""
+
+    synthetic: np.ndarray  # (n,) bool: the kind, where the row has both
+    which: np.ndarray  # (n,) in [0, 1): of several captions of that kind, each for an equal part; 0 is the first
+
+    @staticmethod
+    def first(rows: int) -> CaptionDraws:
+        """Original captions, and of several the first."""
+        return CaptionDraws(np.zeros(rows, dtype=bool), np.zeros(rows))
+
+
 class ShardReader:
     """Reads rows of one data set. Shards line up by their numbers, and a shard stands at its `position` in the manifest.
 
@@ -136,12 +149,12 @@ class ShardReader:
         shards: np.ndarray,
         units: np.ndarray,
         bucket: str,
-        draw_synthetic: Callable[[np.ndarray], np.ndarray],
+        draw_captions: Callable[[np.ndarray], CaptionDraws],
         split: Split = "train",
     ) -> list[StoredSample]:
         """The files of rows that are counted within their shard, bucket and split (n,), as a plan counts them.
 
-        `draw_synthetic`: sample ids (n,) -> which caption is wanted (n,) bool.
+        `draw_captions`: sample ids (n,) -> which captions are wanted.
         """
         opened = self.open(shards.tolist())
         rows = np.empty(len(shards), dtype=np.int64)
@@ -155,20 +168,21 @@ class ShardReader:
             rows[wanted] = chosen[units[wanted]]
         pairs = zip(shards.tolist(), rows.tolist(), strict=True)
         ids = np.array([opened[position].sample_ids[row] for position, row in pairs], dtype=np.int64)
-        return self._read(opened, shards, rows, draw_synthetic(ids))
+        return self._read(opened, shards, rows, draw_captions(ids))
 
     def _read(
-        self, opened: dict[int, ShardRows], shards: np.ndarray, rows: np.ndarray, synthetic: np.ndarray
+        self, opened: dict[int, ShardRows], shards: np.ndarray, rows: np.ndarray, captions: CaptionDraws
     ) -> list[StoredSample]:
-        """The files of rows of indexes (n,), with the captions wanted (n,); where a row has only one, it is taken."""
+        """The files of rows of indexes (n,), with the captions wanted (n,); where a row has only one kind, it is taken."""
         stored, found = [], []
-        for position, row, wanted in zip(shards.tolist(), rows.tolist(), synthetic.tolist(), strict=True):
+        drawn = zip(shards.tolist(), rows.tolist(), captions.synthetic.tolist(), captions.which.tolist(), strict=True)
+        for position, row, wanted, which in drawn:
             shard, table = self.shards[position], opened[position]
             kind = table.caption_kind(row, SYNTHETIC if wanted else ORIGINAL)
             latents = f"{self.latents_folder}/{shard.latents.stem}{TAR}"
             text = f"{self.text_folder}/{shard.text.stem}{TAR}"
             stored.append(StoredRow(latents, shard.latents.digest, *table.place(row, LATENT)))
-            stored.append(StoredRow(text, shard.text.digest, *table.place(row, kind)))
+            stored.append(StoredRow(text, shard.text.digest, *table.place(row, kind, which)))
             found.append((table.keys[row].as_py(), int(table.sample_ids[row]), latents))
         files = self.cache.read(stored, keep=self._keep)
         return [
@@ -181,8 +195,8 @@ class ShardReader:
         return pack_batch(samples, epochs, bucket, **self._packing)
 
     def originals(self, shards: np.ndarray, rows: np.ndarray, bucket: str) -> PackedBatch:
-        """Rows of indexes with their original captions first choice, outside any epoch."""
-        samples = self._read(self.open(shards.tolist()), shards, rows, np.zeros(len(rows), dtype=bool))
+        """Rows of indexes, each with its first original caption, or the synthetic one where it has none; outside any epoch."""
+        samples = self._read(self.open(shards.tolist()), shards, rows, CaptionDraws.first(len(rows)))
         return self.packed(samples, np.zeros(len(rows), dtype=np.int64), bucket)
 
     def find(self, wanted: Iterable[tuple[int, str]]) -> list[tuple[int, int, str]]:

@@ -53,6 +53,10 @@ class ShardRows:
         self._offset = {name: table[f"{name}_offset"].to_numpy() for name in FILES}
         self._length = {name: table[f"{name}_length"].to_numpy() for name in FILES}
         self._digest = {name: table[f"{name}_sha256"].combine_chunks() for name in FILES}
+        further = {name: _further(name) for name in CAPTION_KINDS}
+        self._further = {
+            name: table[column].combine_chunks() for name, column in further.items() if column in table.column_names
+        }
         self._chosen = lru_cache(maxsize=64)(self._choose)
 
     def __len__(self) -> int:
@@ -88,8 +92,15 @@ class ShardRows:
                 return kind
         return None
 
-    def place(self, row: int, file: str) -> tuple[int, int, bytes]:
-        """(offset in its tar, length with the header, SHA-256 of the file)."""
+    def place(self, row: int, file: str, drawn: float = 0.0) -> tuple[int, int, bytes]:
+        """(offset in its tar, length with the header, SHA-256 of the file).
+
+        Of several captions of a kind the number `drawn` in [0, 1) takes one, each for an equal part of it; 0 is the first.
+        """
+        if drawn and file in self._further:
+            further = self._further[file][row]
+            if number := int(drawn * (1 + len(further))):
+                return tuple(further[number - 1].as_py().values())
         return int(self._offset[file][row]), int(self._length[file][row]), self._digest[file][row].as_py()
 
 
@@ -115,14 +126,32 @@ def join_rows(store: Store, latents: ShardFiles, latents_folder: str, text: Shar
     for kind in CAPTION_KINDS:
         used = pc.and_(pc.equal(captions["kind"], kind), pc.is_valid(row_of_caption))
         row, found = row_of_caption.filter(used).to_numpy(), captions.filter(used)
+        if "place" in found.column_names:
+            order = np.lexsort((found["place"].fill_null(0).to_numpy(), row))
+            row, found = row[order], found.take(order)
+        have, first = np.unique(row, return_index=True)
         caption_of_row = np.full(len(rows), -1)
-        caption_of_row[row] = np.arange(len(row))
+        caption_of_row[have] = first
         chosen = pa.array(caption_of_row, mask=caption_of_row < 0)
         absent = {"offset": -1, "length": 0, "sha256": bytes(32)}
         for name in PLACE:
             filled = found[name].combine_chunks().take(chosen).fill_null(pa.scalar(absent[name], found[name].type))
             columns[f"{kind}_{name}"] = filled
+        if len(have) < len(row):
+            columns[_further(kind)] = _rest(found.select(PLACE), row, first, len(rows))
     return pa.table(columns).replace_schema_metadata({"buckets": " ".join(buckets.dictionary.to_pylist())})
+
+
+def _further(kind: str) -> str:
+    """The column of a row's captions of a kind after the first; a shard where no row has several has none."""
+    return f"{kind}_further"
+
+
+def _rest(captions: pa.Table, row: np.ndarray, first: np.ndarray, rows: int) -> pa.ListArray:
+    """All but the `first` caption of each row, by rows; `row`: whose each caption is, in order."""
+    rest = np.delete(np.arange(len(row)), first)
+    ends = np.searchsorted(row[rest], np.arange(rows + 1)).astype(np.int32)
+    return pa.ListArray.from_arrays(ends, captions.take(rest).combine_chunks().to_struct_array().combine_chunks())
 
 
 def _read_checked_index(store: Store, folder: str, shard: ShardFiles) -> pa.Table:

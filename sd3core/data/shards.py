@@ -27,6 +27,7 @@ from sd3core.specs import DONE, INDEX, TABLE, TAR
 
 TAR_BLOCK = tarfile.BLOCKSIZE
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")  # of the image in a raw sample
+OPTIONAL = {b"optional": b"1"}
 IMAGE_DIGEST = "image_digest"  # index column: the short digest of the stored image that a row is, or was made from
 
 
@@ -108,7 +109,7 @@ def write_shard(
     """Writes FOLDER/STEM.tar, STEM.index.parquet, then STEM.done.json.
 
     `samples` may append to `failed`, and count in `counts`, while it is iterated. `schema` fixes the index's own columns
-    (needed where a shard can be empty). The record's `extra`: `counts`, and of the index column `count_by` how often each
+    (needed where a shard can be empty; `optional_column`s only where they are used). The record's `extra`: `counts`, and of the index column `count_by` how often each
     value stands there. A sample without files is an index row only; its `row` says where its bytes are.
     """
     rows: list[dict[str, Any]] = []
@@ -247,9 +248,19 @@ def _check_key(sample: Sample, written: set[str]) -> None:
 INDEX_COLUMNS = [("key", pa.string()), ("offset", pa.int64()), ("length", pa.int64())]
 
 
+def optional_column(name: str, kind: pa.DataType) -> pa.Field:
+    """A column of a schema that stands in a shard's index only where a row has a value: all other shards keep their bytes."""
+    return pa.field(name, kind, metadata=OPTIONAL)
+
+
 def _index_table(rows: list[dict[str, Any]], schema: pa.Schema | None) -> pa.Table:
     if schema is not None:
-        return pa.Table.from_pylist(rows, schema=pa.schema([*INDEX_COLUMNS, *schema]))
+        own = (
+            column.remove_metadata()
+            for column in schema
+            if column.metadata != OPTIONAL or any(row.get(column.name) is not None for row in rows)
+        )
+        return pa.Table.from_pylist(rows, schema=pa.schema([*INDEX_COLUMNS, *own]))
     return pa.Table.from_pylist(rows) if rows else pa.schema(INDEX_COLUMNS).empty_table()
 
 

@@ -23,7 +23,7 @@ class Row:
     """One image of the raw data set and where its sample lies."""
 
     key: str
-    caption: str
+    caption: str  # the first, where it has several: for the judge, previews and prompts
     stem: str
     offset: int
     length: int

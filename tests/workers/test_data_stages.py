@@ -34,7 +34,7 @@ from sd3core.towers.text_encoders import load_text_encoders
 from workers import encode_bench
 from workers.at_once import ShardsAtOnce
 from workers.encode_bench import EncodeBench
-from workers.encode_text import TOO_LONG, TextWorker
+from workers.encode_text import TOO_LONG, CaptionUse, TextWorker
 from workers.ingest import ingest_stage
 from workers.inputs import input_shards, shard_images
 from workers.stage import NOTHING_TO_DO
@@ -281,11 +281,11 @@ def test_text_that_does_not_fit_its_dtype_is_a_failed_row(chain, monkeypatch):
 
     monkeypatch.setattr(worker.encoders, "encode", too_large)
     failed, counts = [], Counter()
-    uses = {"a": [("k1", "original")], "b": [("k1", "synthetic"), ("k2", "original")]}
+    uses = {"a": [CaptionUse("k1", "original")], "b": [CaptionUse("k1", "synthetic"), CaptionUse("k2", "original")]}
     with worker.at_once.shard("text") as turn:
         samples = list(worker._samples(uses, 2, failed, counts, turn))
         assert not counts
-        long = {"red " * 60: [("k3", "original")]}
+        long = {"red " * 60: [CaptionUse("k3", "original")]}
         assert len([*worker._samples(long, 1, [], counts, turn)]) == 1 and counts == {TOO_LONG: 1}
     assert [s.row["key"] for s in samples] == ["k1"]
     assert [(f.key, f.reason) for f in failed] == [

@@ -30,7 +30,7 @@ from workers import encode_latents
 from workers.at_once import ShardsAtOnce
 from workers.encode import LOAD_S, EncodeWorker, _with_enlarged_images, cut_advice
 from workers.encode_latents import LatentsSource, LatentsWorker
-from workers.encode_text import TOO_LONG, TextSource, TextWorker
+from workers.encode_text import TOO_LONG, CaptionUse, TextSource, TextWorker
 from workers.inputs import InputShard, map_ahead
 from workers.shard_stage import ShardTask
 from workers.stage import StageResult
@@ -228,10 +228,10 @@ def test_long_captions_are_counted_by_the_images_that_have_one():
     made = TextWorker.__new__(TextWorker)  # without towers: the encoders are given
     made.text, made.batch, made.dtype, made.encoders = Text(), 2, "float32", WordEncoders()
     uses = {
-        "a b c d": [("k1", "original"), ("k2", "original"), ("k3", "synthetic")],
-        "just three words": [("k3", "original")],
-        "e f g h": [("k4", "original")],
-        "i j k l m": [("k4", "synthetic")],
+        "a b c d": [CaptionUse("k1", "original"), CaptionUse("k2", "original"), CaptionUse("k3", "synthetic")],
+        "just three words": [CaptionUse("k3", "original")],
+        "e f g h": [CaptionUse("k4", "original")],
+        "i j k l m": [CaptionUse("k4", "synthetic")],
     }
     counts = Counter()
     with ShardsAtOnce(1).shard("text/0/00000") as turn:
@@ -257,7 +257,7 @@ def test_captions_are_stored_in_8_bits_and_the_empty_string_in_16(tmp_path, padd
     made = TextWorker.__new__(TextWorker)  # without towers: the encoders are given
     made.store, made.text, made.dtype, made.batch = store, Text(padding=padding), "int8", 4
     made.encoders, made.at_once = LoudEncoders(), ShardsAtOnce(1)
-    made._captions = lambda source: iter([("k1", "original", "a b"), ("k2", "original", "nan")])
+    made._captions = lambda source: iter([(CaptionUse("k1", "original"), "a b"), (CaptionUse("k2", "original"), "nan")])
     task = ShardTask(0, "d" * 12, "text/0", rows=2)
     assert [row.key for row in made(task).record.failed] == ["k2"]
     [(_, files)] = read_samples(store.get(f"{task.folder}/{task.stem}.tar"))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 
 from sd3core.conditioning import TextFeatures
-from sd3core.data.encoded_shards import FILE_DIGEST, WITHOUT_CAPTION, caption_id, held_out_count
+from sd3core.data.encoded_shards import FILE_DIGEST, TEXT_SCHEMA, WITHOUT_CAPTION, caption_id, held_out_count
 from sd3core.data.manifest import Manifest, ShardEntry
 from sd3core.data.shards import TAR_BLOCK, Sample, is_held_out, parts_digest, shard_stem, write_shard
 from sd3core.data.stored_text import StoredText
@@ -20,7 +20,7 @@ from sd3core.data.stored_text import StoredText
 BUCKETS = ("64x64", "64x48")
 CLIP_TOKENS, T5_TOKENS, HELD_OUT = 4, 6, 0.25
 LATENTS_SCHEMA = pa.schema([("bucket", pa.string()), ("split", pa.string()), FILE_DIGEST])
-TEXT_COLUMNS = pa.schema([("kind", pa.string()), ("caption_id", pa.string()), FILE_DIGEST])
+TEXT_COLUMNS = pa.schema([("kind", pa.string()), ("caption_id", pa.string()), FILE_DIGEST, TEXT_SCHEMA.field("place")])
 
 
 def key_of(number: int, row: int) -> str:
@@ -77,20 +77,28 @@ def write_latents(store, folder: str, number: int, rows: int) -> ShardEntry:
     )
 
 
-def write_text(store, folder: str, number: int, rows: int) -> ShardEntry:
-    uses: dict[str, list[tuple[str, str]]] = {}
+def further_of(key: str) -> list[str]:
+    """Where images have several original captions, those after the first: none, one or three."""
+    return [f"{place} more of {key}" for place in range((0, 1, 3)[int(key[-3:]) % 3])]
+
+
+def write_text(store, folder: str, number: int, rows: int, several: bool = False) -> ShardEntry:
+    """`several`: rows that have an original caption have those of `further_of`, too."""
+    uses: dict[str, list[dict]] = {}
     keys = [key_of(number, row) for row in range(rows)]
     for key in keys:
         for kind, caption in captions_of(key).items():
-            uses.setdefault(caption, []).append((key, kind))
+            further = further_of(key) if several and kind == "original" else []
+            for place, text in enumerate([caption, *further]):
+                uses.setdefault(text, []).append({"key": key, "kind": kind, "place": place if further else None})
 
     def samples():
         offset = 0
-        for caption, pairs in uses.items():
+        for caption, users in uses.items():
             name, data = caption_id(caption), StoredText.of(features_of(caption), "float32").to_bytes("trimmed")
             length = TAR_BLOCK * (1 + math.ceil(len(data) / TAR_BLOCK))
-            for place, (key, kind) in enumerate(pairs):
-                row = {"key": key, "kind": kind, "caption_id": name, "offset": offset, "length": length}
+            for place, use in enumerate(users):
+                row = use | {"caption_id": name, "offset": offset, "length": length}
                 row["sha256"] = hashlib.sha256(data).digest()
                 yield Sample(name, {"safetensors": data} if place == 0 else {}, row)
             offset += length
@@ -105,9 +113,9 @@ def split_of(key: str) -> str:
     return "held_out" if is_held_out(key, HELD_OUT) else "train"
 
 
-def write_data_set(store, shards: int = 3, rows: int = 40) -> tuple[Manifest, Manifest]:
+def write_data_set(store, shards: int = 3, rows: int = 40, several: bool = False) -> tuple[Manifest, Manifest]:
     latents = [write_latents(store, "latents", number, rows) for number in range(shards)]
-    text = [write_text(store, "text", number, rows) for number in range(shards)]
+    text = [write_text(store, "text", number, rows, several) for number in range(shards)]
     common = {"spec": "0" * 12, "inputs": {"raw": "r" * 64}}
     tokens = {"text": {"clip_tokens": CLIP_TOKENS, "t5_tokens": T5_TOKENS}}
     return (
