@@ -16,6 +16,7 @@ from sd3core.data.images import BARE_CMYK, TRANSPARENT, UNKNOWN_COLOURS
 from sd3core.data.ingest import SceneWorker, list_scenes
 from sd3core.data.ingest_folder import HELD_OUT_ROWS, FolderWorker, IngestedSlice, check_usable, no_usable_image
 from sd3core.data.manifest import Manifest, read_manifest
+from sd3core.data.row_fields import RowFields
 from sd3core.data.seen_files import SeenFolder, read_seen_folder, write_seen_folder
 from sd3core.data.shards import finished_stems, shard_stem
 from sd3core.data.slices import earlier_slices
@@ -89,7 +90,7 @@ class _FolderIngest:
         self, listing: FolderListing, seen: SeenFolder | None, report: ProgressCallback, tell: Tell
     ) -> tuple[StageResult, list[str]]:
         """Has those slices looked at of which a name, size or time is another; the result, and what is told of captions."""
-        captions = FolderCaptions(listing.root, self.data.folder, listing.files())
+        captions = FolderCaptions(listing.root, self.data.folder, listing.files(), RowFields.of_metadata(self.data))
         notes = [storable(note) for note in [*listing.notes(), *captions.metadata.notes]]
         for note in notes:
             tell(note)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import codecs
 import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-from sd3core.words import one_line
+from sd3core.recipe import Data
+from sd3core.words import cut_at_word, one_line
 
 BYTE_ORDER_MARKS = (  # the longer first
     (codecs.BOM_UTF8, "utf-8"),
@@ -34,6 +37,37 @@ def text_encoding(content: bytes) -> tuple[str, int]:
 def lines_of(text: str) -> list[str]:
     """A text's lines that show something, each clean."""
     return [line for line in map(one_line, text.splitlines()) if line]
+
+
+class CleanCaptions(NamedTuple):
+    """An image's captions as they are stored, and what was done to the words that they were made of."""
+
+    captions: tuple[str, ...]  # distinct ones, each a clean line; the first counts first
+    cut: bool = False  # one was longer than data.max_caption_chars
+    lines: int = 1  # that were made one, the most of any
+
+
+def clean_captions(texts: Iterable[str], data: Data) -> CleanCaptions:
+    """Makes captions of what stands in a caption file, or in the caption fields of a row."""
+    captions: dict[str, None] = {}
+    cut, most = False, 0
+    for text in texts:
+        lines = lines_of(text)
+        line = "".join(lines[:1]) if data.caption == "first_line" else one_line(text)
+        caption = cut_at_word(line, data.max_caption_chars)
+        cut, most = cut or caption != line, max(most, len(lines))
+        captions |= {caption: None} if caption else {}
+    return CleanCaptions(tuple(captions), cut, most)
+
+
+def as_stored(captions: Sequence[str]) -> str | list[str]:
+    """Captions as records have them: the one alone, "" for none, a list of several."""
+    return [*captions] if len(captions) > 1 else "".join(captions)
+
+
+def from_stored(stored: str | Sequence[str]) -> tuple[str, ...]:
+    """Inverse of as_stored."""
+    return tuple(filter(None, (stored,))) if isinstance(stored, str) else tuple(stored)
 
 
 def mixes_languages(line: str) -> bool:

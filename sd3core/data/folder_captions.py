@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from sd3core.data.caption_text import text_encoding
+from sd3core.data.caption_text import as_stored, from_stored, text_encoding
 from sd3core.data.image_names import ImageNames, by_folded, folded
 from sd3core.data.metadata_files import METADATA, read_metadata
+from sd3core.data.row_fields import PLAIN_FIELDS, RowFields
 from sd3core.errors import DataError, UserError
 from sd3core.words import NAMED, counted, one_line, some
 
@@ -75,22 +76,22 @@ class ListedImage(NamedTuple):
 
     file: ListedFile
     captions: tuple[ListedFile, ...] = ()  # files beside it, in the order in which they count
-    text: str = ""  # a metadata file's words, which go before those
+    texts: tuple[str, ...] = ()  # a metadata file's words, which go before those
     hint: str = ""  # what else may be its caption and is not understood
     problem: str = ""  # why it is not taken
 
     @property
     def words_key(self) -> str:
         """All that its caption follows from."""
-        return json.dumps(self[1:4])
+        return json.dumps((self.captions, as_stored(self.texts), self.hint))
 
     def line(self) -> str:
-        return json.dumps(self)
+        return json.dumps(self._replace(texts=as_stored(self.texts)))
 
     @classmethod
     def of_line(cls, line: str) -> ListedImage:
-        file, captions, *rest = json.loads(line)
-        return cls(ListedFile(*file), tuple(ListedFile(*caption) for caption in captions), *rest)
+        file, captions, texts, *rest = json.loads(line)
+        return cls(ListedFile(*file), tuple(ListedFile(*caption) for caption in captions), from_stored(texts), *rest)
 
 
 @dataclass(frozen=True)
@@ -105,21 +106,21 @@ class FolderFiles:
 
 @dataclass(frozen=True)
 class Words:
-    """An image's words as they stand, "" for none, and what a person should know of how they were found."""
+    """An image's words as they stand, a text for each caption, and what a person should know of how they were found."""
 
-    text: str
+    texts: tuple[str, ...]
     several: tuple[str, ...] = ()  # caption files that fit, where more than one does: the first is taken
-    hint: str = ""  # what is there and was not understood, where there is no text
+    hint: str = ""  # what is there and was not understood, where there are no words
 
 
 class FolderCaptions:
     """Which captions a folder's images have. The tables are built once; no file is opened but the metadata."""
 
-    def __init__(self, root: Path, spelled: str, files: FolderFiles) -> None:
-        """`root` is resolved, `spelled` how the recipe names it: metadata may hold either."""
+    def __init__(self, root: Path, spelled: str, files: FolderFiles, fields: RowFields = PLAIN_FIELDS) -> None:
+        """`root` is resolved, `spelled` how the recipe names it: metadata may hold either. `fields`: of its rows."""
         self.files = files
         self.names = ImageNames((str(root), os.path.abspath(os.path.expanduser(spelled))), files.images)
-        self.metadata = read_metadata(root, files.metadata, self.names)
+        self.metadata = read_metadata(root, files.metadata, self.names, fields)
         self._folded = by_folded(files.captions)
         self._unread: dict[str, list[str]] = {}  # by what stands before the suffix
         for file in sorted(files.unread):
@@ -129,10 +130,10 @@ class FolderCaptions:
 
     def of_image(self, file: ListedFile) -> ListedImage:
         """Where an image's words are: the metadata's where they have text, else the files beside it."""
-        if text := self.metadata.captions.get(file.path, ""):
-            return ListedImage(file, text=text)
+        if texts := self.metadata.captions.get(file.path):
+            return ListedImage(file, texts=texts)
         files = self.files_of(file.path)
-        return ListedImage(file, tuple(self.files.captions[name] for name in files), "", self._hint(file.path, files))
+        return ListedImage(file, tuple(self.files.captions[name] for name in files), hint=self._hint(file.path, files))
 
     def files_of(self, path: str) -> list[str]:
         """The caption files of an image, in the order in which they count."""
@@ -188,14 +189,14 @@ def read_words(root: Path, image: ListedImage) -> Words:
 
     Raises DataError where they cannot be read, OSError as well, FolderChanged where a file is not as it was listed.
     """
-    if image.text:
-        return Words(image.text)
+    if image.texts:
+        return Words(image.texts)
     for file in image.captions:
         text = _read_caption(root, file)
         if one_line(text):
-            return Words(text, tuple(file.path for file in image.captions) if len(image.captions) > 1 else ())
+            return Words((text,), tuple(file.path for file in image.captions) if len(image.captions) > 1 else ())
     empty = [f"{posixpath.basename(image.captions[0].path)} is empty"] if image.captions else []
-    return Words("", hint="; ".join([*empty, *filter(None, [image.hint])]))
+    return Words((), hint="; ".join([*empty, *filter(None, [image.hint])]))
 
 
 def _read_caption(root: Path, file: ListedFile) -> str:

@@ -9,6 +9,7 @@ captions is told in a line for each kind.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from array import array
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from sd3core.data.caption_text import lines_of, mixes_languages
+from sd3core.data.caption_text import clean_captions, mixes_languages
 from sd3core.data.folder_captions import (
     HOW_TO_GIVE,
     FolderCaptions,
@@ -32,7 +33,7 @@ from sd3core.data.folder_listing import FolderListing
 from sd3core.data.slices import deal_slices, slice_hash
 from sd3core.errors import DataError, UserError, is_of_the_machine, with_mend
 from sd3core.recipe import Data
-from sd3core.words import NAMED, counted, cut_at_word, one_line, some
+from sd3core.words import NAMED, counted, some
 
 NO_CAPTION = f"no caption (give it as {HOW_TO_GIVE}; or name a captioner in caption.captioner)"
 Tell = Callable[[str], None]
@@ -44,11 +45,11 @@ class FolderItem:
 
     key: str
     path: str  # relative to the folder
-    caption: str
+    captions: tuple[str, ...]
     sha256: str = ""
     problem: str = ""  # why it is not taken
-    cut: bool = False  # its caption was longer than data.max_caption_chars
-    lines: int = 1  # of its caption file that were made one
+    cut: bool = False  # a caption was longer than data.max_caption_chars
+    lines: int = 1  # of its caption file that were made one, the most of any
     several: tuple[str, ...] = ()  # caption files that fit it, where the first of more than one was taken
     hint: str = ""  # what may be its caption and was not understood
     may_pass: bool = False  # the problem: it is of the right to read, not of the bytes
@@ -65,7 +66,8 @@ class FolderItem:
 
     def content(self) -> tuple[str, ...]:
         """What names it in a shard's digest. Of a problem that there is one, not its words: to say it better remakes nothing."""
-        return self.key, self.sha256, self.caption, "left out" if self.problem else ""
+        one = self.key, self.sha256, "".join(self.captions[:1]), "left out" if self.problem else ""
+        return (*one, json.dumps(self.captions)) if len(self.captions) > 1 else one
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def read_item(
     """
     path = image.file.path
     if image.problem:
-        return FolderItem(image_key(path), path, "", problem=image.problem)
+        return FolderItem(image_key(path), path, (), problem=image.problem)
     try:
         if not sha256:
             with as_listed(root, image.file) as opened:
@@ -132,20 +134,18 @@ def read_item(
     except OSError as error:
         if is_of_the_machine(error):  # says nothing of the file, and would leave it out
             raise UserError(f"data.folder: {root / path}: {with_mend(error)}") from None
-        return FolderItem(image_key(path), path, "", problem=f"cannot be read: {with_mend(error)}", may_pass=True)
+        return FolderItem(image_key(path), path, (), problem=f"cannot be read: {with_mend(error)}", may_pass=True)
     except DataError as error:
-        return FolderItem(image_key(path), path, "", problem=str(error))
-    lines = lines_of(words.text)
-    line = "".join(lines[:1]) if data.caption == "first_line" else one_line(words.text)
-    caption = cut_at_word(line, data.max_caption_chars)
+        return FolderItem(image_key(path), path, (), problem=str(error))
+    captions, cut, lines = clean_captions(words.texts, data)
     return FolderItem(
         image_key(path),
         path,
-        caption,
+        captions,
         sha256,
-        problem=NO_CAPTION if captions_needed and not caption else "",
-        cut=caption != line,
-        lines=len(lines),
+        problem=NO_CAPTION if captions_needed and not captions else "",
+        cut=cut,
+        lines=lines,
         several=words.several,
         hint=words.hint,
     )
@@ -164,11 +164,11 @@ def caption_facts(items: Iterable[FolderItem], data: Data) -> dict[str, Any]:
         if item.lines > 1 and data.caption == "whole":
             found.setdefault(LONG, []).append(item.path)
             most = max(most, item.lines)
-        if mixes_languages(item.caption):
+        if any(map(mixes_languages, item.captions)):
             found.setdefault(MIXED, []).append(item.path)
         if item.several:
             found.setdefault(SEVERAL, []).append(f"{item.path} ({', '.join(item.several)})")
-        if item.sha256 and not item.caption:
+        if item.sha256 and not item.captions:
             found.setdefault(WITHOUT, []).append(item.path)
             if item.hint:
                 found.setdefault(HINTED, []).append(f"{item.path} ({item.hint})")

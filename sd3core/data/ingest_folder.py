@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from sd3core.data.caption_text import as_stored
 from sd3core.data.earlier_rows import EarlierRow, EarlierRows, RowName, row_name
 from sd3core.data.folder_captions import FolderCaptions, FolderChanged, ListedFile, ListedImage
 from sd3core.data.folder_listing import RACY_NS, FolderListing
@@ -173,7 +174,7 @@ class FolderWorker:
                     picture, extension, stored = usable_image(self.data, root, item)
                     size = picture.image.size
                     file.seen = file.seen._replace(image=short_digest(stored), notes=picture.notes)
-                sample = raw_sample(self.data, item.key, extension, stored, size, (item.caption,), item.name)
+                sample = raw_sample(self.data, item.key, extension, stored, size, item.captions, item.name)
                 counts.update([*file.seen.notes, *([HELD_OUT_ROWS] if sample.row["split"] == "held_out" else [])])
                 yield replace(sample, row=sample.row | {IMAGE_DIGEST: file.seen.image})
             except DataError as error:
@@ -193,7 +194,7 @@ def _seen_row(image: ListedImage, item: FolderItem, old: SeenRow | None, began: 
         *image.file._replace(mtime_ns=UNKNOWN_TIME if is_racy(image.file) else image.file.mtime_ns),
         "" if any(map(is_racy, image.captions)) else image.words_key,
         item.sha256,
-        item.caption,
+        as_stored(item.captions),
         item.problem,
         item.cut,
         item.lines,
@@ -216,7 +217,7 @@ def _changes(files: list[_File], before: list[dict[str, SeenRow]]) -> SliceChang
         elif old.sha256 != item.sha256:
             images += 1
         else:
-            captions += (old.caption, bool(old.problem)) != (item.caption, bool(item.problem))
+            captions += (old.item().captions, bool(old.problem)) != (item.captions, bool(item.problem))
     return SliceChanges(added, images, captions)
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sd3core.data.caption_text import from_stored
 from sd3core.data.folder_source import FolderItem, image_key
 from sd3core.data.shards import parts_digest
 from sd3core.data.store import Store, StoreNotFound
@@ -33,7 +34,7 @@ class SeenRow(NamedTuple):
     mtime_ns: int  # UNKNOWN_TIME where the file is to be looked at again
     words_key: str  # ListedImage.words_key; "" where its words are
     sha256: str  # "" where it was not read
-    caption: str
+    caption: str | list[str]  # as_stored
     problem: str  # why it is not taken, as the listing or its words say
     cut: bool
     lines: int
@@ -49,10 +50,8 @@ class SeenRow(NamedTuple):
 
     def item(self) -> FolderItem:
         """What it was taken for."""
-        told = {
-            name: getattr(self, name) for name in ("caption", "sha256", "problem", "cut", "lines", "several", "hint")
-        }
-        return FolderItem(image_key(self.path), self.path, **told)
+        told = {name: getattr(self, name) for name in ("sha256", "problem", "cut", "lines", "several", "hint")}
+        return FolderItem(image_key(self.path), self.path, from_stored(self.caption), **told)
 
 
 def seen_path(folder: str, stem: str) -> str:

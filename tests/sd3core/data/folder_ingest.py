@@ -14,6 +14,7 @@ from sd3core.data.folder_source import (
     storable,
 )
 from sd3core.data.ingest_folder import FolderWorker, IngestedSlice, check_usable
+from sd3core.data.row_fields import RowFields
 from sd3core.data.store import Store
 from sd3core.recipe import Data
 
@@ -21,7 +22,7 @@ from sd3core.recipe import Data
 def slices_of(data: Data, captions_needed: bool = False) -> list[FolderSlice]:
     """Raises DataError where no image can be used."""
     listing = list_folder(data.folder)
-    captions = FolderCaptions(listing.root, data.folder, listing.files())
+    captions = FolderCaptions(listing.root, data.folder, listing.files(), RowFields.of_metadata(data))
     slices = deal_folder(listing, captions, data.rows_per_shard)
     check_usable(data, listing, captions, slices, captions_needed)
     return slices
@@ -30,7 +31,7 @@ def slices_of(data: Data, captions_needed: bool = False) -> list[FolderSlice]:
 def read_items(data: Data, captions_needed: bool = False) -> tuple[list[FolderItem], list[str]]:
     """Every image with its caption, by key, and what is told of the captions."""
     listing = list_folder(data.folder)
-    captions = FolderCaptions(listing.root, data.folder, listing.files())
+    captions = FolderCaptions(listing.root, data.folder, listing.files(), RowFields.of_metadata(data))
     parts = [
         [read_item(listing.root, image, data, captions_needed) for image in part.images()]
         for part in deal_folder(listing, captions, data.rows_per_shard)

@@ -14,6 +14,7 @@ from PIL import Image
 from sd3core.data.caption_text import lines_of, mixes_languages, text_encoding
 from sd3core.data.folder_source import NO_CAPTION
 from sd3core.data.image_names import NEAR, ImageNames
+from sd3core.data.ingest import captions_column
 from sd3core.data.metadata_files import (
     NAME_ONLY,
     NO_FIELDS,
@@ -25,6 +26,7 @@ from sd3core.data.metadata_files import (
     TWICE,
     read_metadata,
 )
+from sd3core.data.shards import read_shard_index
 from sd3core.errors import DataError
 from sd3core.recipe import Data
 
@@ -48,7 +50,7 @@ def _data(folder: Path, **changes) -> Data:
 def _listed(folder: Path, captions_needed=False, **changes) -> tuple[dict[str, str], list[str]]:
     """Captions by image, and what was told."""
     items, told = read_items(_data(folder, **changes), captions_needed)
-    return {item.name: item.problem or item.caption for item in items}, told
+    return {item.name: item.problem or " | ".join(item.captions) for item in items}, told
 
 
 def _jsonl(*rows: object) -> str:
@@ -126,11 +128,11 @@ def test_names_that_may_mean_something_else_are_told_and_nothing_outside_is_take
     captions, told = _listed(folder)
     assert set(captions.values()) == {""}
     assert told[0] == (
-        f"6 metadata rows not used: {NO_IMAGE}: metadata.jsonl line 2 (val/b.jpg (nearest: train/b.jpg)),"
+        f"6 metadata rows not used: {NO_IMAGE.format('file_name')}: metadata.jsonl line 2 (val/b.jpg (nearest: train/b.jpg)),"
         " metadata.jsonl line 3 (../out.jpg), metadata.jsonl line 5 (photo_0002.jpg (nearest: photo_0001.jpg)) and 3 more"
     )
     assert told[1] == (
-        f"2 metadata rows not used: {SEVERAL_IMAGES}: metadata.jsonl line 1 (a.JPG: A.jpg, a.jpg),"
+        f"2 metadata rows not used: {SEVERAL_IMAGES.format('file_name')}: metadata.jsonl line 1 (a.JPG: A.jpg, a.jpg),"
         " metadata.jsonl line 4 (/data/sub/c.jpg: sub/c.jpg, c.jpg)"
     )
 
@@ -162,13 +164,13 @@ def test_rows_that_cannot_be_used_are_counted_by_reason_and_named(folder):
     line = "metadata.jsonl line"
     assert sorted(of_rows) == sorted([
         f"4 metadata rows not used: {NOT_JSON}: {line} 3, {line} 7, {line} 14 and 1 more",
-        f"2 metadata rows not used: {SEVERAL_ROWS}: {line} 12 (e.png), {line} 13 (e.png)",
+        f"2 metadata rows not used: {SEVERAL_ROWS.format('file_name')}: {line} 12 (e.png), {line} 13 (e.png)",
         f"1 metadata row not used: {TWICE}: {line} 5 (a.png)",
-        f"1 metadata row not used: {NO_TEXT}: {line} 6 (d.png)",
-        f"1 metadata row not used: {NO_FIELDS}: {line} 8",
-        f"1 metadata row not used: file_name and text must be strings: {line} 9",
-        f"1 metadata row not used: {NO_FIELDS}; call its 'image' 'file_name' and call its 'caption' 'text': {line} 10",
-        f"1 metadata row not used: {NO_FIELDS}; call its 'prompt' 'text': {line} 11",
+        f"1 metadata row not used: {NO_TEXT.format('text')}: {line} 6 (d.png)",
+        f"1 metadata row not used: {NO_FIELDS.format('file_name and text')}: {line} 8",
+        f"1 metadata row not used: file_name and text must be strings, or lists of strings for captions: {line} 9",
+        f"1 metadata row not used: {NO_FIELDS.format('file_name and text')}; set data.image_field=image and data.caption_fields=caption: {line} 10",
+        f"1 metadata row not used: {NO_FIELDS.format('file_name and text')}; set data.caption_fields=prompt: {line} 11",
     ])  # fmt: skip
 
 
@@ -222,10 +224,13 @@ def test_a_damaged_table_is_named_with_its_line(folder):
     for content, why in (
         (b'file_name,text\na.jpg,"no end\n', "metadata.csv: line 2: unexpected end of data; mend the quotes there"),
         (b"file_name,text\na.jpg,\xff\n", "metadata.csv: not UTF-8; save it as UTF-8"),
-        (b"file_name,text\na.jpg\n", f"1 metadata row not used: {NO_FIELDS}: metadata.csv line 2"),
+        (
+            b"file_name,text\na.jpg\n",
+            f"1 metadata row not used: {NO_FIELDS.format('file_name and text')}: metadata.csv line 2",
+        ),
         (
             b"image,caption\na.jpg,a\n",
-            f"1 metadata row not used: {NO_FIELDS}; call its 'image' 'file_name' and call its 'caption' 'text'",
+            f"1 metadata row not used: {NO_FIELDS.format('file_name and text')}; set data.image_field=image and data.caption_fields=caption",
         ),
     ):
         (folder / "metadata.csv").write_bytes(content)
@@ -398,3 +403,49 @@ def test_the_nearest_name_is_looked_for_among_a_bounded_number(monkeypatch):
     monkeypatch.setattr("difflib.get_close_matches", lambda name, others, n: seen.append(len(others)) or [])
     names = ImageNames(("/r",), [f"image_{i:05d}.jpg" for i in range(10 * NEAR)])
     assert names.with_nearest("x", "image_02500x.jpg") == "x" and seen == [2 * NEAR]
+
+
+def test_a_row_may_have_several_captions_under_the_names_that_the_recipe_gives(folder):
+    _images(folder, "a.png", "b.png", "c.png", "d.png")
+    rows = [
+        {"path": "a.png", "title": "a title", "captions": ["one", "two ", "", "one"]},
+        {"path": "b.png", "captions": "alone"},
+        {"path": "c.png", "title": None, "captions": [None, ""]},
+        {"path": "d.png", "title": "fine", "captions": ["x", 5]},
+    ]
+    (folder / "metadata.jsonl").write_text(_jsonl(*rows))
+    captions, told = _listed(folder, image_field="path", caption_fields=("captions", "title"))
+    assert captions == {"a.png": "one | two | a title", "b.png": "alone", "c.png": "", "d.png": ""}
+    assert "its captions or title is empty; write it there, or in NAME.txt beside the image" in told[0]
+    assert "path and captions or title must be strings, or lists of strings for captions" in told[1]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_tables_columns_are_several_captions(folder, delimiter):
+    _images(folder, "a.png", "b.png")
+    lines = [["file_name", "short", "long"], ["a.png", "a", "a longer one"], ["b.png", "", '"b, c; d"']]
+    (folder / "metadata.csv").write_text("\n".join(delimiter.join(line) for line in lines))
+    assert _listed(folder, caption_fields=("long", "short")) == ({"a.png": "a longer one | a", "b.png": "b, c; d"}, [])
+
+
+def test_several_captions_of_a_folder_are_stored_and_one_changed_makes_one_shard(folder, file_store):
+    _images(folder, *(f"{number}.png" for number in range(12)))
+    rows = [{"file_name": f"{number}.png", "text": [f"first {number}", f"second {number}"]} for number in range(12)]
+
+    def ingested() -> tuple[dict[str, list[str]], dict[str, bool]]:
+        (folder / "metadata.jsonl").write_text(_jsonl(*rows))
+        made = ingest_folder(file_store, _data(folder, rows_per_shard=4))
+        indexes = [read_shard_index(file_store, "raw", part.record.stem) for part in made.values()]
+        stems = {part.record.stem: part.stood for part in made.values()}
+        captions = dict(
+            pair for index in indexes for pair in zip(index["source"].to_pylist(), captions_column(index), strict=True)
+        )
+        return captions, stems
+
+    captions, before = ingested()
+    assert captions == {row["file_name"]: row["text"] for row in rows}
+    rows[5]["text"][1] = "another second 5"
+    captions, after = ingested()
+    assert captions["5.png"] == ["first 5", "another second 5"]
+    assert [stem for stem, stood in after.items() if not stood] == [*(after.keys() - before.keys())]
+    assert len(after.keys() - before.keys()) == 1

@@ -104,15 +104,25 @@ def test_a_slice_is_another_where_one_of_its_files_is(folder):
 
 
 @pytest.mark.parametrize("image", [
-    ListedImage(ListedFile("a/b.jpg", 5, 7), (ListedFile("a/b.txt", 1, 2), ListedFile("a/b.caption", 3, 4)), "", "why"),
-    ListedImage(ListedFile("caf\udce9.jpg", 5, 7), text="\u732b \ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")),
+    ListedImage(ListedFile("a/b.jpg", 5, 7), (ListedFile("a/b.txt", 1, 2), ListedFile("a/b.caption", 3, 4)), hint="why"),
+    ListedImage(ListedFile("caf\udce9.jpg", 5, 7), texts=("\u732b \ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"),)),
+    ListedImage(ListedFile("a.jpg", 5, 7), texts=("one", "two")),
     ListedImage(ListedFile("a", 0, 0), problem="a linked folder"),
 ])  # fmt: skip
 def test_a_line_says_all_of_an_image(image):
     assert ListedImage.of_line(image.line()) == image
     other = image._replace(file=image.file._replace(size=99))
     assert other.words_key == image.words_key and other.line() != image.line()
-    assert image._replace(text="other").words_key != image.words_key
+    assert image._replace(texts=("other",)).words_key != image.words_key
+
+
+def test_a_line_and_its_words_are_told_as_before_there_were_several():
+    """Golden: what stands of a folder that was ingested then is compared with them."""
+    file = ListedFile("a.jpg", 5, 7)
+    assert ListedImage(file, texts=("words",)).line() == '[["a.jpg", 5, 7], [], "words", "", ""]'
+    beside = ListedImage(file, (ListedFile("a.txt", 1, 2),), hint="why")
+    assert beside.line() == '[["a.jpg", 5, 7], [["a.txt", 1, 2]], "", "why", ""]'
+    assert beside.words_key == '[[["a.txt", 1, 2]], "", "why"]'
 
 
 def test_an_empty_folder_has_no_slices(folder):
