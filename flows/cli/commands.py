@@ -201,6 +201,23 @@ def plan(recipe: RecipeOption = DEFAULT_RECIPE, set_: SetOption = None) -> None:
     print_upgrade(loaded, store, console)
 
 
+@app.command("inspect")
+def inspect_(
+    url: Annotated[str, typer.Argument(help="A path or URL: a shard, manifest, checkpoint, table, record or folder.")],
+    rows: Annotated[int, typer.Option(min=0, max=1_000, help="Of a shard, at most so many are shown.")] = 24,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(parser=path, help="The contact sheet's file; default: inspect-NAME.png in this folder."),
+    ] = None,
+) -> None:
+    """What any stored object holds, in words and with a contact sheet of its pictures."""
+    from flows.cli.inspect import print_inspection
+    from flows.cli.options import file_to_write
+
+    file_to_write("--sheet", sheet)
+    print_inspection(url, rows, sheet, console)
+
+
 @app.command()
 def clean(
     recipe: RecipeOption = DEFAULT_RECIPE,

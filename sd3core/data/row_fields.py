@@ -1,4 +1,4 @@
-"""Finds a row's image and its captions among the fields of a metadata file or a table."""
+"""Finds a row's image and captions among the fields of a metadata file or table."""
 
 from __future__ import annotations
 

@@ -339,3 +339,31 @@ def test_the_bench_encodes_in_every_way_and_leaves_nothing(chain, monkeypatch):
         assert all(len(of_way) == 2 and min(of_way) > 0 for of_way in of_one) and rates.gain > 0
         assert all(map(math.isnan, of_two)) and math.isnan(rates.two_actors)  # all in this process: there is no second
     assert chain.store.list() == before
+
+
+def test_every_object_of_the_chain_can_be_inspected(chain, towers_folder, tmp_path, monkeypatch, capsys):
+    """Latents are shown as what the store's own autoencoder makes of them."""
+    from flows.cli.console import PlainConsole
+    from flows.cli.inspect import print_inspection, vae_of_store
+    from sd3core.inspection import inspect_stored
+    from sd3core.pictures import to_uint8
+
+    latents = chain.encoded["latents.pretrain"].manifest.folder
+    found = inspect_stored(chain.store.uri(latents), 4, vae_of_store)
+    assert found.title == "latents: 32 rows in 2 shards" and not found.notes
+    autoencoder, drawn = load_autoencoder(towers_folder), pictures(chain)
+    for row in found.rows:
+        crop = to_model_range(crop_to(drawn[row.key], 32, 32)[0][None])
+        wanted = to_uint8(autoencoder.decode(autoencoder.encode(crop)))[0]
+        assert np.abs(row.picture.astype(int) - wanted).max() <= 1
+    monkeypatch.chdir(tmp_path)
+    told = {}
+    for result in chain.results:
+        print_inspection(chain.store.uri(result.manifest.folder), 4, None, PlainConsole(width=200))
+        told[result.stage] = capsys.readouterr().out
+    assert "32 rows in 2 shards" in told["ingest"] and "captions encoded" not in told["ingest"]
+    assert all(name in told["towers"] for name in ("vae", "clip_l", "judge"))
+    assert "original" in told["text"] and "synthetic" in told["text"]
+    (raw_sheet,) = tmp_path.glob("inspect-raw*.png")
+    assert Image.open(raw_sheet).width == 4 * 192 + 3 * 8 and f"sheet  {raw_sheet.name}" in told["ingest"]
+    assert inspect_stored(chain.store.uri("towers"), 4, vae_of_store).title == "a folder of folders"
