@@ -19,6 +19,7 @@ from flows.upstream import Upstream
 from sd3core import specs
 from sd3core.checkpoint_record import CheckpointRef, list_checkpoints, read_checkpoint_done
 from sd3core.data.manifest import ManifestRef, read_head, read_manifest
+from sd3core.data.phase_images import phase_images, within_epochs
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError, UserError
 from sd3core.format_changes import format_changes
@@ -72,6 +73,7 @@ class _Look:
         self.today: dict[str, _Spec] = {}
         self.tower_digests = dict.fromkeys(TOWER_FOLDERS, REMADE)
         self.checkpoints: dict[str, list[CheckpointRef]] = {}  # of phases that stand
+        self.ends: dict[str, int] = {}  # samples at a phase's end, where max_epochs may have moved it
         self.older: dict[str, dict[str, tuple[str, ...]]] = {}
         self.notes: dict[str, StageNote | None] = {}
         self.read: dict[str, str] = {}
@@ -198,15 +200,20 @@ class _Look:
             init = REMADE if self.parts[before].status == "upgrade" else self._end_of(before)
         elif recipe.model.start_from:
             init = Upstream(recipe, self.store).start_digest(key)
+        parts = {"latents": specs.latents_part(key), "text": "text"}
         data = {
-            name: REMADE if self.parts[part].status == "upgrade" else self._digest(part)
-            for name, part in (("latents", specs.latents_part(key)), ("text", "text"))
+            name: REMADE if self.parts[part].status == "upgrade" else self._digest(part) for name, part in parts.items()
         }
-        return specs.train_fields(recipe, phase, init=init, **data)
+        ended = phase
+        if phase.max_epochs is not None and REMADE not in data.values():
+            refs = [ManifestRef(self.today[part].folder, data[name]) for name, part in parts.items()]
+            ended = within_epochs(phase, phase_images(self.store, *refs, phase.global_batch))
+        self.ends[key] = ended.last_samples
+        return specs.train_fields(recipe, phase, init=init, samples=ended.samples, **data)
 
     def _end_of(self, key: str) -> str:
         """The digest of a phase's last checkpoint. DataError where it is not trained to its end."""
-        end = dict(self.recipe.phases())[key].last_samples
+        end = self.ends[key]
         last = next((checkpoint for checkpoint in self.checkpoints[key] if checkpoint.samples == end), None)
         if last is None:
             raise DataError(f"{key} is not trained to its end")

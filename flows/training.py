@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from flows.local.home import ensure, home
 from flows.stage import StageRun
 from flows.training_view import training_view
 from flows.ui.loss_curve import loss_curve
 from flows.ui.previews import preview_settings
 from sd3core.checkpoint_record import read_checkpoint_done
+from sd3core.data.phase_images import epochs_line, many_epochs_warning
 from sd3core.specs import fingerprint
 from workers.encode import encode_phase
 from workers.stage import StageResult
@@ -34,8 +37,14 @@ def make_latents(run: StageRun, key: str) -> StageResult:
 def train_phase(run: StageRun, key: str) -> StageResult:
     """Trains one phase of the recipe to its end, with a view of it in the UI; a finished one returns at once."""
     job = phase_job(run, key)
+    phase, images = dict(run.recipe.phases())[key], run.upstream.images(key)
+    run.log.info(epochs_line(key, phase, images))
+    told = list(filter(None, [many_epochs_warning(key, phase, images)]))
+    for warning in told:
+        run.warn(warning)
     with training_view(run, job) as view:
-        return train_stage(run.recipe, run.store, job, run.report, view, warn=run.warn, say=run.log.info)
+        result = train_stage(run.recipe, run.store, job, run.report, view, warn=run.warn, say=run.log.info)
+    return replace(result, notes=[*told, *result.notes])
 
 
 def phase_job(run: StageRun, key: str) -> TrainingJob:
@@ -51,7 +60,7 @@ def phase_job(run: StageRun, key: str) -> TrainingJob:
         spec=spec,
         fields=inputs.fields,
         model=recipe.model_config_for(phase).to_dict(),
-        training=phase,
+        training=inputs.training,
         seed=recipe.training_seed(phase),
         text=recipe.text,
         latents=inputs.latents,
@@ -67,9 +76,11 @@ def phases_table(run: StageRun, keys: list[str]) -> list[dict[str, object]]:
     """A row for each checkpoint of phases that have been trained."""
     rows = []
     for key in keys:
+        images = run.upstream.images(key)
         for checkpoint in run.upstream.checkpoints(key):
             done = read_checkpoint_done(run.store, checkpoint.folder)
-            row = {"phase": key, "samples": f"{done.samples:,}", "steps": f"{done.steps:,}", "attempt": done.attempt}
+            row = {"phase": key, "samples": f"{done.samples:,}", "epochs": f"{done.samples / images:,.1f}"}
+            row |= {"steps": f"{done.steps:,}", "attempt": done.attempt}
             rows.append(row | {"checkpoint": run.store.uri(checkpoint.folder)})
     return rows
 

@@ -24,9 +24,10 @@ from sd3core.checkpoint_record import (
     read_checkpoint_done,
 )
 from sd3core.data.manifest import Manifest, ManifestRef, read_manifest
+from sd3core.data.phase_images import phase_images, within_epochs
 from sd3core.data.store import Store, open_store
 from sd3core.errors import CheckpointError, DataError, UserError
-from sd3core.recipe import Recipe
+from sd3core.recipe import Recipe, Training
 from sd3core.recipe_compute import ACTOR_STAGES
 from sd3core.specs import DONE_FILE, MANIFEST
 from sd3core.towers.artifact import TowersManifest, check_vae_channels, check_vae_folder, read_towers
@@ -54,6 +55,7 @@ class PhaseInputs:
     text: ManifestRef
     start: str | None  # URL of the weights it starts from; None: fresh ones
     fields: dict[str, object]  # what its checkpoints depend on
+    training: Training  # the phase, ended where max_epochs ends it
 
 
 class Upstream:
@@ -119,14 +121,24 @@ class Upstream:
 
     def _phase_inputs(self, phase_key: str) -> PhaseInputs:
         latents, text, start = self.latents(phase_key), self.text, self.start_of(phase_key)
+        phase = self._phases[phase_key]
+        training = within_epochs(phase, self.images(phase_key)) if phase.max_epochs is not None else phase
         fields = specs.train_fields(
             self.recipe,
-            self._phases[phase_key],
+            phase,
             latents=latents.digest,
             text=text.digest,
             init=self.start_digest(phase_key) if start else None,
+            samples=training.samples,
         )
-        return PhaseInputs(latents, text, start, fields)
+        return PhaseInputs(latents, text, start, fields, training)
+
+    def images(self, phase_key: str) -> int:
+        """How many images a phase trains on."""
+        return self._once("images", phase_key, lambda: self._images(phase_key))
+
+    def _images(self, phase_key: str) -> int:
+        return phase_images(self.store, self.latents(phase_key), self.text, self._phases[phase_key].global_batch)
 
     def start_of(self, phase_key: str) -> str | None:
         """URL of what a phase starts from: the last checkpoint of the phase before; for the first one model.start_from."""
@@ -150,8 +162,9 @@ class Upstream:
         return self._once("checkpoints", phase_key, lambda: self._checkpoints(phase_key))
 
     def _checkpoints(self, phase_key: str) -> list[CheckpointRef]:
-        folder = specs.checkpoints_folder(self.recipe, phase_key, self.phase_inputs(phase_key).fields)
-        end = self._phases[phase_key].last_samples
+        inputs = self.phase_inputs(phase_key)
+        folder = specs.checkpoints_folder(self.recipe, phase_key, inputs.fields)
+        end = inputs.training.last_samples
         found = list_checkpoints(self.store, folder, end)  # a longer run's stand there too
         if not found or found[-1].samples < end:
             raise self._missing(phase_key.partition(".")[0])

@@ -320,6 +320,7 @@ class Training(Section):
     aspect_ratios: AspectRatios = (1.0,)  # more than one makes aspect buckets
     buckets: Buckets | None = None  # in place of aspect_ratios: all sizes by a rule
     samples: int = Field(ge=1)
+    max_epochs: float | None = Field(None, gt=0)  # of the phase's images: it ends there where `samples` are more
     seed: Seed | None = (
         None  # of weights, batches, timesteps and noise; None: the phase before's, of pretrain the recipe's
     )

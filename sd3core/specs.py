@@ -134,20 +134,24 @@ def latents_fields(recipe: Recipe, phase: Training, tower_digests: dict[str, str
     )
 
 
-def train_fields(recipe: Recipe, phase: Training, *, latents: str, text: str, init: str | None) -> dict[str, Any]:
-    """`latents`, `text`: manifest digests. `init`: the content digest of what the phase starts from, or None.
+def train_fields(
+    recipe: Recipe, phase: Training, *, latents: str, text: str, init: str | None, samples: int | None = None
+) -> dict[str, Any]:
+    """`latents`, `text`: manifest digests. `init`: the content digest of what the phase starts from, or None. `samples`: what
+    `max_epochs` leaves of the phase's (sd3core.data.phase_images); None: all.
 
     Fields that came later stand there only where they change something: fingerprints from before them are good. Under a
     constant rate a step does not depend on how many there will be, so a phase that is made longer goes on.
     """
-    left_out = {"micro_batch", "checkpoint_every_samples", "activation_checkpointing", "seed"}
+    left_out = {"micro_batch", "checkpoint_every_samples", "activation_checkpointing", "seed", "max_epochs"}
     if phase.schedule == "constant":
         left_out.add("samples")
     if phase.buckets is None:
         left_out.add("buckets")
     if phase.qk_norm_start == "one" or not recipe.inserts_qk_norm(phase):
         left_out.add("qk_norm_start")
-    training = phase.model_dump(mode="json", exclude=left_out)
+    ended = phase if samples is None else phase.model_copy(update={"samples": samples})
+    training = ended.model_dump(mode="json", exclude=left_out)
     training["zero_stage"] = 2  # whatever it is: checkpoints fit any, so a run may go on with another number of GPUs
     if phase.precision == "auto":
         training["precision"] = "bf16"  # the run is the same whatever a machine's arithmetic is

@@ -467,6 +467,7 @@ LEARNED = {
 }
 HOW = {
     "micro_batch": 1,
+    "max_epochs": 3,  # what it leaves of the samples counts, where those do
     "checkpoint_every_samples": 16,
     "activation_checkpointing": True,
     "zero_stage": 1,
@@ -597,6 +598,17 @@ def test_the_length_counts_where_the_schedule_depends_on_it():
     cosine, longer = "pretrain.schedule=cosine", "pretrain.samples=192"
     assert spec() == spec(longer)
     assert len({spec(), spec(cosine), spec(cosine, longer)}) == 3
+
+
+def test_a_bound_on_epochs_counts_as_the_length_that_it_leaves():
+    def spec(*overrides: str, samples: int | None = None) -> str:
+        recipe = load_recipe("tiny-test", list(overrides))
+        digests = {"latents": "0", "text": "0", "init": None}
+        return fingerprint(specs.train_fields(recipe, recipe.pretrain, samples=samples, **digests))
+
+    cosine, bound = "pretrain.schedule=cosine", "pretrain.max_epochs=2"
+    assert spec(bound, samples=48) == spec()  # under a constant rate a longer training goes on from it
+    assert spec(cosine, bound, samples=48) == spec(cosine, "pretrain.samples=48") != spec(cosine)
 
 
 def test_a_training_seed_is_the_phases_own_or_that_of_the_one_before():

@@ -191,12 +191,15 @@ def deploy(
 def plan(recipe: RecipeOption = DEFAULT_RECIPE, set_: SetOption = None) -> None:
     """Before money is spent: parameters, images, bytes in the store, memory per GPU at each ZeRO stage, steps, FLOPs, hours."""
     from flows.cli.plan import print_plan, print_rare_sizes
+    from flows.cli.plan_epochs import planned_images, print_epochs, recipe_within_epochs
     from flows.local.home import run_store
     from flows.upgrade import print_upgrade
 
     loaded = _load(recipe, set_)
     store = run_store(loaded)
-    print_plan(loaded, console)
+    images = planned_images(loaded, store)
+    print_plan(recipe_within_epochs(loaded, images), console)
+    print_epochs(loaded, images, console)
     print_rare_sizes(loaded, store, console)
     print_upgrade(loaded, store, console)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from sd3core.checkpoint_record import read_checkpoint_done
 from sd3core.data.store import Store
@@ -52,10 +53,16 @@ def trained_run(store: Store, run: str, overrides: list[str] | None = None) -> T
     recipe = recipe.model_copy(update={"store": store.url})
     phases = dict(recipe.phases())
     unfinished = ""
-    if phase != list(phases)[-1] or (not ended and newest.samples < phases[phase].samples):
-        of = f" of {phases[phase].samples:,}" if phase in phases else ""
+    end = _end(phases[phase], done.training) if phase in phases else 0
+    if phase != list(phases)[-1] or (not ended and newest.samples < end):
+        of = f" of {end:,}" if phase in phases else ""
         unfinished = f"run {run} is not trained to its end: this is {phase} after {newest.samples:,}{of} samples"
     return TrainedRun(store.uri(newest.folder), recipe, phases.get(phase, recipe.phases()[-1][1]), unfinished)
+
+
+def _end(phase: Training, trained: dict[str, Any]) -> int:
+    """The samples at which a phase ends. `trained`: its settings as the checkpoint has them, ended where max_epochs ends it."""
+    return phase.samples if phase.max_epochs is None else trained["samples"]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from sd3core.data.manifest import Manifest
 from sd3core.data.shard_cache import ShardCache, StoredRow
 from sd3core.data.shard_rows import LATENT, ShardFiles, ShardRows, join_rows, joined_name
 from sd3core.data.store import Store
-from sd3core.data.uncaptioned import SPLITS, Uncaptioned, shards_without_captions
+from sd3core.data.uncaptioned import SPLITS, Uncaptioned, shards_without_captions, take_out_uncaptioned
 from sd3core.data.unit_counts import UnitCounts, rows_in_manifest
 from sd3core.errors import DataError
 from sd3core.specs import TAR
@@ -92,17 +92,11 @@ class ShardReader:
 
         The manifests say it, and `uncaptioned` where a shard has rows without a caption; None reads it from the indexes.
         """
-        counts, without = self.all_rows(split), 0
         place_of = {shard.latents.number: place for place, shard in enumerate(self.shards)}
         if uncaptioned is None:
             opened = self.open(place_of[number] for number in self._lacking)
             uncaptioned = {self.shards[place].latents.number: rows.without_caption() for place, rows in opened.items()}
-        for number, found in uncaptioned.items():
-            for bucket, rows in found.items():
-                missing = rows[SPLITS.index(split)]
-                counts.rows[place_of[number], counts.buckets.index(bucket)] -= missing
-                without += missing
-        return counts, without
+        return take_out_uncaptioned(self._rows[split], place_of, uncaptioned, split)
 
     def all_rows(self, split: Split) -> UnitCounts:
         """Rows of the split by shard and bucket, with a caption or without."""

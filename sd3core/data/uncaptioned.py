@@ -13,6 +13,7 @@ from sd3core.data.manifest import Manifest, ManifestRef, read_manifest
 from sd3core.data.records import own_digest, sealed
 from sd3core.data.shard_rows import ShardFiles, ShardRows, join_rows
 from sd3core.data.store import Store, StoreDamaged, StoreNotFound
+from sd3core.data.unit_counts import UnitCounts
 from sd3core.errors import DataError
 from sd3core.specs import fingerprint
 
@@ -56,6 +57,22 @@ def read_uncaptioned(store: Store, latents: ManifestRef, text: ManifestRef) -> U
     if rows is None:
         raise DataError(f"{store.uri(_path(latents, text))}: not there or damaged; {ENCODE_AGAIN}")
     return rows
+
+
+def take_out_uncaptioned(
+    counts: UnitCounts, place_of: dict[int, int], uncaptioned: Uncaptioned, split: Split
+) -> tuple[UnitCounts, int]:
+    """The counts of a split without the rows that have no caption, and how many those are.
+
+    `place_of`: a shard's place in the counts, by its number.
+    """
+    rows, without = counts.rows.copy(), 0
+    for number, found in uncaptioned.items():
+        for bucket, lacking in found.items():
+            missing = lacking[SPLITS.index(split)]
+            rows[place_of[number], counts.buckets.index(bucket)] -= missing
+            without += missing
+    return UnitCounts(rows, counts.buckets), without
 
 
 def _path(latents: ManifestRef, text: ManifestRef) -> str:

@@ -94,9 +94,10 @@ def train_today(finish_checkpoint):
 
     def train(recipe, store) -> list[str]:
         folders = []
-        for key, phase in recipe.phases():
-            folder = specs.checkpoints_folder(recipe, key, Upstream(recipe, store).phase_inputs(key).fields)
-            finish_checkpoint(store, f"{folder}/{phase.last_samples:012d}", recipe)
+        for key, _ in recipe.phases():
+            inputs = Upstream(recipe, store).phase_inputs(key)
+            folder = specs.checkpoints_folder(recipe, key, inputs.fields)
+            finish_checkpoint(store, f"{folder}/{inputs.training.last_samples:012d}", recipe)
             folders.append(folder)
         return folders
 

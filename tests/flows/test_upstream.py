@@ -11,10 +11,11 @@ import torch
 from counting_store import CountingStore
 
 from flows import finetune
+from flows.standing import standing_parts
 from flows.upstream import NoRoomError, NotFinishedError, Upstream
 from sd3core.checkpoint import save_model
 from sd3core.checkpoint_record import CheckpointRef
-from sd3core.data.manifest import Manifest, commit_manifest
+from sd3core.data.manifest import Manifest, commit_manifest, read_manifest
 from sd3core.data.records import sealed
 from sd3core.data.store import open_store
 from sd3core.errors import CheckpointError, DataError
@@ -193,6 +194,36 @@ def test_what_no_node_holds_is_said_before_the_first_stage_but_not_of_work_that_
     changed = load_recipe("tiny-test", ["evaluate.num_steps=3", "compute.gpus_per_actor=1"])
     with pytest.raises(NoRoomError, match=no_actors):
         Upstream(changed, store).check_room(lambda: laptop)
+
+
+def test_a_phase_ends_where_its_epochs_do_and_data_that_grow_make_a_training_of_their_own(
+    store, write_records, train_today, rise
+):
+    rise("train")
+    write_records(store)
+    whole, bounded = (load_recipe("tiny-test", more) for more in ([], ["pretrain.max_epochs=0.5"]))
+    images = Upstream(bounded, store).images("pretrain")
+    training = Upstream(bounded, store).phase_inputs("pretrain").training
+    assert training.samples == images // 2 < training.last_samples + 8 < whole.pretrain.samples
+    train_today(bounded, store)
+    assert Upstream(bounded, store).last_checkpoint("pretrain").samples == training.last_samples
+    parts = {part.name: part.status for part in standing_parts(bounded, store)}
+    assert parts["pretrain"] == parts["finetune.0"] == "stands"
+    with pytest.raises(NotFinishedError, match="pretrain is not finished"):  # which goes on from there
+        Upstream(whole, store).last_checkpoint("pretrain")
+
+    latents = Upstream(bounded, store).latents("pretrain")
+    old = read_manifest(store, latents.folder, latents.digest)
+    shards = [*old.shards, *(shard.model_copy(update={"number": 90 + shard.number}) for shard in old.shards)]
+    grown = commit_manifest(store, latents.folder, old.model_copy(update={"shards": shards}))
+    assert Upstream(bounded, store).latents("pretrain") == latents  # what this run has used
+    fields = read_manifest(store, latents.folder).fields
+    remember_stage(store, bounded.run, "latents.pretrain", latents.folder, grown.digest, fields)
+    later = Upstream(bounded, store)
+    assert later.images("pretrain") == 2 * images
+    assert later.phase_inputs("pretrain").training.samples == images
+    with pytest.raises(NotFinishedError, match="pretrain is not finished"):
+        later.checkpoints("pretrain")
 
 
 @pytest.fixture

@@ -61,6 +61,21 @@ def test_steps_and_checkpoints_are_rounded_up():
     assert (plan.steps, plan.checkpoints) == (13, 4)
 
 
+def test_the_plan_says_epochs_and_what_a_bound_leaves():
+    def rows(*more: str) -> tuple[list[list[str]], str]:
+        sets = [part for setting in ("data.images=1000", *more) for part in ("--set", setting)]
+        output = CliRunner().invoke(app, ["plan", "--recipe", "tiny-test", *sets], catch_exceptions=False).output
+        return [line.split() for line in output.splitlines() if line.startswith("pretrain ")], output
+
+    (training, _, cost, epochs), output = rows("pretrain.samples=20000")
+    assert epochs[1:] == ["about", "800", "20,000", "25.0", "-"] and "warning" not in output
+    (training, _, cost, epochs), output = rows("pretrain.samples=80000")
+    assert "warning: pretrain: 100 epochs of 800 images" in output and training[3] == "80,000"
+    (training, _, cost, epochs), output = rows("pretrain.samples=80000", "pretrain.max_epochs=10")
+    assert epochs[1:] == ["about", "800", "8,000", "instead", "of", "80,000", "10.0", "10"] and "warning" not in output
+    assert training[3] == cost[1] == "8,000"  # what it costs is what is left
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_the_plan_of_every_recipe_says_what_it_costs(name):
     printed = CliRunner().invoke(app, ["plan", "--recipe", name], catch_exceptions=False)
@@ -69,9 +84,10 @@ def test_the_plan_of_every_recipe_says_what_it_costs(name):
     plans = [phase_cost(recipe, key, phase) for key, phase in recipe.phases()]
     rows = [line.split() for line in printed.output.splitlines()]
     for plan in plans:
-        training, memory, _ = [row for row in rows if row[:1] == [plan.key]]
+        training, memory, _, epochs = [row for row in rows if row[:1] == [plan.key]]
         assert training[1] == f"{plan.parameters:,}"
         assert training[5] == f"{plan.steps:,}"
+        assert f"{plan.steps * dict(recipe.phases())[plan.key].global_batch:,}" in epochs
         assert memory[1:5] == [f"{plan.rank_state_bytes[stage] / 2**30:,.2f}" for stage in range(4)]
         assert ["latents", plan.key, f"{plan.latent_bytes / 1e3:,.1f}"] in [row[:3] for row in rows]
         checkpoints = next(row for row in rows if row[1:3] == ["checkpoint(s)", plan.key])

@@ -58,6 +58,16 @@ def test_the_recipe_is_that_of_the_newest_checkpoint_of_the_last_phase(store, fi
         trained_run(store, "photos-1", ["evaluate.steps=3"])
 
 
+def test_a_run_that_its_epochs_ended_is_finished(store, finish, finish_checkpoint):
+    recipe = load_recipe("tiny-test", [*SETTINGS, "finetune.0.max_epochs=0.2"])
+    folder = finish(recipe, "finetune.0", 16)
+    done = store.get_json(f"{folder}/DONE.json")
+    for samples, unfinished in ((16, False), (24, True)):
+        store.put_json(f"{folder}/DONE.json", done | {"training": {"samples": samples}})
+        said = trained_run(store, "photos-1").unfinished
+        assert said.endswith("after 16 of 24 samples") if unfinished else not said
+
+
 def test_an_unfinished_run_gives_its_newest_checkpoint_and_says_so(store, finish):
     recipe = load_recipe("tiny-test", SETTINGS)
     for samples in (32, 64):
