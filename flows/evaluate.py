@@ -13,6 +13,7 @@ from prefect import flow
 from flows.stage import FLOW_OPTIONS, stage
 from flows.ui.scores import left_out_lines, score_notes, score_rows, shapes_bench_rows, shown_of, thumbnails
 from workers.evaluate import evaluate_stage
+from workers.evaluate_rises import rise_lines
 
 
 @flow(name="evaluate", **FLOW_OPTIONS)
@@ -24,6 +25,7 @@ def evaluate(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
         shown = {name: shown_of(made[name], made["shown"]) for name in ("scores", "bench", "left_out", "pictures")}
         said = left_out_lines(shown["scores"], shown["left_out"])
         said += score_notes(made["scores"], made["protocols"], made["shown"])
+        said += rise_lines(made.get("rising", ()), made["shown"])
         return run.finish(
             replace(result, notes=[*result.notes, *said]),
             [score_rows(shown["scores"]), shapes_bench_rows(shown["bench"])],

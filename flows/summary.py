@@ -56,6 +56,7 @@ def write_summary(
         "pictures": scores["pictures"],
         "protocols": scores.get("protocols", {}),
         "shown": scores.get("shown"),
+        "rising": scores.get("rising", []),
         "export": exported_folder(recipe, stages[-1]),
     }
     store.put_json(summary_path(recipe.run), summary)

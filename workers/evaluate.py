@@ -22,6 +22,7 @@ from typing import Any
 
 from sd3core.data.begun import begin, end
 from sd3core.data.checked_files import CheckedFiles
+from sd3core.data.phase_images import phase_images
 from sd3core.data.records import FileRecord, own_digest, record_bytes, sealed
 from sd3core.data.store import Store, StoreDamaged, StoreNotFound, canonical_json
 from sd3core.errors import UserError
@@ -32,6 +33,7 @@ from sd3core.small_world.world import TASKS
 from sd3core.specs import evaluations_folder, fingerprint, references_folder, scores_path
 from sd3core.words import counted, some
 from workers.caches import checked_here
+from workers.evaluate_rises import rising_losses, unlooked_phases
 from workers.evaluate_tasks import EvaluationInputs, EvaluationTask, ScoredPart, plan_tasks
 from workers.inputs import actor_device
 from workers.pool import Outcome, PoolSettings, map_over_actors
@@ -83,6 +85,14 @@ def evaluate_stage(recipe: Recipe, store: Store, inputs: EvaluationInputs, repor
     _fill_dimensions(store, inputs, [part for _, part in parts])
     path = scores_path(recipe.run)
     summary = summarise(parts) | {"shown": sorted({fingerprint(task.protocol) for task, _ in parts[: len(tasks)]})}
+    if rising := rising_losses(parts, lambda phase: _images_of(recipe, store, inputs, phase)):
+        summary["rising"] = rising
+    if unlooked := unlooked_phases(parts[: len(tasks)]):
+        warnings.append(
+            f"{', '.join(unlooked)}: whether the validation loss rises is not looked at: an earlier version scored checkpoints"
+            f" without the losses of single images; delete validation.*.json of them below {store.uri(evaluations_folder(recipe.run))},"
+            " and they are scored again"
+        )
     data = canonical_json(summary | {"made_by": _makers([part for _, part in parts])})
     if not store.exists(path) or store.get(path) != data:
         store.put(path, data)
@@ -99,6 +109,10 @@ def evaluate_stage(recipe: Recipe, store: Store, inputs: EvaluationInputs, repor
         made=made,
         notes=warnings,
     )
+
+
+def _images_of(recipe: Recipe, store: Store, inputs: EvaluationInputs, phase: str) -> int:
+    return phase_images(store, inputs.latents[phase], inputs.text, dict(recipe.phases())[phase].global_batch)
 
 
 def all_scored(recipe: Recipe, store: Store, inputs: EvaluationInputs) -> bool:

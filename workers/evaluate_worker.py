@@ -33,7 +33,7 @@ from sd3core.metrics.clip_score import clip_score, image_embeddings
 from sd3core.metrics.frechet import frechet_score
 from sd3core.metrics.reference import reference_features
 from sd3core.metrics.score import LEVELS
-from sd3core.metrics.validation_loss import level_losses, validation_loss
+from sd3core.metrics.validation_loss import image_losses, level_losses, validation_loss
 from sd3core.mmdit import use_lean_steps
 from sd3core.pictures import encode_png, make_grid, thumbnail_jpeg
 from sd3core.precision import PRECISION_DTYPES, has_bf16_arithmetic, resolve_precision
@@ -128,6 +128,7 @@ class EvaluationWorker:
         result.add("validation_loss", validation_loss(losses))
         if len(losses):
             result.details["loss_by_level"] = dict(zip(map(str, LEVELS), losses.mean(dim=0).tolist(), strict=True))
+            result.details["loss_by_image"] = image_losses(losses).tolist()  # of the same images for all checkpoints
 
     def _held_out_batches(self, phase: str) -> list[Batch]:
         """Kept for all checkpoints of a phase: they are few, and the shards that hold them are many."""

@@ -36,6 +36,11 @@ def level_losses(velocity: Callable[[Tensor, Tensor], Tensor], x0: Tensor, sampl
     return torch.stack(losses, dim=1)
 
 
+def image_losses(losses: Tensor) -> Tensor:
+    """Mean over all levels but the last: (n, len(LEVELS)) -> (n,) float64. Their mean is the validation loss."""
+    return losses.double()[:, :-1].mean(dim=1)
+
+
 def validation_loss(losses: Tensor) -> Score | LeftOut:
     """Mean over samples and over all levels but the last. losses (n, len(LEVELS))."""
     if len(losses) < MIN_SAMPLES:

@@ -24,6 +24,7 @@ from sd3core.buckets import bucket_sides
 from sd3core.checkpoint_record import CheckpointDone, checkpoint_folder
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.manifest import read_manifest
+from sd3core.data.phase_images import phase_images
 from sd3core.data.provenance import device_kind, provenance_of
 from sd3core.data.records import record_bytes, record_file, sealed
 from sd3core.data.split_rows import read_rows
@@ -38,6 +39,7 @@ from sd3core.specs import DONE_FILE, fingerprint
 from sd3core.towers.artifact import read_towers
 from sd3core.training_checkpoint import piece_name, rank_file
 from workers.evaluate import EvaluationFailed, _chosen, _read_part, _to_be_of_one_precision, evaluate_stage
+from workers.evaluate_rises import rise_lines
 from workers.evaluate_tasks import EvaluationInputs, ScoredCheckpoint, plan_tasks
 from workers.ingest import ingest_stage
 from workers.towers import towers_stage
@@ -153,6 +155,43 @@ def test_every_checkpoint_has_every_score_for_both_weights(world, result):
         for w in ("live", "ema")
     )
     assert all(a != b for a, b in zip(live, ema, strict=True))
+
+
+def test_a_validation_loss_is_the_mean_of_its_images_which_are_the_same_for_all_checkpoints(world, result):
+    scores = {(r["checkpoint"], r["weights"]): r["value"] for r in result.scores if r["metric"] == "validation_loss"}
+    losses = {
+        (task.checkpoint, task.weights): np.array(world.store.get_json(task.path)["details"]["loss_by_image"])
+        for task in planned(world)
+        if task.part == "validation"
+    }
+    assert {key: found.mean() for key, found in losses.items()} == pytest.approx(scores)
+    live, ema = (losses[world.inputs.checkpoints["pretrain"][0].folder, weights] for weights in ("live", "ema"))
+    assert np.corrcoef(live, ema)[0, 1] > 0.9  # a hard image is hard for both
+
+
+def test_a_loss_that_turns_up_is_told_with_its_images_and_epochs(world, result):
+    assert "rising" not in world.store.get_json(result.path)
+    first, last = (t for t in planned(world) if (t.part, t.phase, t.weights) == ("validation", "pretrain", "ema"))
+    before, part = world.store.get(last.path), world.store.get_json(last.path)
+    part["details"]["loss_by_image"] = [x + 1 for x in world.store.get_json(first.path)["details"]["loss_by_image"]]
+    world.store.put_json(last.path, sealed({key: value for key, value in part.items() if key != "sha256"}))
+    [row] = evaluate(world).rising
+    manifests = world.inputs.latents["pretrain"], world.inputs.text
+    images = phase_images(world.store, *manifests, world.recipe.pretrain.global_batch)
+    assert (row["since"], row["samples"], row["images"], row["count"]) == (32, 64, images, 10)
+    assert row["last"] - row["lowest"] == pytest.approx(1)
+    [line] = rise_lines([row], [row["protocol"]])
+    assert line.startswith("pretrain: validation loss rises since the checkpoint of 32 samples (")
+    assert rise_lines([row], []) == []
+
+    del part["details"]["loss_by_image"]  # as an earlier version left it
+    world.store.put_json(last.path, sealed({key: value for key, value in part.items() if key != "sha256"}))
+    again = evaluate(world)
+    assert "rising" not in world.store.get_json(again.path)
+    [told] = [line for line in again.warnings if "is not looked at" in line]
+    assert told.startswith("pretrain: whether the validation loss rises")
+    world.store.put(last.path, before)
+    assert evaluate(world).digest == result.digest
 
 
 def test_every_record_names_what_it_was_made_with_and_no_digest_covers_it(world, result):
