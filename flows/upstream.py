@@ -175,14 +175,14 @@ class Upstream:
 
     def last_digest(self, phase_key: str) -> str:
         """The digest that names the content of a phase's last checkpoint."""
-        return self._digest(self.last_checkpoint(phase_key))
+        return self.digest_of(self.last_checkpoint(phase_key))
 
-    def last_facts(self, phase_key: str) -> CheckpointFacts:
-        """What a phase's last checkpoint says of itself."""
-        folder = self.last_checkpoint(phase_key).folder
-        return trained_facts(self._done(folder), self.store.uri(folder))
+    def facts_of(self, checkpoint: CheckpointRef) -> CheckpointFacts:
+        """What a checkpoint says of itself."""
+        return trained_facts(self._done(checkpoint.folder), self.store.uri(checkpoint.folder))
 
-    def _digest(self, checkpoint: CheckpointRef) -> str:
+    def digest_of(self, checkpoint: CheckpointRef) -> str:
+        """The digest that names a checkpoint's content."""
         return self._once("digest", checkpoint.folder, lambda: self._done(checkpoint.folder).digest)
 
     def _done(self, folder: str) -> CheckpointDone:
@@ -191,7 +191,7 @@ class Upstream:
     def to_be_scored(self) -> EvaluationInputs:
         """What evaluation goes by."""
         trained = {
-            key: [ScoredCheckpoint(ref.folder, ref.samples, self._digest(ref)) for ref in self.checkpoints(key)]
+            key: [ScoredCheckpoint(ref.folder, ref.samples, self.digest_of(ref)) for ref in self.checkpoints(key)]
             for key in self._phases
         }
         return EvaluationInputs(

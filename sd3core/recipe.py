@@ -17,6 +17,7 @@ from sd3core.backbone_config import CONFIGS, BackboneConfig
 from sd3core.buckets import PATCH_PX, Side, bucket_name, bucket_sides, buckets_for_area
 from sd3core.formulation_names import canonical_name, export_problem, family, shift_problem
 from sd3core.recipe_compute import Compute
+from sd3core.recipe_export import Export
 from sd3core.recipe_section import Section
 from sd3core.sample_settings import Sampler
 
@@ -450,6 +451,7 @@ class Recipe(Section):
     pretrain: Training
     finetune: tuple[Training, ...] = ()
     evaluate: Evaluate = Evaluate()
+    export: Export = Export()
     compute: Compute = Compute()
 
     @model_validator(mode="after")
@@ -478,6 +480,8 @@ class Recipe(Section):
                 )
             if problem := shift_problem(phase.formulation, self.evaluate.shift_for(phase)):
                 raise ValueError(f"evaluate.shift: {problem}")
+        if problem := self._choice_problem():
+            raise ValueError(f"export.checkpoint: {problem}")
         if len(self.pretrain.aspect_ratios) != 1 or self.pretrain.aspect_ratios[0] != 1.0:
             raise ValueError("pretrain.aspect_ratios must be [1.0]: pretraining is on square crops")
         if self.pretrain.buckets is not None:
@@ -491,6 +495,25 @@ class Recipe(Section):
     def phases(self) -> list[tuple[str, Training]]:
         """Every training phase in order, with the key under which the recipe has it."""
         return [("pretrain", self.pretrain), *((f"finetune.{i}", phase) for i, phase in enumerate(self.finetune))]
+
+    def _choice_problem(self) -> str | None:
+        """Why the checkpoints will have no scores to choose the best by, as far as it can be told before they are made."""
+        score, evaluate = self.export.score, self.evaluate
+        if score is None:
+            return None
+        if evaluate.checkpoints == "last":
+            return "the best is chosen among scored checkpoints; take evaluate.checkpoints all"
+        if not score.startswith("shapes_bench"):
+            return None
+        if self.data.source != "small_world":
+            return f"{score} is of the small world alone; choose by validation_loss or clip_score"
+        earlier = evaluate.earlier_bench_prompts_per_task
+        if earlier not in (None, evaluate.bench_prompts_per_task):
+            return (
+                f"{score} of earlier checkpoints is over {earlier} prompts a task and the last one's over"
+                f" {evaluate.bench_prompts_per_task}; leave out evaluate.earlier_bench_prompts_per_task"
+            )
+        return None
 
     def export_problem(self) -> str | None:
         """Why diffusers' SD3 pipeline cannot hold this recipe's model; None where it can."""

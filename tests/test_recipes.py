@@ -528,7 +528,9 @@ CHANGES: list[tuple[set[str], dict[str, Any]]] = [
     (set(), under("data", caption="first_line", background="black", image_field="path", caption_fields=("text",))),
     (set(), under("caption", "encode", batch=1) | under("pretrain", "finetune.0", **HOW)),
     (set(), under("evaluate", **EVALUATE) | under("compute", **COMPUTE)),
+    (set(), under("export", checkpoint="best:validation_loss")),  # the export names the checkpoint that it takes
 ]
+OF_A_FOLDER = ["data.source=folder", "data.folder=/pictures", "caption.captioner=none"]
 # Names are in paths, not in fingerprints; the rest cannot be changed alone.
 NOT_ALONE = {"data.name", "data.source", "towers.name", "towers.released", "pretrain.aspect_ratios"}
 CASES = [(key, value, stages) for stages, fields in CHANGES for key, value in fields.items()]
@@ -598,6 +600,29 @@ def test_the_length_counts_where_the_schedule_depends_on_it():
     cosine, longer = "pretrain.schedule=cosine", "pretrain.samples=192"
     assert spec() == spec(longer)
     assert len({spec(), spec(cosine), spec(cosine, longer)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["export.checkpoint=best"], "'best' is neither last nor best:SCORE"),
+        (["export.checkpoint=best:fids"], "no score 'fids' chooses a checkpoint; did you mean fid?"),
+        (["export.checkpoint=best:fid", "evaluate.checkpoints=last"], "take evaluate.checkpoints all"),
+        (["export.checkpoint=best:shapes_bench", "evaluate.earlier_bench_prompts_per_task=1"], "over 1 prompts a task"),
+        (["export.checkpoint=best:shapes_bench/colors", *OF_A_FOLDER], "is of the small world alone"),
+    ],
+)
+def test_a_best_checkpoint_that_no_score_will_name_is_refused_before_anything_starts(overrides, said):
+    with pytest.raises(RecipeError, match="export.checkpoint") as refused:
+        load_recipe("tiny-test", overrides)
+    assert said in str(refused.value)
+
+
+def test_a_best_checkpoint_is_chosen_by_a_known_score():
+    assert load_recipe("tiny-test").export.score is None
+    same = ["evaluate.earlier_bench_prompts_per_task=2"]  # as many as the last one's
+    assert load_recipe("tiny-test", ["export.checkpoint=best:shapes_bench", *same]).export.score == "shapes_bench"
+    assert load_recipe("tiny-test", ["export.checkpoint=best:fid", *OF_A_FOLDER]).export.score == "fid"
 
 
 def test_a_bound_on_epochs_counts_as_the_length_that_it_leaves():
@@ -787,9 +812,6 @@ def test_a_url_where_a_folder_belongs_is_refused_by_name(override, said):
 def test_stores_and_starts_may_be_urls():
     for override in ("store=s3://bucket/x", "store=file:///x", "model.start_from=s3://bucket/x", "data.folder=/a://b"):
         load_recipe("sd3-2b", [override])
-
-
-OF_A_FOLDER = ["data.source=folder", "data.folder=/pictures", "caption.captioner=none"]
 
 
 def test_how_files_become_pixels_stands_in_what_is_made_from_files_alone(monkeypatch):

@@ -1,4 +1,4 @@
-"""Looks through the scores of a run for phases whose validation loss has turned up."""
+"""Finds the phases of a run whose validation loss has turned up."""
 
 from __future__ import annotations
 

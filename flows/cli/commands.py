@@ -255,6 +255,18 @@ def sample(
         str | None,
         typer.Option(help="A model folder or training checkpoint, by path or URL, instead of a run's last."),
     ] = None,
+    best: Annotated[
+        bool,
+        typer.Option(
+            "--best", help="The run's best checkpoint instead of its last; by the recipe's score, or validation_loss."
+        ),
+    ] = False,
+    best_by: Annotated[
+        str | None,
+        typer.Option(
+            help="Likewise, by this score: validation_loss, clip_score, fid, shapes_bench, shapes_bench/TASK."
+        ),
+    ] = None,
     towers: Annotated[
         Path | None,
         typer.Option(parser=path, help="A folder with VAE and text encoders, as diffusers' pipelines have them."),
@@ -304,8 +316,8 @@ def sample(
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once, as memory allows.")] = 64,
     set_: SetOption = None,
 ) -> None:
-    """Pictures from prompts, from a run's last checkpoint or from --checkpoint."""
-    from flows.cli.sample import draws_of, read_prompts, sample_run
+    """Pictures from prompts, from a run's last or best checkpoint or from --checkpoint."""
+    from flows.cli.sample import draws_of, read_prompts, sample_run, score_to_choose_by
 
     chosen = _trained(recipe, run, set_) if run else None
     if chosen and checkpoint:
@@ -320,6 +332,7 @@ def sample(
         out,
         checkpoint=checkpoint,
         trained=chosen,
+        best=score_to_choose_by(best, best_by, checkpoint, loaded),
         towers=towers,
         weights=weights,
         precision=precision,

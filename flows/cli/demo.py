@@ -216,6 +216,8 @@ def sample_command(recipe: Recipe, prompt: str = EXAMPLE_PROMPT) -> list[str]:
     command = [local_command("sd3"), "sample", shell_word(prompt)]
     if recipe.model_copy(update={"store": None}) != load_recipe(DEFAULT_RECIPE):
         command += ["--run", recipe.run]
+    if recipe.export.score is not None:  # from what is exported
+        command += ["--best-by", recipe.export.score]
     if recipe.store is not None:
         command += ["--set", shell_word(f"store={yaml_text(recipe.store)}")]
     return command

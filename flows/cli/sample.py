@@ -1,4 +1,4 @@
-"""`sd3 sample`: pictures from a run's last checkpoint, or from any other."""
+"""`sd3 sample`: pictures from a run's last or best checkpoint, or from any other."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ from flows.local.recipes import DEFAULT_RECIPE
 from flows.summary import finished_runs
 from flows.upstream import NotFinishedError, Upstream
 from sd3core.checkpoint import open_checkpoint
+from sd3core.checkpoint_record import list_checkpoints
 from sd3core.conditioning import ENCODERS
 from sd3core.data.settled_precision import settle_precisions
 from sd3core.errors import UserError
 from sd3core.exchange.diffusers_folder import check_exported
 from sd3core.generate import Draw, sample_to_files
+from sd3core.metrics.best_checkpoint import BestCheckpoint, best_checkpoint
 from sd3core.precision import PRECISION_DTYPES
 from sd3core.recipe import Recipe
+from sd3core.recipe_export import PLAIN_SCORE, unknown_score
 from sd3core.sample_settings import Convention, Weights
 from sd3core.sampling import SAMPLERS
 from sd3core.shown_text import is_utf8
@@ -105,6 +108,7 @@ def sample_run(
     *,
     checkpoint: str | None,
     trained: TrainedRun | None = None,
+    best: str | None = None,
     towers: Path | None,
     weights: str | None,
     precision: str,
@@ -116,6 +120,7 @@ def sample_run(
     """Draws the prompts with their seeds and prints where the pictures are. UserError for settings that cannot be.
 
     settings: fields of SampleSettings; None takes the recipe's, for the size the checkpoint's, and for the shift that of what is drawn from.
+    best: the score by which the best checkpoint of the run's last phase is taken; None takes the last.
     device: None takes a GPU where there is one. Without `checkpoint` and `towers` they are those of the recipe's run, or of `trained`,
     whose recipe it then is.
     """
@@ -128,6 +133,10 @@ def sample_run(
     check_unicode("--negative", settings["negative_prompt"] or "")
     device = chosen_device(device)
     chosen = checkpoint or (trained.checkpoint if trained else last_checkpoint(recipe))
+    if best:
+        found = best_of_run(recipe, chosen, best)
+        console.print(f"note: {found.line}", soft_wrap=True, highlight=False)
+        chosen = run_store(recipe).uri(found.ref.folder)
     towers = _towers(recipe, checkpoint, towers)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -164,6 +173,27 @@ def sample_run(
     for path in paths:
         console.print(str(path), soft_wrap=True, highlight=False)
     return paths
+
+
+def score_to_choose_by(best: bool, by: str | None, checkpoint: str | None, recipe: Recipe) -> str | None:
+    """What `--best` and `--best-by` ask for: the score that is named, else the one that the recipe exports by, else the
+    validation loss; None where neither is given. UserError for a score that there is not, and beside `--checkpoint`.
+    """
+    if not best and by is None:
+        return None
+    if checkpoint:
+        raise UserError(f"--checkpoint {checkpoint}: leave out --best and --best-by, which choose one of a run's")
+    if by is not None and (problem := unknown_score(by)):
+        raise UserError(f"--best-by: {problem}")
+    return by or recipe.export.score or PLAIN_SCORE
+
+
+def best_of_run(recipe: Recipe, last: str, score: str) -> BestCheckpoint:
+    """The best among the checkpoints of one training, up to its last one, which is named by its URL."""
+    store = run_store(recipe)
+    folder, _, samples = last.removeprefix(f"{store.url.rstrip('/')}/").rpartition("/")
+    phase = folder.split("/")[-2]
+    return best_checkpoint(store, recipe.run, phase, list_checkpoints(store, folder, int(samples)), score)
 
 
 def _columns(draws: Sequence[Draw]) -> int | None:

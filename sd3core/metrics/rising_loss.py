@@ -1,4 +1,4 @@
-"""Whether the validation loss of a phase has turned up, by a rule that noise does not set off.
+"""Says whether a validation loss has turned up; noise does not set it off.
 
 Every checkpoint of a phase is measured on the same images, levels and noise, so two of them are compared image by image: what
 makes one image harder than another is in both and cancels.
@@ -14,7 +14,7 @@ import numpy as np
 
 from sd3core.words import counted
 
-CONFIDENCE = 0.99  # of all comparisons of a curve together
+CURVE_CONFIDENCE = 0.99  # of all comparisons of a curve together
 LEAST_SHARE = 0.03  # of the lowest loss: by less, neighbouring checkpoints differ that are as good as each other
 FALL_SHARE = 0.5  # of the rise: a curve that falls again by so much goes up and down
 HEART_EPOCHS = 3.0  # fewer do not teach a model its images by heart
@@ -53,7 +53,7 @@ def find_rise(samples: Sequence[int], losses: np.ndarray) -> Rise | None:
 
     differences = losses[-1] - losses[lowest]  # (n,)
     pairs = checkpoints * (checkpoints - 1) / 2
-    quantile = float(stdtrit(images - 1, 1 - (1 - CONFIDENCE) / 2 / pairs))
+    quantile = float(stdtrit(images - 1, 1 - (1 - CURVE_CONFIDENCE) / 2 / pairs))
     half = quantile * float(differences.std(ddof=1)) / math.sqrt(images)
     rise = float(differences.mean())
     largest_fall = max(0.0, *(-np.diff(means[lowest:])).tolist())

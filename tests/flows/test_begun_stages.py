@@ -72,6 +72,7 @@ def test_a_training_says_its_folder_and_its_start(run, monkeypatch):
         training=run.recipe.pretrain,
         phase="pretrain",
     )
+    run.upstream = SimpleNamespace(images=lambda key: 77)
     monkeypatch.setattr(training, "phase_job", lambda run, key: job)
     monkeypatch.setattr(training, "training_view", lambda run, job: nullcontext())
     monkeypatch.setattr(workers.trainer.stage, "train", killed)
@@ -91,7 +92,7 @@ def test_an_export_is_noted_when_it_ends(run, in_flow, monkeypatch):
 
     run.upstream = SimpleNamespace(
         last_checkpoint=lambda key: SimpleNamespace(folder="runs/tiny-test/checkpoints/finetune.0/1"),
-        last_facts=lambda key: SimpleNamespace(digest="b" * 64, shift=1.0),
+        facts_of=lambda checkpoint: SimpleNamespace(digest="b" * 64, shift=1.0),
         towers_manifest=SimpleNamespace(folder="towers/t", digests=dict.fromkeys(TOWER_FOLDERS, "d")),
     )
     monkeypatch.setattr(export, "fetch_towers", lambda *_: None)
@@ -109,7 +110,7 @@ def test_an_export_is_noted_when_it_ends(run, in_flow, monkeypatch):
 def test_an_evaluation_says_the_checkpoints_that_it_scores(run, in_flow, monkeypatch):
     ref = SimpleNamespace(folder="runs/tiny-test/checkpoints/pretrain/1/000000000008", samples=8)
     monkeypatch.setattr(Upstream, "checkpoints", lambda *_: [ref])
-    monkeypatch.setattr(Upstream, "_digest", lambda *_: "b" * 64)
+    monkeypatch.setattr(Upstream, "digest_of", lambda *_: "b" * 64)
     monkeypatch.setattr(Upstream, "towers_manifest", SimpleNamespace(digests={}))
     monkeypatch.setattr(Upstream, "latents", lambda *_: REF)
     for name in ("raw", "text", "towers"):

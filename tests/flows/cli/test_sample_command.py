@@ -14,7 +14,7 @@ from sd3core.data.store import open_store
 from sd3core.errors import UserError
 from sd3core.recipe_file import load_recipe
 from sd3core.sample_settings import SampleSettings
-from sd3core.specs import towers_folder
+from sd3core.specs import scores_path, towers_folder
 
 PROMPTS = ["a red circle", "ein grüner Kreis"]
 
@@ -139,3 +139,35 @@ def test_named_seeds_are_those_of_every_prompt(drawn):
 def test_seeds_that_are_none_are_named(seeds):
     with pytest.raises(UserError, match=f"^--seeds {seeds}: give whole numbers from 0 to "):
         sample.draws_of(PROMPTS, seeds=seeds)
+
+
+def test_the_best_checkpoint_is_that_of_the_named_score_and_says_what_the_figure_is_worth(drawn, monkeypatch, tmp_path):
+    store = open_store(str(tmp_path / "store"))
+    folders = [f"runs/mini/checkpoints/finetune.0/s/{samples:012d}" for samples in (10, 20, 30)]
+    for folder in folders:
+        store.put_json(f"{folder}/DONE.json", {})
+    losses, fids = (1.2, 1.5, 0.1), (9.0, 5.0, 1.0)  # the third is of a longer run
+    rows = [
+        {"checkpoint": folder, "weights": "ema", "protocol": "p", "metric": metric, "value": value, "count": 9}
+        for metric, values in (("validation_loss", losses), ("clip_fid", fids))
+        for folder, value in zip(folders, values, strict=True)
+    ]
+    store.put_json(scores_path("mini"), {"scores": rows, "left_out": [], "shown": ["p"]})
+    monkeypatch.setattr(sample, "last_checkpoint", lambda recipe: store.uri(folders[1]))
+    asked = drawn("a", "--best")
+    assert asked["checkpoint"] == store.uri(folders[0]) and "best of 2 by validation_loss (1.200" in asked["screen"]
+    assert drawn("a", "--best-by", "fid")["checkpoint"] == store.uri(folders[1])
+    assert drawn("a", "--best", "--set", "export.checkpoint=best:fid")["checkpoint"] == store.uri(folders[1])
+    assert drawn("a")["checkpoint"] == store.uri(folders[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--best-by", "fids"], "--best-by: no score 'fids' chooses a checkpoint; did you mean fid?"),
+        (["--best", "--checkpoint", "x"], "--checkpoint x: leave out --best"),
+    ],
+)
+def test_a_best_that_cannot_be_is_one_line(sd3, arguments, said):
+    code, _, complained = sd3("sample", "a", *arguments)
+    assert code == 1 and said in complained and complained.count("\n") == 1
