@@ -67,7 +67,7 @@ def phase_job(run: StageRun, key: str) -> TrainingJob:
         text_features=inputs.text,
         init=inputs.start,
         recipe=recipe.model_dump(mode="json"),
-        previews=preview_settings(run.upstream, phase),
+        previews=preview_settings(run.upstream, key, phase),
         log_dir=str(ensure(home() / "logs" / recipe.run / f"{key}-{spec}")),
     )
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from flows.stage import StageRun
 from flows.ui.artifacts import Shown, markdown_picture
 from flows.ui.loss_curve import loss_curve
-from flows.ui.previews import PreviewDecoder
+from flows.ui.previews import PreviewDecoder, real_pictures
 from sd3core.shown_text import markdown_text
 from workers.trainer.job import TrainingJob
 from workers.trainer.news import LossPoints, TrainingNews
@@ -25,7 +25,7 @@ class TrainingView:
         self.run, self.job, self._drawing = run, job, drawing
         self._news: TrainingNews | None = None
         self._stored = self._stored_losses()
-        self._decoder = PreviewDecoder(run.store, run.upstream.towers.folder)
+        self._decoder = PreviewDecoder(run.store, run.upstream.towers.folder, real_pictures(run.upstream, job.phase))
         self._pictures: Shown | None = None
         run.report.show(f"{job.phase}-loss", self._curve, CURVE_SECONDS)
         run.report.show(f"{job.phase}-pictures", lambda: self._pictures, 0.0)

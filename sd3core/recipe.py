@@ -424,6 +424,8 @@ class Evaluate(Section):
     validation_images: int = Field(256, ge=0)
     grid_prompts: int = Field(16, ge=1)
     bucket_grid_prompts: int = Field(4, ge=0)  # pictures per aspect bucket of a fine-tuning phase
+    # captions that were trained on, and as many held-out ones, whose pictures stand side by side with the real ones
+    compared_captions: int = Field(4, ge=0)
     batch: int = Field(64, ge=1)
     precision: Precision = "auto"  # of the transformer; the towers run in fp32
     checkpoints: Literal["all", "last"] = "all"  # score every checkpoint kept, or the last of each phase

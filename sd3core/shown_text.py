@@ -56,6 +56,11 @@ def markdown_text(text: str) -> str:
     return MARKDOWN.sub(lambda found: f"\\{found[0]}", printable(text))
 
 
+def plain_text(markdown: str) -> str:
+    """What `markdown_text` made its argument of."""
+    return re.sub(r"\\(.)", r"\1", markdown)
+
+
 def markdown_code(text: str) -> str:
     """The text as a code span of Markdown, whose fence is longer than any run of backticks in it."""
     shown = printable(text)

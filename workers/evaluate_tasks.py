@@ -15,6 +15,7 @@ from sd3core.small_world.world import MIN_SIDE_PX, TASKS
 from sd3core.specs import FORMATS, evaluations_folder, fingerprint
 
 ScoredPart = dict[str, Any]
+COMPARISON = "captions"  # the part that draws training captions beside held-out ones
 SCORED_WEIGHTS: dict[str, tuple[Weights, ...]] = {"both": ("ema", "live"), "ema": ("ema",)}
 
 
@@ -41,7 +42,7 @@ class EvaluationInputs:
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    part: str  # "validation", "pictures", "bench-TASK", "grid-HxW"
+    part: str  # "validation", "pictures", "captions", "bench-TASK", "grid-HxW"
     phase: str
     checkpoint: str  # folder in the store
     samples: int
@@ -78,6 +79,10 @@ def plan_tasks(recipe: Recipe, inputs: EvaluationInputs) -> list[EvaluationTask]
             last = checkpoint is checkpoints[-1]
             for weights in SCORED_WEIGHTS[recipe.evaluate.weights]:
                 for part, protocol in _protocols(recipe, phase, phases[phase], inputs, last=last):
+                    if (
+                        part == COMPARISON and weights != "ema"
+                    ):  # for looking at, which one kind of weights is enough for
+                        continue
                     place = f"{evaluations_folder(recipe.run)}/{phase}/{checkpoint.samples:012d}-{weights}"
                     names = (part, phase, checkpoint.folder, checkpoint.samples, weights)
                     tasks.append(EvaluationTask(*names, protocol, place, checkpoint.digest))
@@ -131,6 +136,9 @@ def _protocols(
             "reference_set": fingerprint(reference),
         },
     )
+    if evaluate.compared_captions:
+        shown = {"kind": "comparison", "each": evaluate.compared_captions, "latents": latents}
+        yield COMPARISON, square | shown
     per_task = evaluate.bench_prompts_per_task
     if not last and evaluate.earlier_bench_prompts_per_task is not None:
         per_task = evaluate.earlier_bench_prompts_per_task

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from sd3core.checkpoint import read_training_checkpoint
+from sd3core.comparison_grid import ComparedPicture, comparison_grid
 from sd3core.conditioning import join_features
 from sd3core.data.batch import Batch
+from sd3core.data.compared_rows import compared_rows
 from sd3core.data.images import PixelRules
 from sd3core.data.loader import load_split
 from sd3core.data.manifest import Manifest, read_manifest
@@ -25,7 +27,7 @@ from sd3core.data.provenance import device_kind, provenance
 from sd3core.data.records import record_bytes, sealed
 from sd3core.data.shard_cache import ShardCache
 from sd3core.data.shard_reader import ShardReader
-from sd3core.data.split_rows import Row, read_rows
+from sd3core.data.split_rows import Row, read_row_crops, read_rows
 from sd3core.data.store import open_store
 from sd3core.generate import Draw, Generator, grid_columns
 from sd3core.metrics import LeftOut, Score
@@ -47,7 +49,9 @@ from sd3core.towers.autoencoder import load_autoencoder
 from sd3core.towers.judge import Judge, load_judge
 from sd3core.towers.text_encoders import load_text_encoders
 from workers.caches import checked_here, shards_cache, towers_cache
-from workers.evaluate_tasks import EvaluationInputs, EvaluationTask
+from workers.evaluate_tasks import COMPARISON, EvaluationInputs, EvaluationTask
+
+NO_CAPTIONS = "no image of the data set has a caption to draw from"
 
 
 class EvaluationWorker:
@@ -66,7 +70,12 @@ class EvaluationWorker:
     def __call__(self, task: EvaluationTask) -> list[str]:
         task = task.settled(resolve_precision(task.protocol["precision"], bf16=self.device_has_bf16))
         self.progress = None  # else a new part would first show the end of the one before
-        parts = {"validation_loss": self._validate, "clip_and_fid": self._score_pictures, "grid": self._draw_grid}
+        parts = {
+            "validation_loss": self._validate,
+            "clip_and_fid": self._score_pictures,
+            "comparison": self._compare_captions,
+            "grid": self._draw_grid,
+        }
         result = _Part()
         parts.get(task.protocol["kind"], self._shapes_bench)(task, result)
         fields = {"part": task.part, "phase": task.phase, "checkpoint": task.checkpoint, "weights": task.weights}
@@ -168,6 +177,26 @@ class EvaluationWorker:
         grid = self._grid_prompts(task)
         self._write_grid(task, result, grid, self._sample(task, grid))
 
+    def _compare_captions(self, task: EvaluationTask, result: _Part) -> None:
+        """Captions that the phase trained on and held-out ones, drawn beside the real pictures: the same for all checkpoints."""
+        protocol, data = task.protocol, self.recipe.data
+        reference = self.inputs.latents[task.phase]
+        latents = read_manifest(self.store, reference.folder, reference.digest)
+        held_out = bool(data.held_out_fraction)
+        rows = compared_rows(self.store, self.raw, latents, protocol["each"], held_out=held_out, captioned=True)
+        if not rows:
+            result.left_out.append({"metric": "comparison", "reason": NO_CAPTIONS})
+            return
+        drawn = self._numbered([row.caption for _, row in rows], protocol["seed"])
+        images = self._sample(task, drawn)
+        sides = [image.shape[:2] for image in images]
+        chosen = [row for _, row in rows]
+        real = read_row_crops(self.store, self.raw, chosen, sides, PixelRules.of(data), checked_here())
+        splits, captions = [split for split, _ in rows], [row.caption for row in chosen]
+        pictures = [ComparedPicture(*row) for row in zip(splits, captions, images, real, strict=True)]
+        more = {"splits": json.dumps(splits)}
+        self._write_picture(task, result, COMPARISON, comparison_grid(pictures), drawn, more)
+
     def _shapes_bench(self, task: EvaluationTask, result: _Part) -> None:
         """Every prompt keeps its seeds, whichever of the prompts are taken. The pictures take the phase's sizes in turn."""
         protocol, name = task.protocol, task.part.removeprefix("bench-")
@@ -221,9 +250,21 @@ class EvaluationWorker:
 
     def _write_grid(self, task: EvaluationTask, result: _Part, drawn: list[Draw], images: Sequence[np.ndarray]) -> None:
         if not drawn:
-            result.left_out.append({"metric": "grid", "reason": "no image of the data set has a caption to draw from"})
+            result.left_out.append({"metric": "grid", "reason": NO_CAPTIONS})
             return
-        grid = make_grid(list(images), grid_columns(len(images)))
+        name = f"{images[0].shape[0]}x{images[0].shape[1]}"
+        self._write_picture(task, result, name, make_grid(list(images), grid_columns(len(images))), drawn)
+
+    def _write_picture(
+        self,
+        task: EvaluationTask,
+        result: _Part,
+        name: str,
+        picture: np.ndarray,
+        drawn: list[Draw],
+        more: dict[str, str] | None = None,
+    ) -> None:
+        """As PNG with its settings and as a thumbnail. `more`: settings besides those of all pictures."""
         settings = {
             "prompts": json.dumps([prompt for prompt, _ in drawn], ensure_ascii=False),
             "seeds": json.dumps([seed for _, seed in drawn]),
@@ -231,11 +272,10 @@ class EvaluationWorker:
             "checkpoint": self.store.uri(task.checkpoint),
             "weights": task.weights,
             "precision": task.protocol["precision"],
-        }
-        files = {f"{task.place}.png": encode_png(grid, settings), f"{task.place}.jpg": thumbnail_jpeg(grid)}
+        } | (more or {})
+        files = {f"{task.place}.png": encode_png(picture, settings), f"{task.place}.jpg": thumbnail_jpeg(picture)}
         for path, data in files.items():
             self.store.put(path, data)
-        name = f"{images[0].shape[0]}x{images[0].shape[1]}"
         path, thumbnail = files
         records = {path: record_bytes(data).model_dump() for path, data in files.items()}
         result.pictures.append({"name": name, "path": path, "thumbnail": thumbnail, "files": records})

@@ -11,11 +11,13 @@ from flows.local.home import local_command
 from flows.local.services import Services
 from flows.summary import of_stage
 from flows.ui.scores import score_rows, shapes_bench_rows, shown_of
+from sd3core.comparison_grid import READING
 from sd3core.data.provenance import Provenance
 from sd3core.data.store import Store
 from sd3core.files.local_paths import shown_place
 from sd3core.recipe import Recipe
 from sd3core.specs import evaluations_folder, summary_path
+from workers.evaluate_tasks import COMPARISON
 
 PICTURES_NAMED = 6
 TASKS_PREFIX = "shapes_bench/"
@@ -48,9 +50,8 @@ def print_summary(
         for picture in shown_of(summary["pictures"], shown)
         if picture["weights"] == "ema"
     }
-    for (phase, size), picture in [*newest.items()][-PICTURES_NAMED:]:
-        height, _, width = size.partition("x")
-        say("pictures", f"{_shown(store, picture['path'])}  {phase} {height if height == width else size} px")
+    for (phase, name), picture in [*newest.items()][-PICTURES_NAMED:]:
+        say("pictures", f"{_shown(store, picture['path'])}  {phase} {_of_picture(name)}")
     say("all", _shown(store, evaluations_folder(recipe.run)))
     if summary["export"]:
         say("export", shown_place(summary["export"]))
@@ -59,6 +60,14 @@ def print_summary(
         say("made by", line)
     say("UI", f"{services.ui_url}  (password: {local_command('sd3 ui')})")
     say("sample", " ".join(command))
+
+
+def _of_picture(name: str) -> str:
+    """What a picture shows, by the name that scores.json has for it: its size, or a comparison."""
+    if name == COMPARISON:
+        return READING
+    height, _, width = name.partition("x")
+    return f"{height if height == width else name} px"
 
 
 def _shown(store: Store, path: str) -> str:

@@ -203,9 +203,9 @@ def _example_prompt(recipe: Recipe, store: Store) -> str:
     from flows.ui.previews import preview_captions
     from flows.upstream import Upstream
 
-    captions = (
-        cut_at_word(one_line(shown.caption), PROMPT_CHARS) for shown in preview_captions(Upstream(recipe, store))
-    )
+    last, _ = recipe.phases()[-1]
+    shown_captions = preview_captions(Upstream(recipe, store), last)
+    captions = (cut_at_word(one_line(shown.caption), PROMPT_CHARS) for shown in shown_captions)
     return next(filter(None, captions), EXAMPLE_PROMPT)
 
 

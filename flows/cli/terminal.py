@@ -23,6 +23,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from flows.cli.terminal_picture import can_show_pictures, half_blocks
 from flows.local.prefect_client import AT_ONCE, prefect_client
@@ -30,6 +31,7 @@ from flows.local.runs import OtherRecipe, Reads, fail_dead_runs, flow_name, read
 from flows.local.services import ServiceError, worker_lives
 from flows.summary import of_stage
 from flows.ui.artifacts import SKIPPED
+from sd3core.shown_text import plain_text, printable
 from sd3core.specs import STAGES
 from sd3core.words import format_seconds
 
@@ -40,7 +42,7 @@ PICTURE_COLUMNS, PICTURE_MIN_ROWS, LINES_BESIDE = (
     6,
     4,
 )
-DATA_URL = re.compile(r"\(data:image/\w+;base64,([^)]+)\)")
+DATA_URL = re.compile(r"!\[((?:\\.|[^\]\\])*)\]\(data:image/\w+;base64,([^)]+)\)")
 EXCEPTION = re.compile(r"^Flow run encountered an exception: (?:([\w.]+): )?")  # Prefect's words before an error's own
 FINAL = {StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
 STATE_WORDS = {
@@ -69,6 +71,7 @@ class StageView:
 class ShownPicture:
     path: str
     image: bytes  # PNG or JPEG
+    reading: str = ""  # what it shows where: the words in it are too small for a terminal
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def _picture(artifacts: list[dict[str, Any]]) -> ShownPicture | None:
     for artifact in artifacts:
         found = DATA_URL.search(artifact["data"])
         if found:
-            return ShownPicture(artifact["description"], base64.b64decode(found.group(1)))
+            return ShownPicture(artifact["description"], base64.b64decode(found.group(2)), plain_text(found.group(1)))
     return None
 
 
@@ -210,10 +213,14 @@ def _table(view: RunView) -> Table:
 def _screen(view: RunView, picture: ShownPicture | None, console: Console) -> Group:
     """The table, and the newest picture below it where the terminal has the colours and the room."""
     table = _table(view)
-    rows = console.height - table.row_count - LINES_BESIDE
+    reading = (
+        [Text(printable(picture.reading), no_wrap=True, overflow="ellipsis")] if picture and picture.reading else []
+    )
+    rows = console.height - table.row_count - LINES_BESIDE - len(reading)
     if picture is None or rows < PICTURE_MIN_ROWS or not can_show_pictures(console):
         return Group(table)
-    return Group(table, "", half_blocks(picture.image, min(console.width, PICTURE_COLUMNS), rows))
+    shown = half_blocks(picture.image, min(console.width, PICTURE_COLUMNS), rows)
+    return Group(table, "", shown, *reading)
 
 
 class _Pictures:

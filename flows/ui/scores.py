@@ -5,8 +5,10 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
+from sd3core.comparison_grid import READING
 from sd3core.data.store import Store
 from sd3core.words import counted
+from workers.evaluate_tasks import COMPARISON
 
 PICTURES_SHOWN = 6
 
@@ -123,4 +125,9 @@ def _share(tally: dict[str, int]) -> str:
 def thumbnails(store: Store, pictures: list[dict[str, Any]]) -> dict[str, bytes]:
     """The newest EMA grids, small enough to stand in the UI."""
     newest = [picture for picture in pictures if picture["weights"] == "ema"][-PICTURES_SHOWN:]
-    return {f"{p['name']}, {p['phase']}, {p['samples']:,} samples": store.get(p["thumbnail"]) for p in newest}
+    return {
+        f"{READING if p['name'] == COMPARISON else p['name']}, {p['phase']}, {p['samples']:,} samples": store.get(
+            p["thumbnail"]
+        )
+        for p in newest
+    }

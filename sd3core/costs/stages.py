@@ -156,6 +156,10 @@ def _evaluation(recipe: Recipe, sizes: TowerSizes, on: _Actors) -> StageCost:
         earlier = 0 if evaluate.checkpoints == "last" else checkpoints - 1
         square = _forward(recipe, phase, phase.side_px, phase.side_px)
         model += both * (earlier + 1) * evaluate.validation_images * len(LEVELS) * square
+        compared = 2 * evaluate.compared_captions * (earlier + 1)  # of the averaged weights alone
+        model += compared * _calls(recipe) * square
+        towers += compared * sizes.vae.decode_flops(phase.side_px, phase.side_px)
+        drawn += compared
         for last, scored in ((False, earlier), (True, 1)):
             for (height, width), count in _pictures(recipe, phase, last=last).items():
                 pictures = both * scored * count

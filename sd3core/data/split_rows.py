@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,20 +30,32 @@ class Row:
     length: int
 
 
-def read_rows(store: Store, raw: Manifest, split: str, limit: int, *, captioned: bool = False) -> list[Row]:
+def read_rows(
+    store: Store,
+    raw: Manifest,
+    split: str,
+    limit: int,
+    *,
+    captioned: bool = False,
+    only: Callable[[str], Container[str]] | None = None,
+    most_shards: int | None = None,
+) -> list[Row]:
     """At most `limit` rows of a split ("held_out" or "train"), the same for the same manifest; `captioned` skips empty
     captions.
+
+    only(stem): the keys of a shard that count, of those that are there. `most_shards`: that are looked at, where rows are rare.
 
     Shards, then rows, are taken in the order of a hash, so the choice does not follow the order of the data, and of a
     large data set only as many indexes are read as are needed.
     """
     rows: list[Row] = []
-    for shard in sorted(raw.shards, key=lambda entry: hashlib.sha256(entry.stem.encode()).digest()):
+    for shard in sorted(raw.shards, key=lambda entry: hashlib.sha256(entry.stem.encode()).digest())[:most_shards]:
         if len(rows) >= limit:
             break
-        columns = ["key", "caption", "offset", "length", "split"]
+        columns, keys = ["key", "caption", "offset", "length", "split"], only(shard.stem) if only else None
         for row in read_shard_index(store, raw.folder, shard.stem, shard.index_digest).select(columns).to_pylist():
-            if row.pop("split") == split and (row["caption"] or not captioned):
+            counts = row.pop("split") == split and (keys is None or row["key"] in keys)
+            if counts and (row["caption"] or not captioned):
                 rows.append(Row(stem=shard.stem, **row))
     return sorted(rows, key=lambda row: sample_id(row.key))[:limit]
 
@@ -60,14 +73,27 @@ def read_row_images(
     Rows are read by their ranges; with `checked`, shards on this machine are compared with the manifest first. DataError
     where one is damaged.
     """
+    images = read_row_crops(store, raw, rows, [(side_px, side_px)] * len(rows), rules, checked)
+    return np.stack(images) if images else np.zeros((0, side_px, side_px, 3), dtype=np.uint8)
+
+
+def read_row_crops(
+    store: Store,
+    raw: Manifest,
+    rows: Sequence[Row],
+    sides: Sequence[tuple[int, int]],
+    rules: PixelRules,
+    checked: CheckedFiles | None = None,
+) -> list[np.ndarray]:
+    """As `read_row_images`, each row in a height and width of its own: (height, width, 3) uint8."""
     _check_shards(store, raw, {row.stem for row in rows}, checked)
     images = []
-    for row in rows:
+    for row, (height, width) in zip(rows, sides, strict=True):
         data = store.get_range(f"{raw.folder}/{row.stem}{TAR}", row.offset, row.length)
         (_, files), *_ = read_samples(data)
         image = image_of(files, f"{store.uri(raw.folder)}/{row.stem}.tar: {row.key}")
-        images.append(crop_to(decode_image(image, rules), side_px, side_px)[0])
-    return np.stack(images) if images else np.zeros((0, side_px, side_px, 3), dtype=np.uint8)
+        images.append(crop_to(decode_image(image, rules), height, width)[0])
+    return images
 
 
 def _check_shards(store: Store, raw: Manifest, stems: set[str], checked: CheckedFiles | None) -> None:

@@ -35,7 +35,7 @@ def shown(monkeypatch):
     )
 
     class Decoder:
-        def __init__(self, store, towers):
+        def __init__(self, store, towers, read_real):
             assert towers == "towers/t"
 
         def page(self, path):

@@ -11,7 +11,7 @@ import unicodedata
 import pytest
 
 from sd3core.errors import DataError
-from sd3core.shown_text import markdown_code, markdown_text, printable, shell_word, shortened
+from sd3core.shown_text import markdown_code, markdown_text, plain_text, printable, shell_word, shortened
 
 EVERY_CHARACTER = "".join(map(chr, range(sys.maxunicode + 1)))
 
@@ -93,3 +93,8 @@ def test_a_shell_reads_the_word_again(word):
         ["bash", "-c", script], capture_output=True, check=True, env={**os.environ, "LC_ALL": "C.UTF-8"}
     )
     assert done.stdout == os.fsencode(word)
+
+
+def test_plain_text_is_what_markdown_was_made_of():
+    text = "a [b](c) *d* _e_ | `f` <g> \\ #1. 2) 100 % -- ~~h~~ ![i]"
+    assert plain_text(markdown_text(text)) == text != markdown_text(text)

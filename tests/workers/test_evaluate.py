@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,7 +40,8 @@ from sd3core.towers.artifact import read_towers
 from sd3core.training_checkpoint import piece_name, rank_file
 from workers.evaluate import EvaluationFailed, _chosen, _read_part, _to_be_of_one_precision, evaluate_stage
 from workers.evaluate_rises import rise_lines
-from workers.evaluate_tasks import EvaluationInputs, ScoredCheckpoint, plan_tasks
+from workers.evaluate_tasks import COMPARISON, EvaluationInputs, ScoredCheckpoint, plan_tasks
+from workers.evaluate_worker import EvaluationWorker
 from workers.ingest import ingest_stage
 from workers.towers import towers_stage
 
@@ -252,8 +253,11 @@ def test_a_score_of_too_few_is_left_out_with_its_bound(result):
 
 def test_pictures_carry_their_settings_and_buckets_have_grids_of_their_own(world, result):
     names = {(p["phase"], p["name"]) for p in result.pictures}
-    assert names == {("pretrain", "32x32"), ("finetune.0", "64x64"), ("finetune.0", "80x48")}
+    grids = {("pretrain", "32x32"), ("finetune.0", "64x64"), ("finetune.0", "80x48")}
+    assert names == grids | {("pretrain", COMPARISON), ("finetune.0", COMPARISON)}
     for picture in result.pictures:
+        if picture["name"] == COMPARISON:
+            continue
         png = world.store.get(picture["path"])
         settings = read_settings(png)
         assert (
@@ -266,6 +270,43 @@ def test_pictures_carry_their_settings_and_buckets_have_grids_of_their_own(world
         assert Image.open(io.BytesIO(png)).width == (
             32 * 2 + 2 if picture["name"] == "32x32" else Image.open(io.BytesIO(png)).width
         )
+
+
+def test_training_captions_stand_beside_held_out_ones_the_same_for_all_checkpoints(world, result):
+    raw = read_manifest(world.store, world.inputs.raw.folder, world.inputs.raw.digest)
+    of_split = {
+        split: {row.caption for row in read_rows(world.store, raw, split, 100)} for split in ("train", "held_out")
+    }
+    inside = []
+    for picture in (picture for picture in result.pictures if picture["name"] == COMPARISON):
+        assert picture["weights"] == "ema"
+        png = world.store.get(picture["path"])
+        settings = read_settings(png)
+        inside.append((settings["prompts"], settings["seeds"], settings["splits"]))
+        prompts, splits = json.loads(settings["prompts"]), json.loads(settings["splits"])
+        assert splits == ["train"] * 4 + ["held_out"] * 4
+        assert all(prompt in of_split[split] for prompt, split in zip(prompts, splits, strict=True))
+        assert len(world.store.get(picture["thumbnail"])) < 60_000
+    assert len(inside) == 3 and len(set(inside)) == 1
+    assert len({world.store.get(p["path"]) for p in result.pictures if p["name"] == COMPARISON}) == 3  # other weights
+
+
+def test_a_comparison_can_be_left_out_and_where_nothing_is_held_out_it_has_one_half(world, result):
+    none = {"compared_captions": 0}
+    recipe = world.recipe.model_copy(update={"evaluate": world.recipe.evaluate.model_copy(update=none)})
+    assert not [task for task in plan_tasks(recipe, world.inputs) if task.part == COMPARISON]
+    data = world.recipe.data.model_copy(update={"held_out_fraction": 0.0})
+    worker = EvaluationWorker(world.store.url, world.recipe.model_copy(update={"data": data}), world.inputs)
+    task = next(task for task in planned(world) if task.part == COMPARISON)
+    task = replace(task, folder="elsewhere")
+    worker(task)
+    [picture] = world.store.get_json(task.path)["pictures"]
+    assert set(json.loads(read_settings(world.store.get(picture["path"]))["splits"])) == {"train"}
+    width_of = lambda path: Image.open(io.BytesIO(world.store.get(path))).width
+    both = next(p for p in result.pictures if p["name"] == COMPARISON and p["phase"] == task.phase)
+    assert 2 * width_of(picture["path"]) + 10 == width_of(both["path"])
+    for entry in world.store.list("elsewhere"):
+        world.store.delete(entry.path)
 
 
 def test_a_second_call_changes_nothing(world, result):
@@ -296,7 +337,7 @@ def test_a_changed_setting_redoes_what_depends_on_it(world, result, change):
     before = planned(world)
     after = planned(world, changed)
     redone = {task.part.partition("-")[0] for old, task in zip(before, after, strict=True) if old.path != task.path}
-    assert redone == {"pictures", "bench", "grid"}
+    assert redone == {"pictures", COMPARISON, "bench", "grid"}
     for task in after:
         if "settings" in task.protocol:
             settings = task.protocol["settings"]
@@ -317,7 +358,8 @@ def test_only_the_averaged_weights_on_request(world):
     ema = world.recipe.model_copy(update={"evaluate": evaluate})
     every, chosen = (plan_tasks(r, world.inputs) for r in (world.recipe, ema))
     assert chosen == [task for task in every if task.weights == "ema"]  # the same scores at the same places
-    assert 2 * len(chosen) == len(every)
+    alone = [task for task in every if task.part == COMPARISON]  # of the averaged weights in any case
+    assert 2 * len(chosen) - len(alone) == len(every)
 
 
 def test_held_out_rows_are_held_out_and_fixed(world):

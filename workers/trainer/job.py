@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from sd3core.data.encoded_shards import Split
 from sd3core.data.manifest import ManifestRef
 from sd3core.errors import UserError
 from sd3core.recipe import Text, Training
@@ -25,12 +26,13 @@ class TrainingSuperseded(TrainingFailed):
 
 
 class PreviewCaption(BaseModel):
-    """A sample whose text features the shards hold, and its caption for people."""
+    """A sample whose text features the shards hold, its caption for people, and whether the phase trains on it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     shard: int  # number
     key: str
     caption: str
+    split: Split = "held_out"
 
 
 class PreviewSettings(BaseModel):

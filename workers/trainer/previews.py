@@ -2,8 +2,8 @@
 
 They become the pictures that a phase shows while it trains.
 
-Ranks have no VAE and write latents, runs/RUN/previews/PHASE-SPEC/SAMPLES.safetensors: a tensor a caption, the captions and
-settings as metadata. Training is as it would be without: noise is drawn by (seed, sample), weights are only read.
+Ranks have no VAE and write latents, runs/RUN/previews/PHASE-SPEC/SAMPLES.safetensors: a tensor a caption, and as metadata the
+captions, their rows' keys, whether the phase trains on them (splits), and the settings. Training is as it would be without: noise is drawn by (seed, sample), weights are only read.
 """
 
 from __future__ import annotations
@@ -82,11 +82,12 @@ class Previews:
         shown = [caption for caption in job.previews.captions if caption.key in latents]
         tensors = {f"{place:03d}": latents[caption.key].contiguous() for place, caption in enumerate(shown)}
         facts = {"phase": job.phase, "samples": samples_seen, "weights": "live"}
-        captions = [caption.caption for caption in shown]
+        rows = {
+            f"{name}s": json.dumps([getattr(caption, name) for caption in shown])
+            for name in ("caption", "key", "split")
+        }
         path = f"{job.previews_folder}/{samples_seen:012d}.safetensors"
-        self.store.put(
-            path, save(tensors, {"captions": json.dumps(captions), "settings": json.dumps(facts | settings)})
-        )
+        self.store.put(path, save(tensors, rows | {"settings": json.dumps(facts | settings)}))
         return path
 
     def _on_first_rank(self, call: Callable[[], Any]) -> Any:

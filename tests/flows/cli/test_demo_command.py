@@ -107,7 +107,7 @@ def test_a_training_phase_is_named_once(monkeypatch):
 )
 def test_a_users_own_caption_is_the_prompt(monkeypatch, tmp_path, captions, prompt):
     shown = [SimpleNamespace(caption=caption) for caption in captions]
-    monkeypatch.setattr(previews, "preview_captions", lambda upstream: shown)
+    monkeypatch.setattr(previews, "preview_captions", lambda upstream, key: shown)
     assert demo._example_prompt(on_folder("tiny-test", tmp_path), None) == prompt
     assert demo._example_prompt(load_recipe("tiny-test"), None) == demo.EXAMPLE_PROMPT
 

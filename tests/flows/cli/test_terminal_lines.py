@@ -141,11 +141,18 @@ def test_a_picture_keeps_its_shape_and_is_never_enlarged(columns, rows, shown):
     assert (len(lines[0]), len(lines)) == shown
 
 
-def screen(picture: bytes | None, **options) -> str:
+def screen(picture: bytes | None, reading: str = "", **options) -> str:
     console = Console(file=io.StringIO(), force_terminal=True, width=60, **options)
     shown = RunView(StateType.RUNNING, "", [])
-    console.print(_screen(shown, ShownPicture("/p.png", picture) if picture else None, console))
+    console.print(_screen(shown, ShownPicture("/p.png", picture, reading) if picture else None, console))
     return console.file.getvalue()
+
+
+def test_what_a_picture_shows_where_stands_below_it():
+    picture = picture_file(*[[(200, 20, 20)] * 32] * 32)
+    shown = screen(picture, "left: trained on\x1b[31m", color_system="truecolor", height=24)
+    assert shown.count("▀") == 22 * 11  # a line less for it
+    assert "left: trained on\\x1b[31m" in shown
 
 
 def test_the_newest_picture_stands_below_the_table_where_there_are_colours_and_room():
@@ -266,7 +273,7 @@ def test_a_picture_is_found_in_its_artifact():
         "data": f"## after 64 samples\n\n{markdown_picture('grid', image)}\n\n1. a",
         "description": "/store/a.png",
     }
-    assert _picture([artifact]) == ShownPicture("/store/a.png", image)
+    assert _picture([artifact]) == ShownPicture("/store/a.png", image, "grid")
     assert _picture([]) is None and _picture([{"data": "no picture", "description": ""}]) is None
 
 

@@ -64,10 +64,12 @@ def test_a_captioner_costs_by_its_parameters_and_is_not_guessed_where_it_is_not(
     ],
 )
 def test_evaluation_draws_every_checkpoints_pictures(overrides, factor):
-    only = ["finetune=[]", "evaluate.validation_images=0"]
+    only = ["finetune=[]", "evaluate.validation_images=0", "evaluate.compared_captions=0"]
     before, after = costs_of(*only)["evaluate"], costs_of(*only, *overrides)["evaluate"]
     pictures = 50 * 2 * (1000 + 16)
     assert before.work == f"{pictures:,} pictures"
+    each = costs_of("finetune=[]", "evaluate.validation_images=0", "evaluate.compared_captions=3")["evaluate"]
+    assert each.work == f"{pictures + 50 * 6:,} pictures"  # of one kind of weights
     recipe = load_recipe("sd3-2b")
     forward = forward_flops(recipe.model_config_for(recipe.pretrain), 256, 154)
     towers = pictures * (RELEASED.vae.decode_flops(256, 256) + RELEASED.judge.flops(257))

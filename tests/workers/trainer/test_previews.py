@@ -28,7 +28,10 @@ from workers.trainer.standing_checkpoints import read_metrics
 CPU = torch.device("cpu")
 KEYS = ("image-3", "image-1", "image-4", "image-5")
 SHOWN = PreviewSettings(
-    captions=[PreviewCaption(shard=0, key=key, caption=f"caption of {key}") for key in KEYS],
+    captions=[
+        PreviewCaption(shard=0, key=key, caption=f"caption of {key}", split=split)
+        for key, split in zip(KEYS, ("train", "train", "held_out", "held_out"), strict=True)
+    ],
     num_steps=3,
     guidance_scale=2.0,
     shift=1.5,
@@ -99,6 +102,8 @@ def test_training_is_the_same_with_and_without_them(tmp_path):
             captions, settings = (json.loads(file.metadata()[name]) for name in ("captions", "settings"))
         assert [latent.shape for latent in latents] == [(16, 8, 8)] * 4 and all(x.isfinite().all() for x in latents)
         assert captions == [f"caption of {key}" for key in KEYS]
+        keys, splits = (json.loads(file.metadata()[name]) for name in ("keys", "splits"))
+        assert (keys, splits) == (list(KEYS), ["train", "train", "held_out", "held_out"])
         assert settings["samples"] == 96 and settings["num_steps"] == 3
         assert not open_store(calm.store).list(calm.previews_folder)
 
