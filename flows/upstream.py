@@ -25,6 +25,7 @@ from sd3core.checkpoint_record import (
 )
 from sd3core.data.manifest import Manifest, ManifestRef, read_manifest
 from sd3core.data.phase_images import phase_images, within_epochs
+from sd3core.data.size_rule import TOO_SMALL, SizeRule
 from sd3core.data.store import Store, open_store
 from sd3core.errors import CheckpointError, DataError, UserError
 from sd3core.recipe import Recipe, Training
@@ -101,14 +102,24 @@ class Upstream:
 
     def latents(self, phase_key: str) -> ManifestRef:
         """Phases of one resolution share them. Those that pretraining needs are encode's, all others are made before their phase."""
+        return self._made_latents(phase_key)[0]
+
+    def sizes(self, phase_key: str) -> SizeRule | None:
+        """Which images a phase takes; None where its latents leave out none for its size."""
+        phase, leaves_out = self._phases[phase_key], self._made_latents(phase_key)[1]
+        return SizeRule(tuple(phase.bucket_sides()), phase.min_scale) if leaves_out else None
+
+    def _made_latents(self, phase_key: str) -> tuple[ManifestRef, bool]:
+        """A phase's latents, and whether they leave out images for their size."""
         folder = self._latents_folders[phase_key]
         first = next(key for key, other in self._latents_folders.items() if other == folder)
         return self._once("latents", first, lambda: self._latents(folder, first))
 
-    def _latents(self, folder: str, first: str) -> ManifestRef:
+    def _latents(self, folder: str, first: str) -> tuple[ManifestRef, bool]:
         stage = "encode" if first == next(iter(self._phases)) else first.partition(".")[0]
         manifest = self._manifest(folder, stage, specs.latents_part(first))
-        return self._up_to_date(manifest, stage, raw=self.raw)
+        leaves_out = any(TOO_SMALL in shard.failed for shard in manifest.shards)
+        return self._up_to_date(manifest, stage, raw=self.raw), leaves_out
 
     @cached_property
     def _latents_folders(self) -> dict[str, str]:
@@ -201,6 +212,7 @@ class Upstream:
             latents={key: self.latents(key) for key in self._phases},
             towers=self.towers.folder,
             tower_digests=self.towers_manifest.digests,
+            sizes={key: sizes for key in self._phases if (sizes := self.sizes(key))},
         )
 
     def check_start_from(self) -> None:

@@ -320,6 +320,8 @@ class Training(Section):
     side_px: int = Field(256, ge=16, le=LARGEST_SIDE_PX)
     aspect_ratios: AspectRatios = (1.0,)  # more than one makes aspect buckets
     buckets: Buckets | None = None  # in place of aspect_ratios: all sizes by a rule
+    # the least that an image's sides may be of its bucket's: 1 enlarges none, 0.5 to twice its sides, 0 takes all
+    min_scale: Fraction = 1.0
     samples: int = Field(ge=1)
     max_epochs: float | None = Field(None, gt=0)  # of the phase's images: it ends there where `samples` are more
     seed: Seed | None = (
@@ -459,6 +461,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
         _check_whole_path("store", self.store)
+        scales: dict[
+            tuple[Side, ...], tuple[str, float]
+        ] = {}  # sizes -> the first phase that has them, and its min_scale
         for where, phase in self.phases():
             accumulation = phase.micro_batch * self.compute.train_ranks
             if phase.global_batch % accumulation:
@@ -468,7 +473,8 @@ class Recipe(Section):
                 )
             if phase.side_px % 16:
                 raise ValueError(f"{where}.side_px {phase.side_px} is not a multiple of 16 (VAE 8 x patch 2)")
-            side = max(phase.bucket_sides(), key=max)
+            sides = phase.bucket_sides()
+            side = max(sides, key=max)
             if max(side) > self.model.max_side_px:
                 leave = "lower buckets.max_ratio" if phase.buckets else "leave out the aspect ratio"
                 raise ValueError(
@@ -482,6 +488,12 @@ class Recipe(Section):
                 )
             if problem := shift_problem(phase.formulation, self.evaluate.shift_for(phase)):
                 raise ValueError(f"evaluate.shift: {problem}")
+            first, min_scale = scales.setdefault(tuple(sides), (where, phase.min_scale))
+            if min_scale != phase.min_scale:
+                raise ValueError(
+                    f"{where}.min_scale {phase.min_scale:g} differs from {first}.min_scale {min_scale:g}, and both phases have"
+                    " the same sizes, so that they share their latents; give both the same"
+                )
         if problem := self._choice_problem():
             raise ValueError(f"export.checkpoint: {problem}")
         if len(self.pretrain.aspect_ratios) != 1 or self.pretrain.aspect_ratios[0] != 1.0:

@@ -117,7 +117,10 @@ def text_fields(recipe: Recipe, tower_digests: dict[str, str]) -> dict[str, Any]
 
 
 def latents_fields(recipe: Recipe, phase: Training, tower_digests: dict[str, str]) -> dict[str, Any]:
-    """`buckets` stands there only where the phase has a rule: fingerprints from before it are good."""
+    """`buckets` stands there only where the phase has a rule: fingerprints from before it are good.
+
+    `min_scale` does not: it changes which images are taken, and a shard is named by those that are not (workers.rare_sizes).
+    """
     rule = {"buckets": phase.buckets.model_dump(mode="json")} if phase.buckets is not None else {}
     return (
         rule
@@ -143,7 +146,14 @@ def train_fields(
     Fields that came later stand there only where they change something: fingerprints from before them are good. Under a
     constant rate a step does not depend on how many there will be, so a phase that is made longer goes on.
     """
-    left_out = {"micro_batch", "checkpoint_every_samples", "activation_checkpointing", "seed", "max_epochs"}
+    left_out = {
+        "micro_batch",
+        "checkpoint_every_samples",
+        "activation_checkpointing",
+        "seed",
+        "max_epochs",
+        "min_scale",
+    }
     if phase.schedule == "constant":
         left_out.add("samples")
     if phase.buckets is None:

@@ -522,6 +522,10 @@ CHANGES: list[tuple[set[str], dict[str, Any]]] = [
         under("pretrain", samples=192),
     ),  # it goes on under its constant rate, and the next phase starts later
     (set(), under("finetune.0", samples=192)),
+    (
+        set(),
+        under("pretrain", "finetune.0", min_scale=0.9),
+    ),  # it chooses rows, and the shards that lose some are named by that
     (set(), {"name": "other", "run": "other", "store": "s3://bucket/x"}),
     (set(), under("data", folder="/other", images=960)),  # more shards of the same kind
     # of what is read

@@ -29,7 +29,7 @@ from workers.at_once import SHARDS_AT_ONCE, ShardsAtOnce
 from workers.encode_latents import ENLARGED, LatentsSource, LatentsWorker
 from workers.encode_text import TOO_LONG, TextSource, TextWorker
 from workers.inputs import InputShard, actor_device, decode_threads, input_shards
-from workers.rare_sizes import Merged, RareSizes, kept_note, merged_digest, own_merges, rare_sizes
+from workers.rare_sizes import MIN_SCALE, RareSizes, kept_note, latents_digest, own_merges, rare_sizes
 from workers.shard_stage import MadeShard, ShardStage, ShardTask, run_shard_stages
 from workers.stage import StageResult, join_results, remember_stage
 
@@ -60,7 +60,7 @@ def encode_stage(
     rare = _rare_sizes(recipe, store, [first, *later], raw_manifest, raw.digest, digests, report, tell)
     stages = [
         _text_stage(recipe, digests, raw, raw_shards, captions, caption_shards),
-        _latents_stage(recipe, first, digests, raw, raw_shards, rare.merged.get(first, {})),
+        _latents_stage(recipe, first, digests, raw, raw_shards, rare),
     ]
     folder = stages[0].folder
     damaged = pin_null(store, folder)
@@ -95,11 +95,11 @@ def encode_phase(
     rare = _rare_sizes(recipe, store, [phase_key], raw_manifest, raw.digest, digests, report, tell)
     folders = {key: latents_folder(recipe, phase, digests) for key, phase in recipe.phases()}
     first = next(key for key, folder in folders.items() if folder == folders[phase_key])
-    stage = _latents_stage(recipe, first, digests, raw, input_shards(raw_manifest), rare.merged.get(phase_key, {}))
+    stage = _latents_stage(recipe, first, digests, raw, input_shards(raw_manifest), rare, phase_key)
     (latents,) = _encode(recipe, store, [stage], towers, report)
     if first != phase_key:
         latents = dataclasses.replace(latents, stage=latents_part(phase_key))
-        remember_stage(store, recipe.run, latents.stage, stage.folder, latents.digest, stage.fields)
+        remember_stage(store, recipe.run, latents.stage, stage.folder, latents.digest, stage.noted)
     return _told_of_phase(store, recipe, phase_key, latents, text, rare)
 
 
@@ -138,7 +138,7 @@ def _rare_sizes(
     report: ProgressCallback,
     tell: Tell,
 ) -> RareSizes:
-    count = lambda lists: count_raw_buckets(store, raw, lists, report)
+    count = lambda rules: count_raw_buckets(store, raw, rules, report)
     rare = rare_sizes(recipe, store, phases, raw, raw_digest, digests, count)
     for note in rare.notes:
         tell(note)
@@ -151,17 +151,22 @@ def _latents_stage(
     digests: dict[str, str],
     raw: ManifestRef,
     raw_shards: dict[int, InputShard],
-    merged: Merged,
+    rare: RareSizes,
+    judged: str | None = None,
 ) -> ShardStage:
-    phase = dict(recipe.phases())[phase_key]
+    """`judged`: the phase by which `rare` is, where that is a later one of the same latents."""
+    judged = judged or phase_key
+    phase, rule = dict(recipe.phases())[phase_key], rare.rules[judged]
     folder, fields = latents_folder(recipe, phase, digests), latents_fields(recipe, phase, digests)
-    buckets = tuple(phase.bucket_sides())
+    merged, left_out = rare.merged.get(judged, {}), rare.left_out.get(judged, {})
     tasks = []
     for number, shard in raw_shards.items():
         own = own_merges(merged, number)
-        source = LatentsSource(shard, buckets, own)
-        tasks.append(ShardTask(number, merged_digest(shard, own), folder, shard.rows, source))
-    return ShardStage(latents_part(phase_key), "latents", folder, fields, {"raw": raw.digest}, tasks, unit="image")
+        digest = latents_digest(shard, own, left_out.get(number, 0))
+        tasks.append(ShardTask(number, digest, folder, shard.rows, LatentsSource(shard, rule, own)))
+    rules = {} if judged in rare.enlarged else {MIN_SCALE: phase.min_scale}
+    inputs = {"raw": raw.digest}
+    return ShardStage(latents_part(phase_key), "latents", folder, fields, inputs, tasks, unit="image", rules=rules)
 
 
 def _told_of_phase(
@@ -169,7 +174,12 @@ def _told_of_phase(
 ) -> StageResult:
     """What a user should know of a phase's latents before it trains, and what its ranks will ask of them."""
     phase = dict(recipe.phases())[phase_key]
-    latents = _with_enlarged_images(store, f"{phase_key} ({phase.side_px} px)", latents)
+    mend = (
+        f"they stand from before there was {phase_key}.min_scale, and `--from-stage encode` leaves them out"
+        if phase_key in rare.enlarged
+        else f"a larger {phase_key}.min_scale leaves them out"
+    )
+    latents = _with_enlarged_images(store, f"{phase_key} ({phase.side_px} px)", latents, mend)
     latents = _with_rare_sizes(store, phase_key, phase.global_batch, latents, rare)
     record_uncaptioned(store, latents.manifest, text)
     return latents
@@ -185,7 +195,7 @@ def _with_rare_sizes(store: Store, phase: str, global_batch: int, result: StageR
     return dataclasses.replace(result, warnings=list(dict.fromkeys([*result.warnings, *told, *said])))
 
 
-def _with_enlarged_images(store: Store, phase: str, result: StageResult) -> StageResult:
+def _with_enlarged_images(store: Store, phase: str, result: StageResult, mend: str) -> StageResult:
     manifest = read_manifest(store, result.manifest.folder, result.manifest.digest)
     some, *more = [(over, manifest.buckets.get(name, 0)) for over, name in ENLARGED.items()]
     if not some[1]:
@@ -193,7 +203,7 @@ def _with_enlarged_images(store: Store, phase: str, result: StageResult) -> Stag
     parts = "".join(f", {count:,} of them more than {over:g} times" for over, count in more if count)
     warning = (
         f"{phase}: {some[1]:,} of {counted(manifest.rows, 'image')} enlarged more than {some[0]:g} times to fill their"
-        f" bucket{parts}; data.min_side_px leaves small images out, of every phase"
+        f" bucket{parts}; {mend}"
     )
     return dataclasses.replace(result, warnings=[*result.warnings, warning])
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sd3core.data.ingest import DESCRIBE, SceneWorker, list_scenes
 from sd3core.data.manifest import ManifestRef
+from sd3core.data.size_rule import SizeRule
 from sd3core.data.store import Store
 from sd3core.errors import UserError
 from sd3core.recipe import ENCODERS, Data, Recipe
@@ -144,7 +145,7 @@ def _sources(settings: EncodeBench, recipe: Recipe, raw: Sequence[InputShard]) -
     side = recipe.phases()[-1][1].side_px
     return {
         "text": [TextSource(shard, None) for shard in raw],
-        "latents": [LatentsSource(shard, ((side, side),)) for shard in raw],
+        "latents": [LatentsSource(shard, SizeRule(((side, side),))) for shard in raw],
     }
 
 

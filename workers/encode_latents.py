@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from sd3core.buckets import Side, bucket_name, bucket_side, nearest_bucket
 from sd3core.data.earlier_rows import EarlierRow, EarlierRows, RowName, row_name
@@ -21,6 +22,7 @@ from sd3core.data.images import Crop, PixelRules, crop_to, decode_image, enlarge
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.settled_precision import SettledPrecision
 from sd3core.data.shards import FailedRow, Sample, write_shard
+from sd3core.data.size_rule import TOO_SMALL, SizeRule
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError
 from sd3core.progress import ProgressCallback, ignore_progress
@@ -47,12 +49,18 @@ ENLARGED = {over: f"enlarged over {over:g} times" for over in (1.1, 2.0, 4.0, 8.
 @dataclass(frozen=True)
 class LatentsSource:
     raw: InputShard
-    buckets: tuple[Side, ...]  # (height, width) px
+    sizes: SizeRule
     # buckets whose images go to another (workers.rare_sizes)
     merged: dict[Side, Side] = field(default_factory=dict)
 
+    def too_small(self, index: pa.Table) -> set[str]:
+        """The keys of a raw index whose images the phase leaves out."""
+        if not self.sizes.min_scale:
+            return set()
+        return {*index["key"].to_pylist()} - {*self.sizes.taken_of(index)["key"].to_pylist()}
+
     def bucket_of(self, width: int, height: int) -> Side:
-        nearest = nearest_bucket(width, height, self.buckets)
+        nearest = nearest_bucket(width, height, self.sizes.sides)
         return self.merged.get(nearest, nearest)
 
     def latent_name(self, row: dict[str, Any]) -> tuple[RowName, str]:
@@ -114,8 +122,10 @@ class LatentsWorker:
 
     def _made(self, task: ShardTask, turn: ShardTurn) -> MadeShard:
         index = read_input_index(self.store, task.source.raw)
-        rows = {row["key"]: row for row in index.to_pylist()}
-        failed: list[FailedRow] = []
+        too_small = task.source.too_small(index)
+        rows = {row["key"]: row for row in index.to_pylist() if row["key"] not in too_small}
+        failed = [FailedRow(key=key, reason=TOO_SMALL) for key in index["key"].to_pylist() if key in too_small]
+        turn.advance(len(failed))
         counts: Counter[str] = Counter()
         with EarlierRows(self.store, task.folder, task.earlier) as earlier:
             names = {key: task.source.latent_name(row) for key, row in rows.items()} if task.earlier else {}
@@ -150,7 +160,7 @@ class LatentsWorker:
             return prepared
 
         turn.hold(source.raw.bytes)
-        images = shard_images(self.store, source.raw)
+        images = (image for image in shard_images(self.store, source.raw) if image[0] in rows)
         for item in map_ahead(prepare, images, self.threads, ahead=2 * self.batch):
             if item.error:
                 failed.append(FailedRow(key=item.key, reason=item.error))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sd3core.data.manifest import ManifestRef
+from sd3core.data.size_rule import SizeRule
 from sd3core.metrics.reference import reference_fields
 from sd3core.metrics.score import LEVELS
 from sd3core.recipe import Recipe, Training
@@ -38,6 +39,9 @@ class EvaluationInputs:
     latents: dict[str, ManifestRef]  # by phase key
     towers: str  # folder in the store
     tower_digests: dict[str, str]  # by tower
+    sizes: dict[str, SizeRule] = field(
+        default_factory=dict
+    )  # by phase key, of those whose latents leave out small images
 
 
 @dataclass(frozen=True)
@@ -95,13 +99,13 @@ def _protocols(
     """(part, protocol): whatever a score depends on besides the checkpoint, so that equal fingerprints are comparable
     scores.
     """
-    evaluate, towers = recipe.evaluate, inputs.tower_digests
+    evaluate, towers, sizes = recipe.evaluate, inputs.tower_digests, inputs.sizes.get(phase_key)
     common = {
         "format": FORMATS["evaluations"],
         "precision": evaluate.precision,
         "seed": evaluate.seed,
         "raw": inputs.raw.digest,
-    }
+    } | (sizes.to_dict() if sizes else {})
     latents = inputs.latents[phase_key].digest
     yield (
         "validation",
@@ -124,7 +128,7 @@ def _protocols(
         return common | {"settings": settings.to_dict(), "towers": fingerprint(used)}
 
     square, all_sides = sampled(phase.side_px, phase.side_px), phase.bucket_sides()
-    reference = reference_fields(inputs.raw, towers["judge"], phase.side_px, evaluate.reference_images)
+    reference = reference_fields(inputs.raw, towers["judge"], phase.side_px, evaluate.reference_images, sizes)
     yield (
         "pictures",
         square

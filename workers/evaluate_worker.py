@@ -27,6 +27,7 @@ from sd3core.data.provenance import device_kind, provenance
 from sd3core.data.records import record_bytes, sealed
 from sd3core.data.shard_cache import ShardCache
 from sd3core.data.shard_reader import ShardReader
+from sd3core.data.size_rule import SizeRule
 from sd3core.data.split_rows import Row, read_row_crops, read_rows
 from sd3core.data.store import open_store
 from sd3core.generate import Draw, Generator, grid_columns
@@ -153,7 +154,7 @@ class EvaluationWorker:
     def _score_pictures(self, task: EvaluationTask, result: _Part) -> None:
         """CLIP score and FID over pictures of held-out prompts, and the grid."""
         protocol = task.protocol
-        rows = self._rows("held_out", protocol["images"])
+        rows = self._rows(task, "held_out", protocol["images"])
         scored = self._numbered([row.caption for row in rows], protocol["seed"])
         grid = self._grid_prompts(task)
         drawn = list(dict.fromkeys([*scored, *grid]))
@@ -233,14 +234,17 @@ class EvaluationWorker:
             fixed = shapes_bench.GRID_PROMPTS
             count = min(count, len(fixed))
             return self._numbered([fixed[position * len(fixed) // count] for position in range(count)], seed)
-        captions = self._captions("held_out", count)
-        return self._numbered(captions + self._captions("train", count - len(captions)), seed)
+        captions = self._captions(task, "held_out", count)
+        return self._numbered(captions + self._captions(task, "train", count - len(captions)), seed)
 
-    def _captions(self, split: Literal["held_out", "train"], limit: int) -> list[str]:
-        return [row.caption for row in self._rows(split, limit)]
+    def _captions(self, task: EvaluationTask, split: Literal["held_out", "train"], limit: int) -> list[str]:
+        return [row.caption for row in self._rows(task, split, limit)]
 
-    def _rows(self, split: Literal["held_out", "train"], limit: int) -> list[Row]:
-        return read_rows(self.store, self.raw, split, limit, captioned=True) if limit > 0 else []
+    def _rows(self, task: EvaluationTask, split: Literal["held_out", "train"], limit: int) -> list[Row]:
+        """Of the images that the phase takes."""
+        if limit <= 0:
+            return []
+        return read_rows(self.store, self.raw, split, limit, captioned=True, sizes=SizeRule.of_dict(task.protocol))
 
     def _numbered(self, prompts: Sequence[str], seed: int) -> list[Draw]:
         return [(prompt, seed + position) for position, prompt in enumerate(prompts)]

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sd3core.data.begun import begin
@@ -99,10 +99,16 @@ class ShardStage:
     needs: tuple[str, ...] = ()
     unit: str = "row"  # what a row of it is: "image", "caption"
     changes: Callable[[Sequence[MadeShard]], str] = lambda answers: ""  # says what changed in its source, where it can
+    rules: dict[str, Any] = field(default_factory=dict)  # what its note says beside the fields: no part of its spec
 
     @property
     def stems(self) -> list[str]:
         return [task.stem for task in self.tasks]
+
+    @property
+    def noted(self) -> dict[str, Any]:
+        """What the run's note says it was made by."""
+        return self.fields | self.rules
 
 
 def run_shard_stage(
@@ -298,7 +304,7 @@ def _conclude(
             commit_manifest(store, stage.folder, manifest)
     else:
         reason = changes or reason_to_work(
-            state.note, stage.folder, stage.fields, len(made_here), len(stage.tasks), "shard"
+            state.note, stage.folder, stage.noted, len(made_here), len(stage.tasks), "shard"
         )
         if state.damaged:
             reason = f"{state.damaged} or its copy was damaged, and is written again" + (
@@ -310,7 +316,7 @@ def _conclude(
         manifest = _build_manifest(store, stage, known, records)
         reference = commit_manifest(store, stage.folder, manifest, made_by(made_here, actors))
         store.remove_abandoned(stage.folder)
-    remember_stage(store, run, stage.name, stage.folder, reference.digest, stage.fields)
+    remember_stage(store, run, stage.name, stage.folder, reference.digest, stage.noted)
     return StageResult(
         stage=stage.name,
         path=reference.path,

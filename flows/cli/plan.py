@@ -28,6 +28,7 @@ from sd3core.words import GB
 from workers.rare_sizes import rare_sizes
 
 GIB = 2**30
+SIZES_TOLD = "images too small for a phase, and sizes with fewer images than a batch,"
 INDEXES_READ = 1_000  # of raw shards that nobody has counted yet: some seconds
 
 
@@ -48,17 +49,19 @@ def print_plan(recipe: Recipe, console: Console) -> None:
 
 
 def print_rare_sizes(recipe: Recipe, store: Store, console: Console) -> None:
-    """Prints what will become of sizes with fewer images than a batch, where the images are ingested; writes nothing."""
-    if all(len(phase.bucket_sides()) == 1 for _, phase in recipe.phases()):
+    """Prints what each phase will leave out for its size, and what will become of sizes with fewer images than a batch, where
+    the images are ingested; writes nothing.
+    """
+    if all(len(phase.bucket_sides()) == 1 and not phase.min_scale for _, phase in recipe.phases()):
         return
     try:
         said = _rare_sizes_notes(recipe, store) or [
-            "every size that has images has enough for a batch, or stays as it is encoded"
+            "every image fills its bucket, and every size that has images has enough for a batch, or stays as it is encoded"
         ]
     except NotFinishedError:
-        said = ["sizes with fewer images than a batch are told here when the images are ingested"]
+        said = [f"{SIZES_TOLD} are told here when the images are ingested"]
     except UserError as error:
-        said = [f"sizes with fewer images than a batch were not looked for: {error}"]
+        said = [f"{SIZES_TOLD} were not looked for: {error}"]
     console.print()
     for line in said:
         console.print(line, highlight=False, soft_wrap=True)
@@ -73,7 +76,7 @@ def _rare_sizes_notes(recipe: Recipe, store: Store) -> tuple[str, ...]:
         digests = upstream.towers_manifest.digests
     except NotFinishedError:  # then nothing is encoded, and which phases share latents is a matter of their sizes
         digests = dict.fromkeys(TOWER_FOLDERS, "")
-    look = lambda lists: look_at_raw_buckets(store, raw, lists, at_most=INDEXES_READ)
+    look = lambda rules: look_at_raw_buckets(store, raw, rules, at_most=INDEXES_READ)
     phases = [key for key, _ in recipe.phases()]
     return rare_sizes(recipe, store, phases, raw, ref.digest, digests, look).notes
 

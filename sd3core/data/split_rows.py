@@ -13,6 +13,7 @@ from sd3core.data.images import PixelRules, crop_to, decode_image
 from sd3core.data.manifest import Manifest
 from sd3core.data.records import FileRecord
 from sd3core.data.shards import image_of, not_of_its_manifest, read_samples, read_shard_index, sample_id
+from sd3core.data.size_rule import SizeRule
 from sd3core.data.store import Store
 from sd3core.specs import TAR
 
@@ -37,11 +38,12 @@ def read_rows(
     limit: int,
     *,
     captioned: bool = False,
+    sizes: SizeRule | None = None,
     only: Callable[[str], Container[str]] | None = None,
     most_shards: int | None = None,
 ) -> list[Row]:
     """At most `limit` rows of a split ("held_out" or "train"), the same for the same manifest; `captioned` skips empty
-    captions.
+    captions, `sizes` images that a phase leaves out.
 
     only(stem): the keys of a shard that count, of those that are there. `most_shards`: that are looked at, where rows are rare.
 
@@ -53,7 +55,9 @@ def read_rows(
         if len(rows) >= limit:
             break
         columns, keys = ["key", "caption", "offset", "length", "split"], only(shard.stem) if only else None
-        for row in read_shard_index(store, raw.folder, shard.stem, shard.index_digest).select(columns).to_pylist():
+        index = read_shard_index(store, raw.folder, shard.stem, shard.index_digest)
+        index = sizes.taken_of(index) if sizes else index
+        for row in index.select(columns).to_pylist():
             counts = row.pop("split") == split and (keys is None or row["key"] in keys)
             if counts and (row["caption"] or not captioned):
                 rows.append(Row(stem=shard.stem, **row))

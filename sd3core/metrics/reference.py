@@ -17,7 +17,8 @@ from safetensors.numpy import save as save_arrays
 
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.images import PixelRules
-from sd3core.data.manifest import Manifest
+from sd3core.data.manifest import Manifest, ManifestRef
+from sd3core.data.size_rule import SizeRule
 from sd3core.data.split_rows import DECODE_BATCH, read_row_images, read_rows
 from sd3core.data.store import Store, StoreDamaged, StoreNotFound
 from sd3core.specs import DONE_FILE, fingerprint, references_folder
@@ -43,9 +44,16 @@ class Reference:
         return np.array(found, dtype=np.int64), self.features[[place[keys[position]] for position in found]]
 
 
-def reference_fields(raw: Manifest, judge_digest: str, side_px: int, limit: int) -> dict[str, object]:
-    """What decides the reference set and its features: the readable half of a score's protocol."""
-    return {"format": REFERENCE_FORMAT, "raw": raw.digest, "judge": judge_digest, "side_px": side_px, "limit": limit}
+def reference_fields(
+    raw: ManifestRef, judge_digest: str, side_px: int, limit: int, sizes: SizeRule | None = None
+) -> dict[str, object]:
+    """What decides the reference set and its features: the readable half of a score's protocol.
+
+    `sizes`: of a phase that leaves out images; without it the fields are those from before there was such a rule.
+    """
+    rule = sizes.to_dict() if sizes else {}
+    fields = {"format": REFERENCE_FORMAT, "raw": raw.digest, "judge": judge_digest, "side_px": side_px, "limit": limit}
+    return fields | rule
 
 
 def reference_features(
@@ -71,7 +79,8 @@ def reference_features(
         image_embeddings,  # loads transformers, which planning does not need
     )
 
-    rows, parts = read_rows(store, raw, "held_out", int(fields["limit"])), []
+    rows = read_rows(store, raw, "held_out", int(fields["limit"]), sizes=SizeRule.of_dict(fields))
+    parts = []
     for start in range(0, len(rows), DECODE_BATCH):
         batch = rows[start : start + DECODE_BATCH]
         images = read_row_images(store, raw, batch, int(fields["side_px"]), rules, checked)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from sd3core.data.images import PixelRules
 from sd3core.data.shards import Sample, write_shard
+from sd3core.data.size_rule import SizeRule
 from sd3core.data.store import open_store
 from sd3core.errors import DataError
 from workers.at_once import SHARDS_AT_ONCE, ShardsAtOnce
@@ -73,7 +74,9 @@ def raw(tmp_path_factory):
 
 
 def tasks(raw, folder: str, count: int) -> list[ShardTask]:
-    return [ShardTask(n, raw.digest[:12], folder, raw.rows, LatentsSource(raw, ((32, 32),))) for n in range(count)]
+    return [
+        ShardTask(n, raw.digest[:12], folder, raw.rows, LatentsSource(raw, SizeRule(((32, 32),)))) for n in range(count)
+    ]
 
 
 def finish_times(worker, todo: list[ShardTask], threads: int) -> list[float]:

@@ -20,6 +20,7 @@ from sd3core.data.encoded_shards import NULL_FILE, NULL_RECORD, pin_null, read_n
 from sd3core.data.images import PixelRules
 from sd3core.data.manifest import Manifest, ShardEntry, commit_manifest
 from sd3core.data.shards import Sample, read_samples, read_shard_index, write_shard
+from sd3core.data.size_rule import SizeRule
 from sd3core.data.store import open_store
 from sd3core.data.stored_text import StoredText
 from sd3core.errors import DataError, RecipeError
@@ -76,7 +77,7 @@ def picture(size, shade):
 
 
 def encode(store, raw, folder, batch):
-    task = ShardTask(3, raw.digest[:12], folder, raw.rows, LatentsSource(raw, BUCKETS))
+    task = ShardTask(3, raw.digest[:12], folder, raw.rows, LatentsSource(raw, SizeRule(BUCKETS)))
     made = worker(store, batch)
     record = made(task).record
     stored = read_samples(store.get(f"{folder}/{task.stem}.tar"))
@@ -154,10 +155,10 @@ def test_images_that_are_enlarged_are_counted_and_told_by_phase(tmp_path):
     manifest = Manifest(stage="latents", spec="0", fields={}, inputs={}, folder="a", shards=[ShardEntry.of(record)])
     ref = commit_manifest(store, "a", manifest)
     result = StageResult("latents.pretrain", ref.path, ref.digest, True, "")
-    (told,) = _with_enlarged_images(store, "pretrain (32 px)", result).warnings
+    (told,) = _with_enlarged_images(store, "pretrain (32 px)", result, "a mend").warnings
     assert told == (
         "pretrain (32 px): 3 of 5 images enlarged more than 1.1 times to fill their bucket, 2 of them more than 2 times,"
-        " 1 of them more than 4 times, 1 of them more than 8 times; data.min_side_px leaves small images out, of every phase"
+        " 1 of them more than 4 times, 1 of them more than 8 times; a mend"
     )
 
 
@@ -167,7 +168,7 @@ def test_a_phase_that_enlarges_nothing_says_nothing(shard):
     manifest = Manifest(stage="latents", spec="0", fields={}, inputs={}, folder="a", shards=[ShardEntry.of(record)])
     ref = commit_manifest(store, "a", manifest)
     result = StageResult("latents.pretrain", ref.path, ref.digest, True, "")
-    assert _with_enlarged_images(store, "pretrain (32 px)", result) is result
+    assert _with_enlarged_images(store, "pretrain (32 px)", result, "a mend") is result
 
 
 def test_a_raw_shard_that_is_not_its_manifests_is_refused(shard):
@@ -337,7 +338,7 @@ def test_encoders_of_one_kind_are_loaded_at_a_time_and_nobody_passes_who_waits_f
 
     made = EncodeWorker("file:///nowhere", None, Text(), {}, 1, None, 1, "cpu", {}, 1e9)
     made.make = {source: (lambda source=source: load(source)) for source in (TextSource, LatentsSource)}
-    sources = [TextSource(None, None), LatentsSource(None, ())]
+    sources = [TextSource(None, None), LatentsSource(None, SizeRule(()))]
     todo = [ShardTask(number, "0" * 12, "f", 1, sources[number // 4 % 2]) for number in range(24)]
     with ThreadPoolExecutor(3) as threads:
         assert list(threads.map(made, todo, timeout=30)) == list(range(24))

@@ -20,7 +20,7 @@ from workers import rare_sizes
 from workers.encode import encode_phase
 from workers.ingest import ingest_stage
 from workers.inputs import InputShard
-from workers.rare_sizes import merged_digest, own_merges
+from workers.rare_sizes import latents_digest, own_merges
 from workers.stage import NOTHING_TO_DO, StageResult
 
 SETTINGS = [
@@ -163,7 +163,7 @@ def test_a_shard_is_named_by_the_merges_of_its_own_images_alone():
     def names(**merged: tuple[tuple[int, int], set[int]]) -> list[str]:
         sides = {"wide": wide, "tall": tall}
         by_side = {sides[name]: to for name, to in merged.items()}
-        return [merged_digest(shard, own_merges(by_side, number)) for number, shard in raw.items()]
+        return [latents_digest(shard, own_merges(by_side, number)) for number, shard in raw.items()]
 
     plain = names()
     assert plain == [f"{number}" * 12 for number in range(3)]

@@ -18,8 +18,10 @@ from sd3core.data.raw_buckets import (
     look_at_raw_buckets,
     merges_of,
     merging_note,
+    too_small_note,
 )
-from sd3core.data.shards import Sample, write_shard
+from sd3core.data.shards import Sample, read_shard_index, write_shard
+from sd3core.data.size_rule import SizeRule
 from sd3core.data.store import open_store
 from sd3core.errors import DataError
 from sd3core.specs import INDEX
@@ -60,7 +62,7 @@ def store(tmp_path):
 
 def counted(store, raw: Manifest, count=count_raw_buckets, **how) -> dict[int, dict[tuple[int, int], list[int]]]:
     """Shard -> bucket -> [rows to train on, held-out ones], where there are any."""
-    (found,) = count(store, raw, [SIDES], **how)
+    (found,) = count(store, raw, [SizeRule(SIDES)], **how)
     return {
         number: {side: both for side, both in zip(SIDES, rows.tolist(), strict=True) if any(both)}
         for number, rows in zip(found.numbers, found.rows, strict=True)
@@ -82,7 +84,27 @@ def test_each_raw_shard_is_counted_once(store):
     grown = counted(store, manifest(shards))
     assert grown.keys() == {0, 1, 2} and {number: grown[number] for number in counts} == counts
     with pytest.raises(DataError, match="its index is gone; delete its done record and run ingest again"):
-        count_raw_buckets(store, manifest(shards), [SIDES[:2]])  # other buckets are counted anew
+        count_raw_buckets(store, manifest(shards), [SizeRule(SIDES[:2])])  # other buckets are counted anew
+
+
+def test_what_a_rule_leaves_out_is_in_no_bucket(store):
+    """As the rule says it of one image, for scales at which sides lie just on the bound."""
+    raw = manifest([write(store, 0)])
+    for scale in (0.25, 1.0, 1.7 / 2, 400 / 432):
+        rule = SizeRule(SIDES, scale)
+        (rows,) = count_raw_buckets(store, raw, [rule])
+        wanted = Counter(nearest_bucket(*size, SIDES) for size in SIZES if rule.takes(*size))
+        assert {
+            side: int(found.sum()) for side, found in zip(SIDES, rows.rows[0], strict=True) if found.any()
+        } == wanted
+        assert int(rows.too_small.sum()) == sum(not rule.takes(*size) for size in SIZES)
+        again = SizeRule.of_dict({"other": 1} | rule.to_dict())
+        assert again == rule and len(rule.taken_of(read_shard_index(store, "raw", raw.shards[0].stem))) == sum(
+            wanted.values()
+        )
+    exact, wide = SizeRule(((512, 512), (352, 704)), 1.0), SizeRule(((512, 512), (352, 704)))
+    assert exact.takes(512, 512) and not exact.takes(511, 512) and exact.takes(704, 352) and not exact.takes(800, 351)
+    assert wide.takes(1, 1) and SizeRule.of_dict({}) is None
 
 
 def test_a_record_that_is_damaged_is_made_again(store):
@@ -99,7 +121,7 @@ def test_a_record_that_is_damaged_is_made_again(store):
 def test_a_look_writes_nothing_and_reads_no_more_than_it_may(store):
     raw = manifest([write(store, number) for number in range(3)])
     before = [entry.path for entry in store.list("raw/")]
-    assert look_at_raw_buckets(store, raw, [SIDES], at_most=2) is None
+    assert look_at_raw_buckets(store, raw, [SizeRule(SIDES)], at_most=2) is None
     counts = counted(store, raw, look_at_raw_buckets, at_most=3)
     assert [entry.path for entry in store.list("raw/")] == before
     assert counted(store, raw) == counts == counted(store, raw, look_at_raw_buckets, at_most=0)
@@ -118,7 +140,7 @@ def test_an_index_is_read_once_for_all_lists_and_a_kill_costs_a_part(store, monk
     monkeypatch.setattr(raw_buckets, "read_shard_index", reading)
     monkeypatch.setattr(raw_buckets, "SHARDS_A_RECORD", 2)
     monkeypatch.setattr(raw_buckets, "SHARDS_SHOWN", 1)
-    lists = [SIDES, SIDES[:2], SIDES]
+    lists = [SizeRule(SIDES), SizeRule(SIDES[:2]), SizeRule(SIDES)]
     with pytest.raises(KeyboardInterrupt):
         count_raw_buckets(store, raw, lists)
     first, second, again = count_raw_buckets(store, raw, lists, shown.append)
@@ -133,7 +155,14 @@ def test_an_index_is_read_once_for_all_lists_and_a_kill_costs_a_part(store, monk
 def test_what_is_merged_and_what_there_is_then():
     square, wide, tall = (256, 256), (240, 256), (352, 176)
     rows = RawBuckets(
-        (square, wide, tall), (3, 5), np.array([[[6, 1], [2, 1], [0, 0]], [[4, 0], [1, 0], [1, 0]]], dtype=np.int32)
+        (square, wide, tall),
+        (3, 5),
+        np.array([[[6, 1], [2, 1], [0, 0]], [[4, 0], [1, 0], [1, 0]]], dtype=np.int32),
+        np.array([[0, 0], [3, 1]], dtype=np.int32),
+    )
+    assert rows.left_out() == {5: 4}
+    assert too_small_note(rows, 0.5) == (
+        "4 of 20 images left out, 1 of them held out: they do not fill their bucket (min_scale 0.5; a smaller one enlarges them)"
     )
     assert rows.shards_with(wide) == {3, 5} and rows.shards_with(tall) == {5}
     merged = merges_of(rows, 8)
