@@ -113,6 +113,7 @@ def test_an_evaluation_says_the_checkpoints_that_it_scores(run, in_flow, monkeyp
     monkeypatch.setattr(Upstream, "digest_of", lambda *_: "b" * 64)
     monkeypatch.setattr(Upstream, "towers_manifest", SimpleNamespace(digests={}))
     monkeypatch.setattr(Upstream, "latents", lambda *_: REF)
+    monkeypatch.setattr(Upstream, "sizes", lambda *_: None)
     for name in ("raw", "text", "towers"):
         monkeypatch.setattr(Upstream, name, REF)
     run.upstream = Upstream(run.recipe, run.store)

@@ -120,12 +120,15 @@ def test_pages_show_them_as_text(rejected, monkeypatch):
     assert html.count("<h2>") == 1 and "<h1" not in html and "<script" not in html and "<a " not in html
     preview = _markdown(
         np.zeros((4, 4, 3), np.uint8),
-        rejected,
+        [("training captions", rejected), ("held-out captions", rejected)],
         {"phase": "pretrain", "samples": 1, "weights": "ema", "num_steps": 1, "guidance_scale": 1.0},
+        rejected[0],
     )
     html = MarkdownIt("gfm-like", {"linkify": False}).render(preview)
     assert (
-        is_shown(preview) and (html.count("<li>"), html.count("<img")) == (len(rejected), 1) and "<script" not in html
+        is_shown(preview)
+        and (html.count("<li>"), html.count("<img")) == (2 * len(rejected), 1)
+        and "<script" not in html
     )
 
 
