@@ -7,7 +7,7 @@ from typing import Any
 from prefect import flow
 
 from flows.stage import FLOW_OPTIONS, stage
-from flows.ui.tables import caption_table
+from flows.ui.captions import caption_tables
 from workers.caption import caption_stage
 
 
@@ -17,4 +17,4 @@ def caption(recipe: str, overrides: list[str] | None = None, remake: bool = Fals
     with stage("caption", recipe, overrides, remake) as run:
         result = caption_stage(run.recipe, run.store, run.upstream.raw, run.report)
         captioned = run.recipe.caption.captioner != "none"
-        return run.finish(result, [caption_table(run.store, result)] if captioned else [])
+        return run.finish(result, caption_tables(run.recipe, run.store, result) if captioned else [])

@@ -41,6 +41,7 @@ def pipeline(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
         before.check_room(living_nodes)
         before.check_start_from()
         before.check_vae()
+        before.check_captioner()
         run, folder = opened.recipe.run, run_folder(opened.recipe.run)
         begin(opened.store, run, "pipeline", folder, needs=[opened.recipe.model.start_from])
         for warning in short_average_warnings(opened.recipe):

@@ -11,10 +11,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TypeVar
 
 from flows.local.home import local_command
 from sd3core import specs
+from sd3core.captions.api_key import find_api_key, no_api_key
+from sd3core.captions.repeated import read_repeated
 from sd3core.checkpoint_facts import CheckpointFacts, trained_facts
 from sd3core.checkpoint_record import (
     CONFIG_FILE,
@@ -98,7 +101,20 @@ class Upstream:
     def text(self) -> ManifestRef:
         folder = specs.text_folder(self.recipe, self.towers_manifest.digests)
         manifest = self._manifest(folder, "encode", "text")
+        if manifest.inputs.get("repeated", "") != self._repeated():
+            raise DataError(
+                f"encode: what it made leaves out other captions than caption.max_share; {self._made_by('encode')}"
+            )
         return self._up_to_date(manifest, "encode", raw=self.raw, captions=self.captions)
+
+    def _repeated(self) -> str:
+        """Names the captions that text leaves out since they stand on too many images; "" for none."""
+        if not self.recipe.caption.by_model:
+            return ""
+        found = read_repeated(self.store, self.captions, self.recipe.caption.max_share)
+        if found is None:
+            raise self._missing("encode")
+        return found.digest
 
     def latents(self, phase_key: str) -> ManifestRef:
         """Phases of one resolution share them. Those that pretraining needs are encode's, all others are made before their phase."""
@@ -234,6 +250,21 @@ class Upstream:
         path = f"{specs.towers_folder(self.recipe)}/vae/config.json"
         if self.store.exists(path):
             check_vae_channels(self.store.get(path), channels, self.store.uri(path))
+
+    def check_captioner(self) -> None:
+        """Says of the captioner, before the hours of earlier stages, what it would say after them: a package that its model needs, a
+        key that is not there. Captions that stand need neither.
+        """
+        caption = self.recipe.caption
+        if not caption.by_model or self._has_nothing_to_do("caption"):
+            return
+        if caption.captioner == "vision_language_model":
+            from sd3core.captions.vision_language import load_processor  # loads transformers
+
+            load_processor(Path(caption.model))
+        # on a cluster its nodes may have the key
+        elif caption.api_key_env and self.recipe.compute.ray_address is None and not find_api_key(caption.api_key_env):
+            raise no_api_key(caption.api_key_env)
 
     def check_room(self, living_nodes: Callable[[], Sequence[Node]]) -> None:
         """Says before the first stage what a later one would say of compute's CPUs and GPUs. A stage for which all stands as today's

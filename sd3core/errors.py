@@ -42,6 +42,10 @@ class StoreError(UserError):
     """A store that cannot be reached, read or written."""
 
 
+class StopStageError(UserError):
+    """What all of a stage's work needs is gone or of no use: no other task, worker or attempt would do better."""
+
+
 class CheckpointError(UserError):
     """A checkpoint whose keys, shapes or files do not fit."""
 

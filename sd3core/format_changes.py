@@ -7,7 +7,7 @@ from typing import Any
 from sd3core.data.manifest import flatten
 
 # Names of numbers that only this software changes.
-VERSION_KEYS = ("format", "world", "pixels", "slices", "formulation_version")
+VERSION_KEYS = ("format", "world", "pixels", "slices", "rules", "formulation_version")
 
 
 def format_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str] | None:

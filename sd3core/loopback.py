@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Mapping
 
@@ -19,3 +20,13 @@ def direct_loopback(environ: Mapping[str, str]) -> dict[str, str]:
 def keep_loopback_direct() -> None:
     """Keeps loopback direct for this process and those it starts. Call before clients are made: they read the environment once."""
     os.environ.update(direct_loopback(os.environ))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a URL's host is this machine itself, which no proxy can reach."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

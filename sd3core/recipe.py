@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, 
 from sd3core.backbone_config import CONFIGS, BackboneConfig
 from sd3core.buckets import PATCH_PX, Side, bucket_name, bucket_sides, buckets_for_area
 from sd3core.formulation_names import canonical_name, export_problem, family, shift_problem
+from sd3core.recipe_caption import CaptionSettings
 from sd3core.recipe_compute import Compute
 from sd3core.recipe_export import Export
 from sd3core.recipe_section import Section
@@ -240,16 +241,13 @@ class Towers(Section):
         return self
 
 
-class Caption(Section):
-    captioner: Literal["small_world", "vision_language_model", "none"]
-    model: str | None = None  # local path of the vision-language model
-    prompt: str = "Describe this image in one detailed sentence: every object, its colour, how many, and where."
-    max_new_tokens: int = Field(64, ge=1)
-    batch: int = Field(8, ge=1)
-    precision: Precision = "fp32"  # that the model computes in; auto: as for encode
+class Caption(CaptionSettings):
+    precision: Precision = "fp32"  # that a vision-language model computes in here; auto: as for encode
 
     @model_validator(mode="after")
     def _model_named(self) -> Caption:
+        if self.captioner == "endpoint":
+            return self
         if self.captioner == "vision_language_model" and not self.model:
             raise ValueError("caption.model must name a local folder when caption.captioner is 'vision_language_model'")
         _refuse_url("model", self.model)
@@ -503,6 +501,12 @@ class Recipe(Section):
         if self.caption.captioner == "small_world" and self.data.source != "small_world":
             raise ValueError(
                 "caption.captioner 'small_world' reads drawn scenes only; take vision_language_model or none"
+            )
+        actors, requests = self.compute.for_stage("caption").actors, self.caption.requests_in_flight
+        if self.caption.captioner == "endpoint" and requests < actors:
+            raise ValueError(
+                f"caption.requests_in_flight {requests} is less than the {actors} actors that share them; raise it, or"
+                f" set compute.caption.actors to {requests}"
             )
         return self
 

@@ -36,6 +36,7 @@ SLICES = 2  # how a folder's files become shards (1, runs of files by name, stoo
 WORLD = (
     2  # the small world's scenes, pictures and captions (1 stood in no fingerprint); raise it when any of them changes
 )
+CAPTION_RULES = 2  # which of a model's captions are thrown out (1, the empty ones, stood in no fingerprint)
 
 
 def fingerprint(fields: Any) -> str:
@@ -48,7 +49,14 @@ def version_numbers() -> str:
     """Names all the numbers that only this software changes, as they are in this version."""
     formulations = {name: kind.version for name, kind in FORMULATION_KINDS.items() if kind.version > 1}
     return fingerprint(
-        {"formats": FORMATS, "pixels": PIXELS, "slices": SLICES, "world": WORLD, "formulations": formulations}
+        {
+            "formats": FORMATS,
+            "pixels": PIXELS,
+            "slices": SLICES,
+            "world": WORLD,
+            "rules": CAPTION_RULES,
+            "formulations": formulations,
+        }
     )
 
 
@@ -90,11 +98,13 @@ def towers_fields(recipe: Recipe) -> dict[str, Any]:
 
 def captions_fields(recipe: Recipe) -> dict[str, Any]:
     """A captioning model counts by its files and not by its path. Raises DataError where its folder is not here."""
-    caption = recipe.caption.model_dump(mode="json", exclude={"batch", "precision"})
+    caption = recipe.caption.spec_fields()
     if recipe.caption.captioner == "vision_language_model":
         caption["model"] = model_identity(recipe.caption.model, "caption.model")
         caption |= _computed_in(recipe.caption.precision)
     fields = {"format": FORMATS["captions"], "caption": caption, "raw": fingerprint(raw_fields(recipe))}
+    if recipe.caption.by_model:
+        fields["rules"] = CAPTION_RULES
     return fields | (_pixels(recipe) if recipe.caption.captioner != "none" else {})
 
 

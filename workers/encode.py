@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Set as AbstractSet
 from threading import Condition, Lock
 from typing import Any
 
+from sd3core.captions.repeated import NONE_REPEATED, RepeatedCaptions, find_repeated
 from sd3core.data.encoded_shards import NULL_FILE, pin_null
 from sd3core.data.folder_source import Tell
 from sd3core.data.images import PixelRules
@@ -56,15 +58,18 @@ def encode_stage(
     raw_manifest = read_manifest(store, raw.folder, raw.digest)
     raw_shards = input_shards(raw_manifest)
     caption_shards = input_shards(read_manifest(store, captions.folder, captions.digest)) if captions else {}
+    repeated = NONE_REPEATED
+    if captions and recipe.caption.by_model:
+        repeated = find_repeated(store, captions, recipe.caption.max_share, report)
     first, *later = (key for key, _ in recipe.phases())
     rare = _rare_sizes(recipe, store, [first, *later], raw_manifest, raw.digest, digests, report, tell)
     stages = [
-        _text_stage(recipe, digests, raw, raw_shards, captions, caption_shards),
+        _text_stage(recipe, digests, raw, raw_shards, captions, caption_shards, repeated),
         _latents_stage(recipe, first, digests, raw, raw_shards, rare),
     ]
     folder = stages[0].folder
     damaged = pin_null(store, folder)
-    text, latents = _encode(recipe, store, stages, towers, report)
+    text, latents = _encode(recipe, store, stages, towers, report, repeated)
     pin_null(store, folder)  # here, where one process does it: several workers may have written it
     text = _with_cut_captions(store, recipe, text)
     if damaged:
@@ -104,10 +109,15 @@ def encode_phase(
 
 
 def _encode(
-    recipe: Recipe, store: Store, stages: list[ShardStage], towers: ManifestRef, report: ProgressCallback
+    recipe: Recipe,
+    store: Store,
+    stages: list[ShardStage],
+    towers: ManifestRef,
+    report: ProgressCallback,
+    repeated: RepeatedCaptions = NONE_REPEATED,
 ) -> list[StageResult]:
     compute = recipe.compute.for_stage("encode")
-    worker = encoding_settings(recipe, store, towers)
+    worker = encoding_settings(recipe, store, towers) | {"repeated": frozenset(repeated.captions)}
     return run_shard_stages(store, recipe.run, stages, EncodeWorker, worker, compute, report)
 
 
@@ -224,7 +234,7 @@ def cut_advice(text: Text, captioner: str) -> str:
     """What can be done about captions that are longer than the encoders read: no key is raised that is at its maximum."""
     keys = [f"text.{key} (up to {most})" for key, most in TOKENS_AT_MOST.items() if getattr(text, key) < most]
     advice = f"raise {' or '.join(keys)}" if keys else "both are the most there is: shorten the captions"
-    if captioner == "vision_language_model":
+    if captioner in ("vision_language_model", "endpoint"):
         advice += "; the captioner's are shorter with another caption.prompt or fewer caption.max_new_tokens"
     return f"{advice} to have the ends count"
 
@@ -236,14 +246,18 @@ def _text_stage(
     raw_shards: dict[int, InputShard],
     captions: ManifestRef | None,
     caption_shards: dict[int, InputShard],
+    repeated: RepeatedCaptions,
 ) -> ShardStage:
+    """Which captions are left out counts in a shard's digest: where others are, its rows are taken over, and few are encoded."""
     folder, fields = text_folder(recipe, digests), text_fields(recipe, digests)
     tasks = []
     for number, shard in raw_shards.items():
         captioned = caption_shards.get(number)
-        digest = parts_digest(shard.digest, captioned.digest if captioned else "")
+        left_out = [repeated.digest] if repeated.captions else []
+        digest = parts_digest(shard.digest, captioned.digest if captioned else "", *left_out)
         tasks.append(ShardTask(number, digest, folder, shard.rows, TextSource(shard, captioned)))
     inputs = {"raw": raw.digest} | ({"captions": captions.digest} if captions else {})
+    inputs |= {"repeated": repeated.digest} if repeated.captions else {}
     return ShardStage("text", "text", folder, fields, inputs, tasks, needs=(NULL_FILE,), unit="caption")
 
 
@@ -264,12 +278,14 @@ class EncodeWorker:
         device: str,
         precisions: dict[str, SettledPrecision],
         most_bytes: float,
+        repeated: AbstractSet[int] = frozenset(),
     ) -> None:
+        """`repeated`: hashes of synthetic captions that text leaves out."""
         store, self.at_once = open_store(store_url), ShardsAtOnce(most_bytes)
         shared = (self.at_once, self._fetched)
         self.make = {
             TextSource: lambda: TextWorker(
-                store, towers, text, dtypes["text"], batch, device, precisions["text"], *shared
+                store, towers, text, dtypes["text"], batch, device, precisions["text"], *shared, repeated
             ),
             LatentsSource: lambda: LatentsWorker(
                 store, towers, dtypes["latents"], batch, rules, threads, device, precisions["latents"], *shared

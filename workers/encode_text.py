@@ -6,10 +6,12 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
+from sd3core.captions.repeated import caption_hash
 from sd3core.data.earlier_rows import EarlierRow, EarlierRows
 from sd3core.data.encoded_shards import (
     FEATURES,
@@ -37,6 +39,7 @@ from workers.shard_stage import MadeShard, ShardTask
 if TYPE_CHECKING:
     from sd3core.data.stored_text import StoredText
 
+ON_TOO_MANY = "captions on too many images"  # how many of a shard's synthetic ones are left out for that
 TOO_LONG = "captions too long"  # how many images of a shard have one, original or synthetic
 NONE_STOOD: Mapping[str, EarlierRow] = MappingProxyType({})
 
@@ -72,12 +75,15 @@ class TextWorker:
         precision: SettledPrecision,
         at_once: ShardsAtOnce,
         report: ProgressCallback = ignore_progress,  # of fetching the encoders
+        repeated: AbstractSet[int] = frozenset(),
     ) -> None:
+        """`repeated`: hashes of synthetic captions that are left out, for they stand on too many images."""
         # here, so that a latents worker does not load transformers, nor the process that hands out shards torch
         from sd3core.precision import PRECISION_DTYPES
         from sd3core.towers.text_encoders import load_text_encoders
 
         self.store, self.text, self.dtype, self.batch, self.at_once = store, text, dtype, batch, at_once
+        self.repeated = repeated
         local = fetch_towers(store, towers.folder, towers_cache(), ENCODERS, towers.digest, report)
         self.encoders = load_text_encoders(local, text, PRECISION_DTYPES[precision], device)
 
@@ -95,7 +101,7 @@ class TextWorker:
                 return MadeShard(read_shard_done(self.store, task.folder, task.stem))
         failed: list[FailedRow] = []
         counts: Counter[str] = Counter()
-        uses = _distinct(self._captions(task.source))
+        uses = _distinct(self._captions(task.source, counts))
         with EarlierRows(self.store, task.folder, task.earlier) as earlier:
             stood = earlier.find({caption_id(caption) for caption in uses}, lambda row: row["caption_id"])
             samples = self._samples(uses, task.rows, failed, counts, turn, stood)
@@ -103,8 +109,8 @@ class TextWorker:
             record = write_shard(self.store, task.folder, task.stem, samples, failed, TEXT_SCHEMA, counts=counts)
         return MadeShard(record, len(stood), len(uses) - len(stood), tuple(earlier.told))
 
-    def _captions(self, source: TextSource) -> Iterator[tuple[CaptionUse, str]]:
-        """Every caption there is, and whose it is."""
+    def _captions(self, source: TextSource, counts: Counter[str]) -> Iterator[tuple[CaptionUse, str]]:
+        """Every caption that is used, and whose it is."""
         raw = read_input_index(self.store, source.raw)
         synthetic = {}
         if source.captions:
@@ -113,7 +119,11 @@ class TextWorker:
         for key, originals in zip(raw["key"].to_pylist(), captions_column(raw), strict=True):
             for place, original in enumerate(originals):
                 yield CaptionUse(key, ORIGINAL, place if len(originals) > 1 else None), original
-            if synthetic.get(key):
+            if not synthetic.get(key):
+                continue
+            if self.repeated and caption_hash(synthetic[key]) in self.repeated:
+                counts[ON_TOO_MANY] += 1
+            else:
                 yield CaptionUse(key, SYNTHETIC), synthetic[key]
 
     def _samples(

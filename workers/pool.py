@@ -25,7 +25,7 @@ from ray.exceptions import RayActorError, RayError
 
 from sd3core.data.provenance import Provenance, device_kind, provenance
 from sd3core.data.store import is_transient
-from sd3core.errors import UserError, error_in_one_line, is_of_the_machine
+from sd3core.errors import StopStageError, UserError, error_in_one_line, is_of_the_machine
 from workers.ray_room import actors_problem
 from workers.ray_session import RayLost, check_ray, drivers_mark, elsewhere, living_nodes, restart_ray
 
@@ -94,8 +94,8 @@ def map_over_actors(
     its message); where a process dies at several, nobody knows which it was, and each is tried again alone. `report(outcome,
     done, total)` is called as each task ends; `watch(task, progress)` about once a second with what a busy worker
     shows; `tell` hears that Ray itself has died and was started again, after which what had not ended begins anew.
-    Raises PoolFailed when no worker can be loaded, and at once when loading raises a UserError that stays or no node
-    of Ray has room for one; RayLost when Ray dies again and again.
+    Raises PoolFailed when no worker can be loaded, and at once when loading raises a UserError that stays, a task raises a
+    StopStageError or no node of Ray has room for a worker; RayLost when Ray dies again and again.
     """
     if not tasks:
         return []
@@ -136,13 +136,15 @@ class _Answer:
     error: str | None = None
     stays: bool = False  # the error: no other worker and no other attempt would do better
     of_the_process: bool = False  # the error: this worker may be of no use for other tasks either
+    of_all: bool = False  # the error: no worker would be of use for any task
 
 
 def _answer(work: Callable[[], Any]) -> _Answer:
     try:
         return _Answer(work())
     except UserError as error:
-        return _Answer(error=f"{error}{elsewhere()}", stays=not is_transient(error))
+        of_all = isinstance(error, StopStageError)
+        return _Answer(error=f"{error}{elsewhere()}", stays=not is_transient(error), of_all=of_all)
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         words = f"{type(error).__name__}: {error_in_one_line(error)} ({Path(place.filename).name}:{place.lineno})"
@@ -276,6 +278,8 @@ class _Pool(Generic[Task]):
             return
         except RayError as error:  # a task or result that cannot be pickled, a lost object
             answer = _Answer(error=_missing_module(error) or error_in_one_line(error))
+        if answer.of_all:
+            raise PoolFailed(answer.error)
         if reference == seat.loading:
             self._take_load(seat, answer)
         elif answer.of_the_process:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from sd3core.data.manifest import read_manifest
-from sd3core.data.shards import read_table
 from sd3core.data.store import Store
 from sd3core.towers.artifact import read_towers
 from workers.stage import StageResult
-
-CAPTIONS_SHOWN = 8
 
 
 def shard_table(store: Store, results: dict[str, StageResult], rows_are: str = "rows") -> list[dict[str, object]]:
@@ -47,13 +44,3 @@ def towers_table(store: Store, result: StageResult) -> list[dict[str, object]]:
             }
         )
     return rows
-
-
-def caption_table(store: Store, result: StageResult) -> list[dict[str, object]]:
-    """The first captions."""
-    manifest = read_manifest(store, result.manifest.folder, result.manifest.digest)
-    if not manifest.shards:
-        return []
-    first = manifest.shards[0]
-    made = read_table(store, manifest.folder, first.stem, first.digest).slice(0, CAPTIONS_SHOWN).to_pylist()
-    return [{"key": row["key"], "synthetic caption": row["caption"], "by": row["model"]} for row in made]

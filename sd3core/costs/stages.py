@@ -126,6 +126,8 @@ def _captioning(recipe: Recipe, rows: int, shown: str, on: _Actors) -> StageCost
     if caption.captioner == "small_world":
         actors = recipe.compute.for_stage("caption").actors
         return StageCost("caption", shown, 0.0, rows / (SMALL_CAPTIONS_PER_S * actors) / 3600, actors)
+    if caption.captioner == "endpoint":
+        return StageCost("caption", f"{shown}; at the rate of {caption.endpoint}", 0.0, None, on.devices)
     parameters = _parameters(caption.model)
     if parameters is None:
         return StageCost("caption", f"{shown}; {caption.model} is not on this machine", 0.0, None, on.devices)

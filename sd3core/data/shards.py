@@ -132,12 +132,27 @@ def write_shard(
     return _finish(store, folder, stem, len(rows), failed, size + len(index), files, digest, extra)
 
 
-def write_table(store: Store, folder: str, stem: str, table: pa.Table, failed: list[FailedRow]) -> DoneRecord:
-    """Writes FOLDER/STEM.parquet, then the done record: a shard that is rows without files (captions)."""
+def write_table(
+    store: Store,
+    folder: str,
+    stem: str,
+    table: pa.Table,
+    failed: list[FailedRow],
+    index: pa.Table | None = None,
+    counts: dict[str, int] | None = None,
+) -> DoneRecord:
+    """Writes FOLDER/STEM.parquet, STEM.index.parquet where there is one, then the done record: a shard that is rows without files
+    (captions). `counts`: the record's `extra`.
+    """
     data = _parquet_bytes(table)
     store.put(f"{folder}/{stem}{TABLE}", data)
     digest = hashlib.sha256(data).hexdigest()
-    return _finish(store, folder, stem, table.num_rows, failed, len(data), {TABLE: digest}, digest, {})
+    size, files = len(data), {TABLE: digest}
+    if index is not None:
+        beside = _parquet_bytes(index)
+        store.put(f"{folder}/{stem}{INDEX}", beside)
+        size, files[INDEX] = size + len(beside), hashlib.sha256(beside).hexdigest()
+    return _finish(store, folder, stem, table.num_rows, failed, size, files, digest, counts or {})
 
 
 def finished_stems(store: Store, folder: str) -> dict[str, float]:
