@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from in_process import without_ray
+from PIL.Image import Image
 
 import workers.shard_stage
+from sd3core.captions.said import Said
 from sd3core.conditioning import ENCODERS, TextFeatures
 from sd3core.data.manifest import ManifestRef
 from sd3core.towers.artifact import TOWER_FOLDERS
@@ -56,6 +58,18 @@ class CountingEncoders:
         return [caption for caption in captions if len(caption.split()) > 3]
 
 
+class CountingCaptioner:
+    def __init__(self, seen: Seen) -> None:
+        self.seen = seen
+
+    def prepare(self, images: Sequence[Image]) -> Sequence[Image]:
+        return images
+
+    def write(self, images: Sequence[Image], seeds: Sequence[int]) -> list[Said]:
+        self.seen.captioned += len(images)
+        return [Said("shade {} {} {}".format(*np.asarray(image)[0, 0])) for image in images]
+
+
 class CountingAutoencoder:
     def __init__(self, seen: Seen) -> None:
         self.seen = seen
@@ -71,10 +85,6 @@ def count_models(patch, folder: Path) -> Seen:
     """From here on captioning and encoding work in this process, with models that count. The towers are TOWERS."""
     seen = Seen()
 
-    def captioner(images):
-        seen.captioned += len(images)
-        return ["shade {} {} {}".format(*np.asarray(image)[0, 0]) for image in images]
-
     without_ray(patch, workers.shard_stage)
     patch.setenv("SD3_HOME", str(folder / "home"))
     patch.setattr("workers.encode.read_towers", lambda *_: SimpleNamespace(digests=DIGESTS))
@@ -82,6 +92,6 @@ def count_models(patch, folder: Path) -> Seen:
         patch.setattr(f"workers.{module}.fetch_towers", lambda *_: folder)
     patch.setattr("sd3core.towers.text_encoders.load_text_encoders", lambda *_: CountingEncoders(seen))
     patch.setattr("sd3core.towers.autoencoder.load_autoencoder", lambda *_: CountingAutoencoder(seen))
-    patch.setattr("workers.caption._load_captioner", lambda *_: captioner)
+    patch.setattr("workers.caption.load_captioner", lambda *_: CountingCaptioner(seen))
     patch.setattr("sd3core.specs.model_identity", lambda *_: "0" * 12)
     return seen

@@ -506,7 +506,10 @@ CHANGES: list[tuple[set[str], dict[str, Any]]] = [
     ),
     ({"text", *TRAINED}, under("encode", text_precision="bf16")),
     ({*LATENTS, *TRAINED}, under("encode", latent_dtype="float16", latent_precision="bf16")),
-    (set(), under("caption", precision="bf16")),  # the small world's captioner has no model
+    # the small world's captioner has no model, and no rules
+    (set(), under("caption", precision="bf16", image_side_px=64, temperature=1.0, seed=1, max_share=0.5)),
+    (set(), under("caption", endpoint="http://a/v1", revision="1", api_key_env="KEY")),
+    (set(), under("caption", requests_in_flight=4, request_timeout_s=1.0, retry_s=1.0)),
     (TRAINED, under("text", null="empty") | under("model", depth=2, base_side_px=64, max_side_px=256)),
     (TRAINED, under("model", architecture="dit", streams=3, dual_attention_blocks=1)),
     ({"latents.pretrain", *TRAINED}, under("pretrain", side_px=48)),

@@ -20,7 +20,7 @@ from sd3core.captions.repeated import (
     find_repeated,
     sample_bound,
 )
-from sd3core.captions.rules import OF_A_BROKEN_MODEL, REPEATED, RULES, judge
+from sd3core.captions.rules import OF_A_BROKEN_MODEL, REPEATED, RULES, apply_rules
 from sd3core.captions.said import Said, caption_seed
 from sd3core.data.earlier_rows import EarlierRows, row_name
 from sd3core.data.images import PixelRules, decode_image, naming
@@ -226,7 +226,7 @@ class CaptionWorker:
     def _row(self, key: str, said: Said) -> dict[str, Any]:
         if not self.caption.by_model:
             return {"key": key, "caption": said.text, "model": self.caption.captioner, "prompt": ""}
-        judged = judge(said)
+        judged = apply_rules(said)
         return {
             "key": key,
             "caption": judged.caption,

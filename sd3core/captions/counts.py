@@ -11,7 +11,7 @@ from typing import Any
 from sd3core.captions.rules import RULES
 
 THROWN_OUT, SHORTENED = "thrown out: ", "shortened to whole sentences"
-WORDS, TOKENS = "words", "tokens"
+IN_WORDS, IN_TOKENS = "words", "tokens"
 LENGTHS = ("1-7", "8-15", "16-31", "32-63", "64-127", "128-255", "256+")  # of a caption: every one twice the one before
 
 
@@ -32,10 +32,10 @@ def count_captions(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
         if row["rule"]:
             counts[f"{THROWN_OUT}{row['rule']}"] += 1
             continue
-        counts[f"{WORDS} {length_class(count_words(row['caption']))}"] += 1
+        counts[f"{IN_WORDS} {length_class(count_words(row['caption']))}"] += 1
         counts[SHORTENED] += row["said"] is not None
         if row["tokens"]:
-            counts[f"{TOKENS} {length_class(row['tokens'])}"] += 1
+            counts[f"{IN_TOKENS} {length_class(row['tokens'])}"] += 1
     return {name: counts[name] for name in sorted(counts) if counts[name]}
 
 
@@ -51,6 +51,6 @@ class CaptionCounts:
     @classmethod
     def of(cls, counts: Mapping[str, int]) -> CaptionCounts:
         """`counts`: a captions manifest's, of all its shards."""
-        lengths = {kind: {name: counts.get(f"{kind} {name}", 0) for name in LENGTHS} for kind in (WORDS, TOKENS)}
+        lengths = {kind: {name: counts.get(f"{kind} {name}", 0) for name in LENGTHS} for kind in (IN_WORDS, IN_TOKENS)}
         thrown_out = {rule: counts[f"{THROWN_OUT}{rule}"] for rule in RULES if f"{THROWN_OUT}{rule}" in counts}
-        return cls(thrown_out, counts.get(SHORTENED, 0), lengths[WORDS], lengths[TOKENS])
+        return cls(thrown_out, counts.get(SHORTENED, 0), lengths[IN_WORDS], lengths[IN_TOKENS])

@@ -41,7 +41,7 @@ REFUSES_ALL = {401: "refuses the key", 403: "refuses the key", 404: "does not kn
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 CONNECT_S = 10.0
 MOST_BYTES = 4 << 20  # of an answer
-SAID_CHARS = 300  # of what a server says of an error
+ERROR_CHARS = 300  # of what a server says of an error
 AFTER_IT = "what is captioned stays, and the same command goes on"
 
 
@@ -278,8 +278,8 @@ def _words(body: bytes) -> str:
         said = said.get("error", said.get("message", said.get("detail", "")))
         said = said.get("message", "") if isinstance(said, dict) else said
     except (ValueError, AttributeError):
-        said = body[:SAID_CHARS].decode(errors="replace")
-    words = " ".join(printable(str(said)).split())[:SAID_CHARS]
+        said = body[:ERROR_CHARS].decode(errors="replace")
+    words = " ".join(printable(str(said)).split())[:ERROR_CHARS]
     return f": {words}" if words else ""
 
 

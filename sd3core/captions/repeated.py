@@ -33,13 +33,13 @@ from sd3core.specs import fingerprint
 SAMPLED_IMAGES = 1 << 20
 HASHES = 1 << 63  # of keys: sd3core.data.shards.sample_id
 REPEATED_AT_LEAST = 20  # images: a small data set's share may be one image
-READING_THREADS = 32
+INDEX_THREADS = 32
 SHARDS_READ_TOGETHER = (
     1024  # their answers, for as long as they are not counted, are all that is held beside the sample
 )
 TEXTS_SHOWN, TEXT_CHARS = 8, 300
-RECORD = "REPEATED."  # begins the record's name, beside the manifest
-NO_CAPTION = 0  # in place of a caption's hash
+REPEATED_RECORD = "REPEATED."  # begins the record's name, beside the manifest
+NO_HASH = 0  # in place of a caption's hash
 
 
 def sample_bound(images: int) -> int:
@@ -48,7 +48,7 @@ def sample_bound(images: int) -> int:
 
 
 def caption_hash(caption: str) -> int:
-    """63 bits of a caption's SHA-256, never NO_CAPTION."""
+    """63 bits of a caption's SHA-256, never NO_HASH."""
     return int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "big") % (HASHES - 1) + 1
 
 
@@ -57,7 +57,7 @@ def caption_index(rows: Iterable[tuple[str, str]], bound: int) -> pa.Table:
     sampled = [(hashed, caption) for key, caption in rows if (hashed := sample_id(key)) < bound]
     columns = {
         "key_hash": pa.array([hashed for hashed, _ in sampled], pa.int64()),
-        "caption_hash": pa.array([caption_hash(text) if text else NO_CAPTION for _, text in sampled], pa.int64()),
+        "caption_hash": pa.array([caption_hash(text) if text else NO_HASH for _, text in sampled], pa.int64()),
     }
     return pa.table(columns).replace_schema_metadata({"bound": str(bound)})
 
@@ -127,7 +127,7 @@ def read_repeated(store: Store, captions: ManifestRef, max_share: float) -> Repe
 
 
 def _path(captions: ManifestRef, max_share: float) -> str:
-    return f"{captions.folder}/{RECORD}{fingerprint([captions.digest, max_share])}.json"
+    return f"{captions.folder}/{REPEATED_RECORD}{fingerprint([captions.digest, max_share])}.json"
 
 
 def _read_sample(store: Store, manifest: Manifest, report: ProgressCallback) -> tuple[np.ndarray, np.ndarray, int]:
@@ -137,7 +137,7 @@ def _read_sample(store: Store, manifest: Manifest, report: ProgressCallback) -> 
     bound = sample_bound(manifest.rows)
     parts: list[np.ndarray] = []  # (2, n)
     meter = ProgressMeter(len(manifest.shards), "shards", report)
-    with ThreadPoolExecutor(READING_THREADS, thread_name_prefix="repeated") as threads:
+    with ThreadPoolExecutor(INDEX_THREADS, thread_name_prefix="repeated") as threads:
         for start in range(0, len(manifest.shards), SHARDS_READ_TOGETHER):
             if start:
                 meter.update(start, "counting captions that stand on many images")
@@ -166,7 +166,7 @@ def _index(store: Store, folder: str, entry: ShardEntry) -> tuple[np.ndarray, np
 def _repeated(
     store: Store, manifest: Manifest, hashes: np.ndarray, sampled: float, max_share: float
 ) -> RepeatedCaptions:
-    values, counts = np.unique(hashes[hashes != NO_CAPTION], return_counts=True)
+    values, counts = np.unique(hashes[hashes != NO_HASH], return_counts=True)
     over = np.flatnonzero((counts > max_share * len(hashes)) & (counts >= REPEATED_AT_LEAST * sampled))
     order = over[np.lexsort((values[over], -counts[over]))]
     texts = _texts(store, manifest, [int(values[i]) for i in order[:TEXTS_SHOWN]])

@@ -70,7 +70,7 @@ class Judged:
     shortened: bool = False  # to its whole sentences
 
 
-def judge(said: Said) -> Judged:
+def apply_rules(said: Said) -> Judged:
     """What is kept of one caption, in one line, or the rule that it breaks."""
     line = one_line(said.text)
     if said.refused:

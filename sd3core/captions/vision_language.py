@@ -149,7 +149,7 @@ def _not_loaded(folder: Path, error: Exception) -> DataError:
             f"caption.model {folder}: it needs the package {package}, which this project's lock has not; install it where"
             " captions are made, take a model without it, or let a server run the model (caption.captioner=endpoint)"
         )
-    if "trust_remote_code" in words:
+    if "trust_remote_code" in words or _names_code(folder):
         return DataError(
             f"caption.model {folder}: it brings code of its own, and that is never run here; take a model that transformers"
             " has, or let a server run it (caption.captioner=endpoint)"
@@ -157,6 +157,11 @@ def _not_loaded(folder: Path, error: Exception) -> DataError:
     return DataError(
         f"caption.model {folder}: not a vision-language model that transformers loads ({words[:300] or type(error).__name__})"
     )
+
+
+def _names_code(folder: Path) -> bool:
+    """Whether a config says that its classes are in files beside it."""
+    return any('"auto_map"' in path.read_text(errors="replace") for path in folder.glob("*config.json"))
 
 
 def _without_prompt(generated: Tensor, prompt: Tensor) -> Tensor:

@@ -4,66 +4,29 @@ import io
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from vision_language_models import write_llava
 
+from sd3core.captions.repeated import caption_hash
+from sd3core.captions.rules import EMPTY, ONE_CHARACTER, REFUSING
+from sd3core.captions.said import Said, caption_seed
 from sd3core.data.images import PixelRules
-from sd3core.data.shards import Sample, read_shard_done, read_table, write_shard
+from sd3core.data.shards import Sample, read_shard_done, read_shard_index, read_table, write_shard
 from sd3core.data.store import open_store
-from sd3core.errors import DataError
+from sd3core.errors import DataError, StopStageError
+from sd3core.model_identity import model_identity
 from sd3core.recipe import Caption
-from sd3core.towers.captioner import VisionLanguageCaptioner, _tidy
-from workers.caption import TOO_MANY_FAILED, CaptionWorker
+from sd3core.small_world.scenes import draw_scene, render
+from sd3core.specs import INDEX
+from workers.caption import TOO_MANY_FAILED, TOO_MANY_USELESS, CaptionWorker
 from workers.inputs import InputShard
 from workers.shard_stage import ShardTask
-
-TEMPLATE = (
-    "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def vlm_folder(tmp_path_factory):
-    """A LLaVA of random weights with a processor of its own: the classes are real, the words mean nothing."""
-    words = Tokenizer(models.BPE())
-    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>", "<image>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    words.train_from_iterator(["a red circle"], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        additional_special_tokens=["<image>"],
-    )
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision = CLIPVisionConfig(**small, image_size=32, patch_size=16)
-    text = LlamaConfig(**small, vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=3))
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
-        tokenizer=tokenizer,
-        patch_size=16,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    )
     folder = tmp_path_factory.mktemp("vlm")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    write_llava(folder)
     return folder
 
 
@@ -86,96 +49,177 @@ def png(image):
     return sink.getvalue()
 
 
-def test_a_batch_is_captioned_as_its_images_alone(vlm_folder):
-    captioner = VisionLanguageCaptioner(vlm_folder, "Describe it.", max_new_tokens=6)
-    assert captioner.prompt == "<image>Describe it.:"
-    images = noise_images(3)
-    together = captioner(images)
-    assert together == [captioner([image])[0] for image in images]
-    assert not any("Describe" in caption or "<" in caption for caption in together)
+class Scripted:
+    """A captioner that says what a function of the batch says."""
+
+    def __init__(self, write) -> None:
+        self.answer = write
+
+    def prepare(self, images):
+        return images
+
+    def write(self, images, seeds):
+        return self.answer(images)
 
 
-def test_worker_writes_model_and_prompt_and_names_what_failed(vlm_folder, tmp_path, monkeypatch):
+def scripted_worker(store, patch, write, **settings) -> CaptionWorker:
+    patch.setattr("workers.caption.load_captioner", lambda *_: Scripted(write))
+    caption = Caption(
+        captioner="vision_language_model", model="/models/vlm", **{"prompt": "Say.", "batch": 4} | settings
+    )
+    return CaptionWorker(store.url, caption, PixelRules(10**6), 1, 1e9, "cpu", "0123456789abcdef")
+
+
+def test_model_prompt_and_revision_stand_with_each_caption_and_what_failed_is_named(tmp_path, monkeypatch):
     store = open_store(str(tmp_path))
     images = noise_images(5)
     task = raw_shard(store, {f"k{i}": png(image) for i, image in enumerate(images)} | {"broken": b"no image"})
-    caption = Caption(
-        captioner="vision_language_model", model=str(vlm_folder), prompt="Say.", max_new_tokens=4, batch=2
-    )
-    worker = CaptionWorker(store.url, caption, PixelRules(10**6), 1, 1e9, "cpu")
     sizes = []
 
-    def captioner(batch):
+    def write(batch):
         sizes.append(len(batch))
         if any(image.width == images[2].width for image in batch):
             raise RuntimeError("the model\nfell over")
-        return ["" if image.width == images[3].width else "a picture" for image in batch]
+        return [Said("" if image.width == images[3].width else "a picture", tokens=3) for image in batch]
 
-    monkeypatch.setattr(worker, "captioner", captioner)
-    record = worker(task).record
+    record = scripted_worker(store, monkeypatch, write, batch=2)(task).record
     rows = read_table(store, "captions", task.stem).to_pylist()
-    assert [row["key"] for row in rows] == ["k0", "k1", "k4"]
-    assert {(row["caption"], row["model"], row["prompt"]) for row in rows} == {("a picture", str(vlm_folder), "Say.")}
+    assert [row["key"] for row in rows] == ["k0", "k1", "k3", "k4"]
+    kept = {"caption": "a picture", "rule": "", "said": None}
+    thrown_out = {"caption": "", "rule": EMPTY, "said": ""}
+    about = {"model": "/models/vlm", "prompt": "Say.", "revision": "0123456789ab", "seed": None, "tokens": 3}
+    for row in rows:
+        assert row == about | (thrown_out if row["key"] == "k3" else kept) | {"key": row["key"]}
     failed = {row.key: row.reason for row in read_shard_done(store, "captions", task.stem).failed}
     assert failed["k2"] == "captioner: the model fell over"
-    assert failed["k3"] == "captioner: it wrote nothing"
-    assert "broken" in failed and record.rows == 3
+    assert failed.keys() == {"k2", "broken"} and record.rows == 4
+    assert record.extra == {"thrown out: empty": 1, "tokens 1-7": 3, "words 1-7": 3}
     assert sizes == [2, 2, 1, 1, 1]  # the batch that failed was tried one by one
 
 
-def test_a_captioner_that_fails_on_every_image_is_an_error_and_no_shard(vlm_folder, tmp_path, monkeypatch):
+def test_what_a_rule_changed_is_kept_as_the_model_said_it(tmp_path, monkeypatch):
+    store = open_store(str(tmp_path))
+    task = raw_shard(store, {f"k{i}": png(image) for i, image in enumerate(noise_images(4))})
+    said = iter(
+        [Said("A cat. It s", 9, cut_off=True), Said("I'm sorry, I can't.", 5), Said("!!!!", 4), Said(" A dog.\n", 2)]
+    )
+    record = scripted_worker(store, monkeypatch, lambda batch: [next(said) for _ in batch])(task).record
+    rows = read_table(store, "captions", task.stem).to_pylist()
+    assert [(row["caption"], row["rule"], row["said"]) for row in rows] == [
+        ("A cat.", "", "A cat. It s"),
+        ("", REFUSING, "I'm sorry, I can't."),
+        ("", ONE_CHARACTER, "!!!!"),
+        ("A dog.", "", None),
+    ]
+    assert record.extra["shortened to whole sentences"] == 1
+    index = read_shard_index(store, "captions", task.stem, record.files[INDEX])
+    assert index["caption_hash"].to_pylist() == [caption_hash("A cat."), 0, 0, caption_hash("A dog.")]
+
+
+def test_a_seed_stands_with_a_caption_whose_words_were_drawn(tmp_path, monkeypatch):
+    store = open_store(str(tmp_path))
+    task = raw_shard(store, {f"k{i}": png(image) for i, image in enumerate(noise_images(3))})
+    seen = []
+
+    def write(images, seeds):
+        seen.extend(seeds)
+        return [Said("a picture")] * len(images)
+
+    worker = scripted_worker(store, monkeypatch, None, temperature=1.0, seed=3)
+    monkeypatch.setattr(worker.writer.captioner, "write", write)
+    worker(task)
+    rows = read_table(store, "captions", task.stem).to_pylist()
+    assert {row["key"]: row["seed"] for row in rows} == {f"k{i}": caption_seed(3, f"k{i}") for i in range(3)}
+    assert sorted(seen) == sorted(row["seed"] for row in rows)
+
+
+def test_batches_are_of_like_sizes_and_images_no_larger_than_said(tmp_path, monkeypatch):
+    """Widths in turn 40 and 400: batches of four of the one and of the other; the table keeps the shard's order."""
+    store = open_store(str(tmp_path))
+    pictures = {f"k{i:02d}": png(Image.new("RGB", (40 if i % 2 else 400, 40))) for i in range(32)}
+    task, batches = raw_shard(store, pictures), []
+
+    def write(batch):
+        batches.append([image.size for image in batch])
+        return [Said(f"a picture {image.width} wide") for image in batch]
+
+    scripted_worker(store, monkeypatch, write, image_side_px=200)(task)
+    assert sorted(batches) == [[(40, 40)] * 4] * 4 + [[(200, 20)] * 4] * 4
+    assert [row["key"] for row in read_table(store, "captions", task.stem).to_pylist()] == sorted(pictures)
+    whole = batches.copy()
+    batches.clear()
+    small = scripted_worker(store, monkeypatch, write, image_side_px=200)
+    small.writer.window = 4  # of an actor with little memory
+    small(raw_shard(store, pictures))
+    assert len(batches) == len(whole) and all(len(set(batch)) == 2 for batch in batches)
+
+
+def test_a_model_that_writes_nothing_of_use_stops_the_stage_and_a_few_images_do_not(tmp_path, monkeypatch):
+    store = open_store(str(tmp_path))
+    pictures = {f"k{i}": png(Image.new("RGB", (8, 8))) for i in range(TOO_MANY_USELESS)}
+    write = lambda batch: [Said("!!!!!!!!")] * len(batch)
+    with pytest.raises(
+        StopStageError, match=r"^none of 64 captions of a shard is of use, the first, k0: '!!!!!!!!' \(one char"
+    ):
+        scripted_worker(store, monkeypatch, write)(raw_shard(store, pictures))
+    assert not list(store.list("captions"))
+    pictures.popitem()
+    record = scripted_worker(store, monkeypatch, write)(raw_shard(store, pictures)).record
+    assert record.extra == {"thrown out: one_character": 63}
+    pictures["k"] = png(Image.new("RGB", (9, 9)))
+    mixed = lambda batch: [Said("!!!!" if image.width == 8 else "I cannot describe it.") for image in batch]
+    assert scripted_worker(store, monkeypatch, mixed)(raw_shard(store, pictures)).record.rows == 64, "some are refused"
+
+
+def test_a_captioner_that_fails_on_every_image_is_an_error_and_no_shard(tmp_path, monkeypatch):
     """Else training would go on without captions, and only a warning would say so."""
     store = open_store(str(tmp_path))
-    caption = Caption(captioner="vision_language_model", model=str(vlm_folder), max_new_tokens=4, batch=4)
-    worker = CaptionWorker(store.url, caption, PixelRules(10**6), 1, 1e9, "cpu")
     pictures = {f"k{i}": png(image) for i, image in enumerate(noise_images(TOO_MANY_FAILED))}
 
-    def broken(batch):
-        raise TypeError("no such argument")
+    def raising(error: Exception):
+        def write(batch):
+            raise error
 
-    monkeypatch.setattr(worker, "captioner", broken)
-    task = raw_shard(store, pictures)
+        return scripted_worker(store, monkeypatch, write)
+
     with pytest.raises(DataError, match="^no image of 8 got a caption, the last: captioner: no such argument$"):
-        worker(task)
-
-    def without_memory(batch):
-        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr(worker, "captioner", without_memory)
-    with pytest.raises(RuntimeError, match="^CUDA out of memory"):  # not the image's fault: another worker tries
-        worker(raw_shard(store, {"one": png(noise_images(1)[0])}))
+        raising(TypeError("no such argument"))(raw_shard(store, pictures))
     for error in (
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         MemoryError(),
         OSError(24, "Too many open files"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     ):
-
-        def runs_out(batch, error=error):
-            raise error
-
-        monkeypatch.setattr(worker, "captioner", runs_out)
-        with pytest.raises(type(error)):
-            worker(raw_shard(store, {"one": png(noise_images(1)[0])}))
+        with pytest.raises(type(error)):  # not the image's fault: another worker tries
+            raising(error)(raw_shard(store, {"one": png(noise_images(1)[0])}))
     assert not [entry for entry in store.list("captions")]
 
 
-def test_the_real_model_fills_a_shard(vlm_folder, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_real_model_fills_a_shard(vlm_folder, tmp_path, precision):
     store = open_store(str(tmp_path))
     task = raw_shard(store, {f"k{i}": png(image) for i, image in enumerate(noise_images(3))})
-    caption = Caption(captioner="vision_language_model", model=str(vlm_folder), max_new_tokens=4, batch=2)
-    record = CaptionWorker(store.url, caption, PixelRules(10**6), 1, 1e9, "cpu")(task).record
-    assert record.rows + len(record.failed) == 3 and record.rows > 0
+    caption = Caption(
+        captioner="vision_language_model", model=str(vlm_folder), max_new_tokens=4, batch=2, precision=precision
+    )
+    identity = model_identity(vlm_folder, "caption.model")
+    make = lambda identity: CaptionWorker(store.url, caption, PixelRules(10**6), 1, 1e9, "cpu", identity)
+    record = make(identity)(task).record
+    rows = read_table(store, "captions", task.stem).to_pylist()
+    assert record.rows == 3 and not record.failed
+    assert {(row["revision"], row["tokens"] <= 4) for row in rows} == {(identity[:12], True)}
+    with pytest.raises(
+        DataError, match="^caption.model .*: not the model that lies there where the stage was started$"
+    ):
+        make("another")
 
 
-def test_a_folder_without_a_model_is_one_clear_error(tmp_path):
-    with pytest.raises(DataError, match="caption.model .*no config.json"):
-        VisionLanguageCaptioner(tmp_path, "x", 4)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(DataError, match="not a vision-language model that transformers loads"):
-        VisionLanguageCaptioner(tmp_path, "x", 4)
-
-
-def test_a_text_that_was_cut_off_ends_at_its_last_sentence():
-    assert _tidy(" A cat.\n It sits. And th", cut_off=True) == "A cat. It sits."
-    assert _tidy("A cat on a m", cut_off=True) == "A cat on a m"
-    assert _tidy("A cat. It sits", cut_off=False) == "A cat. It sits"
+def test_the_drawn_worlds_captions_are_what_they_were(tmp_path):
+    """Golden: its tables have no other columns, no index and no counts, so nobody's captions are made again."""
+    store = open_store(str(tmp_path))
+    task = raw_shard(store, {f"k{i}": png(Image.fromarray(render(draw_scene(31, i)))) for i in range(5)})
+    record = CaptionWorker(store.url, Caption(captioner="small_world", batch=2), PixelRules(10**6), 1, 1e9, "cpu")(
+        task
+    ).record
+    assert record.files == {".parquet": "c8fd5e9251b58d9baec04358cc3d9b6148fd6b1c69b28a0cff8e28f25e31ebcc"}
+    assert (record.rows, record.bytes, record.extra, record.failed) == (5, 1319, {}, [])
