@@ -33,7 +33,7 @@ from sd3core.specs import fingerprint
 SAMPLED_IMAGES = 1 << 20
 HASHES = 1 << 63  # of keys: sd3core.data.shards.sample_id
 REPEATED_AT_LEAST = 20  # images: a small data set's share may be one image
-INDEX_THREADS = 32
+INDEX_READERS = 32
 SHARDS_READ_TOGETHER = (
     1024  # their answers, for as long as they are not counted, are all that is held beside the sample
 )
@@ -137,7 +137,7 @@ def _read_sample(store: Store, manifest: Manifest, report: ProgressCallback) -> 
     bound = sample_bound(manifest.rows)
     parts: list[np.ndarray] = []  # (2, n)
     meter = ProgressMeter(len(manifest.shards), "shards", report)
-    with ThreadPoolExecutor(INDEX_THREADS, thread_name_prefix="repeated") as threads:
+    with ThreadPoolExecutor(INDEX_READERS, thread_name_prefix="repeated") as threads:
         for start in range(0, len(manifest.shards), SHARDS_READ_TOGETHER):
             if start:
                 meter.update(start, "counting captions that stand on many images")
