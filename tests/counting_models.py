@@ -30,6 +30,9 @@ class Seen:
     encoded: int = 0  # images, by all phases
     texts: list[str] = field(default_factory=list)
     before_encoding: Callable[[], None] = lambda: None  # called before each batch of images
+    say: Callable[[tuple[int, ...]], Said] = lambda colour: Said(
+        "shade {} {} {}".format(*colour)
+    )  # of an image's corner
 
     def take(self) -> tuple[int, int, int]:
         """(images captioned, images encoded for each of two phases of other sizes, captions encoded)."""
@@ -67,7 +70,7 @@ class CountingCaptioner:
 
     def write(self, images: Sequence[Image], seeds: Sequence[int]) -> list[Said]:
         self.seen.captioned += len(images)
-        return [Said("shade {} {} {}".format(*np.asarray(image)[0, 0])) for image in images]
+        return [self.seen.say(tuple(map(int, np.asarray(image)[0, 0]))) for image in images]
 
 
 class CountingAutoencoder:
