@@ -258,7 +258,9 @@ def test_captions_are_stored_in_8_bits_and_the_empty_string_in_16(tmp_path, padd
     made = TextWorker.__new__(TextWorker)  # without towers: the encoders are given
     made.store, made.text, made.dtype, made.batch = store, Text(padding=padding), "int8", 4
     made.encoders, made.at_once = LoudEncoders(), ShardsAtOnce(1)
-    made._captions = lambda source: iter([(CaptionUse("k1", "original"), "a b"), (CaptionUse("k2", "original"), "nan")])
+    made._captions = lambda source, counts: iter(
+        [(CaptionUse("k1", "original"), "a b"), (CaptionUse("k2", "original"), "nan")]
+    )
     task = ShardTask(0, "d" * 12, "text/0", rows=2)
     assert [row.key for row in made(task).record.failed] == ["k2"]
     [(_, files)] = read_samples(store.get(f"{task.folder}/{task.stem}.tar"))
