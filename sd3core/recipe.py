@@ -44,6 +44,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]  # of a running mean
 Colour = Annotated[str, AfterValidator(_colour)]
+CLASS = "{class}"  # in data.class_caption: where the class's word stands
 FieldName = Annotated[str, StringConstraints(min_length=1)]
 CaptionFields = Annotated[tuple[FieldName, ...], BeforeValidator(_one_or_several), Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what numpy and torch both take
@@ -70,6 +71,10 @@ class Data(Section):
     # may hold a text or a list of texts; all captions are kept, and the first stands first wherever one alone is used
     image_field: FieldName | None = None
     caption_fields: CaptionFields | None = None
+    # folder only, of images without words of their own: "a photo of a {class}", with the name of the image's folder
+    class_caption: str | None = None
+    # or with the words that this file has for that name: YAML, JSON or CSV, one or several words, each of which makes a caption
+    class_names: str | None = None
     caption: Literal["whole", "first_line"] = "whole"  # folder only: what a caption file holds, or its first line
     images: int = Field(4096, ge=1, le=100_000_000)  # small world only: how many scenes
     # small world only: side of the square whose area each scene has
@@ -89,6 +94,20 @@ class Data(Section):
             raise ValueError("data.folder must name the folder of images when data.source is 'folder'")
         _refuse_url("folder", self.folder)
         _check_whole_path("folder", self.folder)
+        return self
+
+    @model_validator(mode="after")
+    def _classes_of_a_folder(self) -> Data:
+        if self.class_caption is None:
+            if self.class_names is not None:
+                raise ValueError(f"class_names is for class_caption; give that, too: 'a photo of a {CLASS}'")
+            return self
+        if self.source != "folder":
+            raise ValueError(f"class_caption is of source 'folder'; leave it out for {self.source!r}")
+        if CLASS not in self.class_caption or re.search(r"[{}]", self.class_caption.replace(CLASS, "")):
+            raise ValueError(f"class_caption has the class as {CLASS} and no other braces: 'a photo of a {CLASS}'")
+        _refuse_url("class_names", self.class_names)
+        _check_whole_path("class_names", self.class_names)
         return self
 
     @model_validator(mode="after")

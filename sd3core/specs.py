@@ -62,13 +62,14 @@ def version_numbers() -> str:
 
 def raw_fields(recipe: Recipe) -> dict[str, Any]:
     """How images are read and kept. The number of images is content, not spec: a data set that grows keeps its shards."""
-    left_out, drawn = {"name", "images", "folder"}, recipe.data.source == "small_world"
+    left_out, drawn = {"name", "images", "folder", "class_names"}, recipe.data.source == "small_world"
     # of files; from before them fingerprints are good
     for later, plain in (
         ("caption", "whole"),
         ("background", "white"),
         ("image_field", None),
         ("caption_fields", None),
+        ("class_caption", None),
     ):
         if drawn or getattr(recipe.data, later) == plain:
             left_out.add(later)

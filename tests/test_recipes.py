@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -533,6 +534,7 @@ CHANGES: list[tuple[set[str], dict[str, Any]]] = [
     (set(), under("data", folder="/other", images=960)),  # more shards of the same kind
     # of what is read
     (set(), under("data", caption="first_line", background="black", image_field="path", caption_fields=("text",))),
+    (set(), under("data", class_caption="{class}", class_names="/names.json")),
     (set(), under("caption", "encode", batch=1) | under("pretrain", "finetune.0", **HOW)),
     (set(), under("evaluate", **EVALUATE) | under("compute", **COMPUTE)),
     (set(), under("export", checkpoint="best:validation_loss")),  # the export names the checkpoint that it takes
@@ -700,8 +702,13 @@ def test_fields_of_a_source_are_names_each_once():
         ([*folder, "data.caption_fields=[a,b,a]"], "data: caption_fields names a field twice; name each once"),
         ([*folder, "data.caption_fields=[]"], "data.caption_fields: "),
         ([*folder, "data.image_field=''"], "data.image_field: "),
+        ([*folder, "data.class_names=/names.json"], "data: class_names is for class_caption; give that, too"),
+        ([*folder, "data.class_caption=a photo"], "data: class_caption has the class as {class} and no other braces"),
+        ([*folder, "data.class_caption='{class} {x}'"], "class_caption has the class as {class} and no other braces"),
+        (["data.class_caption='{class}'"], "data: class_caption is of source 'folder'; leave it out for 'small_world'"),
+        ([*folder, "data.class_caption='{class}'", "data.class_names=n.json"], "data: class_names n.json is relative"),
     ):
-        with pytest.raises(RecipeError, match=words):
+        with pytest.raises(RecipeError, match=re.escape(words)):
             load_recipe("tiny-test", settings)
 
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sd3core.data.folder_captions import FolderCaptions
-from sd3core.data.folder_listing import FolderListing, list_folder
-from sd3core.data.folder_source import FolderSlice, Tell, caption_notes, deal_folder, storable
+from sd3core.data.folder_source import FolderSlice, Tell, storable
 from sd3core.data.images import BARE_CMYK, TRANSPARENT, UNKNOWN_COLOURS
 from sd3core.data.ingest import SceneWorker, list_scenes
 from sd3core.data.ingest_folder import HELD_OUT_ROWS, FolderWorker, IngestedSlice, check_usable, no_usable_image
+from sd3core.data.listed_folder import ListedFolder
 from sd3core.data.manifest import Manifest, read_manifest
-from sd3core.data.row_fields import RowFields
 from sd3core.data.seen_files import SeenFolder, read_seen_folder, write_seen_folder
 from sd3core.data.shards import finished_stems, shard_stem
 from sd3core.data.slices import earlier_slices
@@ -68,16 +66,16 @@ class _FolderIngest:
         self.answers: dict[int, IngestedSlice] = {}  # by number, of slices that were looked at
 
     def run(self, report: ProgressCallback, tell: Tell) -> StageResult:
-        listing = list_folder(self.data.folder)
-        seen = read_seen_folder(self.store, self.folder, listing.root)
-        if seen is not None and seen.listing == listing.digest and self._stands(seen):
+        source = ListedFolder(self.data)
+        seen = read_seen_folder(self.store, self.folder, source.place)
+        if seen is not None and seen.listing == source.digest and self._stands(seen):
             tasks = [ShardTask(n, part.digest, self.folder, part.rows) for n, part in seen.slices.items()]
             result, notes = _made(self.recipe, self.store, report, _stage(self.recipe, tasks)), seen.notes
         else:
-            result, notes = self._look_at(listing, seen, report, tell)
+            result, notes = self._look_at(source, seen, report, tell)
         manifest = read_manifest(self.store, result.manifest.folder, result.manifest.digest)
         if not manifest.rows:
-            raise no_usable_image(self.data, manifest.failed_reasons, notes)
+            raise no_usable_image(source.named, manifest.failed_reasons, notes)
         reason = result.reason if result.skipped else f"{result.reason}; {_images_used(manifest)}"
         told = [*notes, *_notes_of_pictures(manifest, self.data)]
         return replace(result, reason=reason, warnings=[*result.warnings, *told])
@@ -87,16 +85,15 @@ class _FolderIngest:
         return all(shard_stem(number, part.digest) in finished for number, part in seen.slices.items())
 
     def _look_at(
-        self, listing: FolderListing, seen: SeenFolder | None, report: ProgressCallback, tell: Tell
+        self, source: ListedFolder, seen: SeenFolder | None, report: ProgressCallback, tell: Tell
     ) -> tuple[StageResult, list[str]]:
         """Has those slices looked at of which a name, size or time is another; the result, and what is told of captions."""
-        captions = FolderCaptions(listing.root, self.data.folder, listing.files(), RowFields.of_metadata(self.data))
-        notes = [storable(note) for note in [*listing.notes(), *captions.metadata.notes]]
+        notes = [storable(note) for note in source.notes()]
         for note in notes:
             tell(note)
-        slices = deal_folder(listing, captions, self.data.rows_per_shard)
+        slices = source.slices()
         if seen is None:
-            check_usable(self.data, listing, captions, slices, self.captions_needed)
+            check_usable(source, slices, self.captions_needed)
         known = seen.slices if seen is not None else {}
         unchanged = {part.number for part in slices if part.number in known and known[part.number].seen == part.seen}
         before = earlier_slices(
@@ -122,11 +119,10 @@ class _FolderIngest:
             part.number: self.answers[part.number].seen if part.number in self.answers else known[part.number]
             for part in slices
         }
-        images = len(captions.files.images)
         facts = (part.facts for part in now.values())
-        notes += map(storable, caption_notes(self.data, facts, images, captions, self.captions_needed))
-        digest = listing.digest if listing.at_rest and all(part.seen for part in now.values()) else ""
-        write_seen_folder(self.store, self.folder, listing.root, SeenFolder(digest, now, notes))
+        notes += map(storable, source.caption_notes(facts, self.captions_needed))
+        digest = source.digest if source.at_rest and all(part.seen for part in now.values()) else ""
+        write_seen_folder(self.store, self.folder, source.place, SeenFolder(digest, now, notes))
         return result, notes
 
 

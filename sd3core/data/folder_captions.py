@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from sd3core.data.caption_text import as_stored, from_stored, text_encoding
+from sd3core.data.class_folders import ClassFolders
 from sd3core.data.image_names import ImageNames, by_folded, folded
 from sd3core.data.metadata_files import METADATA, read_metadata
 from sd3core.data.row_fields import PLAIN_FIELDS, RowFields
@@ -116,9 +117,16 @@ class Words:
 class FolderCaptions:
     """Which captions a folder's images have. The tables are built once; no file is opened but the metadata."""
 
-    def __init__(self, root: Path, spelled: str, files: FolderFiles, fields: RowFields = PLAIN_FIELDS) -> None:
+    def __init__(
+        self,
+        root: Path,
+        spelled: str,
+        files: FolderFiles,
+        fields: RowFields = PLAIN_FIELDS,
+        classes: ClassFolders | None = None,
+    ) -> None:
         """`root` is resolved, `spelled` how the recipe names it: metadata may hold either. `fields`: of its rows."""
-        self.files = files
+        self.files, self.classes = files, classes
         self.names = ImageNames((str(root), os.path.abspath(os.path.expanduser(spelled))), files.images)
         self.metadata = read_metadata(root, files.metadata, self.names, fields)
         self._folded = by_folded(files.captions)
@@ -129,11 +137,15 @@ class FolderCaptions:
                 self._unread.setdefault(stem, []).append(posixpath.basename(file))
 
     def of_image(self, file: ListedFile) -> ListedImage:
-        """Where an image's words are: the metadata's where they have text, else the files beside it."""
+        """Where an image's words are: the metadata's where they have text, else the files beside it, else its class's."""
         if texts := self.metadata.captions.get(file.path):
             return ListedImage(file, texts=texts)
         files = self.files_of(file.path)
-        return ListedImage(file, tuple(self.files.captions[name] for name in files), hint=self._hint(file.path, files))
+        hint = self._hint(file.path, files)
+        if self.classes is not None and not files:
+            texts = self.classes.texts_of(file.path)
+            return ListedImage(file, texts=texts, hint="" if texts else hint or self.classes.why_none(file.path))
+        return ListedImage(file, tuple(self.files.captions[name] for name in files), hint=hint)
 
     def files_of(self, path: str) -> list[str]:
         """The caption files of an image, in the order in which they count."""
@@ -164,6 +176,10 @@ class FolderCaptions:
         parts += [f"{', '.join(differing)} may mean another image"] if differing else []
         parts += [f"{', '.join(unread)} is not read"] if unread else []
         return "; ".join(parts)
+
+    def notes(self) -> list[str]:
+        """What is told before anything is read: of metadata, and of classes."""
+        return [*self.metadata.notes, *(self.classes.notes(self.files.images) if self.classes is not None else [])]
 
     def not_taken(self) -> list[str]:
         """A line for each kind of what looks like captions and belongs to no image, where images lack theirs."""

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from sd3core.data.caption_text import clean_captions, mixes_languages
+from sd3core.data.class_folders import OUTSIDE, UNNAMED
 from sd3core.data.folder_captions import (
     HOW_TO_GIVE,
     FolderCaptions,
@@ -138,16 +139,18 @@ def read_item(
     except DataError as error:
         return FolderItem(image_key(path), path, (), problem=str(error))
     captions, cut, lines = clean_captions(words.texts, data)
+    lacking = words.hint if words.hint in (OUTSIDE, UNNAMED) else NO_CAPTION
+    problem = lacking if captions_needed and not captions else ""
     return FolderItem(
         image_key(path),
         path,
         captions,
         sha256,
-        problem=NO_CAPTION if captions_needed and not captions else "",
+        problem=problem,
         cut=cut,
         lines=lines,
         several=words.several,
-        hint=words.hint,
+        hint=words.hint if words.hint != problem else "",
     )
 
 
@@ -177,11 +180,17 @@ def caption_facts(items: Iterable[FolderItem], data: Data) -> dict[str, Any]:
 
 
 def caption_notes(
-    data: Data, facts: Iterable[dict[str, Any]], images: int, captions: FolderCaptions, captions_needed: bool
+    data: Data,
+    facts: Iterable[dict[str, Any]],
+    images: int,
+    not_taken: Callable[[], list[str]],
+    noted: bool,
+    captions_needed: bool,
 ) -> list[str]:
     """What a person should know before hours are spent on captions that were read otherwise than they were meant.
 
-    `facts` of all slices, `images` found in them.
+    `facts` of all slices, `images` found in them. `not_taken` says what looks like captions and belongs to no image, `noted` that
+    something was told of captions before.
     """
     counts: dict[str, int] = {}
     names: dict[str, list[str]] = {}
@@ -216,10 +225,10 @@ def caption_notes(
         )
     if WITHOUT not in counts:
         return notes
-    notes += captions.not_taken()
+    notes += not_taken()
     if HINTED in counts:
         notes.append(f"{counted(counts[HINTED], 'image')} whose captions were not understood: {told(HINTED)}")
-    had_captions = counts[WITHOUT] < images or notes or captions.metadata.notes
+    had_captions = counts[WITHOUT] < images or notes or noted
     if not captions_needed and had_captions:
         notes.append(
             f"{counted(counts[WITHOUT], 'image')} without a caption that was understood: the captioner's alone will describe"

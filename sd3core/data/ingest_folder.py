@@ -17,11 +17,12 @@ import pyarrow as pa
 
 from sd3core.data.caption_text import as_stored
 from sd3core.data.earlier_rows import EarlierRow, EarlierRows, RowName, row_name
-from sd3core.data.folder_captions import FolderCaptions, FolderChanged, ListedFile, ListedImage
-from sd3core.data.folder_listing import RACY_NS, FolderListing
-from sd3core.data.folder_source import FolderItem, FolderSlice, caption_facts, caption_notes, read_item
+from sd3core.data.folder_captions import FolderChanged, ListedFile, ListedImage
+from sd3core.data.folder_listing import RACY_NS
+from sd3core.data.folder_source import FolderItem, FolderSlice, caption_facts, read_item
 from sd3core.data.images import DecodedImage, PixelRules, naming, read_picture
 from sd3core.data.ingest import RAW_SCHEMA, png_bytes, raw_sample
+from sd3core.data.listed_folder import ListedFolder
 from sd3core.data.seen_files import UNKNOWN_TIME, SeenRow, SeenSlice, read_seen_rows, write_seen_rows
 from sd3core.data.shards import (
     IMAGE_DIGEST,
@@ -221,36 +222,32 @@ def _changes(files: list[_File], before: list[dict[str, SeenRow]]) -> SliceChang
     return SliceChanges(added, images, captions)
 
 
-def check_usable(
-    data: Data, listing: FolderListing, captions: FolderCaptions, slices: list[FolderSlice], captions_needed: bool
-) -> None:
+def check_usable(source: ListedFolder, slices: Sequence[FolderSlice], captions_needed: bool) -> None:
     """One image that can be used is enough to begin; it is looked for before any worker starts. DataError where none is.
 
     Among many that are no use the workers look on.
     """
     reasons: Counter[str] = Counter()
     items: list[FolderItem] = []
-    for image in (image for part in slices for image in part.images()):
+    for root, image in ((Path(part.root), image) for part in slices for image in part.images()):
         if len(items) == LOOKED_AT:
             return
-        items.append(read_item(listing.root, image, data, captions_needed))
+        items.append(read_item(root, image, source.data, captions_needed))
         try:
-            usable_image(data, listing.root, items[-1])
+            usable_image(source.data, root, items[-1])
             return
         except DataError as error:
             reasons[str(error)] += 1
-    facts = [caption_facts(items, data)]
-    notes = [*listing.notes(), *captions.metadata.notes]
-    notes += caption_notes(data, facts, len(captions.files.images), captions, captions_needed)
-    raise no_usable_image(data, reasons, notes)
+    notes = source.notes() + source.caption_notes([caption_facts(items, source.data)], captions_needed)
+    raise no_usable_image(source.named, reasons, notes)
 
 
-def no_usable_image(data: Data, reasons: dict[str, int], notes: list[str]) -> DataError:
-    """`reasons`: how many images were rejected for each."""
+def no_usable_image(where: str, reasons: dict[str, int], notes: list[str]) -> DataError:
+    """`where`: what was to hold one. `reasons`: how many images were rejected for each."""
     most = sorted(reasons.items(), key=lambda reason: -reason[1])[:5]
     why = "; ".join(f"{count} rejected: {reason}" for reason, count in most)
     why = "; ".join([why or "it holds no image file", *notes[:NAMED]])
-    return DataError(f"data.folder {data.folder}: no usable image ({why}); name another folder, or mend that")
+    return DataError(f"{where}: no usable image ({why}); name another folder, or mend that")
 
 
 def usable_image(data: Data, root: Path, item: FolderItem) -> tuple[DecodedImage, str, bytes]:

@@ -18,10 +18,8 @@ from flows.cli.console import PlainConsole
 from flows.ui import artifacts
 from flows.ui.artifacts import StageReporter
 from flows.ui.previews import _markdown
-from sd3core.data.folder_captions import FolderCaptions
-from sd3core.data.folder_listing import list_folder
-from sd3core.data.folder_source import deal_folder
 from sd3core.data.ingest_folder import FolderWorker
+from sd3core.data.listed_folder import ListedFolder
 from sd3core.exchange.export_readme import readme
 from sd3core.pictures import encode_png, read_settings
 from sd3core.progress import Progress
@@ -51,10 +49,7 @@ def rejected(tmp_path):
         "tiny-test", ["data.source=folder", f"data.folder={folder}", "caption.captioner=none", "data.min_side_px=32"]
     )
     worker = FolderWorker(recipe.data, str(tmp_path / "store"), "raw", captions_needed=True)
-    listing = list_folder(recipe.data.folder)
-    captions = FolderCaptions(listing.root, recipe.data.folder, listing.files())
-    slices = deal_folder(listing, captions, recipe.data.rows_per_shard)
-    rows = [row for part in slices for row in worker(part).record.failed]
+    rows = [row for part in ListedFolder(recipe.data).slices() for row in worker(part).record.failed]
     assert len(rows) == len(NAMES)
     return [f"1 row left out: {row.reason}: {row.key}" for row in rows]
 

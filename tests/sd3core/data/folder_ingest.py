@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-from sd3core.data.folder_captions import FolderCaptions
-from sd3core.data.folder_listing import list_folder
-from sd3core.data.folder_source import (
-    FolderItem,
-    FolderSlice,
-    caption_facts,
-    caption_notes,
-    deal_folder,
-    read_item,
-    storable,
-)
+from pathlib import Path
+
+from sd3core.data.folder_source import FolderItem, FolderSlice, caption_facts, read_item, storable
 from sd3core.data.ingest_folder import FolderWorker, IngestedSlice, check_usable
-from sd3core.data.row_fields import RowFields
+from sd3core.data.listed_folder import ListedFolder
 from sd3core.data.store import Store
 from sd3core.recipe import Data
 
 
 def slices_of(data: Data, captions_needed: bool = False) -> list[FolderSlice]:
     """Raises DataError where no image can be used."""
-    listing = list_folder(data.folder)
-    captions = FolderCaptions(listing.root, data.folder, listing.files(), RowFields.of_metadata(data))
-    slices = deal_folder(listing, captions, data.rows_per_shard)
-    check_usable(data, listing, captions, slices, captions_needed)
+    source = ListedFolder(data)
+    slices = source.slices()
+    check_usable(source, slices, captions_needed)
     return slices
 
 
 def read_items(data: Data, captions_needed: bool = False) -> tuple[list[FolderItem], list[str]]:
-    """Every image with its caption, by key, and what is told of the captions."""
-    listing = list_folder(data.folder)
-    captions = FolderCaptions(listing.root, data.folder, listing.files(), RowFields.of_metadata(data))
+    """Every image with its captions, by key, and what is told of the captions."""
+    source = ListedFolder(data)
     parts = [
-        [read_item(listing.root, image, data, captions_needed) for image in part.images()]
-        for part in deal_folder(listing, captions, data.rows_per_shard)
+        [read_item(Path(part.root), image, data, captions_needed) for image in part.images()]
+        for part in source.slices()
     ]
-    facts = [caption_facts(items, data) for items in parts]
-    told = [*listing.notes(), *captions.metadata.notes]
-    told += caption_notes(data, facts, len(captions.files.images), captions, captions_needed)
+    told = source.notes() + source.caption_notes([caption_facts(items, data) for items in parts], captions_needed)
     return sorted((item for items in parts for item in items), key=lambda item: item.key), list(map(storable, told))
 
 
