@@ -70,6 +70,7 @@ def raw_fields(recipe: Recipe) -> dict[str, Any]:
         ("image_field", None),
         ("caption_fields", None),
         ("class_caption", None),
+        ("sidecars", "skip"),
     ):
         if drawn or getattr(recipe.data, later) == plain:
             left_out.add(later)

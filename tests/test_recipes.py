@@ -534,7 +534,7 @@ CHANGES: list[tuple[set[str], dict[str, Any]]] = [
     (set(), under("data", folder="/other", images=960)),  # more shards of the same kind
     # of what is read
     (set(), under("data", caption="first_line", background="black", image_field="path", caption_fields=("text",))),
-    (set(), under("data", class_caption="{class}", class_names="/names.json")),
+    (set(), under("data", class_caption="{class}", class_names="/names.json", sidecars="take")),
     (set(), under("caption", "encode", batch=1) | under("pretrain", "finetune.0", **HOW)),
     (set(), under("evaluate", **EVALUATE) | under("compute", **COMPUTE)),
     (set(), under("export", checkpoint="best:validation_loss")),  # the export names the checkpoint that it takes
@@ -688,10 +688,11 @@ def test_a_folder_read_as_before_has_the_fingerprint_of_before():
 
     assert spec() == "5bcd69704cc3"
     assert spec("data.caption=first_line", "data.background=black") == "0dd6368e6311"
-    others = [
-        spec(f"data.{setting}") for setting in ("image_field=path", "caption_fields=[text]", "caption_fields=[a]")
-    ]
-    assert len({spec(), *others}) == 4
+    classes = "class_caption='a {class}'"
+    settings = ["image_field=path", "caption_fields=[text]", "caption_fields=[a]", classes, "sidecars=take"]
+    assert len({spec(), *(spec(f"data.{setting}") for setting in settings)}) == 1 + len(settings)
+    # a path: its words are in the shards
+    assert spec(f"data.{classes}", "data.class_names=/names.json") == spec(f"data.{classes}")
 
 
 def test_fields_of_a_source_are_names_each_once():

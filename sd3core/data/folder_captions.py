@@ -177,9 +177,9 @@ class FolderCaptions:
         parts += [f"{', '.join(unread)} is not read"] if unread else []
         return "; ".join(parts)
 
-    def notes(self) -> list[str]:
-        """What is told before anything is read: of metadata, and of classes."""
-        return [*self.metadata.notes, *(self.classes.notes(self.files.images) if self.classes is not None else [])]
+    def has_words(self, path: str) -> bool:
+        """Whether a metadata file has an image's words."""
+        return path in self.metadata.captions
 
     def not_taken(self) -> list[str]:
         """A line for each kind of what looks like captions and belongs to no image, where images lack theirs."""

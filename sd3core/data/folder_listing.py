@@ -5,14 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from sd3core.data.folder_captions import UNREAD_SUFFIXES, FolderFiles, ListedFile, is_inside, is_metadata
+from sd3core.data.folder_captions import (
+    CAPTION_SUFFIXES,
+    UNREAD_SUFFIXES,
+    FolderFiles,
+    ListedFile,
+    is_inside,
+    is_metadata,
+)
+from sd3core.data.sidecars import CountedNames, beside_images, is_of_tools, lies_in_tools_folder, sidecar_note
 from sd3core.errors import DataError
 
 READABLE_SUFFIXES = frozenset(
@@ -46,9 +56,11 @@ class _Names:
     sizes: array
     times: array  # when they were last written to, ns
     odd: dict[str, str] = field(default_factory=dict)  # links that lead out and what is no file: why it is not taken
+    hidden: CountedNames = field(default_factory=CountedNames)  # images, and folders of tools
 
     def listed(self, suffixes: frozenset[str]) -> Iterator[ListedFile]:
-        for name, size, written in zip(self.joined.split("\0"), self.sizes, self.times, strict=True):
+        names = self.joined.split("\0") if self.sizes else ()
+        for name, size, written in zip(names, self.sizes, self.times, strict=True):
             if _suffix(name) in suffixes and name not in self.odd:
                 yield ListedFile(self.prefix + name, size, written)
 
@@ -62,14 +74,48 @@ class FolderListing:
     linked: list[str]  # folders
     digest: str
     at_rest: bool  # no file was written to so shortly before that it may be written to again unseen
+    takes_sidecars: bool = False
 
     def images(self) -> Iterator[ListedFile]:
-        for folder in self.folders:
+        """All but what lies in folders of tools."""
+        for folder in self._folders():
             yield from folder.listed(IMAGE_SUFFIXES)
+
+    def images_taken(self, has_words: Callable[[str], bool]) -> Iterator[ListedFile]:
+        """The images without masks and thumbnails. `has_words`: of a path, whether a metadata file has its words."""
+        for folder in self._folders():
+            beside = self._beside(folder, has_words)
+            yield from (file for file in folder.listed(IMAGE_SUFFIXES) if file.path not in beside)
+
+    def sidecar_note(self, has_words: Callable[[str], bool]) -> list[str]:
+        """A line on what is not taken for an image, where there is such."""
+        in_folders, beside, hidden = CountedNames(), CountedNames(), CountedNames()
+        for folder in self.folders:
+            hidden += folder.hidden
+            if not self.takes_sidecars and lies_in_tools_folder(folder.prefix):
+                in_folders += CountedNames.of(file.path for file in folder.listed(IMAGE_SUFFIXES))
+            else:
+                beside += CountedNames.of(sorted(self._beside(folder, has_words)))
+        return sidecar_note(in_folders, beside, hidden)
+
+    def _folders(self) -> Iterator[_Names]:
+        return (f for f in self.folders if self.takes_sidecars or not lies_in_tools_folder(f.prefix))
+
+    def _beside(self, folder: _Names, has_words: Callable[[str], bool]) -> set[str]:
+        """The masks and thumbnails of a folder, by path."""
+        if self.takes_sidecars:
+            return set()
+        words = cache(lambda: {file.path for file in folder.listed(WORDS_SUFFIXES)})
+
+        def has_caption(image: str) -> bool:
+            names = {posixpath.splitext(image)[0], image}
+            return has_words(image) or any(name + suffix in words() for name in names for suffix in CAPTION_SUFFIXES)
+
+        return beside_images([file.path for file in folder.listed(IMAGE_SUFFIXES)], has_caption)
 
     def problems(self) -> Iterator[ListedProblem]:
         yield from (ListedProblem(path, LINKED_FOLDER) for path in self.linked)
-        for folder in self.folders:
+        for folder in self._folders():
             odd = ((name, why) for name, why in folder.odd.items() if _suffix(name) in IMAGE_SUFFIXES)
             yield from (ListedProblem(folder.prefix + name, why) for name, why in odd)
 
@@ -85,15 +131,18 @@ class FolderListing:
     def files(self) -> FolderFiles:
         """Everything by its kind, for captions to be found."""
         files = FolderFiles([image.path for image in self.images()], {}, [], [])
-        for folder in self.folders:
+        for folder in self._folders():
             files.captions.update((file.path, file) for file in folder.listed(WORDS_SUFFIXES))
             for file in folder.listed(UNREAD_SUFFIXES):
                 (files.metadata if is_metadata(file.path.rpartition("/")[2]) else files.unread).append(file.path)
         return files
 
 
-def list_folder(folder: str) -> FolderListing:
-    """Hidden files are ignored, and links out not followed. Raises DataError where there is no such folder."""
+def list_folder(folder: str, *, takes_sidecars: bool = False) -> FolderListing:
+    """Hidden files are ignored, and links out not followed. Raises DataError where there is no such folder.
+
+    What else tools leave (`sd3core.data.sidecars`) is listed, and is no image unless the listing `takes_sidecars`.
+    """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
         raise DataError(f"data.folder {folder}: no such folder")
@@ -108,10 +157,10 @@ def list_folder(folder: str) -> FolderListing:
         linked += [prefix + name for name in sorted(links)]
         hasher.update(json.dumps([prefix, names.joined, names.odd, sorted(links)]).encode() + b"\0")
         hasher.update(names.sizes.tobytes() + names.times.tobytes())
-        if names.sizes:
+        if names.sizes or names.hidden.count:
             folders.append(names)
-    newest = max((max(names.times) for names in folders), default=0)
-    return FolderListing(root, folders, linked, hasher.hexdigest(), newest < began - RACY_NS)
+    newest = max((max(names.times) for names in folders if names.times), default=0)
+    return FolderListing(root, folders, linked, hasher.hexdigest(), newest < began - RACY_NS, takes_sidecars)
 
 
 def holds_nothing(folder: Path) -> bool:
@@ -125,6 +174,7 @@ def _read_folder(root: Path, prefix: str) -> tuple[_Names, list[str], list[str]]
     names: list[str] = []
     sizes, times = array("q"), array("q")
     odd: dict[str, str] = {}
+    hidden: list[str] = []
     inner: list[str] = []
     links: list[str] = []
     try:
@@ -132,6 +182,8 @@ def _read_folder(root: Path, prefix: str) -> tuple[_Names, list[str], list[str]]
             for entry in entries:
                 name = entry.name
                 if name.startswith("."):
+                    if _suffix(name) in IMAGE_SUFFIXES or is_of_tools(name):
+                        hidden.append(prefix + name)
                     continue
                 is_link = entry.is_symlink()
                 if _is_folder(entry):
@@ -146,6 +198,8 @@ def _read_folder(root: Path, prefix: str) -> tuple[_Names, list[str], list[str]]
                     sizes.append(size)
                     times.append(written)
     except OSError as error:
+        if lies_in_tools_folder(prefix):  # as lost+found, which is root's
+            return _Names(prefix, "", array("q"), array("q")), [], []
         raise DataError(
             f"data.folder: {error.filename} cannot be listed: {error.strerror}; make it readable, or take it out"
         ) from None
@@ -156,6 +210,7 @@ def _read_folder(root: Path, prefix: str) -> tuple[_Names, list[str], list[str]]
         array("q", [sizes[i] for i in order]),
         array("q", [times[i] for i in order]),
         dict(sorted(odd.items())),
+        CountedNames.of(sorted(hidden)),
     )
     return by_name, inner, links
 

@@ -91,8 +91,11 @@ class FolderSlice:
 
 def deal_folder(listing: FolderListing, captions: FolderCaptions, rows: int) -> list[FolderSlice]:
     """A folder's images by slices of at most `rows`, by the slices' numbers."""
-    lines = [captions.of_image(file).line() for file in listing.images()]
-    hashes = array("Q", (slice_hash(image_key(file.path)) for file in listing.images()))
+    lines: list[str] = []
+    hashes = array("Q")
+    for file in listing.images_taken(captions.has_words):
+        lines.append(captions.of_image(file).line())
+        hashes.append(slice_hash(image_key(file.path)))
     for path, reason in listing.problems():
         lines.append(ListedImage(ListedFile(path, 0, 0), problem=reason).line())
         hashes.append(slice_hash(image_key(path)))

@@ -25,7 +25,7 @@ class ListedFolder:
     def __init__(self, data: Data) -> None:
         self.data = data
         self.named = f"data.folder {data.folder}"  # in messages
-        self.listing = list_folder(data.folder)
+        self.listing = list_folder(data.folder, takes_sidecars=data.sidecars == "take")
         self.classes = ClassFolders.of(data)
 
     @property
@@ -52,7 +52,11 @@ class ListedFolder:
 
     def notes(self) -> list[str]:
         """What is told before any image is opened."""
-        return [*self.listing.notes(), *self.captions.notes()]
+        has_words = self.captions.has_words
+        notes = [*self.listing.notes(), *self.listing.sidecar_note(has_words), *self.captions.metadata.notes]
+        if self.classes is not None:
+            notes += self.classes.notes(file.path for file in self.listing.images_taken(has_words))
+        return notes
 
     def slices(self) -> list[FolderSlice]:
         """Its images by shards."""
@@ -61,5 +65,6 @@ class ListedFolder:
     def caption_notes(self, facts: Iterable[dict[str, Any]], captions_needed: bool) -> list[str]:
         """What is told of captions once all `facts` are known."""
         captions = self.captions
+        images = sum(1 for _ in self.listing.images_taken(captions.has_words))
         not_taken, noted = captions.not_taken, bool(captions.metadata.notes)
-        return caption_notes(self.data, facts, len(captions.files.images), not_taken, noted, captions_needed)
+        return caption_notes(self.data, facts, images, not_taken, noted, captions_needed)
