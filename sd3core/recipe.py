@@ -47,6 +47,7 @@ Colour = Annotated[str, AfterValidator(_colour)]
 CLASS = "{class}"  # in data.class_caption: where the class's word stands
 FieldName = Annotated[str, StringConstraints(min_length=1)]
 CaptionFields = Annotated[tuple[FieldName, ...], BeforeValidator(_one_or_several), Field(min_length=1)]
+Urls = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what numpy and torch both take
 Precision = Literal["auto", "bf16", "fp32"]  # auto: bf16 where the device has arithmetic for it, else fp32
 AspectRatio = Annotated[float, Field(gt=0)]  # width / height
@@ -58,6 +59,8 @@ MOST_STEPS = 256  # of the buckets' multiple in a phase's side: the sizes grow w
 FourLevels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=4, max_length=4)]  # they make f8
 
 
+UNIT_SOURCES = ("webdataset", "parquet")  # of files that hold many images
+
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -65,8 +68,10 @@ class Data(Section):
     """Where the images come from, and which of them are taken."""
 
     name: Name  # datasets/NAME in the store
-    source: Literal["small_world", "folder"]
+    source: Literal["small_world", "folder", "webdataset", "parquet"]
     folder: str | None = None  # a local folder: name.jpg with name.txt, or a metadata.jsonl with file_name and text
+    # webdataset, parquet: whole paths or s3:// URLs of files or folders; {00000..00123} and {a,b} stand for several
+    urls: Urls = ()
     # where a row of a source has its image, and its captions: column or field names; None: the source's own. A caption field
     # may hold a text or a list of texts; all captions are kept, and the first stands first wherever one alone is used
     image_field: FieldName | None = None
@@ -77,7 +82,7 @@ class Data(Section):
     class_caption: str | None = None
     # or with the words that this file has for that name: YAML, JSON or CSV, one or several words, each of which makes a caption
     class_names: str | None = None
-    caption: Literal["whole", "first_line"] = "whole"  # folder only: what a caption file holds, or its first line
+    caption: Literal["whole", "first_line"] = "whole"  # of files: what a caption holds, or its first line
     images: int = Field(4096, ge=1, le=100_000_000)  # small world only: how many scenes
     # small world only: side of the square whose area each scene has
     image_side_px: int = Field(128, ge=16, le=LARGEST_SIDE_PX)
@@ -110,6 +115,15 @@ class Data(Section):
             raise ValueError(f"class_caption has the class as {CLASS} and no other braces: 'a photo of a {CLASS}'")
         _refuse_url("class_names", self.class_names)
         _check_whole_path("class_names", self.class_names)
+        return self
+
+    @model_validator(mode="after")
+    def _urls_named(self) -> Data:
+        if (self.source in UNIT_SOURCES) != bool(self.urls):
+            raise ValueError(f"data.urls names the files of {' or '.join(UNIT_SOURCES)}, and of no other data.source")
+        for url in self.urls:
+            if not url.startswith("~"):  # a home is written out where it is used
+                _check_whole_path("urls", url)
         return self
 
     @model_validator(mode="after")

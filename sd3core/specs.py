@@ -13,7 +13,7 @@ from typing import Any
 
 from sd3core.formulation_names import FORMULATION_KINDS, formulation_version
 from sd3core.model_identity import model_identity
-from sd3core.recipe import Precision, Recipe, Training
+from sd3core.recipe import UNIT_SOURCES, Precision, Recipe, Training
 
 STAGES = ("ingest", "towers", "caption", "encode", "pretrain", "finetune", "evaluate", "export")  # in their order
 
@@ -33,6 +33,7 @@ PIXELS = (
     2  # how image files become pixels (1 stood in no fingerprint): with their colour profiles, transparency, all bits
 )
 SLICES = 2  # how a folder's files become shards (1, runs of files by name, stood in no fingerprint)
+UNITS = 1  # how the rows of tars and parquet files become shards; from 2 on it stands in version_numbers
 WORLD = (
     2  # the small world's scenes, pictures and captions (1 stood in no fingerprint); raise it when any of them changes
 )
@@ -62,7 +63,7 @@ def version_numbers() -> str:
 
 def raw_fields(recipe: Recipe) -> dict[str, Any]:
     """How images are read and kept. The number of images is content, not spec: a data set that grows keeps its shards."""
-    left_out, drawn = {"name", "images", "folder", "class_names"}, recipe.data.source == "small_world"
+    left_out, drawn = {"name", "images", "folder", "class_names", "urls"}, recipe.data.source == "small_world"
     # of files; from before them fingerprints are good
     for later, plain in (
         ("caption", "whole"),
@@ -78,8 +79,12 @@ def raw_fields(recipe: Recipe) -> dict[str, Any]:
     if drawn:
         fields |= {"seed": recipe.seed, "world": WORLD}
     else:
-        fields |= {"captions_needed": recipe.caption.captioner == "none", "slices": SLICES, **_pixels(recipe)}
+        fields |= {"captions_needed": recipe.caption.captioner == "none", **_dealing(recipe), **_pixels(recipe)}
     return fields
+
+
+def _dealing(recipe: Recipe) -> dict[str, int]:
+    return {"units": UNITS} if recipe.data.source in UNIT_SOURCES else {"slices": SLICES}
 
 
 def _pixels(recipe: Recipe) -> dict[str, int]:
@@ -199,6 +204,8 @@ DONE_FILE = "DONE.json"  # of a checkpoint, and of reference features: written l
 DONE, INDEX, TAR, TABLE = ".done.json", ".index.parquet", ".tar", ".parquet"  # of a shard: its stem and these
 SEEN = ".seen.json.gz"  # of a raw shard, its stem and this: what was seen of its files
 SEEN_FOLDER = "FOLDER."  # so begins the name of what was seen of a folder as a whole
+SEEN_SOURCE = "SOURCE."  # of all tars or parquet files
+SEEN_UNIT = "UNIT."  # of one of them
 SCORES_FILE = "scores.json"
 
 

@@ -535,6 +535,7 @@ CHANGES: list[tuple[set[str], dict[str, Any]]] = [
     # of what is read
     (set(), under("data", caption="first_line", background="black", image_field="path", caption_fields=("text",))),
     (set(), under("data", class_caption="{class}", class_names="/names.json", sidecars="take")),
+    (set(), under("data", urls=("/x.tar",))),
     (set(), under("caption", "encode", batch=1) | under("pretrain", "finetune.0", **HOW)),
     (set(), under("evaluate", **EVALUATE) | under("compute", **COMPUTE)),
     (set(), under("export", checkpoint="best:validation_loss")),  # the export names the checkpoint that it takes

@@ -20,9 +20,10 @@ from sd3core.data.shards import finished_stems, shard_stem
 from sd3core.data.slices import earlier_slices
 from sd3core.data.store import Store
 from sd3core.progress import ProgressCallback
-from sd3core.recipe import Data, Recipe
+from sd3core.recipe import UNIT_SOURCES, Data, Recipe
 from sd3core.specs import raw_fields, raw_folder
 from sd3core.words import counted
+from workers.ingest_units import ingest_units, named_urls
 from workers.shard_stage import MadeShard, ShardStage, ShardTask, run_shard_stage
 from workers.stage import StageResult
 
@@ -39,6 +40,9 @@ def ingest_stage(recipe: Recipe, store: Store, report: ProgressCallback, tell: T
             for shard in list_scenes(recipe.data, recipe.seed)
         ]
         return _made(recipe, store, report, _stage(recipe, tasks))
+    if recipe.data.source in UNIT_SOURCES:
+        result, notes = ingest_units(recipe, store, report, tell)
+        return _with_notes(recipe, store, result, notes, named_urls(recipe.data))
     return _FolderIngest(recipe, store).run(report, tell)
 
 
@@ -54,6 +58,16 @@ def _made(recipe: Recipe, store: Store, report: ProgressCallback, stage: ShardSt
         "captions_needed": recipe.caption.captioner == "none",
     }
     return run_shard_stage(store, recipe.run, stage, IngestShard, worker, recipe.compute.for_stage("ingest"), report)
+
+
+def _with_notes(recipe: Recipe, store: Store, result: StageResult, notes: list[str], named: str) -> StageResult:
+    """The result of a user's own images. DataError, with how their source is `named`, where none of them can be used."""
+    manifest = read_manifest(store, result.manifest.folder, result.manifest.digest)
+    if not manifest.rows:
+        raise no_usable_image(named, manifest.failed_reasons, notes)
+    reason = result.reason if result.skipped else f"{result.reason}; {_images_used(manifest)}"
+    told = [*notes, *_notes_of_pictures(manifest, recipe.data)]
+    return replace(result, reason=reason, warnings=[*result.warnings, *told])
 
 
 class _FolderIngest:
@@ -73,12 +87,7 @@ class _FolderIngest:
             result, notes = _made(self.recipe, self.store, report, _stage(self.recipe, tasks)), seen.notes
         else:
             result, notes = self._look_at(source, seen, report, tell)
-        manifest = read_manifest(self.store, result.manifest.folder, result.manifest.digest)
-        if not manifest.rows:
-            raise no_usable_image(source.named, manifest.failed_reasons, notes)
-        reason = result.reason if result.skipped else f"{result.reason}; {_images_used(manifest)}"
-        told = [*notes, *_notes_of_pictures(manifest, self.data)]
-        return replace(result, reason=reason, warnings=[*result.warnings, *told])
+        return _with_notes(self.recipe, self.store, result, notes, source.named)
 
     def _stands(self, seen: SeenFolder) -> bool:
         finished = finished_stems(self.store, self.folder)

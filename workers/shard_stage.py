@@ -19,6 +19,7 @@ from typing import Any
 
 from sd3core.data.begun import begin
 from sd3core.data.manifest import Manifest, ManifestRef, ShardEntry, commit_manifest, is_whole, read_manifest
+from sd3core.data.provenance import Provenance
 from sd3core.data.shards import DoneRecord, finished_stems, read_shard_done, shard_number, shard_stem
 from sd3core.data.slices import earlier_slices
 from sd3core.data.store import Store
@@ -56,6 +57,7 @@ class ShardTask:
     rows: int  # for progress
     source: Any = None
     earlier: tuple[str, ...] = ()  # stems of finished shards of the folder that may hold rows of this one
+    called: str = ""  # in messages, where its number says nothing
 
     @property
     def stem(self) -> str:
@@ -64,7 +66,7 @@ class ShardTask:
     @property
     def name(self) -> str:
         """In messages."""
-        return self.stem.rstrip(".")
+        return self.called or self.stem.rstrip(".")
 
     @property
     def place(self) -> str:
@@ -82,6 +84,11 @@ class MadeShard:
     told: tuple[str, ...] = ()  # earlier shards that were of no use
     stood: bool = False  # the shard, as the worker found when it had read its source
     detail: Any = None  # what else its stage is to hear
+    others: tuple[MadeShard, ...] = ()  # where the source became several shards: those behind the first
+
+    @property
+    def shards(self) -> tuple[MadeShard, ...]:
+        return (self, *self.others)
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,8 @@ class ShardStage:
     tasks: Sequence[ShardTask]
     needs: tuple[str, ...] = ()
     unit: str = "row"  # what a row of it is: "image", "caption"
+    counted_in: str = ""  # what its tasks' `rows` are, where they are not such rows: "MB"
+    task_name: str = "shard"  # what a task is, where one may become several shards: "tar"
     changes: Callable[[Sequence[MadeShard]], str] = lambda answers: ""  # says what changed in its source, where it can
     rules: dict[str, Any] = field(default_factory=dict)  # what its note says beside the fields: no part of its spec
 
@@ -143,12 +152,12 @@ def run_shard_stages(
     states = [_look(store, run, stage) for stage in stages]
     todo = [task for state in states for task in state.missing]
     total_rows = sum(task.rows for stage in stages for task in stage.tasks)
-    units = {stage.unit for stage in stages}
-    unit = f"{units.pop()}s" if len(units) == 1 else "rows"
+    units = {stage.counted_in or f"{stage.unit}s" for stage in stages}
+    unit = units.pop() if len(units) == 1 else "rows"
     meter = ProgressMeter(total_rows, unit, report, already_done=total_rows - sum(task.rows for task in todo))
     outcomes: list[Outcome[ShardTask]] = []
     if todo:
-        tally = _Tally(meter, {stage.folder: stage.unit for stage in stages})
+        tally = _Tally(meter, {stage.folder: stage.unit for stage in stages}, stages[0].task_name)
         with start_ray(compute):
             outcomes = map_over_actors(
                 worker_class, worker_kwargs, todo, PoolSettings.of(compute), tally.finished, tally.working, tally.tell
@@ -168,9 +177,9 @@ def run_shard_stages(
 class _Tally:
     """Rows of finished shards plus those that busy workers say they have done."""
 
-    def __init__(self, meter: ProgressMeter, units: dict[str, str]) -> None:
+    def __init__(self, meter: ProgressMeter, units: dict[str, str], task_name: str = "shard") -> None:
         """`units`: what a row is, by the stage's folder."""
-        self.meter, self.units = meter, units
+        self.meter, self.units, self.task_name = meter, units, task_name
         self.finished_rows = meter.already_done
         self.busy: dict[str, int] = {}
         self.left_out: Counter[tuple[str, str]] = Counter()  # by what it is and the reason
@@ -191,11 +200,12 @@ class _Tally:
         self.busy.pop(task.place, None)
         self.finished_rows += task.rows
         if outcome.error:
-            given_up = f"shard {task.name} given up: {outcome.error}"
+            given_up = f"{self.task_name} {task.name} given up: {outcome.error}"
             self._show(given_up, given_up)
             return
-        self.left_out.update((self.units[task.folder], row.reason) for row in outcome.result.record.failed)
-        self._show(f"shard {done}/{total}", self._new_reasons())
+        failed = (row for made in outcome.result.shards for row in made.record.failed)
+        self.left_out.update((self.units[task.folder], row.reason) for row in failed)
+        self._show(f"{self.task_name} {done}/{total}", self._new_reasons())
 
     def _new_reasons(self) -> str:
         """What has been left out, each reason once, where the stage's end, which counts and names it, is not near."""
@@ -291,9 +301,10 @@ def _manifest_or_none(store: Store, folder: str, digest: str | None) -> Manifest
 def _conclude(
     store: Store, run: str, state: _State, outcomes: list[Outcome[ShardTask]], actors: int, started: float
 ) -> StageResult:
-    answers = {o.task.number: o.result for o in outcomes if o.task.folder == state.stage.folder}
+    ended = [o for o in outcomes if o.task.folder == state.stage.folder]
+    answers = {o.task.number: o.result for o in ended}
     stage = _with_digests(state.stage, answers)
-    made_here = [o for o in outcomes if o.task.folder == stage.folder and not o.result.stood]
+    made_here = [made for answer in answers.values() for made in answer.shards if not made.stood]
     changes = stage.changes(list(answers.values()))
     standing = state.matching(stage)
     if standing is not None and not made_here:
@@ -312,9 +323,9 @@ def _conclude(
             )
         reason += _rows_made(made_here, stage.unit)
         known = standing or next(iter(state.standing), None)
-        records = {answer.record.stem: answer.record for answer in answers.values()}
+        records = {made.record.stem: made.record for answer in answers.values() for made in answer.shards}
         manifest = _build_manifest(store, stage, known, records)
-        reference = commit_manifest(store, stage.folder, manifest, made_by(made_here, actors))
+        reference = commit_manifest(store, stage.folder, manifest, _made_by(ended, actors))
         store.remove_abandoned(stage.folder)
     remember_stage(store, run, stage.name, stage.folder, reference.digest, stage.noted)
     return StageResult(
@@ -328,22 +339,29 @@ def _conclude(
         made=len(made_here),
         rows=manifest.rows,
         bytes=manifest.bytes,
-        warnings=[*_left_out(store, manifest, stage.unit), *(line for o in made_here for line in o.result.told)],
+        warnings=[*_left_out(store, manifest, stage.unit), *(line for made in made_here for line in made.told)],
     )
 
 
+def _made_by(ended: list[Outcome[ShardTask]], actors: int) -> Provenance:
+    """Of the tasks whose shards did not all stand before."""
+    return made_by([o for o in ended if not all(made.stood for made in o.result.shards)], actors)
+
+
 def _with_digests(stage: ShardStage, answers: dict[int, MadeShard]) -> ShardStage:
-    """The stage with the digests of the shards that were made, which only their workers may have known."""
-    tasks = [
-        replace(task, digest=answers[task.number].record.stem.partition(".")[2]) if task.number in answers else task
-        for task in stage.tasks
-    ]
+    """The stage with the shards that were made: only their workers may have known digests, and how many a source becomes."""
+    tasks = []
+    for task in stage.tasks:
+        shards = answers[task.number].shards if task.number in answers else ()
+        tasks += [
+            replace(task, number=made.record.number, digest=made.record.stem.partition(".")[2]) for made in shards
+        ] or [task]
     return replace(stage, tasks=tasks)
 
 
-def _rows_made(made_here: list[Outcome[ShardTask]], unit: str) -> str:
+def _rows_made(made_here: list[MadeShard], unit: str) -> str:
     """How many of the shards' rows were made, where some were taken from earlier shards."""
-    copied, made = (sum(getattr(o.result, name) for o in made_here) for name in ("copied", "made"))
+    copied, made = (sum(getattr(shard, name) for shard in made_here) for name in ("copied", "made"))
     return f"; {counted(made, unit)} made, {copied:,} taken over as they were" if copied else ""
 
 

@@ -262,7 +262,12 @@ def usable_image(data: Data, root: Path, item: FolderItem) -> tuple[DecodedImage
         raise UserError(f"{root / item.path}: {with_mend(error)}") from None
     if hashlib.sha256(content).hexdigest() != item.sha256:
         raise FolderChanged(root / item.path)
-    with naming(item.name):
+    return stored_picture(data, item.name, content)
+
+
+def stored_picture(data: Data, name: str, content: bytes) -> tuple[DecodedImage, str, bytes]:
+    """`usable_image` of a file's bytes. `name`: of the file, for messages."""
+    with naming(name):
         picture = read_picture(content, PixelRules.of(data))
     if min(picture.image.size) < data.min_side_px:
         raise DataError(f"a side is shorter than {data.min_side_px} px (data.min_side_px)")

@@ -59,7 +59,7 @@ def seen_path(folder: str, stem: str) -> str:
 
 
 def write_seen_rows(store: Store, folder: str, stem: str, root: str, rows: Iterable[SeenRow]) -> None:
-    _write(store, seen_path(folder, stem), {"root": root, "rows": [list(row) for row in rows]})
+    write_seen(store, seen_path(folder, stem), {"root": root, "rows": [list(row) for row in rows]})
 
 
 def read_seen_rows(store: Store, folder: str, stem: str, root: str) -> dict[str, SeenRow]:
@@ -67,7 +67,7 @@ def read_seen_rows(store: Store, folder: str, stem: str, root: str) -> dict[str,
 
     Of another root's files only what follows from their bytes is taken, not that they are unchanged.
     """
-    record = _read(store, seen_path(folder, stem))
+    record = read_seen(store, seen_path(folder, stem))
     if record is None:
         return {}
     rows = {}
@@ -102,12 +102,12 @@ class SeenFolder:
 
 def write_seen_folder(store: Store, folder: str, root: Path, seen: SeenFolder) -> None:
     slices = {str(number): [part.seen, part.digest, part.rows, part.facts] for number, part in seen.slices.items()}
-    _write(store, _folder_path(folder, root), {"listing": seen.listing, "slices": slices, "notes": seen.notes})
+    write_seen(store, _folder_path(folder, root), {"listing": seen.listing, "slices": slices, "notes": seen.notes})
 
 
 def read_seen_folder(store: Store, folder: str, root: Path) -> SeenFolder | None:
     """None where nothing is recorded of this root, or nothing that can be trusted."""
-    record = _read(store, _folder_path(folder, root))
+    record = read_seen(store, _folder_path(folder, root))
     if record is None:
         return None
     slices = {int(number): SeenSlice(*fields) for number, fields in record["slices"].items()}
@@ -118,7 +118,7 @@ def _folder_path(folder: str, root: Path) -> str:
     return f"{folder}/{SEEN_FOLDER}{parts_digest(bytes(root))}{SEEN}"
 
 
-def _write(store: Store, path: str, record: dict[str, Any]) -> None:
+def write_seen(store: Store, path: str, record: dict[str, Any]) -> None:
     """Two lines, compressed: the digest of the second, which is the record. Only what is another one than stands there."""
     line = json.dumps(record | {"path": path}, separators=(",", ":")).encode()
     data = gzip.compress(hashlib.sha256(line).hexdigest().encode() + b"\n" + line, mtime=0)
@@ -128,7 +128,7 @@ def _write(store: Store, path: str, record: dict[str, Any]) -> None:
     store.put(path, data)
 
 
-def _read(store: Store, path: str) -> dict[str, Any] | None:
+def read_seen(store: Store, path: str) -> dict[str, Any] | None:
     """A record that is what its digest says and stands where it was written; else None: the files are looked at then."""
     try:
         digest, _, line = gzip.decompress(store.get(path)).partition(b"\n")

@@ -13,8 +13,10 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from sd3core.data.sources.unit_numbers import UNITS_FROM, near_parts
+
 HASH_BITS = 64
-LONGEST_PREFIX = 62  # bits; numbers fit 64 bits
+LONGEST_PREFIX = 61  # bits; numbers are below those of source files
 
 
 def slice_hash(key: str) -> int:
@@ -47,18 +49,21 @@ def earlier_slices(wanted: Iterable[int], standing: Iterable[int], today: Iterab
     """Number of a slice -> those of `standing`, where its rows were before.
 
     That is the slice itself, or what was put together to it, or the nearest that it was split from: slices that are no more in
-    `today`. Numbers that only count have the same number.
+    `today`. Numbers that only count have the same number. A source file's rows may also have been in its shards beside that one.
     """
     standing, today = set(standing), set(today)
-    gone = standing - today
+    gone = {number for number in standing - today if number < UNITS_FROM}
     parts: dict[int, list[int]] = {}
     for number in sorted(gone):
         for above in _above(number):
             parts.setdefault(above, []).append(number)
-    return {
-        number: [number] if number in standing else parts.get(number) or [n for n in _above(number) if n in gone][:1]
-        for number in wanted
-    }
+    return {number: _earlier(number, standing, gone, parts) for number in wanted}
+
+
+def _earlier(number: int, standing: set[int], gone: set[int], parts: dict[int, list[int]]) -> list[int]:
+    if number >= UNITS_FROM:
+        return [n for n in (number, *near_parts(number)) if n in standing]
+    return [number] if number in standing else parts.get(number) or [n for n in _above(number) if n in gone][:1]
 
 
 def _above(number: int) -> Iterator[int]:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from sd3core.data.shards import FailedRow
 from sd3core.progress import ProgressMeter
 from workers.pool import Outcome
-from workers.shard_stage import TELL_AFTER_S, ShardTask, _Tally
+from workers.shard_stage import TELL_AFTER_S, MadeShard, ShardTask, _Tally
 
 
 def test_what_a_long_stage_leaves_out_is_told_once_a_reason_before_its_end_counts_it():
@@ -18,9 +18,7 @@ def test_what_a_long_stage_leaves_out_is_told_once_a_reason_before_its_end_count
 
     def ends(number: int, *reasons: str, seconds: float) -> None:
         tally.started = time.monotonic() - seconds
-        record = SimpleNamespace(
-            record=SimpleNamespace(failed=[FailedRow(key="k", reason=reason) for reason in reasons])
-        )
+        record = MadeShard(SimpleNamespace(failed=[FailedRow(key="k", reason=reason) for reason in reasons]))
         tally.finished(Outcome(ShardTask(number, f"{number:012x}", "f", rows=3), record), number + 1, 300)
 
     for number in range(100):

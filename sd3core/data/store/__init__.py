@@ -5,6 +5,7 @@ from __future__ import annotations
 from sd3core.data.store.contract import (
     Store,
     StoreDamaged,
+    StoreDenied,
     StoreEntry,
     StoreNotFound,
     canonical_json,
@@ -20,6 +21,7 @@ __all__ = [
     "S3Store",
     "Store",
     "StoreDamaged",
+    "StoreDenied",
     "StoreEntry",
     "StoreNotFound",
     "canonical_json",

@@ -25,6 +25,10 @@ class StoreDamaged(StoreError):
     """An object whose bytes are not of the kind that was written there."""
 
 
+class StoreDenied(StoreError):
+    """An object that this user may not read or write."""
+
+
 def is_transient(error: Exception) -> bool:
     """True for a store that cannot be reached just now; what it does not hold, or holds damaged, will not come by waiting."""
     return isinstance(error, StoreError) and not isinstance(error, StoreNotFound | StoreDamaged)
@@ -35,6 +39,7 @@ class StoreEntry:
     path: str
     size: int
     modified: float = field(default=0.0, compare=False)  # when it was written, Unix seconds by the store's clock
+    tag: str = field(default="", compare=False)  # ETag, or time in ns: another one once it has been written anew
 
 
 class Store(ABC):
@@ -71,6 +76,10 @@ class Store(ABC):
     @abstractmethod
     def version(self, path: str) -> tuple[int, str]:
         """The object's size, and a word that is another one once it has been written anew."""
+
+    @abstractmethod
+    def entry(self, path: str) -> StoreEntry:
+        """The object as `list` has it."""
 
     def size(self, path: str) -> int:
         return self.version(path)[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
-from sd3core.data.store.contract import Store, StoreEntry, StoreNotFound, checked, too_short
+from sd3core.data.store.contract import Store, StoreDenied, StoreEntry, StoreNotFound, checked, too_short
 from sd3core.errors import StoreError, with_mend
 from sd3core.files.local_paths import expanded
 from sd3core.files.whole_output import PARTIAL, atomic_replacement
@@ -64,12 +64,19 @@ class FileStore(Store):
             shutil.copyfileobj(source, file, COPY_BYTES)
 
     def version(self, path: str) -> tuple[int, str]:
+        status = self._status(path)
+        return status.st_size, f"{status.st_dev}-{status.st_ino}-{status.st_mtime_ns}"
+
+    def entry(self, path: str) -> StoreEntry:
+        return _entry(path, self._status(path))
+
+    def _status(self, path: str) -> os.stat_result:
         with self._reading(path):
             target = self.local_path(path)
             status = target.stat()
         if not target.is_file():
             raise StoreNotFound(f"{self.uri(path)}: no such object")
-        return status.st_size, f"{status.st_dev}-{status.st_ino}-{status.st_mtime_ns}"
+        return status
 
     def check(self) -> None:
         try:
@@ -92,9 +99,7 @@ class FileStore(Store):
                 if PARTIAL not in name:
                     full = Path(folder, name)
                     try:
-                        status = full.stat()
-                        path = full.relative_to(self.root).as_posix()
-                        entries.append(StoreEntry(path, status.st_size, status.st_mtime))
+                        entries.append(_entry(full.relative_to(self.root).as_posix(), full.stat()))
                     except FileNotFoundError:  # deleted while we listed
                         continue
         return sorted(entries)
@@ -133,11 +138,17 @@ class FileStore(Store):
             yield
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise StoreNotFound(f"{self.uri(path)}: no such object") from None
+        except PermissionError as error:
+            raise StoreDenied(f"{self.uri(path)}: cannot be read: {with_mend(error)}") from None
         except OSError as error:
             raise StoreError(f"{self.uri(path)}: cannot be read: {with_mend(error)}") from None
 
     def _replacing(self, path: str):
         return _replaced(self.local_path(path), self.uri(path))
+
+
+def _entry(path: str, status: os.stat_result) -> StoreEntry:
+    return StoreEntry(path, status.st_size, status.st_mtime, str(status.st_mtime_ns))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from sd3core.data.store.contract import Store, StoreEntry, StoreNotFound, checked, too_short
+from sd3core.data.store.contract import Store, StoreDenied, StoreEntry, StoreNotFound, checked, too_short
 from sd3core.errors import StoreError, with_mend
 
 ABANDONED_UPLOAD_S = 24 * 3600  # an upload that began so long ago has lost its writer
@@ -128,7 +128,9 @@ class S3Store(Store):
         if code in ("404", "NoSuchKey", "NotFound"):
             return StoreNotFound(f"{self.url}/{path}: no such object")
         if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
-            return StoreError(f"{self.url}/{path}: access denied ({code}); check the credentials in the environment")
+            # a HEAD says 403 to wrong credentials, too
+            kind = StoreDenied if code in ("403", "AccessDenied") else StoreError
+            return kind(f"{self.url}/{path}: access denied ({code}); check the credentials in the environment")
         return StoreError(f"{self.url}/{path}: {code}: {error.response.get('Error', {}).get('Message', error)}")
 
     def _bucket_is_there(self) -> bool:
@@ -186,6 +188,10 @@ class S3Store(Store):
         head = self._call(path, lambda s3: s3.head_object(Bucket=self.bucket, Key=self._key(path)))
         return head["ContentLength"], head["ETag"]
 
+    def entry(self, path: str) -> StoreEntry:
+        head = self._call(path, lambda s3: s3.head_object(Bucket=self.bucket, Key=self._key(path)))
+        return StoreEntry(path, head["ContentLength"], head["LastModified"].timestamp(), head["ETag"])
+
     def now(self) -> float:
         answer = self._call("", lambda s3: s3.head_bucket(Bucket=self.bucket))["ResponseMetadata"]
         date = answer["HTTPHeaders"].get("date")
@@ -200,7 +206,7 @@ class S3Store(Store):
             objects = (item for page in found for item in page.get("Contents", []))
             # A key that ends in "/" is what consoles and file gateways put for a folder.
             return [
-                StoreEntry(item["Key"][cut:], item["Size"], item["LastModified"].timestamp())
+                StoreEntry(item["Key"][cut:], item["Size"], item["LastModified"].timestamp(), item.get("ETag", ""))
                 for item in objects
                 if not item["Key"].endswith("/")
             ]

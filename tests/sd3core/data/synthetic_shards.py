@@ -154,7 +154,7 @@ class SyntheticShards(Store):
     def put(self, path, data):
         raise NotImplementedError
 
-    get_file = put_file = list = folders = delete = version = put
+    get_file = put_file = list = folders = delete = version = entry = put
 
 
 def _latent(bucket: str) -> bytes:
