@@ -41,7 +41,9 @@ CHARACTER_TURNS, LOOPED_CHARACTERS, LONGEST_TURN = 6, 24, 40
 SENTENCE_TURNS, SENTENCE_WORDS = 3, 3
 # A sentence ends at a mark, and what closes after it; the marks of Chinese and Japanese need no space behind them.
 SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*(?=\s|$)|[。！？][”’」』）]*")
-NO_SENTENCE_END = re.compile(r"(?:^|[\s(])(?:[^\W\d_]|\d+|(?:Dr|Mr|Mrs|Ms|Prof|St|vs|No|approx|ca|e\.g|i\.e|U\.S))\.$")
+NO_SENTENCE_END = re.compile(  # initials, abbreviations, and the numbers of a list
+    r"(?:^|[\s(])(?:[^\W\d_]|Dr|Mr|Mrs|Ms|Prof|St|vs|No|approx|ca|e\.g|i\.e|U\.S)\.$|(?:^|[.!?]\s)\d+\.$"
+)
 REFUSALS = re.compile(
     r"""\W*(?:
     (?:oh,?\s)? (?:i['’]?m|i\sam|we['’]?re|we\sare|so) \s+ (?:\w+\s+)? sorry (?=[,.;:!—–-]|\s+(?:but|i|for|that|about|we)\b)
