@@ -11,6 +11,7 @@ from flows.ui.loss_curve import loss_curve
 from flows.ui.previews import preview_settings
 from sd3core.checkpoint_record import read_checkpoint_done
 from sd3core.data.phase_images import epochs_line, many_epochs_warning
+from sd3core.errors import DataError
 from sd3core.specs import fingerprint
 from workers.encode import encode_phase
 from workers.stage import StageResult
@@ -37,14 +38,33 @@ def make_latents(run: StageRun, key: str) -> StageResult:
 def train_phase(run: StageRun, key: str) -> StageResult:
     """Trains one phase of the recipe to its end, with a view of it in the UI; a finished one returns at once."""
     job = phase_job(run, key)
-    phase, images = dict(run.recipe.phases())[key], run.upstream.images(key)
-    run.log.info(epochs_line(key, phase, images))
-    told = list(filter(None, [many_epochs_warning(key, phase, images)]))
-    for warning in told:
-        run.warn(warning)
+    told = _tell_epochs(run, key)
     with training_view(run, job) as view:
         result = train_stage(run.recipe, run.store, job, run.report, view, warn=run.warn, say=run.log.info)
     return replace(result, notes=[*told, *result.notes])
+
+
+def _tell_epochs(run: StageRun, key: str) -> list[str]:
+    """Says in the log how often a phase sees its images; returns what is warned of that."""
+    phase, images = dict(run.recipe.phases())[key], _images(run, key)
+    if images is None:
+        return []
+    run.log.info(epochs_line(key, phase, images))
+    warnings = list(filter(None, [many_epochs_warning(key, phase, images)]))
+    for warning in warnings:
+        run.warn(warning)
+    return warnings
+
+
+def _images(run: StageRun, key: str) -> int | None:
+    """The images of a phase; None where nobody counted the rows without a caption, as before an earlier version's training ended.
+
+    A phase that is still to be trained needs that count, and its loader says so.
+    """
+    try:
+        return run.upstream.images(key)
+    except DataError:
+        return None
 
 
 def phase_job(run: StageRun, key: str) -> TrainingJob:
@@ -76,10 +96,11 @@ def phases_table(run: StageRun, keys: list[str]) -> list[dict[str, object]]:
     """A row for each checkpoint of phases that have been trained."""
     rows = []
     for key in keys:
-        images = run.upstream.images(key)
+        images = _images(run, key)
         for checkpoint in run.upstream.checkpoints(key):
             done = read_checkpoint_done(run.store, checkpoint.folder)
-            row = {"phase": key, "samples": f"{done.samples:,}", "epochs": f"{done.samples / images:,.1f}"}
+            row = {"phase": key, "samples": f"{done.samples:,}", "epochs": "not known"}
+            row |= {"epochs": f"{done.samples / images:,.1f}"} if images else {}
             row |= {"steps": f"{done.steps:,}", "attempt": done.attempt}
             rows.append(row | {"checkpoint": run.store.uri(checkpoint.folder)})
     return rows

@@ -93,6 +93,14 @@ def test_every_checkpoint_is_scored_with_live_and_ema_weights(resumed):
     assert all(row["reason"] for row in resumed.summary["left_out"])
 
 
+def test_every_checkpoint_draws_training_captions_beside_held_out_ones(resumed):
+    compared = [picture for picture in resumed.summary["pictures"] if picture["name"] == "captions"]
+    assert [(picture["phase"], picture["samples"]) for picture in compared] == [
+        ("pretrain", FIRST), ("pretrain", LAST), ("finetune.0", 32)
+    ]  # fmt: skip
+    assert {picture["weights"] for picture in compared} == {"ema"}
+
+
 def test_the_terminal_ends_with_scores_pictures_ui_and_a_command(installation, resumed, tmp_path):
     said = dict(
         line.split(maxsplit=1)

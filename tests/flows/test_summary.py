@@ -7,9 +7,10 @@ from rich.console import Console
 
 from flows.cli.closing import print_summary
 from flows.local.services import Services
-from flows.summary import exported_folder, finished_runs
+from flows.summary import exported_folder, finished_runs, write_summary
 from sd3core.data.store import open_store
 from sd3core.recipe_file import load_recipe
+from workers.evaluate_tasks import COMPARISON
 
 
 def picture(phase: str, samples: int, name: str, weights: str = "ema") -> dict[str, object]:
@@ -37,6 +38,7 @@ def test_the_newest_pictures_of_each_phase_and_size_are_named_and_warnings_with_
         picture("pretrain", 16, "64x64", "live"),
         picture("finetune.0", 8, "96x96"),
         picture("finetune.0", 8, "112x80"),
+        picture("finetune.0", 8, COMPARISON),
     ]
     lost = "pretrain: a rank was lost; went on from 3,000 samples"
     stage = {
@@ -57,7 +59,18 @@ def test_the_newest_pictures_of_each_phase_and_size_are_named_and_warnings_with_
         f"{tmp_path}/pretrain-16-64x64.png  pretrain 64 px",
         f"{tmp_path}/finetune.0-8-96x96.png  finetune.0 96 px",
         f"{tmp_path}/finetune.0-8-112x80.png  finetune.0 112x80 px",
+        f"{tmp_path}/finetune.0-8-captions.png  finetune.0 left: captions that it trained on, right: held-out ones; each drawn,"
+        " then real",
     ]
+
+
+def test_a_loss_that_rises_stands_in_the_summary(tmp_path):
+    store, recipe = open_store(str(tmp_path)), load_recipe("tiny-test")
+    tables = {name: [] for name in ("scores", "bench", "left_out", "pictures")}
+    stages = [{"name": "export", "manifest": "file:///s/runs/tiny-test/export/0/MANIFEST.json"}]
+    rising = [{"phase": "pretrain", "since": 8}]
+    assert write_summary(store, recipe, stages, tables | {"rising": rising})["rising"] == rising
+    assert write_summary(store, recipe, stages, tables)["rising"] == []  # also of scores of an earlier version
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"{}"])
