@@ -188,20 +188,32 @@ def deploy(
 
 
 @app.command()
-def plan(recipe: RecipeOption = DEFAULT_RECIPE, set_: SetOption = None) -> None:
-    """Before money is spent: parameters, images, bytes in the store, memory per GPU at each ZeRO stage, steps, FLOPs, hours."""
-    from flows.cli.plan import print_plan, print_rare_sizes
-    from flows.cli.plan_epochs import planned_images, print_epochs, recipe_within_epochs
-    from flows.local.home import run_store
-    from flows.upgrade import print_upgrade
+def plan(
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    data: Annotated[
+        Path | None,
+        typer.Option(parser=path, help="A folder of images, as for `sd3 demo --data`: looked at, not ingested."),
+    ] = None,
+    gpu_tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="What a GPU sustains in bf16; default: 40 % of an H100.")
+    ] = None,
+    gpu_price: Annotated[float | None, typer.Option(min=0, help="Of one GPU for an hour: adds the money.")] = None,
+    rate: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=ROWS_A_SECOND of one device, by the time table's names, as text=250. Repeatable."),
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Before money is spent: what the source holds, parameters, bytes in the store, memory per GPU, steps, FLOPs, hours."""
+    from flows.cli.plan import print_whole_plan
+    from flows.cli.plan_rates import GivenRates
 
-    loaded = _load(recipe, set_)
-    store = run_store(loaded)
-    images = planned_images(loaded, store)
-    print_plan(recipe_within_epochs(loaded, images), console)
-    print_epochs(loaded, images, console)
-    print_rare_sizes(loaded, store, console)
-    print_upgrade(loaded, store, console)
+    given = GivenRates.read(gpu_tflops, gpu_price, rate or [])
+    if data is not None:
+        from flows.cli.demo import folder_overrides
+
+        set_ = [*folder_overrides(_load(recipe, None), data), *(set_ or [])]
+    print_whole_plan(_load(recipe, set_), given, console)
 
 
 @app.command("inspect")

@@ -5,14 +5,18 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from flows.cli.plan_epochs import planned_images, print_epochs, recipe_within_epochs
+from flows.cli.plan_rates import ASSUMED, GivenRates
+from flows.cli.plan_source import look_at_recipe, planned_rows, print_source
+from flows.local.home import run_store
 from flows.upstream import NotFinishedError, Upstream
 from sd3core.buckets import bucket_name, off_centre
 from sd3core.costs.phases import PhaseCost, compare_backbones, phase_cost, text_bytes
 from sd3core.costs.stages import (
     CAPTION_CONTEXT_TOKENS,
-    GPU_BF16_TFLOPS,
     GPU_FP32_TFLOPS,
     SMALL_CAPTIONS_PER_S,
+    PlannedRows,
     stage_costs,
 )
 from sd3core.data.manifest import read_manifest
@@ -32,11 +36,28 @@ SIZES_TOLD = "images too small for a phase, and sizes with fewer images than a b
 INDEXES_READ = 1_000  # of raw shards that nobody has counted yet: some seconds
 
 
-def print_plan(recipe: Recipe, console: Console) -> None:
+def print_whole_plan(recipe: Recipe, given: GivenRates, console: Console) -> None:
+    """What the source holds where it is not ingested yet, what all will cost, and what an upgrade would make again."""
+    from flows.upgrade import print_upgrade
+
+    store = run_store(recipe)
+    look = look_at_recipe(recipe, store, console)
+    rows = planned_rows(recipe, store, look)
+    images = planned_images(recipe, store, rows)
+    print_plan(recipe_within_epochs(recipe, images), console, rows, given)
+    if look is not None:
+        print_source(recipe, look, console)
+    print_epochs(recipe, images, console)
+    if look is None:
+        print_rare_sizes(recipe, store, console)
+    print_upgrade(recipe, store, console)
+
+
+def print_plan(recipe: Recipe, console: Console, rows: PlannedRows | None = None, given: GivenRates = ASSUMED) -> None:
+    """`rows`: that the data stages will have, where that is known."""
     if recipe.towers.released is not None:
         check_vae_folder(recipe.towers.released.vae, recipe.model_config_for(recipe.phases()[0][1]).latent_channels)
     phases = [phase_cost(recipe, key, phase) for key, phase in recipe.phases()]
-    captions = 1 if recipe.caption.captioner == "none" else 2
     console.print(
         f"recipe {recipe.name}: run {recipe.run}, {recipe.model.architecture} of depth {recipe.model.depth},"
         f" {phases[0].parameters:,} parameters",
@@ -44,8 +65,8 @@ def print_plan(recipe: Recipe, console: Console) -> None:
     )
     _print_phases(recipe, phases, console)
     _print_backbones(recipe, console)
-    _print_storage(recipe, phases, captions, console)
-    _print_time(recipe, phases, console)
+    _print_storage(recipe, phases, rows, console)
+    _print_time(recipe, phases, rows, given, console)
 
 
 def print_rare_sizes(recipe: Recipe, store: Store, console: Console) -> None:
@@ -127,19 +148,19 @@ def _print_backbones(recipe: Recipe, console: Console) -> None:
     console.print(table)
 
 
-def _print_storage(recipe: Recipe, phases: list[PhaseCost], captions: int, console: Console) -> None:
+def _print_storage(recipe: Recipe, phases: list[PhaseCost], rows: PlannedRows | None, console: Console) -> None:
     console.print()
     console.print("storage", highlight=False)
     table = Table(box=None, pad_edge=False)
     for column in ("what", "an image, kB", "images", "GB"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    images = recipe.data.images if recipe.data.source == "small_world" else None
     most = ", at most" if recipe.text.padding == "trimmed" else ""
-    parts = [(f"text, {captions} caption(s) an image{most}", captions * text_bytes(recipe))]
-    parts += [(f"latents {plan.key}", plan.latent_bytes) for plan in phases]
-    for what, size in parts:
-        total = f"{images * size / GB:,.3f}" if images else f"{size * 1e6 / GB:,.1f} a million images"
-        table.add_row(what, f"{size / 1e3:,.1f}", f"{images:,}" if images else "as the folder has", total)
+    captions = rows.captions if rows else PlannedRows.of(recipe, 1).captions
+    parts = [(f"text, {captions:.3g} caption(s) an image{most}", captions * text_bytes(recipe), rows and rows.images)]
+    parts += [(f"latents {plan.key}", plan.latent_bytes, rows and rows.phases[plan.key]) for plan in phases]
+    for what, size, images in parts:
+        total = f"{size * 1e6 / GB:,.1f} a million images" if images is None else f"{images * size / GB:,.3f}"
+        table.add_row(what, f"{size / 1e3:,.1f}", "as the source has" if images is None else f"{images:,}", total)
     for plan in phases:
         table.add_row(
             f"{plan.checkpoints} checkpoint(s) {plan.key}",
@@ -150,17 +171,21 @@ def _print_storage(recipe: Recipe, phases: list[PhaseCost], captions: int, conso
     console.print(table)
 
 
-def _print_time(recipe: Recipe, phases: list[PhaseCost], console: Console) -> None:
-    costs, compute = stage_costs(recipe), recipe.compute
+def _print_time(
+    recipe: Recipe, phases: list[PhaseCost], rows: PlannedRows | None, given: GivenRates, console: Console
+) -> None:
+    costs, compute = given.applied(stage_costs(recipe, rows, given.gpu_tflops)), recipe.compute
     keys = {plan.key for plan in phases}
     console.print()
     console.print("time (ingest, towers and export are not counted)", highlight=False)
     table = Table(box=None, pad_edge=False)
-    for column in ("what", "work", "FLOPs", "hours"):
+    columns = ["what", "work", "FLOPs", "hours", *(["price"] if given.gpu_price is not None else [])]
+    for column in columns:
         table.add_column(column, justify="left" if column in ("what", "work") else "right")
     for cost in costs:
         hours = "not known" if cost.hours is None else f"{cost.hours:,.2f}"
-        table.add_row(cost.name, cost.work, f"{cost.flops:.2e}" if cost.flops else "-", hours)
+        price = [] if given.gpu_price is None else [given.price(cost)]
+        table.add_row(cost.name, cost.work, f"{cost.flops:.2e}" if cost.flops else "-", hours, *price)
     console.print(table)
     flops, hours = (sum(getattr(cost, name) for cost in costs if cost.name in keys) for name in ("flops", "hours"))
     recomputed = (
@@ -173,14 +198,16 @@ def _print_time(recipe: Recipe, phases: list[PhaseCost], console: Console) -> No
         how = f"at least {hours:,.2f} h on this machine"
     console.print()
     console.print(f"training: {flops:.2e} FLOPs{recomputed}, {how}", highlight=False)
-    console.print(_assumed(recipe), highlight=False, soft_wrap=True)
+    if given.gpu_price is not None:
+        console.print(given.total(costs), highlight=False)
+    console.print(_assumed(recipe, given), highlight=False, soft_wrap=True)
 
 
-def _assumed(recipe: Recipe) -> str:
+def _assumed(recipe: Recipe, given: GivenRates) -> str:
     compute, said = recipe.compute, []
     gpus = [compute.gpus_per_rank, *(compute.for_stage(stage).gpus_per_actor for stage in GPU_STAGES)]
     if any(gpus):
-        said.append(f"a GPU does {GPU_BF16_TFLOPS:.0f} TFLOP/s in bf16 and {GPU_FP32_TFLOPS:.0f} in fp32")
+        said.append(f"a GPU does {given.gpu_tflops:g} TFLOP/s in bf16 and {GPU_FP32_TFLOPS:.0f} in fp32")
     if not all(gpus):
         said.append("a CPU does what plain matrix products reach here, measured now: real work takes longer")
     if recipe.caption.captioner == "small_world":
@@ -189,4 +216,6 @@ def _assumed(recipe: Recipe) -> str:
         said.append(
             f"the captioner reads {CAPTION_CONTEXT_TOKENS:,} tokens an image, and its weights once for each token of a batch"
         )
+    if given.rows:
+        said.append(f"as given, rows a second of one device: {', '.join(f'{k} {v:g}' for k, v in given.rows.items())}")
     return f"assumed: {'; '.join(said)}; every image is as large as the largest bucket"

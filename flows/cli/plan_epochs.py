@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.upstream import Upstream
-from sd3core.data.manifest import read_manifest
+from sd3core.costs.stages import PlannedRows
 from sd3core.data.phase_images import many_epochs_warning, within_epochs
 from sd3core.data.settled_precision import settle_precisions
 from sd3core.data.store import Store
@@ -29,8 +29,8 @@ class PlannedImages:
         return f"{self.count:,}" if self.counted else f"about {self.count:,}"
 
 
-def planned_images(recipe: Recipe, store: Store) -> dict[str, PlannedImages]:
-    """Phase -> its images, of the phases whose number of images is known before they start."""
+def planned_images(recipe: Recipe, store: Store, rows: PlannedRows | None) -> dict[str, PlannedImages]:
+    """Phase -> its images, of the phases whose number of images is known before they start. `rows`: that are planned for."""
     try:
         upstream = Upstream(settle_precisions(recipe, store), store)
     except UserError:  # a store that cannot be read: the rest of the plan says so
@@ -39,18 +39,10 @@ def planned_images(recipe: Recipe, store: Store) -> dict[str, PlannedImages]:
     for key, _ in recipe.phases():
         if upstream and (images := _known(lambda key=key: upstream.images(key))):
             found[key] = PlannedImages(images, True)
-        elif rows := _rows(recipe, upstream):
-            found[key] = PlannedImages(max(1, round(rows * (1 - recipe.data.held_out_fraction))), False)
+        elif rows and rows.phases[key]:
+            trained = round(rows.phases[key] * (1 - recipe.data.held_out_fraction))
+            found[key] = PlannedImages(max(1, trained), False)
     return found
-
-
-def _rows(recipe: Recipe, upstream: Upstream | None) -> int:
-    """Images that are ingested or will be drawn, held-out ones among them; 0 where nobody has counted."""
-    if recipe.data.source == "small_world":
-        return recipe.data.images
-    if upstream is None:
-        return 0
-    return _known(lambda: read_manifest(upstream.store, upstream.raw.folder, upstream.raw.digest).rows)
 
 
 def _known(count: Callable[[], int]) -> int:

@@ -8,6 +8,7 @@ least these.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,16 +47,34 @@ class Rates:
         return self.fast if precision == "bf16" or (precision == "auto" and self.gpu) else self.fp32
 
     @classmethod
-    def of_device(cls, gpu: bool) -> Rates:
+    def of_device(cls, gpu: bool, gpu_tflops: float = GPU_BF16_TFLOPS) -> Rates:
         """A CPU's are this machine's, measured now."""
         if gpu:
-            return cls(GPU_BF16_TFLOPS * 1e12, GPU_FP32_TFLOPS * 1e12, GPU_BYTES_PER_S, True)
+            return cls(gpu_tflops * 1e12, GPU_FP32_TFLOPS * 1e12, GPU_BYTES_PER_S, True)
         precision = resolve_precision("auto", bf16=has_bf16_arithmetic(CPU))
         return cls(
             *(matmul_flops_per_second(PRECISION_DTYPES[name], CPU) for name in (precision, "fp32")),
             CPU_BYTES_PER_S,
             False,
         )
+
+
+@dataclass(frozen=True)
+class PlannedRows:
+    """The rows that data stages are planned for."""
+
+    images: int
+    captions: float  # of an image on average, a synthetic one among them
+    phases: Mapping[str, int]  # how many of the images a phase takes
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, images: int, originals: float = 1.0, taken: Mapping[str, float] | None = None
+    ) -> PlannedRows:
+        """`originals`: captions that an image comes with; `taken`: part of the images that a phase takes, where that is not all."""
+        synthetic = 0 if recipe.caption.captioner == "none" else 1
+        phases = {key: round(images * (taken or {}).get(key, 1.0)) for key, _ in recipe.phases()}
+        return cls(images, originals + synthetic, phases)
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,8 @@ class StageCost:
     flops: float
     hours: float | None
     devices: float
+    rows: float  # that it goes through: images, captions, samples, pictures
+    gpu: bool  # whether its devices are GPUs
 
 
 def training_flops(recipe: Recipe, phase: Training) -> float:
@@ -76,43 +97,50 @@ def training_flops(recipe: Recipe, phase: Training) -> float:
     return passes * _forward(recipe, phase, height, width)
 
 
-def stage_costs(recipe: Recipe) -> list[StageCost]:
-    """The stages' costs in their order. Of a folder, whose rows nobody has counted, data stages cost a million rows."""
-    sizes, compute = tower_sizes(recipe), recipe.compute
+def stage_costs(
+    recipe: Recipe, rows: PlannedRows | None = None, gpu_tflops: float = GPU_BF16_TFLOPS
+) -> list[StageCost]:
+    """The stages' costs in their order. Of a source whose `rows` nobody has counted, data stages cost a million rows.
+
+    `gpu_tflops`: sustained, in bf16.
+    """
+    sizes, compute, settings = tower_sizes(recipe), recipe.compute, recipe.encode
+    if rows is None:
+        rows = PlannedRows.of(recipe, recipe.data.images if recipe.data.source == "small_world" else MILLION)
     on_gpus = {stage: compute.for_stage(stage).gpus_per_actor > 0 for stage in GPU_STAGES}
-    rates = {gpu: Rates.of_device(gpu) for gpu in {compute.gpus_per_rank > 0, *on_gpus.values()}}
-    rank, ranks = rates[compute.gpus_per_rank > 0], compute.train_ranks * compute.gpus_per_rank or 1
-    of_stage = {stage: _Actors(rates[gpu], _devices(compute.for_stage(stage))) for stage, gpu in on_gpus.items()}
-    encode, settings = of_stage["encode"], recipe.encode
-    rows = recipe.data.images if recipe.data.source == "small_world" else MILLION
-    shown = f"{rows:,} rows" if recipe.data.source == "small_world" else "a million rows"
-    costs = [_captioning(recipe, rows, shown, of_stage["caption"])] if recipe.caption.captioner != "none" else []
-    captions = 1 if recipe.caption.captioner == "none" else 2
-    text = rows * captions * sizes.text_flops(recipe.text.clip_tokens, recipe.text.t5_tokens)
-    costs.append(_cost("text", f"{captions} x {shown}", text, encode.rates.of(settings.text_precision), encode.devices))
+    rates = {gpu: Rates.of_device(gpu, gpu_tflops) for gpu in {compute.gpus_per_rank > 0, *on_gpus.values()}}
+    ranks = _Devices(rates[compute.gpus_per_rank > 0], compute.train_ranks * compute.gpus_per_rank or 1)
+    on = {stage: _Devices(rates[gpu], _count(compute.for_stage(stage))) for stage, gpu in on_gpus.items()}
+    costs = [_captioning(recipe, rows.images, on["caption"])] if recipe.caption.captioner != "none" else []
+    captions = rows.images * rows.captions
+    text = captions * sizes.text_flops(recipe.text.clip_tokens, recipe.text.t5_tokens)
+    work = f"{rows.captions:.3g} x {rows.images:,} rows"
+    costs.append(on["encode"].cost("text", work, captions, text, settings.text_precision))
     for key, phase in recipe.phases():
         height, width = max(phase.bucket_sides(), key=lambda side: side[0] * side[1])
-        flops, rate = rows * sizes.vae.encode_flops(height, width), encode.rates.of(settings.latent_precision)
-        costs.append(_cost(latents_part(key), shown, flops, rate, encode.devices))
+        taken, name = rows.phases[key], latents_part(key)
+        flops = taken * sizes.vae.encode_flops(height, width)
+        costs.append(on["encode"].cost(name, f"{taken:,} rows", taken, flops, settings.latent_precision))
         samples = phase.total_steps * phase.global_batch
-        costs.append(_cost(key, f"{samples:,} samples", samples * training_flops(recipe, phase), rank.fast, ranks))
-    return [*costs, _evaluation(recipe, sizes, of_stage["evaluate"])]
+        flops = samples * training_flops(recipe, phase)
+        costs.append(ranks.cost(key, f"{samples:,} samples", samples, flops, "bf16"))
+    return [*costs, _evaluation(recipe, sizes, on["evaluate"])]
 
 
 @dataclass(frozen=True)
-class _Actors:
-    """What a stage's actors run on."""
+class _Devices:
+    """What a stage's actors or ranks run on."""
 
     rates: Rates
-    devices: float
+    count: float
+
+    def cost(self, name: str, work: str, rows: float, flops: float, precision: Precision) -> StageCost:
+        hours = flops / (self.rates.of(precision) * self.count) / 3600
+        return StageCost(name, work, flops, hours, self.count, rows, self.rates.gpu)
 
 
-def _devices(compute: Compute) -> float:
+def _count(compute: Compute) -> float:
     return compute.actors * compute.gpus_per_actor or 1
-
-
-def _cost(name: str, work: str, flops: float, rate: float, devices: float) -> StageCost:
-    return StageCost(name, work, flops, flops / (rate * devices) / 3600, devices)
 
 
 def _forward(recipe: Recipe, phase: Training, height: int, width: int) -> float:
@@ -120,22 +148,27 @@ def _forward(recipe: Recipe, phase: Training, height: int, width: int) -> float:
     return forward_flops(recipe.model_config_for(phase), height * width // 256, text_tokens)
 
 
-def _captioning(recipe: Recipe, rows: int, shown: str, on: _Actors) -> StageCost:
+def _captioning(recipe: Recipe, rows: int, on: _Devices) -> StageCost:
     """A model reads image and prompt at the rate of its arithmetic, then writes token by token, its weights read once a batch."""
-    caption = recipe.caption
+    caption, shown = recipe.caption, f"{rows:,} rows"
     if caption.captioner == "small_world":
         actors = recipe.compute.for_stage("caption").actors
-        return StageCost("caption", shown, 0.0, rows / (SMALL_CAPTIONS_PER_S * actors) / 3600, actors)
+        return StageCost("caption", shown, 0.0, rows / (SMALL_CAPTIONS_PER_S * actors) / 3600, actors, rows, gpu=False)
     if caption.captioner == "endpoint":
-        return StageCost("caption", f"{shown}; at the rate of {caption.endpoint}", 0.0, None, on.devices)
+        return StageCost(
+            "caption", f"{shown}; at the rate of {caption.endpoint}", 0.0, None, on.count, rows, on.rates.gpu
+        )
     parameters = _parameters(caption.model)
     if parameters is None:
-        return StageCost("caption", f"{shown}; {caption.model} is not on this machine", 0.0, None, on.devices)
+        return StageCost(
+            "caption", f"{shown}; {caption.model} is not on this machine", 0.0, None, on.count, rows, on.rates.gpu
+        )
     flops = 2.0 * parameters * (CAPTION_CONTEXT_TOKENS + caption.max_new_tokens) * rows
     rate = on.rates.of(caption.precision)
     weight_bytes = 4.0 if rate == on.rates.fp32 else 2.0
     written = weight_bytes * parameters * caption.max_new_tokens * rows / caption.batch / on.rates.bytes
-    return StageCost("caption", shown, flops, (flops / rate + written) / on.devices / 3600, on.devices)
+    hours = (flops / rate + written) / on.count / 3600
+    return StageCost("caption", shown, flops, hours, on.count, rows, on.rates.gpu)
 
 
 def _parameters(folder: str | None) -> int | None:
@@ -147,7 +180,7 @@ def _parameters(folder: str | None) -> int | None:
         return None
 
 
-def _evaluation(recipe: Recipe, sizes: TowerSizes, on: _Actors) -> StageCost:
+def _evaluation(recipe: Recipe, sizes: TowerSizes, on: _Devices) -> StageCost:
     """Pictures drawn for scores, grids and ShapesBench, decoded and judged, and the validation loss at its levels."""
     evaluate = recipe.evaluate
     both = 2 if evaluate.weights == "both" else 1
@@ -168,8 +201,8 @@ def _evaluation(recipe: Recipe, sizes: TowerSizes, on: _Actors) -> StageCost:
                 model += pictures * _calls(recipe) * _forward(recipe, phase, height, width)
                 towers += pictures * (sizes.vae.decode_flops(height, width) + sizes.judge.flops(sizes.judge_tokens))
                 drawn += pictures
-    hours = (model / on.rates.fast + towers / on.rates.fp32) / on.devices / 3600
-    return StageCost("evaluate", f"{drawn:,} pictures", model + towers, hours, on.devices)
+    hours = (model / on.rates.fast + towers / on.rates.fp32) / on.count / 3600
+    return StageCost("evaluate", f"{drawn:,} pictures", model + towers, hours, on.count, drawn, on.rates.gpu)
 
 
 def _calls(recipe: Recipe) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sd3core.data.folder_listing import RACY_NS
 from sd3core.data.shards import parts_digest
@@ -98,11 +98,9 @@ class _Lister:
         numbers = number_units([unit.name for unit in self.found.values()])
         if len(numbers) != len(self.found):
             raise DataError("data.urls: two of its files have one name below it; name the folder above both instead")
-        units = sorted((self._numbered(unit, numbers[unit.name]) for unit in self.found.values()), key=_number)
+        numbered = (replace(unit, number=numbers[unit.name]) for unit in self.found.values())
+        units = sorted(numbered, key=lambda unit: unit.number)
         return SourceListing(tuple(units), tuple(self._notes()), _digest(units))
-
-    def _numbered(self, unit: SourceUnit, number: int) -> SourceUnit:
-        return SourceUnit(number, unit.name, unit.file, unit.table, unit.problem, unit.at_rest)
 
     def _take_one(self, entry: UrlEntry, store: Store) -> None:
         """A file that is named alone, so that a user who may not list the bucket can read it."""
@@ -185,10 +183,6 @@ class _Lister:
             f"{counted(len(paths), 'file')} of data.urls passed over, {why}: {printable(some(sorted(paths), len(paths)))}"
             for why, paths in self.passed.items()
         ]
-
-
-def _number(unit: SourceUnit) -> int:
-    return unit.number
 
 
 def _digest(units: list[SourceUnit]) -> str:

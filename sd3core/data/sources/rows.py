@@ -12,11 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from sd3core.data.caption_text import lines_of
+from sd3core.data.caption_text import clean_captions
 from sd3core.data.folder_source import storable
 from sd3core.recipe import Data
 from sd3core.shown_text import printable, shortened
-from sd3core.words import cut_at_word, one_line
 
 LONGEST_TEXT = 4 << 20  # bytes of a member that holds words
 BYTES_A_PIXEL = 8  # four colours of 16 bits: no image of data.max_image_pixels has many more
@@ -70,18 +69,9 @@ class RowRules:
         self, name: str, image: bytes, texts: Sequence[str], where: Sequence[str], notes: Iterable[str] = ()
     ) -> SourceRow:
         """`texts`: its captions as they stand. `where`: they were looked for."""
-        found, captions = set(notes), []
-        for text in texts:
-            lines = lines_of(text)
-            line = "".join(lines[:1]) if self.data.caption == "first_line" else one_line(text)
-            captions.append(cut_at_word(line, self.data.max_caption_chars))
-            if captions[-1] != line:
-                found.add(RowNote.CUT)
-            if len(lines) > 1 and self.data.caption == "whole":
-                found.add(RowNote.LONG)
-        kept = tuple(dict.fromkeys(filter(None, captions)))
-        if not kept:
-            found.add(RowNote.WITHOUT)
+        kept, cut, lines = clean_captions(texts, self.data)
+        told = {RowNote.CUT: cut, RowNote.LONG: lines > 1 and self.data.caption == "whole", RowNote.WITHOUT: not kept}
+        found = {*notes, *(note for note, holds in told.items() if holds)}
         problem = no_caption(where) if self.captions_needed and not kept else ""
         return SourceRow(name, image, kept, problem, tuple(sorted(found)))
 

@@ -48,8 +48,9 @@ class WebdatasetRows:
             reader = TarReader(self.file)
             for sample in reader.samples():
                 names.add(sample.key.rpartition("/")[2])
-                yield self._row(sample)
+                row = self._row(sample)
                 self.bytes_read = self.file.position
+                yield row
             if reader.damage:
                 self.notes[RowNote.DAMAGED] = f"{self.unit.name} ({reader.damage}, byte {reader.damage.place:,})"
                 if not names:

@@ -1,0 +1,108 @@
+"""What `sd3 plan` says of real images that nobody has ingested: rows, reasons, sizes, captions, hours and money."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from PIL import Image
+from source_files import tar_of
+from typer.testing import CliRunner
+
+from flows.cli.commands import app
+from flows.cli.plan_rates import GivenRates
+from sd3core.costs.stages import stage_costs
+from sd3core.data.source_look import UNITS_SAMPLED, look_at_source
+from sd3core.data.store import open_store
+from sd3core.errors import UserError
+from sd3core.recipe_file import load_recipe
+
+
+def jpeg(width: int, height: int) -> bytes:
+    sink = io.BytesIO()
+    Image.effect_noise((width, height), 60).convert("RGB").save(sink, "JPEG")
+    return sink.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Thirty images of use, two that are none, one without a caption, one too small."""
+    made = tmp_path / "pictures"
+    made.mkdir()
+    for n in range(30):
+        (made / f"{n}.jpg").write_bytes(jpeg(200, 100) if n % 3 == 0 else jpeg(80, 80))
+        (made / f"{n}.txt").write_text("a thing of five words")
+    for name in ("broken", "empty"):
+        (made / f"{name}.jpg").write_bytes(b"" if name == "empty" else b"no image")
+        (made / f"{name}.txt").write_text("words")
+    (made / "bare.jpg").write_bytes(jpeg(80, 80))
+    (made / "tiny.jpg").write_bytes(jpeg(20, 20))
+    (made / "tiny.txt").write_text("words")
+    return made
+
+
+def plan(*arguments: str) -> str:
+    printed = CliRunner().invoke(app, ["plan", *arguments], catch_exceptions=False)
+    assert printed.exit_code == 0
+    return printed.output
+
+
+def test_a_folder_is_looked_at_and_nothing_is_written(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("SD3_HOME", str(tmp_path / "home"))
+    said = plan("--recipe", "tiny-test", "--data", str(folder), "--set", "finetune.0.min_scale=1")
+    assert "source: 34 rows, 30 of use (all 34 of them read)" in said
+    assert said.count("left out, 2.9% of the rows") == 4 and "no caption" in said and "data.min_side_px" in said
+    assert "captions: 1.00 an image, 5 / 5 / 5 words; 0.0% of the images have none" in said
+    taken = re.search(r"^finetune.0 +(.+?) +(\d+) +([\d.]+)%$", said, re.MULTILINE)
+    assert taken and (int(taken[2]), float(taken[3])) == (30, 0.0)
+    assert re.search(r"^text, 1 caption\(s\) an image +[\d.]+ +30 ", said, re.MULTILINE)
+    assert re.search(r"^pretrain +about 24 ", said, re.MULTILINE)  # a fifth is held out
+    assert not list((tmp_path / "home").rglob("*.tar"))
+    larger = plan("--recipe", "tiny-test", "--data", str(folder), "--set", "finetune.0.side_px=96")
+    assert re.search(r"^finetune.0 .* 30 +0.0%$", larger, re.MULTILINE)
+    strict = [f"--set=finetune.0.{field}" for field in ("side_px=96", "min_scale=1")]
+    assert re.search(
+        r"^finetune.0 .* 10 +66.7%$", plan("--recipe", "tiny-test", f"--data={folder}", *strict), re.MULTILINE
+    )
+
+
+def test_of_many_tars_a_few_are_read_and_the_rest_is_estimated(tmp_path):
+    store = open_store(str(tmp_path))
+    for number in range(4 * UNITS_SAMPLED):
+        rows = [((f"{n}.jpg", jpeg(64, 64) if n else b"none"), (f"{n}.txt", b"two words")) for n in range(20)]
+        store.put(f"in/{number:05d}.tar", tar_of(member for row in rows for member in row))
+    recipe = load_recipe("tiny-test", ["data.source=webdataset", f"data.urls={tmp_path}/in/", "caption.captioner=none"])
+    look = look_at_source(recipe.data, captions_needed=True)
+    assert look.files == 4 * UNITS_SAMPLED and look.is_estimate and look.looked == 20 * UNITS_SAMPLED
+    assert (
+        abs(look.rows - 80 * UNITS_SAMPLED) <= 4 * UNITS_SAMPLED
+        and abs(look.taken - 76 * UNITS_SAMPLED) <= 4 * UNITS_SAMPLED
+    )
+    assert sum(look.left_out.values()) == UNITS_SAMPLED and set(look.words) == {2}
+    few = look_at_source(recipe.data, captions_needed=True, rows=25)
+    assert few.looked == 25 and abs(few.rows - 80 * UNITS_SAMPLED) <= 24 * UNITS_SAMPLED
+
+
+def test_a_source_that_is_not_there_is_said_and_the_rest_is_planned(tmp_path, monkeypatch):
+    monkeypatch.setenv("SD3_HOME", str(tmp_path))
+    away = ["data.source=folder", f"data.folder={tmp_path}/away", "caption.captioner=none"]
+    said = plan("--recipe", "tiny-test", *(f"--set={one}" for one in away))
+    assert "the source was not looked at: data.folder" in said and "as the source has" in said
+
+
+def test_hours_follow_given_rates_and_money_follows_gpu_hours():
+    recipe = load_recipe("sd3-2b")
+    assumed, given = stage_costs(recipe), GivenRates.read(None, 2.0, ["text=100", "pretrain=10"])
+    costs = {cost.name: cost for cost in given.applied(assumed)}
+    assert costs["text"].hours == pytest.approx(2e6 / (100 * costs["text"].devices) / 3600)
+    assert costs["pretrain"].hours == pytest.approx(2_048_000_000 / (10 * 64) / 3600)
+    assert given.price(costs["pretrain"]) == f"{2_048_000_000 / 10 / 3600 * 2:,.2f}"
+    assert given.price(costs["caption"]) == "not known"
+    faster = {cost.name: cost.hours for cost in stage_costs(recipe, gpu_tflops=800.0)}
+    assert faster["pretrain"] == pytest.approx({c.name: c.hours for c in assumed}["pretrain"] / 2)
+    with pytest.raises(UserError, match="--rate txt: no part of this plan; take one of caption, text"):
+        GivenRates.read(None, None, ["txt=3"]).applied(assumed)
+    for wrong in ("text", "text=", "text=0", "text=nan", "=3", "text=-1"):
+        with pytest.raises(UserError, match="give NAME=ROWS_A_SECOND"):
+            GivenRates.read(None, None, [wrong])
