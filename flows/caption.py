@@ -15,6 +15,6 @@ from workers.caption import caption_stage
 def caption(recipe: str, overrides: list[str] | None = None, remake: bool = False) -> dict[str, Any]:
     """With captioner 'none' there is nothing to make: training then takes the original captions only."""
     with stage("caption", recipe, overrides, remake) as run:
-        result = caption_stage(run.recipe, run.store, run.upstream.raw, run.report)
+        result = caption_stage(run.recipe, run.store, run.upstream.raw, run.report, run.upstream.keep)
         captioned = run.recipe.caption.captioner != "none"
         return run.finish(result, caption_tables(run.recipe, run.store, result) if captioned else [])

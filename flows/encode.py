@@ -20,5 +20,5 @@ def encode(recipe: str, overrides: list[str] | None = None, remake: bool = False
     with stage("encode", recipe, overrides, remake) as run:
         upstream = run.upstream
         inputs = upstream.raw, upstream.captions, upstream.towers
-        result = encode_stage(run.recipe, run.store, *inputs, run.report, run.warn)
+        result = encode_stage(run.recipe, run.store, *inputs, run.report, run.warn, upstream.keep)
         return run.finish(result, [shard_table(run.store, result.parts)])

@@ -17,7 +17,7 @@ from sd3core import specs
 from sd3core.data.store import Store
 from sd3core.errors import RecipeError, StoreError, UserError
 from sd3core.recipe import Recipe
-from sd3core.specs import DONE, DONE_FILE, FORMATS, MANIFEST, SEEN, STAGES
+from sd3core.specs import DONE, DONE_FILE, DUPLICATES, FORMATS, MANIFEST, SEEN, STAGES
 from sd3core.towers.artifact import read_towers
 
 
@@ -67,6 +67,9 @@ def _markers(recipe: Recipe, store: Store, stage: str, trained: dict[str, str]) 
         )
         return [path for path in exported if _is_ours(store, path, trained, "from", "fields", "export")]
     paths = [entry.path for folder in _folders(recipe, store, stage, trained) for entry in store.list(folder)]
+    if stage == "filter":
+        found = [path for path in paths if path.rpartition("/")[2].startswith(DUPLICATES) and path.endswith(".json")]
+        return [*found, *(path for path in paths if path.endswith((MANIFEST, DONE)))]
     marks = DONE_FILE if stage in ("pretrain", "finetune") else (MANIFEST, DONE, SEEN)
     return [path for path in paths if path.rpartition("/")[2].endswith(marks)]
 
@@ -91,6 +94,10 @@ def _folders(recipe: Recipe, store: Store, stage: str, trained: dict[str, str]) 
             specs.text_folder(recipe, digests),
             *(specs.latents_folder(recipe, phase, digests) for _, phase in recipe.phases()),
         ]
+    if stage == "filter":
+        chosen = recipe.filter
+        measures = [specs.measures_folder(recipe)] if chosen is not None and chosen.measures else []
+        return [*measures, specs.keep_folder(recipe)] if chosen is not None else []
     if stage in ("pretrain", "finetune"):
         return [folder for key, folder in trained.items() if key.partition(".")[0] == stage]
     return [

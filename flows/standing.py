@@ -82,6 +82,7 @@ class _Look:
         steps = {
             "ingest": self._ingest,
             "towers": self._towers,
+            "filter": self._filter,
             "caption": self._caption,
             "encode": self._encode,
             "pretrain": lambda: self._phase(*self.recipe.phases()[0]),
@@ -115,6 +116,21 @@ class _Look:
                 self.tower_digests = read_towers(self.store, self.today["towers"].folder).digests
             except DataError:  # damaged: the stage mends it
                 self._put("towers", "towers", "other")
+
+    def _filter(self) -> None:
+        """Adds what a filter measured and what it keeps. Later parts have neither in their specs."""
+        recipe, name, needs = self.recipe, self.recipe.data.name, {"raw": "ingest"}
+        if recipe.filter is None:
+            return
+        try:
+            keep = specs.keep_fields(recipe)
+            if recipe.filter.measures:
+                parent = specs.data_folder(name, "measures")
+                self._data("measures", "filter", "measures", parent, specs.measures_fields(recipe), needs)
+                needs = needs | {"measures": "measures"}
+        except DataError:  # a model's folder is not on this machine
+            return self._put("filter", "filter", "other")
+        self._data("filter", "filter", "keep", specs.data_folder(name, "keep"), keep, needs)
 
     def _caption(self) -> None:
         """Adds the captions. A recipe without a captioner has no folder, yet its fingerprint stands in the text's."""
@@ -328,7 +344,7 @@ class _Look:
         kind = self.today[name].kind
         if not isinstance(value, str):
             return False
-        if kind in ("raw", "captions"):
+        if kind in ("raw", "measures", "captions"):
             return value == folder.rpartition("/")[2]
         if kind in ("text", "latents"):
             return self.store.exists(ManifestRef(folder, value).path)

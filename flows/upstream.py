@@ -26,6 +26,7 @@ from sd3core.checkpoint_record import (
     list_checkpoints,
     read_checkpoint_done,
 )
+from sd3core.data.kept_rows import KeptRows
 from sd3core.data.manifest import Manifest, ManifestRef, read_manifest
 from sd3core.data.phase_images import phase_images, within_epochs
 from sd3core.data.size_rule import TOO_SMALL, SizeRule
@@ -79,6 +80,25 @@ class Upstream:
         return _ref(self._manifest(specs.raw_folder(self.recipe), "ingest", "ingest"))
 
     @cached_property
+    def keep(self) -> ManifestRef | None:
+        """None where the recipe names no filter."""
+        if self.recipe.filter is None:
+            return None
+        manifest = self._manifest(specs.keep_folder(self.recipe), "filter", "filter")
+        if manifest.inputs["raw"] != self.raw.digest:
+            raise DataError(f"filter: what it made is older than raw; {self._made_by('filter')}")
+        return _ref(manifest)
+
+    @cached_property
+    def kept(self) -> KeptRows:
+        return KeptRows.read(self.store, self.keep)
+
+    @cached_property
+    def _images(self) -> dict[str, str]:
+        """What stages are made from after the filter, as their manifests name it."""
+        return {"raw": self.raw.digest} | self.kept.inputs
+
+    @cached_property
     def towers_manifest(self) -> TowersManifest:
         folder = specs.towers_folder(self.recipe)
         if not self.store.exists(f"{folder}/{MANIFEST}"):
@@ -95,17 +115,19 @@ class Upstream:
         if self.recipe.caption.captioner == "none":
             return None
         manifest = self._manifest(specs.captions_folder(self.recipe), "caption", "caption")
-        return self._up_to_date(manifest, "caption", raw=self.raw)
+        return self._up_to_date(manifest, "caption", self._images)
 
     @cached_property
     def text(self) -> ManifestRef:
         folder = specs.text_folder(self.recipe, self.towers_manifest.digests)
         manifest = self._manifest(folder, "encode", "text")
-        if manifest.inputs.get("repeated", "") != self._repeated():
+        repeated = self._repeated()
+        if manifest.inputs.get("repeated", "") != repeated:
             raise DataError(
                 f"encode: what it made leaves out other captions than caption.max_share; {self._made_by('encode')}"
             )
-        return self._up_to_date(manifest, "encode", raw=self.raw, captions=self.captions)
+        inputs = self._images | ({"captions": self.captions.digest} if self.captions else {})
+        return self._up_to_date(manifest, "encode", inputs | ({"repeated": repeated} if repeated else {}))
 
     def _repeated(self) -> str:
         """Names the captions that text leaves out since they stand on too many images; "" for none."""
@@ -135,7 +157,7 @@ class Upstream:
         stage = "encode" if first == next(iter(self._phases)) else first.partition(".")[0]
         manifest = self._manifest(folder, stage, specs.latents_part(first))
         leaves_out = any(TOO_SMALL in shard.failed for shard in manifest.shards)
-        return self._up_to_date(manifest, stage, raw=self.raw), leaves_out
+        return self._up_to_date(manifest, stage, self._images), leaves_out
 
     @cached_property
     def _latents_folders(self) -> dict[str, str]:
@@ -228,6 +250,8 @@ class Upstream:
             latents={key: self.latents(key) for key in self._phases},
             towers=self.towers.folder,
             tower_digests=self.towers_manifest.digests,
+            keep=self.keep,
+            kept=self.kept.inputs,
             sizes={key: sizes for key in self._phases if (sizes := self.sizes(key))},
         )
 
@@ -287,6 +311,8 @@ class Upstream:
             return False
 
     def _stands(self, stage: str) -> bool:
+        if stage == "filter":
+            return self.recipe.filter is None or self.keep is not None
         if stage == "caption":
             return self.recipe.caption.captioner == "none" or self.captions is not None
         if stage == "encode":
@@ -325,9 +351,10 @@ class Upstream:
                 return read_manifest(self.store, folder, used.digest)
         return read_manifest(self.store, folder)
 
-    def _up_to_date(self, manifest: Manifest, stage: str, **inputs: ManifestRef | None) -> ManifestRef:
-        wanted = {name: ref.digest for name, ref in inputs.items() if ref is not None}
-        behind = [name for name, digest in wanted.items() if manifest.inputs.get(name) != digest]
+    def _up_to_date(self, manifest: Manifest, stage: str, wanted: dict[str, str]) -> ManifestRef:
+        """`wanted`: its inputs. DataError where it was made from others."""
+        names = [*wanted, *(name for name in manifest.inputs if name not in wanted)]
+        behind = [name for name in names if manifest.inputs.get(name) != wanted.get(name)]
         if behind:
             raise DataError(f"{stage}: what it made is older than {behind[0]}; {self._made_by(stage)}")
         return _ref(manifest)

@@ -36,6 +36,15 @@ def model_identity(folder: Path | str, key: str) -> str:
     return total.hexdigest()
 
 
+def file_identity(path: Path | str, key: str) -> str:
+    """The SHA-256 of a file. Raises DataError naming the recipe's `key` where it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{key} {str(path)!r}: cannot be read ({error.strerror or error})") from None
+
+
 def _header_and_samples(path: Path) -> bytes:
     """A safetensors file starts with the length N of its header in 8 bytes, little end first, and the header."""
     size = path.stat().st_size

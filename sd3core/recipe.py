@@ -19,6 +19,7 @@ from sd3core.formulation_names import canonical_name, export_problem, family, sh
 from sd3core.recipe_caption import CaptionSettings
 from sd3core.recipe_compute import Compute
 from sd3core.recipe_export import Export
+from sd3core.recipe_filter import Filter
 from sd3core.recipe_section import Section
 from sd3core.sample_settings import Sampler
 
@@ -481,6 +482,7 @@ class Recipe(Section):
     store: str | None = None  # a path, file:///path or s3://bucket/prefix; None: this machine's own, SD3_HOME/store
     data: Data
     towers: Towers
+    filter: Filter | None = None  # None: all images are kept
     caption: Caption
     text: Text = Text()
     encode: Encode = Encode()

@@ -8,9 +8,9 @@ from pydantic import Field, field_validator
 
 from sd3core.recipe_section import Section
 
-ActorStage = Literal["ingest", "towers", "caption", "encode", "evaluate"]  # whose work is done by actors
+ActorStage = Literal["ingest", "towers", "filter", "caption", "encode", "evaluate"]  # whose work is done by actors
 ACTOR_STAGES: tuple[ActorStage, ...] = get_args(ActorStage)
-GPU_STAGES: tuple[ActorStage, ...] = ("caption", "encode", "evaluate")  # whose models may run on GPUs
+GPU_STAGES: tuple[ActorStage, ...] = ("filter", "caption", "encode", "evaluate")  # whose models may run on GPUs
 
 
 class StageActors(Section):
@@ -46,9 +46,10 @@ class Compute(Section):
     )
     actors: int = Field(2, ge=1)  # of each stage, but where it has a number of its own below
     cpus_per_actor: float = Field(1.0, gt=0)
-    gpus_per_actor: float = Field(0.0, ge=0)  # for caption, encode and evaluate
+    gpus_per_actor: float = Field(0.0, ge=0)  # for filter, caption, encode and evaluate
     ingest: StageActors = StageActors()
     towers: StageActors = StageActors()
+    filter: StageGpuActors = StageGpuActors()
     caption: StageGpuActors = StageGpuActors()
     encode: StageGpuActors = StageGpuActors()
     evaluate: StageGpuActors = StageGpuActors()

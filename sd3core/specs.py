@@ -12,15 +12,30 @@ import json
 from typing import Any
 
 from sd3core.formulation_names import FORMULATION_KINDS, formulation_version
-from sd3core.model_identity import model_identity
+from sd3core.model_identity import file_identity, model_identity
 from sd3core.recipe import UNIT_SOURCES, Precision, Recipe, Training
+from sd3core.recipe_filter import ScoreRule
 
-STAGES = ("ingest", "towers", "caption", "encode", "pretrain", "finetune", "evaluate", "export")  # in their order
+STAGES = (
+    "ingest",
+    "towers",
+    "filter",
+    "caption",
+    "encode",
+    "pretrain",
+    "finetune",
+    "evaluate",
+    "export",
+)  # in their order
+
+ONLY_WHERE_ASKED = ("filter",)  # of them: a pipeline calls these where the recipe has a section of that name
 
 # Raise a number when the bytes that a stage writes for the same input change.
 FORMATS = {
     "raw": 3,
     "towers": 1,
+    "measures": 1,
+    "keep": 1,
     "captions": 1,
     "text": 2,  # 2: the index has the digest of every row's file
     "latents": 2,  # 2: likewise, and rows are sorted by bucket and split
@@ -32,6 +47,7 @@ FORMATS = {
 PIXELS = (
     2  # how image files become pixels (1 stood in no fingerprint): with their colour profiles, transparency, all bits
 )
+HASH_VERSION = 1  # of sd3core.filters.picture_hash
 SLICES = 2  # how a folder's files become shards (1, runs of files by name, stood in no fingerprint)
 UNITS = 1  # how the rows of tars and parquet files become shards; from 2 on it stands in version_numbers
 WORLD = (
@@ -101,6 +117,38 @@ def towers_fields(recipe: Recipe) -> dict[str, Any]:
     if recipe.towers.small is not None:
         fields |= {"raw": fingerprint(raw_fields(recipe)), "data_name": recipe.data.name, "seed": recipe.seed}
     return fields
+
+
+def measures_fields(recipe: Recipe) -> dict[str, Any]:
+    """What a filter's models and its hash give for each image, whatever the thresholds are. Models count by their files.
+
+    Raises DataError where a model's folder is not here.
+    """
+    chosen = recipe.filter
+    fields = {"format": FORMATS["measures"], "raw": fingerprint(raw_fields(recipe)), **_pixels(recipe)}
+    if chosen.duplicates is not None:
+        model = chosen.duplicates.model
+        fields["feature"] = model_identity(model, "filter.duplicates.model") if model else f"hash {HASH_VERSION}"
+    if chosen.scores:
+        fields["scores"] = {name: _score_fields(name, score) for name, score in chosen.scores.items()}
+    return fields
+
+
+def _score_fields(name: str, score: ScoreRule) -> dict[str, Any]:
+    fields = {"kind": score.kind, "model": model_identity(score.model, f"filter.scores.{name}.model")}
+    if score.kind == "label":
+        return fields | {"label": score.label}
+    return fields | {"head": file_identity(score.head, f"filter.scores.{name}.head")}
+
+
+def keep_fields(recipe: Recipe) -> dict[str, Any]:
+    """Which rows stay. What is made later does not have them in its spec: its shards are named by the rows that stay."""
+    left_out = {"scores": {name: {"batch", "model", "head"} for name in recipe.filter.scores}}
+    rules = recipe.filter.model_dump(mode="json", exclude=left_out | {"duplicates": {"batch", "model"}})
+    if recipe.filter.duplicates is not None:
+        rules["duplicates"]["threshold"] = recipe.filter.duplicates.alike_from
+    fields = {"format": FORMATS["keep"], "filter": rules, "seed": recipe.seed, "raw": fingerprint(raw_fields(recipe))}
+    return fields | ({"measures": fingerprint(measures_fields(recipe))} if recipe.filter.measures else {})
 
 
 def captions_fields(recipe: Recipe) -> dict[str, Any]:
@@ -197,12 +245,13 @@ def train_fields(
 
 # Where everything lies in the store: no other file spells a path of it.
 DATASETS, TOWERS, REFERENCES, RUNS, BEGUN = "datasets", "towers", "references", "runs", "begun"
-DATA_STAGES = ("raw", "captions", "text", "latents")  # in the order in which they are made
+DATA_STAGES = ("raw", "measures", "keep", "captions", "text", "latents")  # in the order in which they are made
 MANIFEST = "MANIFEST.json"  # of a stage's folder: written last, it says that all is there
 MANIFEST_COPY = "MANIFEST."  # so begin the names of the copies that stay
 DONE_FILE = "DONE.json"  # of a checkpoint, and of reference features: written last
 DONE, INDEX, TAR, TABLE = ".done.json", ".index.parquet", ".tar", ".parquet"  # of a shard: its stem and these
 SEEN = ".seen.json.gz"  # of a raw shard, its stem and this: what was seen of its files
+DUPLICATES = "DUPLICATES."  # beside keep-lists: so begin the names of what was found over all shards
 SEEN_FOLDER = "FOLDER."  # so begins the name of what was seen of a folder as a whole
 SEEN_SOURCE = "SOURCE."  # of all tars or parquet files
 SEEN_UNIT = "UNIT."  # of one of them
@@ -220,6 +269,14 @@ def precision_path(data_name: str) -> str:
 
 def raw_folder(recipe: Recipe) -> str:
     return data_folder(recipe.data.name, "raw", fingerprint(raw_fields(recipe)))
+
+
+def measures_folder(recipe: Recipe) -> str:
+    return data_folder(recipe.data.name, "measures", fingerprint(measures_fields(recipe)))
+
+
+def keep_folder(recipe: Recipe) -> str:
+    return data_folder(recipe.data.name, "keep", fingerprint(keep_fields(recipe)))
 
 
 def captions_folder(recipe: Recipe) -> str:

@@ -18,6 +18,7 @@ from sd3core.formulation_names import EDM_RF_WEIGHT, FORMULATION_NAMES
 from sd3core.recipe import Buckets, Compute, Evaluate, Recipe, ReleasedTowers
 from sd3core.recipe_compute import ACTOR_STAGES
 from sd3core.recipe_file import load_recipe, shipped_recipes
+from sd3core.recipe_filter import Filter
 from sd3core.specs import fingerprint
 
 RECIPES = Path(__file__).resolve().parent.parent / "infra/recipes"
@@ -530,6 +531,7 @@ CHANGES: list[tuple[set[str], dict[str, Any]]] = [
         set(),
         under("pretrain", "finetune.0", min_scale=0.9),
     ),  # it chooses rows, and the shards that lose some are named by that
+    (set(), {"filter": Filter(min_side_px=50)}),  # rows are no setting: shards are named by those that stay
     (set(), {"name": "other", "run": "other", "store": "s3://bucket/x"}),
     (set(), under("data", folder="/other", images=960)),  # more shards of the same kind
     # of what is read

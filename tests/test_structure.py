@@ -17,6 +17,7 @@ ONLY_IN = {  # a framework, and the files or folders that may import it
     "ray": ("workers/pool.py", "workers/ray_session.py", "workers/trainer/launch.py", "workers/trainer/actor.py"),
     "deepspeed": ("workers/trainer/engine.py",),
     "prefect": ("flows/",),
+    "faiss": ("sd3core/filters/near_duplicates.py",),
     "boto3": ("sd3core/data/store/s3.py", "sd3core/bench/data.py"),
     "botocore": ("sd3core/data/store/s3.py",),
     "typer": ("flows/cli/commands.py", "flows/cli/bench.py", "flows/cli/options.py"),

@@ -24,6 +24,7 @@ from sd3core.captions.rules import OF_A_BROKEN_MODEL, REPEATED, RULES, apply_rul
 from sd3core.captions.said import Said, caption_seed
 from sd3core.data.earlier_rows import EarlierRows, row_name
 from sd3core.data.images import PixelRules, decode_image, naming
+from sd3core.data.kept_rows import KeptRows
 from sd3core.data.manifest import ManifestRef, read_manifest
 from sd3core.data.shards import FailedRow, write_table
 from sd3core.data.store import Store, open_store
@@ -67,17 +68,20 @@ MODEL_SCHEMA = pa.schema(
 SAID_CHARS = 4_000  # of what was thrown out
 
 
-def caption_stage(recipe: Recipe, store: Store, raw: ManifestRef, report: ProgressCallback) -> StageResult:
-    """Captions parquets, a row a key. Where the recipe names no captioner there is nothing to make, and the raw data stand:
-    originals are used alone then.
+def caption_stage(
+    recipe: Recipe, store: Store, raw: ManifestRef, report: ProgressCallback, keep: ManifestRef | None = None
+) -> StageResult:
+    """Captions parquets, a row a key that is kept. Where the recipe names no captioner there is nothing to make, and the raw
+    data stand: originals are used alone then.
     """
     caption = recipe.caption
     if caption.captioner == "none":
         return StageResult("caption", raw.path, raw.digest, skipped=True, reason="the recipe names no captioner")
-    folder, fields = captions_folder(recipe), captions_fields(recipe)
-    shards = input_shards(read_manifest(store, raw.folder, raw.digest))
-    tasks = [ShardTask(number, shard.digest[:12], folder, shard.rows, shard) for number, shard in shards.items()]
-    stage = ShardStage("caption", "captions", folder, fields, {"raw": raw.digest}, tasks, unit="image")
+    folder, fields, kept = captions_folder(recipe), captions_fields(recipe), KeptRows.read(store, keep)
+    shards = input_shards(read_manifest(store, raw.folder, raw.digest), kept)
+    tasks = [ShardTask(number, shard.content[:12], folder, shard.rows, shard) for number, shard in shards.items()]
+    inputs = {"raw": raw.digest} | kept.inputs
+    stage = ShardStage("caption", "captions", folder, fields, inputs, tasks, unit="image")
     compute = recipe.compute.for_stage("caption")
     worker = {
         "store_url": store.url,

@@ -15,7 +15,7 @@ from sd3core.captions.repeated import NONE_REPEATED, RepeatedCaptions, find_repe
 from sd3core.data.encoded_shards import NULL_FILE, pin_null
 from sd3core.data.folder_source import Tell
 from sd3core.data.images import PixelRules
-from sd3core.data.manifest import Manifest, ManifestRef, read_manifest
+from sd3core.data.manifest import ManifestRef, read_manifest
 from sd3core.data.raw_buckets import count_raw_buckets
 from sd3core.data.settled_precision import SettledPrecision
 from sd3core.data.shards import parts_digest
@@ -30,7 +30,7 @@ from sd3core.words import counted
 from workers.at_once import SHARDS_AT_ONCE, ShardsAtOnce
 from workers.encode_latents import ENLARGED, LatentsSource, LatentsWorker
 from workers.encode_text import TOO_LONG, TextSource, TextWorker
-from workers.inputs import InputShard, actor_device, decode_threads, input_shards
+from workers.inputs import Images, InputShard, actor_device, decode_threads, input_shards
 from workers.rare_sizes import MIN_SCALE, RareSizes, kept_note, latents_digest, own_merges, rare_sizes
 from workers.shard_stage import MadeShard, ShardStage, ShardTask, run_shard_stages
 from workers.stage import StageResult, join_results, remember_stage
@@ -46,6 +46,7 @@ def encode_stage(
     towers: ManifestRef,
     report: ProgressCallback,
     tell: Tell = lambda note: None,
+    keep: ManifestRef | None = None,
 ) -> StageResult:
     """What pretraining needs: its parts are "text", of all phases, and "latents.pretrain". Other phases' latents are made before
     them, by encode_phase.
@@ -55,17 +56,16 @@ def encode_stage(
     Raises StageFailed when shards could not be made, DataError when an input is missing or not what its manifest says.
     """
     digests = read_towers(store, towers.folder, towers.digest).digests
-    raw_manifest = read_manifest(store, raw.folder, raw.digest)
-    raw_shards = input_shards(raw_manifest)
+    images = Images.read(store, raw, keep)
     caption_shards = input_shards(read_manifest(store, captions.folder, captions.digest)) if captions else {}
     repeated = NONE_REPEATED
     if captions and recipe.caption.by_model:
         repeated = find_repeated(store, captions, recipe.caption.max_share, report)
     first, *later = (key for key, _ in recipe.phases())
-    rare = _rare_sizes(recipe, store, [first, *later], raw_manifest, raw.digest, digests, report, tell)
+    rare = _rare_sizes(recipe, store, [first, *later], images, digests, report, tell)
     stages = [
-        _text_stage(recipe, digests, raw, raw_shards, captions, caption_shards, repeated),
-        _latents_stage(recipe, first, digests, raw, raw_shards, rare),
+        _text_stage(recipe, digests, images, captions, caption_shards, repeated),
+        _latents_stage(recipe, first, digests, images, rare),
     ]
     folder = stages[0].folder
     damaged = pin_null(store, folder)
@@ -90,17 +90,18 @@ def encode_phase(
     towers: ManifestRef,
     report: ProgressCallback,
     tell: Tell = lambda note: None,
+    keep: ManifestRef | None = None,
 ) -> StageResult:
     """The latents that one phase trains on, "latents.KEY". Those that it shares with an earlier phase are made once.
 
     `text`: what it trains on beside them. `tell` and what is raised: as of encode_stage.
     """
     digests = read_towers(store, towers.folder, towers.digest).digests
-    raw_manifest = read_manifest(store, raw.folder, raw.digest)
-    rare = _rare_sizes(recipe, store, [phase_key], raw_manifest, raw.digest, digests, report, tell)
+    images = Images.read(store, raw, keep)
+    rare = _rare_sizes(recipe, store, [phase_key], images, digests, report, tell)
     folders = {key: latents_folder(recipe, phase, digests) for key, phase in recipe.phases()}
     first = next(key for key, folder in folders.items() if folder == folders[phase_key])
-    stage = _latents_stage(recipe, first, digests, raw, input_shards(raw_manifest), rare, phase_key)
+    stage = _latents_stage(recipe, first, digests, images, rare, phase_key)
     (latents,) = _encode(recipe, store, [stage], towers, report)
     if first != phase_key:
         latents = dataclasses.replace(latents, stage=latents_part(phase_key))
@@ -142,14 +143,13 @@ def _rare_sizes(
     recipe: Recipe,
     store: Store,
     phases: list[str],
-    raw: Manifest,
-    raw_digest: str,
+    images: Images,
     digests: dict[str, str],
     report: ProgressCallback,
     tell: Tell,
 ) -> RareSizes:
-    count = lambda rules: count_raw_buckets(store, raw, rules, report)
-    rare = rare_sizes(recipe, store, phases, raw, raw_digest, digests, count)
+    count = lambda rules: count_raw_buckets(store, images.raw, rules, report, images.kept)
+    rare = rare_sizes(recipe, store, phases, images, digests, count)
     for note in rare.notes:
         tell(note)
     return rare
@@ -159,8 +159,7 @@ def _latents_stage(
     recipe: Recipe,
     phase_key: str,
     digests: dict[str, str],
-    raw: ManifestRef,
-    raw_shards: dict[int, InputShard],
+    images: Images,
     rare: RareSizes,
     judged: str | None = None,
 ) -> ShardStage:
@@ -170,12 +169,12 @@ def _latents_stage(
     folder, fields = latents_folder(recipe, phase, digests), latents_fields(recipe, phase, digests)
     merged, left_out = rare.merged.get(judged, {}), rare.left_out.get(judged, {})
     tasks = []
-    for number, shard in raw_shards.items():
+    for number, shard in images.shards.items():
         own = own_merges(merged, number)
         digest = latents_digest(shard, own, left_out.get(number, 0))
         tasks.append(ShardTask(number, digest, folder, shard.rows, LatentsSource(shard, rule, own)))
     rules = {} if judged in rare.enlarged else {MIN_SCALE: phase.min_scale}
-    inputs = {"raw": raw.digest}
+    inputs = images.inputs
     return ShardStage(latents_part(phase_key), "latents", folder, fields, inputs, tasks, unit="image", rules=rules)
 
 
@@ -242,8 +241,7 @@ def cut_advice(text: Text, captioner: str) -> str:
 def _text_stage(
     recipe: Recipe,
     digests: dict[str, str],
-    raw: ManifestRef,
-    raw_shards: dict[int, InputShard],
+    images: Images,
     captions: ManifestRef | None,
     caption_shards: dict[int, InputShard],
     repeated: RepeatedCaptions,
@@ -251,12 +249,12 @@ def _text_stage(
     """Which captions are left out counts in a shard's digest: where others are, its rows are taken over, and few are encoded."""
     folder, fields = text_folder(recipe, digests), text_fields(recipe, digests)
     tasks = []
-    for number, shard in raw_shards.items():
+    for number, shard in images.shards.items():
         captioned = caption_shards.get(number)
         left_out = [repeated.digest] if repeated.captions else []
-        digest = parts_digest(shard.digest, captioned.digest if captioned else "", *left_out)
+        digest = parts_digest(shard.content, captioned.digest if captioned else "", *left_out)
         tasks.append(ShardTask(number, digest, folder, shard.rows, TextSource(shard, captioned)))
-    inputs = {"raw": raw.digest} | ({"captions": captions.digest} if captions else {})
+    inputs = images.inputs | ({"captions": captions.digest} if captions else {})
     inputs |= {"repeated": repeated.digest} if repeated.captions else {}
     return ShardStage("text", "text", folder, fields, inputs, tasks, needs=(NULL_FILE,), unit="caption")
 

@@ -39,6 +39,8 @@ class EvaluationInputs:
     latents: dict[str, ManifestRef]  # by phase key
     towers: str  # folder in the store
     tower_digests: dict[str, str]  # by tower
+    keep: ManifestRef | None = None  # of a filter
+    kept: dict[str, str] = field(default_factory=dict)  # which rows it keeps, as manifests name it; nothing where all
     sizes: dict[str, SizeRule] = field(
         default_factory=dict
     )  # by phase key, of those whose latents leave out small images
@@ -105,7 +107,8 @@ def _protocols(
         "precision": evaluate.precision,
         "seed": evaluate.seed,
         "raw": inputs.raw.digest,
-    } | (sizes.to_dict() if sizes else {})
+    }
+    common |= inputs.kept | (sizes.to_dict() if sizes else {})
     latents = inputs.latents[phase_key].digest
     yield (
         "validation",
@@ -128,7 +131,9 @@ def _protocols(
         return common | {"settings": settings.to_dict(), "towers": fingerprint(used)}
 
     square, all_sides = sampled(phase.side_px, phase.side_px), phase.bucket_sides()
-    reference = reference_fields(inputs.raw, towers["judge"], phase.side_px, evaluate.reference_images, sizes)
+    reference = reference_fields(
+        inputs.raw, towers["judge"], phase.side_px, evaluate.reference_images, inputs.kept, sizes
+    )
     yield (
         "pictures",
         square

@@ -21,6 +21,7 @@ from sd3core.conditioning import join_features
 from sd3core.data.batch import Batch
 from sd3core.data.compared_rows import compared_rows
 from sd3core.data.images import PixelRules
+from sd3core.data.kept_rows import KeptRows
 from sd3core.data.loader import load_split
 from sd3core.data.manifest import Manifest, read_manifest
 from sd3core.data.provenance import device_kind, provenance
@@ -94,6 +95,10 @@ class EvaluationWorker:
     def raw(self) -> Manifest:
         return read_manifest(self.store, self.inputs.raw.folder, self.inputs.raw.digest)
 
+    @cached_property
+    def kept(self) -> KeptRows:
+        return KeptRows.read(self.store, self.inputs.keep)
+
     def _generator(self, task: EvaluationTask) -> Generator:
         precision = task.protocol["precision"]
         key = (task.checkpoint, task.weights, precision)
@@ -163,7 +168,15 @@ class EvaluationWorker:
         texts = self.judge.text_features([prompt for prompt, _ in scored]).cpu().numpy() if scored else features
         rules, name = PixelRules.of(self.recipe.data), self.recipe.data.name
         reference = reference_features(
-            self.store, name, self.raw, self.judge, protocol["reference"], rules, self._show_images, checked_here()
+            self.store,
+            name,
+            self.raw,
+            self.judge,
+            protocol["reference"],
+            rules,
+            self._show_images,
+            checked_here(),
+            self.kept,
         )
         if reference.damaged:
             result.warnings.append(
@@ -241,10 +254,11 @@ class EvaluationWorker:
         return [row.caption for row in self._rows(task, split, limit)]
 
     def _rows(self, task: EvaluationTask, split: Literal["held_out", "train"], limit: int) -> list[Row]:
-        """Of the images that the phase takes."""
+        """Of the images that are kept and that the phase takes."""
         if limit <= 0:
             return []
-        return read_rows(self.store, self.raw, split, limit, captioned=True, sizes=SizeRule.of_dict(task.protocol))
+        sizes = SizeRule.of_dict(task.protocol)
+        return read_rows(self.store, self.raw, split, limit, captioned=True, sizes=sizes, kept=self.kept)
 
     def _numbered(self, prompts: Sequence[str], seed: int) -> list[Draw]:
         return [(prompt, seed + position) for position, prompt in enumerate(prompts)]

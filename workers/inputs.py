@@ -15,8 +15,16 @@ from typing import TYPE_CHECKING, TypeVar
 import pyarrow as pa
 
 from sd3core.data.earlier_rows import RowName
-from sd3core.data.manifest import Manifest
-from sd3core.data.shards import IMAGE_DIGEST, image_of, read_raw_samples, read_shard_index, read_table
+from sd3core.data.kept_rows import ALL_ROWS, KeepList, KeptRows
+from sd3core.data.manifest import Manifest, ManifestRef, read_manifest
+from sd3core.data.shards import (
+    IMAGE_DIGEST,
+    image_of,
+    parts_digest,
+    read_raw_samples,
+    read_shard_index,
+    read_table,
+)
 from sd3core.data.store import Store
 
 if TYPE_CHECKING:
@@ -33,26 +41,57 @@ class InputShard:
     rows: int
     index_digest: str | None = None
     bytes: int = 0  # of all its files
+    kept: KeepList | None = None  # of a raw shard of which a filter keeps but a part
+
+    @property
+    def content(self) -> str:
+        """Names what is made from it: of a shard that is kept whole as it ever was, its digest."""
+        return parts_digest(self.digest, self.kept.digest) if self.kept else self.digest
 
 
-def input_shards(manifest: Manifest) -> dict[int, InputShard]:
-    """A manifest's shards by number: shard 42 of a stage is made from shard 42 of the stages before it."""
-    return {
-        e.number: InputShard(manifest.folder, e.stem, e.digest, e.rows, e.index_digest, e.bytes)
-        for e in manifest.shards
-    }
+def input_shards(manifest: Manifest, kept: KeptRows = ALL_ROWS) -> dict[int, InputShard]:
+    """A manifest's shards by number: shard 42 of a stage is made from shard 42 of the stages before it.
+
+    `rows` are those that are kept; a shard that keeps none is one all the same.
+    """
+    shards = {}
+    for entry in manifest.shards:
+        keep = kept.lists.get(entry.number)
+        names = (manifest.folder, entry.stem, entry.digest, keep.rows if keep else entry.rows, entry.index_digest)
+        shards[entry.number] = InputShard(*names, entry.bytes, keep)
+    return shards
+
+
+@dataclass(frozen=True)
+class Images:
+    """The raw data that stages after the filter are made from: which shards, and which rows of them."""
+
+    raw: Manifest
+    shards: dict[int, InputShard]
+    kept: KeptRows
+    inputs: dict[str, str]  # as manifests name them
+
+    @classmethod
+    def of(cls, raw: Manifest, raw_digest: str, kept: KeptRows = ALL_ROWS) -> Images:
+        return cls(raw, input_shards(raw, kept), kept, {"raw": raw_digest} | kept.inputs)
+
+    @classmethod
+    def read(cls, store: Store, raw: ManifestRef, keep: ManifestRef | None) -> Images:
+        return cls.of(read_manifest(store, raw.folder, raw.digest), raw.digest, KeptRows.read(store, keep))
 
 
 def shard_images(store: Store, shard: InputShard) -> Iterator[tuple[str, bytes]]:
-    """(key, encoded image) of every sample of a raw shard. Raises DataError when it is not the shard its manifest
-    names.
+    """(key, encoded image) of every sample of a raw shard, kept or not. Raises DataError when it is not the shard its
+    manifest names.
     """
     for key, files in read_raw_samples(store, shard.folder, shard.stem, shard.digest):
         yield key, image_of(files, f"{store.uri(shard.folder)}/{shard.stem}.tar: {key}")
 
 
 def read_input_index(store: Store, shard: InputShard) -> pa.Table:
-    return read_shard_index(store, shard.folder, shard.stem, shard.index_digest)
+    """The rows that are kept."""
+    index = read_shard_index(store, shard.folder, shard.stem, shard.index_digest)
+    return shard.kept.taken_of(store, index) if shard.kept else index
 
 
 def read_input_table(store: Store, shard: InputShard) -> pa.Table:

@@ -26,7 +26,7 @@ from sd3core.errors import DataError, StoreError
 from sd3core.recipe import Recipe
 from sd3core.specs import MANIFEST, latents_folder, latents_part
 from sd3core.words import counted
-from workers.inputs import InputShard
+from workers.inputs import Images, InputShard
 from workers.stage import StageNote, recall_stage
 
 NOT_COUNTED = (
@@ -55,8 +55,7 @@ def rare_sizes(
     recipe: Recipe,
     store: Store,
     phases: Sequence[str],
-    raw: Manifest,
-    raw_digest: str,
+    images: Images,
     digests: dict[str, str],
     count: Callable[[Sequence[SizeRule]], list[RawBuckets] | None],
 ) -> RareSizes:
@@ -66,7 +65,7 @@ def rare_sizes(
     image is large enough for a phase.
     """
     own, first_of = dict(recipe.phases()), _first_of(recipe, digests)
-    standing = {key: _Standing(recipe, store, first_of[key], raw, raw_digest, digests) for key in phases}
+    standing = {key: _Standing(recipe, store, first_of[key], images, digests) for key in phases}
     enlarged = {key for key in phases if standing[key].is_before_scales}
     rules = {key: SizeRule(tuple(own[key].bucket_sides()), own[key].min_scale) for key in phases}
     rules |= {key: SizeRule(rules[key].sides) for key in enlarged}
@@ -111,7 +110,7 @@ def latents_digest(shard: InputShard, merges: dict[Side, Side], too_small: int =
     """
     said = [f"{bucket_name(side)} in {bucket_name(target)}" for side, target in merges.items()]
     said += [f"{too_small} too small"] if too_small else []
-    return parts_digest(shard.digest, *said) if said else shard.digest[:12]
+    return parts_digest(shard.content, *said) if said else shard.content[:12]
 
 
 def kept_note(counts: UnitCounts, global_batch: int) -> str | None:
@@ -139,15 +138,13 @@ class _Standing:
     What another run has left decides nothing: the same recipe makes the same latents in any store.
     """
 
-    def __init__(
-        self, recipe: Recipe, store: Store, first: str, raw: Manifest, raw_digest: str, digests: dict[str, str]
-    ) -> None:
-        self.raw, phase = raw, dict(recipe.phases())[first]
+    def __init__(self, recipe: Recipe, store: Store, first: str, images: Images, digests: dict[str, str]) -> None:
+        self.images, phase = images, dict(recipe.phases())[first]
         self.min_scale = phase.min_scale
         self.note: StageNote | None = recall_stage(store, recipe.run, latents_part(first))
-        self.made = self._noted(store, latents_folder(recipe, phase, digests), raw_digest)
+        self.made = self._noted(store, latents_folder(recipe, phase, digests))
 
-    def _noted(self, store: Store, folder: str, raw_digest: str) -> Manifest | None:
+    def _noted(self, store: Store, folder: str) -> Manifest | None:
         note = self.note
         # or taken back (--from-stage)
         if note is None or note.folder != folder or not store.exists(f"{folder}/{MANIFEST}"):
@@ -156,7 +153,7 @@ class _Standing:
             made = read_manifest(store, folder, note.digest)
         except (DataError, StoreError):
             return None
-        return made if made.inputs == {"raw": raw_digest} else None
+        return made if made.inputs == self.images.inputs else None
 
     @property
     def is_before_scales(self) -> bool:
@@ -168,5 +165,5 @@ class _Standing:
         """Whether its shards are named without merges, with the min_scale of today's recipe or before there was one."""
         if self.made is None or not (self.is_before_scales or self.note.fields.get(MIN_SCALE) == self.min_scale):
             return False
-        plain = [shard_stem(shard.number, shard.digest) for shard in self.raw.shards]
+        plain = [shard_stem(number, shard.content) for number, shard in self.images.shards.items()]
         return [shard.stem for shard in self.made.shards] == plain

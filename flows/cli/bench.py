@@ -158,3 +158,38 @@ def bench_encode(
         figures = {"bench": asdict(settings), "rates": {rates.kind: rates.rates for rates in found}}
         figures |= {"bf16": {name: asdict(difference) for name, difference in differences.items()}}
         json_out.write_text(json.dumps(figures, indent=1))
+
+
+@bench.command("duplicates")
+def bench_duplicates(
+    scenes: Annotated[
+        int, typer.Option(min=16, max=1_000_000, help="Drawn pictures, beside crops of photographs.")
+    ] = 1_900,
+    planted: Annotated[int, typer.Option(min=1, max=100_000, help="Near-duplicates of each kind.")] = 300,
+    threshold: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Default: the built-in hash's.")] = None,
+    pictures: Annotated[str, typer.Option(help="test, or tuning: those that chose the threshold.")] = "test",
+    json_out: Annotated[
+        Path | None, typer.Option("--json", parser=path, help="Also writes the figures to this file.")
+    ] = None,
+) -> None:
+    """Recall and precision of the built-in hash on planted near-duplicates: rescaled, recompressed, cropped, mirrored."""
+    import json
+    from dataclasses import asdict
+
+    from flows.cli.options import file_to_write, one_of
+    from sd3core.bench.duplicates import SEEDS, DuplicatesBench, measure_duplicates
+    from sd3core.bench.report import duplicates_heading, duplicates_table
+    from sd3core.recipe_filter import HASH_THRESHOLD
+
+    one_of("--pictures", pictures, SEEDS)
+    file_to_write("--json", json_out)
+    if planted > scenes:
+        raise UserError(f"--planted {planted} is more than the {scenes} scenes; lower it, or raise --scenes")
+    chosen = HASH_THRESHOLD if threshold is None else threshold
+    settings = DuplicatesBench(scenes=scenes, planted=planted, threshold=chosen, pictures=pictures)
+    with console.status("drawing") as status:
+        result = measure_duplicates(settings, status.update)
+    say(duplicates_heading(settings, result))
+    console.print(duplicates_table(result))
+    if json_out is not None:
+        json_out.write_text(json.dumps({"bench": asdict(settings), "result": asdict(result)}, indent=1))

@@ -19,7 +19,6 @@ from sd3core.costs.stages import (
     PlannedRows,
     stage_costs,
 )
-from sd3core.data.manifest import read_manifest
 from sd3core.data.raw_buckets import look_at_raw_buckets
 from sd3core.data.settled_precision import settle_precisions
 from sd3core.data.store import Store
@@ -29,6 +28,7 @@ from sd3core.recipe import Recipe
 from sd3core.recipe_compute import GPU_STAGES
 from sd3core.towers.artifact import TOWER_FOLDERS, check_vae_folder
 from sd3core.words import GB
+from workers.inputs import Images
 from workers.rare_sizes import rare_sizes
 
 GIB = 2**30
@@ -92,14 +92,17 @@ def _rare_sizes_notes(recipe: Recipe, store: Store) -> tuple[str, ...]:
     recipe = settle_precisions(recipe, store)
     upstream = Upstream(recipe, store)
     ref = upstream.raw
-    raw = read_manifest(store, ref.folder, ref.digest)
     try:
         digests = upstream.towers_manifest.digests
     except NotFinishedError:  # then nothing is encoded, and which phases share latents is a matter of their sizes
         digests = dict.fromkeys(TOWER_FOLDERS, "")
-    look = lambda rules: look_at_raw_buckets(store, raw, rules, at_most=INDEXES_READ)
+    try:
+        images = Images.read(store, ref, upstream.keep)
+    except NotFinishedError:  # what a filter leaves out is not known: all of them are counted
+        images = Images.read(store, ref, None)
+    look = lambda rules: look_at_raw_buckets(store, images.raw, rules, at_most=INDEXES_READ, kept=images.kept)
     phases = [key for key, _ in recipe.phases()]
-    return rare_sizes(recipe, store, phases, raw, ref.digest, digests, look).notes
+    return rare_sizes(recipe, store, phases, images, digests, look).notes
 
 
 def _print_phases(recipe: Recipe, phases: list[PhaseCost], console: Console) -> None:

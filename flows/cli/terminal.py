@@ -32,7 +32,7 @@ from flows.local.services import ServiceError, worker_lives
 from flows.summary import of_stage
 from flows.ui.artifacts import SKIPPED
 from sd3core.shown_text import plain_text, printable
-from sd3core.specs import STAGES
+from sd3core.specs import ONLY_WHERE_ASKED, STAGES
 from sd3core.words import format_seconds
 
 POLL_SECONDS, PICTURE_SECONDS, LINE_SECONDS, SERVER_AWAY_SECONDS = 2.0, 10.0, 20.0, 60.0
@@ -203,6 +203,8 @@ def _table(view: RunView) -> Table:
     shown = {stage.name: stage for stage in view.stages}
     for name in STAGES if view.pipeline else shown:
         stage = shown.get(name)
+        if stage is None and name in ONLY_WHERE_ASKED:
+            continue
         if stage is None:
             table.add_row(name, "waiting", "", "")
         else:

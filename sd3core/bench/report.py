@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from sd3core.bench.data import LOADER, DataBench, DataResult
+from sd3core.bench.duplicates import DuplicatesBench, DuplicatesResult
 from sd3core.bench.model import OURS, THEIRS, ModelBench, ModeResult
 
 
@@ -71,4 +72,21 @@ def data_table(result: DataResult) -> Table:
         rate = result.rows / statistics.median(seconds)
         ratio = "" if name == LOADER else f"{result.ratio(name):.2f}"
         table.add_row(name, f"{rate:,.0f}", f"{rate * result.row_bytes / 1e6:,.0f}", ratio)
+    return table
+
+
+def duplicates_heading(bench: DuplicatesBench, result: DuplicatesResult) -> str:
+    return (
+        f"{bench.planted} planted of each kind among {result.distinct:,} distinct {bench.pictures} pictures, threshold"
+        f" {bench.threshold:g}; in brackets 95 % intervals; {result.state_bytes} bytes on disk a row, {result.state_bytes / 10:,.0f} GB"
+        " for 100 million"
+    )
+
+
+def duplicates_table(result: DuplicatesResult) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("planted", "recall", "precision"):
+        table.add_column(column)
+    for found in result.found:
+        table.add_row(found.kind, str(found.recall), str(found.precision))
     return table

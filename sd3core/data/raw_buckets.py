@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sd3core.buckets import Side, bucket_name, cut_off, merged_buckets
+from sd3core.data.kept_rows import ALL_ROWS, KeptRows
 from sd3core.data.manifest import Manifest, ShardEntry
 from sd3core.data.records import own_digest, sealed
-from sd3core.data.shards import read_shard_index
+from sd3core.data.shards import parts_digest, read_shard_index
 from sd3core.data.size_rule import Sides, SizeRule, image_sizes
 from sd3core.data.store import Store, StoreDamaged, StoreNotFound
 from sd3core.data.uncaptioned import SPLITS
@@ -62,35 +63,39 @@ class RawBuckets:
 
 
 def count_raw_buckets(
-    store: Store, raw: Manifest, rules: Sequence[SizeRule], report: ProgressCallback = ignore_progress
+    store: Store,
+    raw: Manifest,
+    rules: Sequence[SizeRule],
+    report: ProgressCallback = ignore_progress,
+    kept: KeptRows = ALL_ROWS,
 ) -> list[RawBuckets]:
-    """The images by each rule of sizes. An index is read once for all rules, where a record of one lacks its shard.
+    """The images that are kept by each rule of sizes. An index is read once for all rules, where a record of one lacks its shard.
 
     One process calls it: it writes the records. DataError where an index is gone or damaged.
     """
     known = _read_records(store, raw, rules)
-    new = _uncounted(raw, known)
+    new = _uncounted(raw, kept, known)
     meter = ProgressMeter(len(raw.shards), "shards", report, already_done=len(raw.shards) - len(new))
     with ThreadPoolExecutor(COUNTING_THREADS, thread_name_prefix="sizes") as threads:
         for part in _parts(new, SHARDS_A_RECORD):
             for few in _parts(part, SHARDS_SHOWN):
-                _count(store, raw, few, known, threads)
+                _count(store, raw, kept, few, known, threads)
                 meter.advance(len(few), "images counted by size")
-            _write_records(store, raw, known)
-    return [_counts_of(raw, rule, known[rule]) for rule in rules]
+            _write_records(store, raw, kept, known)
+    return [_counts_of(raw, kept, rule, known[rule]) for rule in rules]
 
 
 def look_at_raw_buckets(
-    store: Store, raw: Manifest, rules: Sequence[SizeRule], at_most: int
+    store: Store, raw: Manifest, rules: Sequence[SizeRule], at_most: int, kept: KeptRows = ALL_ROWS
 ) -> list[RawBuckets] | None:
     """As count_raw_buckets, and writes nothing; None where that would read more than `at_most` indexes."""
     known = _read_records(store, raw, rules)
-    new = _uncounted(raw, known)
+    new = _uncounted(raw, kept, known)
     if len(new) > at_most:
         return None
     with ThreadPoolExecutor(COUNTING_THREADS, thread_name_prefix="sizes") as threads:
-        _count(store, raw, new, known, threads)
-    return [_counts_of(raw, rule, known[rule]) for rule in rules]
+        _count(store, raw, kept, new, known, threads)
+    return [_counts_of(raw, kept, rule, known[rule]) for rule in rules]
 
 
 def _parts(shards: Sequence[ShardEntry], size: int) -> list[Sequence[ShardEntry]]:
@@ -101,12 +106,17 @@ def _parts(shards: Sequence[ShardEntry], size: int) -> list[Sequence[ShardEntry]
 _Known = dict[SizeRule, dict[str, np.ndarray]]
 
 
-def _uncounted(raw: Manifest, known: _Known) -> list[ShardEntry]:
-    return [shard for shard in raw.shards if any(_content(shard) not in counts for counts in known.values())]
+def _uncounted(raw: Manifest, kept: KeptRows, known: _Known) -> list[ShardEntry]:
+    return [shard for shard in raw.shards if any(_content(shard, kept) not in counts for counts in known.values())]
 
 
 def _count(
-    store: Store, raw: Manifest, shards: Sequence[ShardEntry], known: _Known, threads: ThreadPoolExecutor
+    store: Store,
+    raw: Manifest,
+    kept: KeptRows,
+    shards: Sequence[ShardEntry],
+    known: _Known,
+    threads: ThreadPoolExecutor,
 ) -> None:
     """Adds the counts of the shards to what is known."""
 
@@ -116,11 +126,11 @@ def _count(
         except StoreNotFound:
             where = f"{store.uri(raw.folder)}/{shard.stem}"
             raise DataError(f"{where}: its index is gone; delete its done record and run ingest again") from None
-        return _count_rows(index, [*known])
+        return _count_rows(kept.taken_of(store, shard.number, index), [*known])
 
     for shard, found in zip(shards, threads.map(count, shards), strict=True):
         for counts, rows in zip(known.values(), found, strict=True):
-            counts[_content(shard)] = rows
+            counts[_content(shard, kept)] = rows
 
 
 def _count_rows(index: pa.Table, rules: Sequence[SizeRule]) -> list[np.ndarray]:
@@ -138,13 +148,14 @@ def _count_rows(index: pa.Table, rules: Sequence[SizeRule]) -> list[np.ndarray]:
     return counts
 
 
-def _content(shard: ShardEntry) -> str:
-    """What a record names a shard by: an index with other rows is counted again."""
-    return shard.index_digest or shard.stem
+def _content(shard: ShardEntry, kept: KeptRows) -> str:
+    """What a record names a shard by: an index with other rows is counted again, and so is another part of it."""
+    name, keep = shard.index_digest or shard.stem, kept.lists.get(shard.number)
+    return parts_digest(name, keep.digest) if keep else name
 
 
-def _counts_of(raw: Manifest, rule: SizeRule, known: dict[str, np.ndarray]) -> RawBuckets:
-    rows = np.array([known[_content(shard)] for shard in raw.shards], dtype=np.int32)
+def _counts_of(raw: Manifest, kept: KeptRows, rule: SizeRule, known: dict[str, np.ndarray]) -> RawBuckets:
+    rows = np.array([known[_content(shard, kept)] for shard in raw.shards], dtype=np.int32)
     rows = rows.reshape(-1, len(rule.sides) + 1, len(SPLITS))
     return RawBuckets(rule.sides, tuple(shard.number for shard in raw.shards), rows[:, :-1], rows[:, -1])
 
@@ -158,9 +169,9 @@ def _read_records(store: Store, raw: Manifest, rules: Sequence[SizeRule]) -> _Kn
     return {rule: _read(store, _path(raw, rule), len(rule.sides) + 1) for rule in dict.fromkeys(rules)}
 
 
-def _write_records(store: Store, raw: Manifest, known: _Known) -> None:
+def _write_records(store: Store, raw: Manifest, kept: KeptRows, known: _Known) -> None:
     for rule, counts in known.items():
-        names = [_content(shard) for shard in raw.shards if _content(shard) in counts]
+        names = [_content(shard, kept) for shard in raw.shards if _content(shard, kept) in counts]
         rows = np.array([counts[name] for name in names], dtype="<i4")
         packed = base64.b64encode(zlib.compress(rows.tobytes())).decode()
         store.put_json(_path(raw, rule), sealed({"shards": names, "rows": packed}))

@@ -10,6 +10,7 @@ import numpy as np
 
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.images import PixelRules, crop_to, decode_image
+from sd3core.data.kept_rows import ALL_ROWS, KeptRows
 from sd3core.data.manifest import Manifest
 from sd3core.data.records import FileRecord
 from sd3core.data.shards import image_of, not_of_its_manifest, read_samples, read_shard_index, sample_id
@@ -39,11 +40,12 @@ def read_rows(
     *,
     captioned: bool = False,
     sizes: SizeRule | None = None,
+    kept: KeptRows = ALL_ROWS,
     only: Callable[[str], Container[str]] | None = None,
     most_shards: int | None = None,
 ) -> list[Row]:
     """At most `limit` rows of a split ("held_out" or "train"), the same for the same manifest; `captioned` skips empty
-    captions, `sizes` images that a phase leaves out.
+    captions, `sizes` images that a phase leaves out, `kept` rows that a filter does.
 
     only(stem): the keys of a shard that count, of those that are there. `most_shards`: that are looked at, where rows are rare.
 
@@ -56,6 +58,7 @@ def read_rows(
             break
         columns, keys = ["key", "caption", "offset", "length", "split"], only(shard.stem) if only else None
         index = read_shard_index(store, raw.folder, shard.stem, shard.index_digest)
+        index = kept.taken_of(store, shard.number, index)
         index = sizes.taken_of(index) if sizes else index
         for row in index.select(columns).to_pylist():
             counts = row.pop("split") == split and (keys is None or row["key"] in keys)

@@ -17,6 +17,7 @@ from safetensors.numpy import save as save_arrays
 
 from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.images import PixelRules
+from sd3core.data.kept_rows import ALL_ROWS, KeptRows
 from sd3core.data.manifest import Manifest, ManifestRef
 from sd3core.data.size_rule import SizeRule
 from sd3core.data.split_rows import DECODE_BATCH, read_row_images, read_rows
@@ -45,13 +46,19 @@ class Reference:
 
 
 def reference_fields(
-    raw: ManifestRef, judge_digest: str, side_px: int, limit: int, sizes: SizeRule | None = None
+    raw: ManifestRef,
+    judge_digest: str,
+    side_px: int,
+    limit: int,
+    kept: dict[str, str] | None = None,
+    sizes: SizeRule | None = None,
 ) -> dict[str, object]:
     """What decides the reference set and its features: the readable half of a score's protocol.
 
-    `sizes`: of a phase that leaves out images; without it the fields are those from before there was such a rule.
+    `kept`: which rows a filter keeps, where it leaves out some. `sizes`: of a phase that leaves out images. Without them the fields
+    are those from before there were such.
     """
-    rule = sizes.to_dict() if sizes else {}
+    rule = (kept or {}) | (sizes.to_dict() if sizes else {})
     fields = {"format": REFERENCE_FORMAT, "raw": raw.digest, "judge": judge_digest, "side_px": side_px, "limit": limit}
     return fields | rule
 
@@ -65,6 +72,7 @@ def reference_features(
     rules: PixelRules,
     on_images: Callable[[int, int], None] | None = None,
     checked: CheckedFiles | None = None,
+    kept: KeptRows = ALL_ROWS,
 ) -> Reference:
     """The judge's features of the held-out images, from references/NAME/SPEC, and written there when they are missing or
     not what their record says.
@@ -79,7 +87,7 @@ def reference_features(
         image_embeddings,  # loads transformers, which planning does not need
     )
 
-    rows = read_rows(store, raw, "held_out", int(fields["limit"]), sizes=SizeRule.of_dict(fields))
+    rows = read_rows(store, raw, "held_out", int(fields["limit"]), sizes=SizeRule.of_dict(fields), kept=kept)
     parts = []
     for start in range(0, len(rows), DECODE_BATCH):
         batch = rows[start : start + DECODE_BATCH]

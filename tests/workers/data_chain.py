@@ -53,10 +53,11 @@ def encode_all(
     towers: ManifestRef,
     report=ignore_progress,
     tell=lambda note: None,
+    keep: ManifestRef | None = None,
 ) -> dict[str, StageResult]:
     """Text and the latents of every phase, in the order in which a run makes them, without the training between."""
-    parts = dict(encode_stage(recipe, store, raw, captions, towers, report, tell).parts)
+    parts = dict(encode_stage(recipe, store, raw, captions, towers, report, tell, keep).parts)
     for key, _ in recipe.phases()[1:]:
-        made = encode_phase(recipe, store, key, raw, parts["text"].manifest, towers, report, tell)
+        made = encode_phase(recipe, store, key, raw, parts["text"].manifest, towers, report, tell, keep)
         parts[made.stage] = made
     return parts
