@@ -94,7 +94,7 @@ class Upstream:
         return KeptRows.read(self.store, self.keep)
 
     @cached_property
-    def _images(self) -> dict[str, str]:
+    def _of_images(self) -> dict[str, str]:
         """What stages are made from after the filter, as their manifests name it."""
         return {"raw": self.raw.digest} | self.kept.inputs
 
@@ -115,7 +115,7 @@ class Upstream:
         if self.recipe.caption.captioner == "none":
             return None
         manifest = self._manifest(specs.captions_folder(self.recipe), "caption", "caption")
-        return self._up_to_date(manifest, "caption", self._images)
+        return self._up_to_date(manifest, "caption", self._of_images)
 
     @cached_property
     def text(self) -> ManifestRef:
@@ -126,7 +126,7 @@ class Upstream:
             raise DataError(
                 f"encode: what it made leaves out other captions than caption.max_share; {self._made_by('encode')}"
             )
-        inputs = self._images | ({"captions": self.captions.digest} if self.captions else {})
+        inputs = self._of_images | ({"captions": self.captions.digest} if self.captions else {})
         return self._up_to_date(manifest, "encode", inputs | ({"repeated": repeated} if repeated else {}))
 
     def _repeated(self) -> str:
@@ -157,7 +157,7 @@ class Upstream:
         stage = "encode" if first == next(iter(self._phases)) else first.partition(".")[0]
         manifest = self._manifest(folder, stage, specs.latents_part(first))
         leaves_out = any(TOO_SMALL in shard.failed for shard in manifest.shards)
-        return self._up_to_date(manifest, stage, self._images), leaves_out
+        return self._up_to_date(manifest, stage, self._of_images), leaves_out
 
     @cached_property
     def _latents_folders(self) -> dict[str, str]:
