@@ -23,7 +23,7 @@ from flows.upgrade import check_upgrade
 from flows.upstream import Upstream
 from sd3core.data.begun import begin, end
 from sd3core.moving_average import short_average_warnings
-from sd3core.specs import ONLY_WHERE_ASKED, run_folder, scores_path
+from sd3core.specs import run_folder, scores_path
 from workers.ray_session import living_nodes
 
 STAGE_FLOWS = (ingest, towers, filter_rows, caption, encode, pretrain, finetune, evaluate, export)
@@ -49,7 +49,7 @@ def pipeline(recipe: str, overrides: list[str] | None = None, remake: bool = Fal
             get_run_logger().warning(warning)
         outcomes: list[dict[str, Any]] = []
         for stage_flow in STAGE_FLOWS:
-            if stage_flow.name in ONLY_WHERE_ASKED and getattr(opened.recipe, stage_flow.name) is None:
+            if stage_flow is filter_rows and opened.recipe.filter is None:
                 continue
             # now that it stands, what follows it may show another version's
             if outcomes and outcomes[-1]["state"] == "done":

@@ -28,7 +28,7 @@ STAGES = (
     "export",
 )  # in their order
 
-ONLY_WHERE_ASKED = ("filter",)  # of them: a pipeline calls these where the recipe has a section of that name
+ONLY_WHERE_ASKED = ("filter",)  # of them: a pipeline calls it where the recipe has a section of that name
 
 # Raise a number when the bytes that a stage writes for the same input change.
 FORMATS = {

@@ -145,5 +145,34 @@ def test_held_out_prompts_and_references_are_of_rows_that_are_kept(store, call):
             assert after.protocol["reference"]["keep"] == upstream.kept.inputs["keep"]
 
 
-def test_a_pipeline_calls_it_only_where_the_recipe_names_it():
+@pytest.mark.parametrize(
+    ("overrides", "called"), [([], ["ingest", "caption"]), (FILTERED, ["ingest", "filter", "caption"])]
+)
+def test_a_pipeline_calls_it_only_where_the_recipe_names_it(store, monkeypatch, overrides, called):
+    said, chosen = [], load_recipe("tiny-test", overrides)
+    flow = lambda name: lambda *_: said.append(name) or {"state": "skipped"}
+
+    @contextmanager
+    def opened(*_):
+        yield SimpleNamespace(recipe=chosen, store=store)
+
+    for name in ("check_room", "check_start_from", "check_vae"):
+        monkeypatch.setattr(pipeline.Upstream, name, lambda *_: None)
+    own = flow("filter")
+    for name, value in {
+        "session": opened,
+        "filter_rows": own,
+        "STAGE_FLOWS": (flow("ingest"), own, flow("caption")),
+        "living_nodes": lambda: None,
+        "check_upgrade": lambda *_: None,
+        "get_run_logger": lambda: SimpleNamespace(warning=print),
+        "write_summary": lambda *_: {},
+    }.items():
+        monkeypatch.setattr(pipeline, name, value)
+    store.put_json(specs.scores_path(chosen.run), {})
+    pipeline.pipeline.fn("tiny-test")
+    assert said == called
+
+
+def test_the_pipeline_has_a_flow_for_every_stage_in_their_order():
     assert [flow.name for flow in pipeline.STAGE_FLOWS] == list(specs.STAGES)

@@ -94,6 +94,7 @@ def test_a_stage_has_actors_of_its_own_and_ingest_and_towers_no_gpu():
     assert found == {
         "ingest": (99, 4, 0),
         "towers": (8, 4, 0),
+        "filter": (8, 4, 1),
         "caption": (8, 4, 4),
         "encode": (8, 4, 1),
         "evaluate": (8, 2, 1),
