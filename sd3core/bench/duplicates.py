@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from sd3core.bench.planted import ALTERATIONS, Picture, distinct_pictures, planted
+from sd3core.bench.planted import ALTERATIONS, PlantedPicture, distinct_pictures, planted
 from sd3core.filters.near_duplicates import DuplicateSearch, FeatureRows, find_duplicates, state_bytes
 from sd3core.filters.picture_hash import HASH_BYTES, picture_hash
 from sd3core.recipe_filter import HASH_THRESHOLD
@@ -60,7 +60,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundPairs:
     """Of one kind of alteration: which planted pictures go or leave the first, and whether what goes is like what stays."""
 
     kind: str
@@ -71,7 +71,7 @@ class Found:
 @dataclass(frozen=True)
 class DuplicatesResult:
     distinct: int
-    found: list[Found]
+    found: list[FoundPairs]
     state_bytes: int  # on disk, for a row
 
 
@@ -94,8 +94,8 @@ def measure_duplicates(bench: DuplicatesBench, show: Callable[[str], None] = lam
 
 
 def _find(
-    bench: DuplicatesBench, kind: str, pictures: Sequence[Picture], hashes: np.ndarray, rng: np.random.Generator
-) -> Found:
+    bench: DuplicatesBench, kind: str, pictures: Sequence[PlantedPicture], hashes: np.ndarray, rng: np.random.Generator
+) -> FoundPairs:
     order = rng.permutation(len(pictures))  # over the shards
     parts = [order[start : start + SHARD_ROWS] for start in range(0, len(order), SHARD_ROWS)]
 
@@ -109,4 +109,4 @@ def _find(
     gone = list(find_duplicates(read, shards, search))
     of = {picture.key: picture.of for picture in pictures}
     true = {of[duplicate.key] for duplicate in gone if of[duplicate.key] == of[duplicate.of]}
-    return Found(kind, Share(len(true), bench.planted), Share(len(true), len(gone)))
+    return FoundPairs(kind, Share(len(true), bench.planted), Share(len(true), len(gone)))

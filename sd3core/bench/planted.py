@@ -20,12 +20,12 @@ from sd3core.small_world.scenes import draw_scene, render, scene_rng
 GROUNDS = ("as drawn", "shaded", "striped", "clouded")
 GROUND = 7  # purpose of scene_rng, besides the scenes' own
 CELL_PX = 96  # side of a photograph's crop
-PLAIN = 8.0  # standard deviation, of 255, below which a crop shows nothing
+PLAIN_BELOW = 8.0  # standard deviation, of 255, below which a crop shows nothing
 CROPPED = 0.05  # of each side
 
 
 @dataclass(frozen=True)
-class Picture:
+class PlantedPicture:
     """`of`: the distinct picture that it shows; `kind`: how it was made of that, "distinct" where it is the one."""
 
     key: str
@@ -34,24 +34,24 @@ class Picture:
     image: Image.Image
 
 
-def distinct_pictures(scenes: int, seed: int, photographs: Path, odd: bool) -> Iterator[Picture]:
+def distinct_pictures(scenes: int, seed: int, photographs: Path, odd: bool) -> Iterator[PlantedPicture]:
     """`odd`: crops of every other photograph, beginning with the second, so that two sets share none."""
     for index in range(scenes):
         key = f"scene-{index:06d}"
-        yield Picture(key, key, "distinct", _scene(seed, index))
+        yield PlantedPicture(key, key, "distinct", _scene(seed, index))
     paths = [path for path in write_photographs(photographs) if path.stem in sorted(PHOTOGRAPHS)[odd::2]]
     for path in sorted(paths):
         image = Image.open(path).convert("RGB")
         for top in range(0, image.height - CELL_PX + 1, CELL_PX):
             for left in range(0, image.width - CELL_PX + 1, CELL_PX):
                 cell = image.crop((left, top, left + CELL_PX, top + CELL_PX))
-                if np.asarray(cell.convert("L")).std() >= PLAIN:
+                if np.asarray(cell.convert("L")).std() >= PLAIN_BELOW:
                     key = f"photo-{path.stem}-{top}-{left}"
-                    yield Picture(key, key, "distinct", cell)
+                    yield PlantedPicture(key, key, "distinct", cell)
 
 
-def planted(picture: Picture, kind: str, rng: np.random.Generator) -> Picture:
-    return Picture(f"{picture.key}-{kind}", picture.key, kind, ALTERATIONS[kind](picture.image, rng))
+def planted(picture: PlantedPicture, kind: str, rng: np.random.Generator) -> PlantedPicture:
+    return PlantedPicture(f"{picture.key}-{kind}", picture.key, kind, ALTERATIONS[kind](picture.image, rng))
 
 
 def _rescaled(image: Image.Image, rng: np.random.Generator) -> Image.Image:
