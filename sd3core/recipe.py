@@ -69,8 +69,11 @@ class Data(Section):
     """Where the images come from, and which of them are taken."""
 
     name: Name  # datasets/NAME in the store
-    source: Literal["small_world", "folder", "webdataset", "parquet"]
-    folder: str | None = None  # a local folder: name.jpg with name.txt, or a metadata.jsonl with file_name and text
+    source: Literal["small_world", "folder", "table", "webdataset", "parquet"]
+    # a local folder: name.jpg with name.txt, or a metadata.jsonl with file_name and text. Of a table: where its paths begin
+    folder: str | None = None
+    # a .jsonl, .csv or .tsv of paths and captions; relative paths begin in its own folder, or in `folder` where that is given
+    table: str | None = None
     # webdataset, parquet: whole paths or s3:// URLs of files or folders; {00000..00123} and {a,b} stand for several
     urls: Urls = ()
     # where a row of a source has its image, and its captions: column or field names; None: the source's own. A caption field
@@ -102,6 +105,10 @@ class Data(Section):
             raise ValueError("data.folder must name the folder of images when data.source is 'folder'")
         _refuse_url("folder", self.folder)
         _check_whole_path("folder", self.folder)
+        if (self.source == "table") != (self.table is not None):
+            raise ValueError("data.table must name the table of images when data.source is 'table', and only then")
+        _refuse_url("table", self.table)
+        _check_whole_path("table", self.table)
         return self
 
     @model_validator(mode="after")
@@ -209,7 +216,7 @@ STORE_SCHEMES = ("file", "s3")
 def _refuse_url(key: str, path: str | None) -> None:
     if path is not None and (url := URL.match(path)):
         copy = "give the path alone" if url.group(1) == "file" else "download it, or mount it, and give its whole path"
-        raise ValueError(f"{key} {path} is a URL, and {key} is a folder of this machine: {copy}")
+        raise ValueError(f"{key} {path} is a URL, and {key} lies on this machine: {copy}")
 
 
 def _check_whole_path(key: str, path: str | None, schemes: tuple[str, ...] = STORE_SCHEMES) -> None:

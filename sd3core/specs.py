@@ -79,7 +79,7 @@ def version_numbers() -> str:
 
 def raw_fields(recipe: Recipe) -> dict[str, Any]:
     """How images are read and kept. The number of images is content, not spec: a data set that grows keeps its shards."""
-    left_out, drawn = {"name", "images", "folder", "class_names", "urls"}, recipe.data.source == "small_world"
+    left_out, drawn = {"name", "images", "folder", "table", "class_names", "urls"}, recipe.data.source == "small_world"
     # of files; from before them fingerprints are good
     for later, plain in (
         ("caption", "whole"),

@@ -536,7 +536,7 @@ CHANGES: list[tuple[set[str], dict[str, Any]]] = [
     (set(), under("data", folder="/other", images=960)),  # more shards of the same kind
     # of what is read
     (set(), under("data", caption="first_line", background="black", image_field="path", caption_fields=("text",))),
-    (set(), under("data", class_caption="{class}", class_names="/names.json", sidecars="take")),
+    (set(), under("data", class_caption="{class}", class_names="/names.json", sidecars="take", table="/t.csv")),
     (set(), under("data", urls=("/x.tar",))),
     (set(), under("caption", "encode", batch=1) | under("pretrain", "finetune.0", **HOW)),
     (set(), under("evaluate", **EVALUATE) | under("compute", **COMPUTE)),
@@ -706,6 +706,22 @@ def test_fields_of_a_source_are_names_each_once():
         ([*folder, "data.caption_fields=[a,b,a]"], "data: caption_fields names a field twice; name each once"),
         ([*folder, "data.caption_fields=[]"], "data.caption_fields: "),
         ([*folder, "data.image_field=''"], "data.image_field: "),
+        (
+            [*folder, "data.table=/t.csv"],
+            "data.table must name the table of images when data.source is 'table', and only",
+        ),
+        (
+            [*folder, "data.source=table"],
+            "data.table must name the table of images when data.source is 'table', and only",
+        ),
+        (
+            [*folder, "data.source=table", "data.table=t.csv"],
+            "data: table t.csv is relative, and workers run in folders",
+        ),
+        (
+            [*folder, "data.source=table", "data.table=s3://a/t.csv"],
+            "data: table s3://a/t.csv is a URL, and table lies on",
+        ),
         ([*folder, "data.class_names=/names.json"], "data: class_names is for class_caption; give that, too"),
         ([*folder, "data.class_caption=a photo"], "data: class_caption has the class as {class} and no other braces"),
         ([*folder, "data.class_caption='{class} {x}'"], "class_caption has the class as {class} and no other braces"),
@@ -810,7 +826,7 @@ def test_a_fingerprint_is_of_the_values_and_not_of_their_order():
     [
         (
             "data.folder=https://host/images",
-            "folder https://host/images is a URL, and folder is a folder of this machine: download",
+            "folder https://host/images is a URL, and folder lies on this machine: download",
         ),
         ("data.folder=s3://bucket/images", "data: folder s3://bucket/images is a URL"),
         ("data.folder=hf://datasets/x", "data: folder hf://datasets/x is a URL"),

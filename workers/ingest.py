@@ -9,11 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sd3core.data.folder_source import FolderSlice, Tell, storable
+from sd3core.data.folder_source import Tell, storable
 from sd3core.data.images import BARE_CMYK, TRANSPARENT, UNKNOWN_COLOURS
-from sd3core.data.ingest import SceneWorker, list_scenes
-from sd3core.data.ingest_folder import HELD_OUT_ROWS, FolderWorker, IngestedSlice, check_usable, no_usable_image
+from sd3core.data.ingest import SceneShard, SceneWorker, list_scenes
+from sd3core.data.ingest_folder import (
+    FURTHER_ROWS,
+    HELD_OUT_ROWS,
+    FolderWorker,
+    IngestedSlice,
+    check_usable,
+    no_usable_image,
+)
 from sd3core.data.listed_folder import ListedFolder
+from sd3core.data.listed_table import ListedTable
 from sd3core.data.manifest import Manifest, read_manifest
 from sd3core.data.seen_files import SeenFolder, read_seen_folder, write_seen_folder
 from sd3core.data.shards import finished_stems, shard_stem
@@ -71,7 +79,7 @@ def _with_notes(recipe: Recipe, store: Store, result: StageResult, notes: list[s
 
 
 class _FolderIngest:
-    """One run of the stage over a folder of files."""
+    """One run of the stage over files of a folder, or of a table's rows."""
 
     def __init__(self, recipe: Recipe, store: Store) -> None:
         self.recipe, self.data, self.store = recipe, recipe.data, store
@@ -80,7 +88,7 @@ class _FolderIngest:
         self.answers: dict[int, IngestedSlice] = {}  # by number, of slices that were looked at
 
     def run(self, report: ProgressCallback, tell: Tell) -> StageResult:
-        source = ListedFolder(self.data)
+        source = ListedTable(self.data) if self.data.source == "table" else ListedFolder(self.data)
         seen = read_seen_folder(self.store, self.folder, source.place)
         if seen is not None and seen.listing == source.digest and self._stands(seen):
             tasks = [ShardTask(n, part.digest, self.folder, part.rows) for n, part in seen.slices.items()]
@@ -94,7 +102,7 @@ class _FolderIngest:
         return all(shard_stem(number, part.digest) in finished for number, part in seen.slices.items())
 
     def _look_at(
-        self, source: ListedFolder, seen: SeenFolder | None, report: ProgressCallback, tell: Tell
+        self, source: ListedFolder | ListedTable, seen: SeenFolder | None, report: ProgressCallback, tell: Tell
     ) -> tuple[StageResult, list[str]]:
         """Has those slices looked at of which a name, size or time is another; the result, and what is told of captions."""
         notes = [storable(note) for note in source.notes()]
@@ -113,7 +121,7 @@ class _FolderIngest:
                 part.number,
                 known[part.number].digest if part.number in unchanged else "",
                 self.folder,
-                len(part.lines),
+                part.rows,
                 replace(part, before=tuple(shard_stem(n, known[n].digest) for n in before.get(part.number, ()))),
             )
             for part in slices
@@ -152,8 +160,9 @@ def _changes(seen: SeenFolder, answers: list[IngestedSlice], tasks: list[ShardTa
 def _images_used(manifest: Manifest) -> str:
     """Says how many of a user's own images there are to train and to score on."""
     found = manifest.rows + sum(manifest.failed_reasons.values())
-    held_out = manifest.buckets.get(HELD_OUT_ROWS, 0)
-    return f"{manifest.rows:,} of {counted(found, 'image')} used, {held_out:,} held out"
+    held_out, further = manifest.buckets.get(HELD_OUT_ROWS, 0), manifest.buckets.get(FURTHER_ROWS, 0)
+    joined = f", {counted(further, 'more row')} with captions of theirs" if further else ""
+    return f"{manifest.rows:,} of {counted(found, 'image')} used, {held_out:,} held out{joined}"
 
 
 def _notes_of_pictures(manifest: Manifest, data: Data) -> list[str]:
@@ -169,7 +178,7 @@ def _notes_of_pictures(manifest: Manifest, data: Data) -> list[str]:
 
 @dataclass
 class IngestShard:
-    """Makes a raw shard of a ShardTask: of scenes, or of a folder's slice."""
+    """Makes a raw shard of a ShardTask: of scenes, or of a folder's or table's slice."""
 
     data: Data
     store_url: str
@@ -182,7 +191,7 @@ class IngestShard:
 
     def __call__(self, task: ShardTask) -> MadeShard:
         self.scenes.progress = 0
-        if not isinstance(task.source, FolderSlice):
+        if isinstance(task.source, SceneShard):
             return MadeShard(self.scenes(task.source))
         made = self.files(task.source, task.earlier)
         return MadeShard(made.record, told=made.told, stood=made.stood, detail=made)

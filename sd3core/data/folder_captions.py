@@ -80,6 +80,7 @@ class ListedImage(NamedTuple):
     texts: tuple[str, ...] = ()  # a metadata file's words, which go before those
     hint: str = ""  # what else may be its caption and is not understood
     problem: str = ""  # why it is not taken
+    rows: int = 1  # of a table that it is in
 
     @property
     def words_key(self) -> str:
@@ -87,7 +88,8 @@ class ListedImage(NamedTuple):
         return json.dumps((self.captions, as_stored(self.texts), self.hint))
 
     def line(self) -> str:
-        return json.dumps(self._replace(texts=as_stored(self.texts)))
+        """Of an image of a folder."""
+        return json.dumps(self._replace(texts=as_stored(self.texts))[:-1])
 
     @classmethod
     def of_line(cls, line: str) -> ListedImage:

@@ -36,6 +36,7 @@ from sd3core.errors import DataError, UserError, is_of_the_machine, with_mend
 from sd3core.recipe import Data
 from sd3core.words import NAMED, counted, some
 
+NO_CAPTION_IN_ROW = "no caption in its row (data.caption_fields; or name a captioner in caption.captioner)"
 NO_CAPTION = f"no caption (give it as {HOW_TO_GIVE}; or name a captioner in caption.captioner)"
 Tell = Callable[[str], None]
 
@@ -79,6 +80,10 @@ class FolderSlice:
     root: str
     lines: tuple[str, ...]  # ListedImage.line of each
     before: tuple[str, ...] = ()  # stems of the shards that its files were in when the folder was last ingested
+
+    @property
+    def rows(self) -> int:
+        return len(self.lines)
 
     @property
     def seen(self) -> str:
@@ -137,12 +142,13 @@ def read_item(
         words = read_words(root, image)
     except OSError as error:
         if is_of_the_machine(error):  # says nothing of the file, and would leave it out
-            raise UserError(f"data.folder: {root / path}: {with_mend(error)}") from None
+            raise UserError(f"data.{data.source}: {root / path}: {with_mend(error)}") from None
         return FolderItem(image_key(path), path, (), problem=f"cannot be read: {with_mend(error)}", may_pass=True)
     except DataError as error:
         return FolderItem(image_key(path), path, (), problem=str(error))
     captions, cut, lines = clean_captions(words.texts, data)
-    lacking = words.hint if words.hint in (OUTSIDE, UNNAMED) else NO_CAPTION
+    lacking = NO_CAPTION_IN_ROW if data.source == "table" else NO_CAPTION
+    lacking = words.hint if words.hint in (OUTSIDE, UNNAMED) else lacking
     problem = lacking if captions_needed and not captions else ""
     return FolderItem(
         image_key(path),

@@ -23,6 +23,7 @@ from sd3core.data.folder_source import FolderItem, FolderSlice, caption_facts, r
 from sd3core.data.images import DecodedImage, PixelRules, naming, read_picture
 from sd3core.data.ingest import RAW_SCHEMA, png_bytes, raw_sample
 from sd3core.data.listed_folder import ListedFolder
+from sd3core.data.listed_table import ListedTable, TableSlice
 from sd3core.data.seen_files import UNKNOWN_TIME, SeenRow, SeenSlice, read_seen_rows, write_seen_rows
 from sd3core.data.shards import (
     IMAGE_DIGEST,
@@ -45,7 +46,9 @@ from sd3core.words import NAMED
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # stored as they are; others become PNG
 FILES_SCHEMA = RAW_SCHEMA.append(pa.field(IMAGE_DIGEST, pa.string()))  # a scene's key names its picture already
 LOOKED_AT = 1_000  # images at most, for one that can be used, before workers start
-HELD_OUT_ROWS = "held out"  # counted in the record of a shard of files
+# counted in the record of a shard of files
+HELD_OUT_ROWS = "held out"
+FURTHER_ROWS = "further rows of an image"  # of a table: their captions are the image's, too
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class _File:
 
     item: FolderItem
     seen: SeenRow
+    rows: int = 1  # of a table that it is in
 
     @property
     def name(self) -> RowName:
@@ -82,7 +86,7 @@ class _File:
 
 @dataclass
 class FolderWorker:
-    """FolderSlice -> raw tar. An image that cannot be used becomes a failed row with its reason."""
+    """FolderSlice or TableSlice -> raw tar. An image that cannot be used becomes a failed row with its reason."""
 
     data: Data
     store_url: str
@@ -99,7 +103,7 @@ class FolderWorker:
         """Rows: each is looked at, then stored."""
         return (self.looked + self.stored) // 2
 
-    def __call__(self, part: FolderSlice, earlier: Sequence[str] = ()) -> IngestedSlice:
+    def __call__(self, part: FolderSlice | TableSlice, earlier: Sequence[str] = ()) -> IngestedSlice:
         """`earlier`: stems of finished shards that may hold its images, beside those of `part.before`.
 
         Raises FolderChanged where a file is not as it was listed.
@@ -119,10 +123,10 @@ class FolderWorker:
         write_seen_rows(self.store, self.folder, stem, part.root, (file.seen for file in files))
         at_rest = all(file.seen.is_at_rest for file in files)
         facts = caption_facts((file.item for file in files), self.data)
-        seen = SeenSlice(part.seen if at_rest else "", stem.partition(".")[2], len(files), facts)
+        seen = SeenSlice(part.seen if at_rest else "", stem.partition(".")[2], part.rows, facts)
         return IngestedSlice(record, stood, seen, _changes(files, known[: len(part.before)]), told)
 
-    def _look(self, part: FolderSlice, known: list[dict[str, SeenRow]]) -> list[_File]:
+    def _look(self, part: FolderSlice | TableSlice, known: list[dict[str, SeenRow]]) -> list[_File]:
         """The slice's files as they are now; what is as it was seen is not opened."""
         began, files = time.time_ns(), []
         for image in part.images():
@@ -130,7 +134,7 @@ class FolderWorker:
             # Of several the one of the file as it is now: a run that was killed may have seen it later than the last that ended.
             old = max(rows, key=lambda row: (row[:3] == image.file, row.words_key == image.words_key), default=None)
             item = self._item(Path(part.root), image, old)
-            files.append(_File(item, _seen_row(image, item, old, began)))
+            files.append(_File(item, _seen_row(image, item, old, began), image.rows))
             self.looked += 1
         return files
 
@@ -143,10 +147,11 @@ class FolderWorker:
         return read_item(root, image, self.data, self.captions_needed, **known)
 
     def _make(
-        self, part: FolderSlice, stem: str, files: list[_File], earlier: list[str]
+        self, part: FolderSlice | TableSlice, stem: str, files: list[_File], earlier: list[str]
     ) -> tuple[DoneRecord, tuple[str, ...]]:
         failed: list[FailedRow] = []
-        counts: Counter[str] = Counter()
+        further = sum(file.rows - 1 for file in files)
+        counts: Counter[str] = Counter({FURTHER_ROWS: further} if further else {})
         with EarlierRows(self.store, self.folder, earlier) as rows:
             stood = rows.find({file.name for file in files if file.seen.image and not file.item.problem}, row_name)
             samples = self._samples(Path(part.root), files, stood, failed, counts)
@@ -222,7 +227,9 @@ def _changes(files: list[_File], before: list[dict[str, SeenRow]]) -> SliceChang
     return SliceChanges(added, images, captions)
 
 
-def check_usable(source: ListedFolder, slices: Sequence[FolderSlice], captions_needed: bool) -> None:
+def check_usable(
+    source: ListedFolder | ListedTable, slices: Sequence[FolderSlice | TableSlice], captions_needed: bool
+) -> None:
     """One image that can be used is enough to begin; it is looked for before any worker starts. DataError where none is.
 
     Among many that are no use the workers look on.

@@ -1,8 +1,9 @@
-"""Images with several captions, and of class folders, through the real ingest and encode stages with models that count."""
+"""Images with several captions, of class folders and of tables, through the real ingest and encode stages with models that count."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from counting_models import TOWERS, count_models
 from data_chain import encode_all
 from PIL import Image
 
+from sd3core.data.ingest_folder import FURTHER_ROWS
 from sd3core.data.loader import BatchLoader
 from sd3core.data.manifest import ManifestRef, read_manifest
 from sd3core.data.shard_cache import ShardCache
@@ -22,6 +24,7 @@ from workers.ingest import ingest_stage
 from workers.stage import StageResult
 
 IMAGES = 40
+LONG_AGO_S = 1_500_000_000
 
 
 @pytest.fixture
@@ -112,3 +115,45 @@ def test_a_class_whose_words_change_costs_its_own_captions(seen, tmp_path):
     names.write_text(json.dumps(classes | {"n01": ["tench", "doctor fish"], "n99": ["unused"]}))
     raw, *_ = _run(store, *settings)
     assert raw.reason.startswith(f"1 caption changed: 1 of {shards} shards") and seen.take() == (0, 0, 1)
+
+
+def _table(path: Path, rows: list[dict]) -> None:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    os.utime(path, (LONG_AGO_S, LONG_AGO_S + len(rows)))
+
+
+def test_a_table_of_which_one_caption_changes_makes_one_shard(seen, tmp_path, monkeypatch):
+    """An unchanged table is skipped, and nothing is looked at by a worker."""
+    folder, store = tmp_path / "images", open_store(str(tmp_path / "store"))
+    for number in range(IMAGES):
+        _image(folder / f"{number}.png", number)
+        os.utime(folder / f"{number}.png", (LONG_AGO_S, LONG_AGO_S))
+    rows = [{"image": f"{n}.png", "caption": f"number {n}"} for n in range(IMAGES)]
+    rows += [{"image": str(folder / f"{n}.png"), "caption": [f"also {n}"]} for n in range(4)]
+    rows += [{"image": "gone.png", "caption": "x"}, {"image": "0.png"}, {}]
+    table = tmp_path / "tables" / "t.jsonl"
+    table.parent.mkdir()
+    _table(table, rows)
+    settings = ["data.source=table", f"data.table={table}", f"data.folder={folder}"]
+
+    raw, text, _ = _run(store, *settings)
+    manifest = read_manifest(store, raw.manifest.folder)
+    shards = len(manifest.shards)
+    assert seen.take() == (0, IMAGES, IMAGES + 4)
+    further, failed = manifest.buckets[FURTHER_ROWS], sum(manifest.failed_reasons.values())
+    assert manifest.rows + further + failed == len(rows) and (further, failed) == (4, 3)
+    assert f"{IMAGES} of {IMAGES + 3} images used, 0 held out, 4 more rows with captions of theirs" in raw.reason
+    assert read_manifest(store, text.folder, text.digest).rows == IMAGES + 4
+
+    with monkeypatch.context() as patch:
+        patch.setattr("workers.ingest.FolderWorker.__call__", lambda *_: pytest.fail("a shard was looked at"))
+        again = _run(store, *settings)[0]
+    assert again.skipped and seen.take() == (0, 0, 0) and again.warnings == raw.warnings
+
+    rows[7]["caption"] = "another and longer caption"
+    _table(table, rows)
+    raw, *_ = _run(store, *settings)
+    assert raw.reason.startswith(f"1 caption changed: 1 of {shards} shards") and seen.take() == (0, 0, 1)
+    _image(folder / "9.png", 999)
+    raw, *_ = _run(store, *settings)
+    assert raw.reason.startswith(f"1 image changed: 1 of {shards} shards") and seen.take() == (0, 1, 0)

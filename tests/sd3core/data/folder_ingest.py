@@ -1,19 +1,24 @@
-"""Reads and ingests folders as the stage does, in the test's process."""
+"""Reads and ingests folders and tables as the stage does, in the test's process."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from sd3core.data.folder_source import FolderItem, FolderSlice, caption_facts, read_item, storable
-from sd3core.data.ingest_folder import FolderWorker, IngestedSlice, check_usable
+from sd3core.data.ingest_folder import FURTHER_ROWS, FolderWorker, IngestedSlice, check_usable
 from sd3core.data.listed_folder import ListedFolder
+from sd3core.data.listed_table import ListedTable, TableSlice
 from sd3core.data.store import Store
 from sd3core.recipe import Data
 
 
-def slices_of(data: Data, captions_needed: bool = False) -> list[FolderSlice]:
+def listed(data: Data) -> ListedFolder | ListedTable:
+    return ListedTable(data) if data.source == "table" else ListedFolder(data)
+
+
+def slices_of(data: Data, captions_needed: bool = False) -> list[FolderSlice] | list[TableSlice]:
     """Raises DataError where no image can be used."""
-    source = ListedFolder(data)
+    source = listed(data)
     slices = source.slices()
     check_usable(source, slices, captions_needed)
     return slices
@@ -21,7 +26,7 @@ def slices_of(data: Data, captions_needed: bool = False) -> list[FolderSlice]:
 
 def read_items(data: Data, captions_needed: bool = False) -> tuple[list[FolderItem], list[str]]:
     """Every image with its captions, by key, and what is told of the captions."""
-    source = ListedFolder(data)
+    source = listed(data)
     parts = [
         [read_item(Path(part.root), image, data, captions_needed) for image in part.images()]
         for part in source.slices()
@@ -38,7 +43,7 @@ def ingest_folder(
     made = {}
     for part in slices_of(data, captions_needed):
         made[part.number] = worker(part)
-        assert (
-            worker.progress == len(part.lines) == made[part.number].record.rows + len(made[part.number].record.failed)
-        )
+        record = made[part.number].record
+        assert part.rows == record.rows + len(record.failed) + record.extra.get(FURTHER_ROWS, 0)
+        assert worker.progress == record.rows + len(record.failed)
     return made
