@@ -21,7 +21,7 @@ from sd3core.data.ingest_folder import (
     no_usable_image,
 )
 from sd3core.data.listed_folder import ListedFolder
-from sd3core.data.listed_table import ListedTable
+from sd3core.data.listed_table import ListedTable, list_files
 from sd3core.data.manifest import Manifest, read_manifest
 from sd3core.data.seen_files import SeenFolder, read_seen_folder, write_seen_folder
 from sd3core.data.shards import finished_stems, shard_stem
@@ -88,7 +88,7 @@ class _FolderIngest:
         self.answers: dict[int, IngestedSlice] = {}  # by number, of slices that were looked at
 
     def run(self, report: ProgressCallback, tell: Tell) -> StageResult:
-        source = ListedTable(self.data) if self.data.source == "table" else ListedFolder(self.data)
+        source = list_files(self.data)
         seen = read_seen_folder(self.store, self.folder, source.place)
         if seen is not None and seen.listing == source.digest and self._stands(seen):
             tasks = [ShardTask(n, part.digest, self.folder, part.rows) for n, part in seen.slices.items()]

@@ -27,6 +27,7 @@ import numpy as np
 from sd3core.data.folder_captions import FolderChanged, ListedFile, ListedImage, as_listed
 from sd3core.data.folder_listing import RACY_NS
 from sd3core.data.folder_source import caption_notes, image_key
+from sd3core.data.listed_folder import ListedFolder
 from sd3core.data.slices import deal_slices, slice_hash
 from sd3core.data.table_rows import TableFormat, read_format, shown_record, table_error
 from sd3core.errors import UserError, is_of_the_machine, with_mend
@@ -221,6 +222,11 @@ class ListedTable:
     def caption_notes(self, facts: Iterable[dict[str, Any]], captions_needed: bool) -> list[str]:
         """What is told of captions once all `facts` are known."""
         return caption_notes(self.data, facts, len(self._offsets), list, False, captions_needed)
+
+
+def list_files(data: Data) -> ListedFolder | ListedTable:
+    """The source of a recipe whose images are files of their own."""
+    return ListedTable(data) if data.source == "table" else ListedFolder(data)
 
 
 def _look_up(root: str, rows: list[tuple[str, bytes]]) -> tuple[array, int]:

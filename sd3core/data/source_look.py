@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from heapq import nsmallest
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from sd3core.data.folder_captions import ListedImage
-from sd3core.data.folder_source import read_item, storable
+from sd3core.data.folder_source import FolderSlice, read_item, storable
 from sd3core.data.ingest_folder import stored_picture, usable_image
-from sd3core.data.listed_folder import ListedFolder
+from sd3core.data.listed_table import TableSlice, list_files
 from sd3core.data.sources.ingest_unit import open_rows
 from sd3core.data.sources.listing import SourceUnit, list_source
 from sd3core.data.sources.rows import RowRules, SourceRow
@@ -83,16 +82,21 @@ def look_at_source(
 
 
 def _look_at_files(data: Data, captions_needed: bool, report: ProgressCallback, rows: int) -> SourceLook:
-    source = ListedFolder(data)
-    slices = source.slices()
-    look = SourceLook(rows=sum(len(part.lines) for part in slices), notes=source.notes())
-    lines = ((_order(line), part.root, line) for part in slices for line in part.lines)
-    for _, root, line in nsmallest(rows, lines):
-        item = read_item(Path(root), ListedImage.of_line(line), data, captions_needed)
+    source = list_files(data)
+    slices = sorted(source.slices(), key=lambda part: _order(str(part.number)))  # each is of all the source, by a hash
+    look = SourceLook(rows=sum(part.rows for part in slices), notes=source.notes())
+    for root, image in islice(_by_hash(slices), rows):
+        item = read_item(root, image, data, captions_needed)
+        look.looked += image.rows - 1  # of a table, which only add captions
         with look.of_row(report, rows):
-            picture, _, stored = usable_image(data, Path(root), item)
+            picture, _, stored = usable_image(data, root, item)
             look.take(picture.image.size, len(stored), item.captions)
     return look
+
+
+def _by_hash(slices: Iterable[FolderSlice | TableSlice]) -> Iterator[tuple[Path, ListedImage]]:
+    for part in slices:
+        yield from ((Path(part.root), image) for image in sorted(part.images(), key=lambda i: _order(i.file.path)))
 
 
 def _look_at_units(data: Data, captions_needed: bool, report: ProgressCallback, rows: int) -> SourceLook:

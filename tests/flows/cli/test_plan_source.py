@@ -106,3 +106,12 @@ def test_hours_follow_given_rates_and_money_follows_gpu_hours():
     for wrong in ("text", "text=", "text=0", "text=nan", "=3", "text=-1"):
         with pytest.raises(UserError, match="give NAME=ROWS_A_SECOND"):
             GivenRates.read(None, None, [wrong])
+
+
+def test_a_table_is_looked_at_by_its_rows(folder, tmp_path):
+    rows = [f"{n}.jpg,words of {n}" for n in range(30)] + ["0.jpg,other words", "gone.jpg,x", ",x"]
+    (tmp_path / "t.csv").write_text("\n".join(["path,text", *rows]))
+    settings = ["data.source=table", f"data.table={tmp_path}/t.csv", f"data.folder={folder}", "caption.captioner=none"]
+    look = look_at_source(load_recipe("tiny-test", settings).data, captions_needed=True)
+    assert (look.rows, look.looked, look.taken, look.is_estimate) == (33, 33, 30, False)
+    assert sum(map(len, look.captions)) == 31 and sum(look.left_out.values()) == 2

@@ -6,19 +6,14 @@ from pathlib import Path
 
 from sd3core.data.folder_source import FolderItem, FolderSlice, caption_facts, read_item, storable
 from sd3core.data.ingest_folder import FURTHER_ROWS, FolderWorker, IngestedSlice, check_usable
-from sd3core.data.listed_folder import ListedFolder
-from sd3core.data.listed_table import ListedTable, TableSlice
+from sd3core.data.listed_table import TableSlice, list_files
 from sd3core.data.store import Store
 from sd3core.recipe import Data
 
 
-def listed(data: Data) -> ListedFolder | ListedTable:
-    return ListedTable(data) if data.source == "table" else ListedFolder(data)
-
-
 def slices_of(data: Data, captions_needed: bool = False) -> list[FolderSlice] | list[TableSlice]:
     """Raises DataError where no image can be used."""
-    source = listed(data)
+    source = list_files(data)
     slices = source.slices()
     check_usable(source, slices, captions_needed)
     return slices
@@ -26,7 +21,7 @@ def slices_of(data: Data, captions_needed: bool = False) -> list[FolderSlice] | 
 
 def read_items(data: Data, captions_needed: bool = False) -> tuple[list[FolderItem], list[str]]:
     """Every image with its captions, by key, and what is told of the captions."""
-    source = listed(data)
+    source = list_files(data)
     parts = [
         [read_item(Path(part.root), image, data, captions_needed) for image in part.images()]
         for part in source.slices()
