@@ -11,7 +11,7 @@ import typer
 
 from flows.cli.bench import bench
 from flows.cli.console import console, say
-from flows.cli.options import path
+from flows.cli.options import one_of, path
 from flows.local.home import local_command
 from flows.local.recipes import DEFAULT_RECIPE, known_recipes
 from sd3core.errors import UserError
@@ -447,9 +447,25 @@ def export_(
 
 
 @app.command()
-def photographs(folder: Annotated[Path, typer.Argument(parser=path, help="Where to write them.")]) -> None:
-    """Writes the real photographs that come inside scikit-learn, scikit-image and matplotlib, with captions: data to try `--data` on."""
+def photographs(
+    place: Annotated[str, typer.Argument(help="Where to write them: a folder, or s3://bucket/prefix.")],
+    form: Annotated[
+        str, typer.Option("--as", help="folder: images beside their captions; tars: as img2dataset's; or parquet.")
+    ] = "folder",
+) -> None:
+    """Writes the real photographs that come inside scikit-learn, scikit-image and matplotlib, with captions: data to try sources on."""
     from sd3core.data.photographs import write_photographs
+    from sd3core.data.sources.photograph_files import FORMS, put_photographs
+    from sd3core.data.store import open_store
 
-    written = write_photographs(folder)
-    say(f"{len(written)} photographs with captions in {folder}")
+    one_of("--as", form, FORMS)
+    is_here = not place.startswith("s3://")
+    if is_here and form == "folder":
+        written = write_photographs(path(place))
+        say(f"{len(written)} photographs with captions in {place}")
+        return
+    store = open_store(str(path(place)) if is_here else place)
+    store.check()
+    count, names = put_photographs(store, form)
+    more = "" if form == "folder" else f": {', '.join(names)}"
+    say(f"{count} photographs with captions in {place}{more}")

@@ -9,7 +9,8 @@ square and landscape, in colour and in grey.
 from __future__ import annotations
 
 import importlib.util
-import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from sd3core.errors import DataError
@@ -74,6 +75,30 @@ PHOTOGRAPHS: dict[str, tuple[str, str, str]] = {
 _DISTRIBUTIONS = {"sklearn": "scikit-learn", "skimage": "scikit-image", "matplotlib": "matplotlib"}
 
 
+@dataclass(frozen=True)
+class Photograph:
+    name: str
+    extension: str
+    caption: str
+    content: bytes  # of the file, as it is
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.name}.{self.extension}"
+
+
+def read_photographs() -> Iterator[Photograph]:
+    """DataError if a package, or a file of it, is missing."""
+    for name, (inside, file, caption) in PHOTOGRAPHS.items():
+        source = _installed(inside) / file
+        if not source.is_file():
+            distribution = _DISTRIBUTIONS[inside.split("/")[0]]
+            raise DataError(
+                f"{source} is missing; reinstall it with: pip install --force-reinstall --no-deps {distribution}"
+            )
+        yield Photograph(name, source.suffix.removeprefix("."), caption, source.read_bytes())
+
+
 def write_photographs(folder: Path) -> list[Path]:
     """Copies the photographs as they are to NAME.jpg or NAME.png in `folder`, each with NAME.txt; returns the pictures'
     paths.
@@ -82,16 +107,10 @@ def write_photographs(folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, (inside, file, caption) in PHOTOGRAPHS.items():
-        source = _installed(inside) / file
-        if not source.is_file():
-            distribution = _DISTRIBUTIONS[inside.split("/")[0]]
-            raise DataError(
-                f"{source} is missing; reinstall it with: pip install --force-reinstall --no-deps {distribution}"
-            )
-        path = folder / f"{name}{source.suffix}"
-        shutil.copyfile(source, path)
-        path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+    for photograph in read_photographs():
+        path = folder / photograph.file_name
+        path.write_bytes(photograph.content)
+        path.with_suffix(".txt").write_text(photograph.caption + "\n", encoding="utf-8")
         paths.append(path)
     return paths
 

@@ -413,7 +413,8 @@ def test_fields_are_named_in_the_recipe(source, store):
     entry = manifest_of(store, result).shards[0]
     found = dict(read_raw_samples(store, result.manifest.folder, entry.stem))
     assert all({"webp", "json"} == files.keys() for files in found.values()) and result.rows == 6
-    assert sorted(row["caption"] for row in rows_of(store, result).values()) == [f"alt {n}" for n in range(6)]
+    captions = sorted(row["captions"] for row in rows_of(store, result).values())
+    assert captions == [[f"alt {n}", f"tag {n}", "more"] for n in range(6)]  # all that are named are kept
     plain = ingest(source.url, store, "data.caption_fields=json.meta.alt")
     assert (
         "6 samples with several images, one of which is taken (data.image_field names which): a.tar/0, "
@@ -554,6 +555,8 @@ def test_a_parquets_rows(form, either_source, store, opened):
     rows[9] = {name: "another caption" if name in ("caption", "text") else value for name, value in rows[9].items()}
     source.put("train/0.parquet", parquet_of(rows), LONG_AGO_S + 1)
     before = {row["key"] for row in rows_of(store, result).values()}
+    kept = [row.get("captions") for row in rows_of(store, result).values()]
+    assert sum(len(captions or ()) for captions in kept) == (40 if form == "lists" else 0)
     changed = ingest(source.url, store, source="parquet")
     assert {row["key"] for row in rows_of(store, changed).values()} == before and changed.made == (form != "lists")
 
