@@ -11,7 +11,7 @@ import typer
 
 from flows.cli.bench import bench
 from flows.cli.console import console, say
-from flows.cli.options import one_of, path
+from flows.cli.options import one_of, path, place
 from flows.local.home import local_command
 from flows.local.recipes import DEFAULT_RECIPE, known_recipes
 from sd3core.errors import UserError
@@ -63,8 +63,12 @@ def _trained(name_or_path: str, run: str, set_: list[str] | None) -> TrainedRun:
 def demo(
     recipe: RecipeOption = DEFAULT_RECIPE,
     data: Annotated[
-        Path | None,
-        typer.Option("--data", parser=path, help="A folder of images: name.jpg with name.txt, or a metadata.jsonl."),
+        str | None,
+        typer.Option(
+            "--data",
+            parser=place,
+            help="A folder of images: name.jpg with name.txt, or a metadata.jsonl; or a folder or s3:// URL of tars or parquet files.",
+        ),
     ] = None,
     from_stage: Annotated[
         str | None, typer.Option(help="Makes this stage and those after it again, finished or not.")
@@ -448,7 +452,7 @@ def export_(
 
 @app.command()
 def photographs(
-    place: Annotated[str, typer.Argument(help="Where to write them: a folder, or s3://bucket/prefix.")],
+    to: Annotated[str, typer.Argument(parser=place, help="Where to write them: a folder, or s3://bucket/prefix.")],
     form: Annotated[
         str, typer.Option("--as", help="folder: images beside their captions; tars: as img2dataset's; or parquet.")
     ] = "folder",
@@ -456,16 +460,15 @@ def photographs(
     """Writes the real photographs that come inside scikit-learn, scikit-image and matplotlib, with captions: data to try sources on."""
     from sd3core.data.photographs import write_photographs
     from sd3core.data.sources.photograph_files import FORMS, put_photographs
+    from sd3core.data.sources.urls import S3_URL
     from sd3core.data.store import open_store
 
     one_of("--as", form, FORMS)
-    is_here = not place.startswith("s3://")
-    if is_here and form == "folder":
-        written = write_photographs(path(place))
-        say(f"{len(written)} photographs with captions in {place}")
-        return
-    store = open_store(str(path(place)) if is_here else place)
-    store.check()
-    count, names = put_photographs(store, form)
+    if form == "folder" and not to.startswith(S3_URL):
+        count, names = len(write_photographs(Path(to))), []
+    else:
+        store = open_store(to)
+        store.check()
+        count, names = put_photographs(store, form)
     more = "" if form == "folder" else f": {', '.join(names)}"
-    say(f"{count} photographs with captions in {place}{more}")
+    say(f"{count} photographs with captions in {to}{more}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import subprocess
@@ -14,6 +13,7 @@ from uuid import UUID
 from rich.console import Console
 
 from flows.cli.closing import print_summary
+from flows.cli.data_option import folder_overrides
 from flows.local.home import local_command, run_store
 from flows.local.interrupt import Interrupted, kept_from_children, listen, put_off, unheard
 from flows.local.prefect_environment import prefect_folder
@@ -26,11 +26,10 @@ from sd3core.data.folder_listing import READABLE_SUFFIXES, holds_nothing
 from sd3core.data.settled_precision import settle_precisions
 from sd3core.data.store import Store
 from sd3core.errors import DataError, UserError
-from sd3core.files.local_paths import expanded
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
 from sd3core.recipe_yaml import yaml_text
-from sd3core.shown_text import is_utf8, shell_word
+from sd3core.shown_text import shell_word
 from sd3core.specs import summary_path
 from sd3core.words import cut_at_word, one_line
 
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
 DOWN = local_command("sd3 down")
 PROMPT_CHARS = 120
-FOLDER_TOKENS = 32  # that captions of a user's own images have at least
 START_SECONDS = 120
 EXAMPLE_PROMPT = "a red circle left of a blue square"
 RUN_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -49,35 +47,9 @@ class RunFailed(UserError):
     """A run that ended without being completed."""
 
 
-def folder_overrides(recipe: Recipe, folder: Path) -> list[str]:
-    """Overrides for a user's folder of images: its own data set, towers and run, no drawn world's captioner."""
-    if re.match(r"[a-z][a-z0-9+.-]+:/", str(folder)):
-        raise DataError(f"DATA (--data) {folder}: a URL; download it, or mount it, and name the folder on this machine")
-    folder = expanded(folder).resolve()
-    if not folder.is_dir():
-        raise DataError(f"DATA (--data) {folder}: no such folder")
-    if not is_utf8(str(folder)):
-        raise DataError(f"DATA (--data) {folder}: its name is not UTF-8, and recipes are; rename it")
-    slug = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-")[:40] or "folder"
-    name = f"{slug}-{hashlib.sha256(str(folder).encode()).hexdigest()[:6]}"
-    overrides = [
-        "data.source=folder",
-        f"data.folder={yaml_text(str(folder))}",
-        f"data.name={json.dumps(name)}",
-        f"towers.name={json.dumps(name)}",
-        f"run={json.dumps(name)}",
-    ]
-    if recipe.caption.captioner == "small_world":
-        overrides.append("caption.captioner=none")
-    for key in ("clip_tokens", "t5_tokens"):  # the drawn world's captions are shorter than what people write
-        if getattr(recipe.text, key) < FOLDER_TOKENS:
-            overrides.append(f"text.{key}={FOLDER_TOKENS}")
-    return overrides
-
-
 def run_demo(
     name_or_path: str,
-    folder: Path | None,
+    data: str | None,
     overrides: list[str],
     console: Console,
     from_stage: str | None = None,
@@ -90,11 +62,11 @@ def run_demo(
     than the one that it stands from.
     """
     name, source = find_recipe(name_or_path)
-    if folder is not None:
-        overrides = [*folder_overrides(load_recipe(source, []), folder), *overrides]
-        if holds_nothing(folder):
-            raise DataError(f"DATA (--data) {folder}: no image file in it ({' '.join(sorted(READABLE_SUFFIXES))})")
+    if data is not None:
+        overrides = [*folder_overrides(load_recipe(source, []), data), *overrides]
     recipe = load_recipe(source, overrides)
+    if data is not None and recipe.data.source == "folder" and holds_nothing(Path(data)):
+        raise DataError(f"DATA (--data) {data}: no image file in it ({' '.join(sorted(READABLE_SUFFIXES))})")
     store = run_store(recipe)
     if from_stage:
         check_stage(from_stage)

@@ -19,6 +19,11 @@ def path(text: str) -> Path:
         raise typer.BadParameter(str(error)) from None
 
 
+def place(text: str) -> str:
+    """Reads an option that is a path or an s3:// URL."""
+    return text if text.startswith("s3://") else str(path(text))
+
+
 def one_of(option: str, value: str | None, known: Collection[str]) -> None:
     """UserError unless the value is a known one, or none was given."""
     if value is not None and value not in known:

@@ -13,7 +13,8 @@ from prefect.client.schemas.objects import StateType
 from rich.console import Console
 
 from flows.cli import demo, terminal
-from flows.cli.demo import RunFailed, folder_overrides, sample_command
+from flows.cli.data_option import folder_overrides
+from flows.cli.demo import RunFailed, sample_command
 from flows.cli.terminal import RunView, StageView
 from flows.local import runs
 from flows.local.processes import Process
@@ -22,6 +23,8 @@ from flows.local.runs import GONE
 from flows.local.services import ServiceError, Services
 from flows.session import RunBusyError, run_lock
 from flows.ui import previews
+from sd3core.data.sources.photograph_files import put_photographs
+from sd3core.data.store import open_store
 from sd3core.errors import DataError, RecipeError, StoreError
 from sd3core.recipe_file import load_recipe
 
@@ -306,3 +309,21 @@ def test_a_folder_whose_name_is_no_text_is_named(tmp_path):
     folder.mkdir()
     with pytest.raises(DataError, match=r"/\\xff: its name is not UTF-8, and recipes are; rename it$"):
         folder_overrides(load_recipe("tiny-test"), folder)
+
+
+def test_tars_and_parquet_files_are_taken_from_a_folder_or_a_bucket(tmp_path, s3_bucket):
+    for form, source in (("tars", "webdataset"), ("parquet", "parquet")):
+        for url in (str(tmp_path / form), f"s3://{s3_bucket}/My {form}/"):
+            put_photographs(open_store(url.rstrip("/")), form)
+            recipe = on_folder("tiny-test", url)
+            assert (recipe.data.source, recipe.data.urls, recipe.data.folder) == (source, (url,), None)
+            assert recipe.run.rpartition("-")[0] == (f"my-{form}" if url.startswith("s3") else form)
+            assert recipe.caption.captioner == "none" and recipe.run == recipe.data.name == recipe.towers.name
+    with pytest.raises(
+        DataError, match=r"^DATA \(--data\) s3://.*: no \.tar or \.parquet below it; images by themselves"
+    ):
+        on_folder("tiny-test", f"s3://{s3_bucket}/nothing")
+    with pytest.raises(DataError, match=r"^DATA \(--data\) https://x/y: a URL that is not read \(s3:// is\)"):
+        on_folder("tiny-test", "https://x/y")
+    put_photographs(open_store(str(tmp_path / "tars")), "folder")
+    assert on_folder("tiny-test", tmp_path / "tars").data.source == "folder"  # images go before tars beside them
