@@ -50,7 +50,9 @@ COMMANDS_RUN_BY = {
     r"sd3 deploy .*": "tests/flows/cli/test_cli_errors.py::test_a_prefect_server_that_is_not_there_is_named",
     r"sd3 clean.*": "tests/flows/cli/test_clean_command.py::test_it_removes_what_is_named_and_refuses_what_is_in_use",
     r"sd3 inspect .*": "tests/workers/test_data_stages.py::test_every_object_of_the_chain_can_be_inspected",
-    r"sd3 photographs .*": "tests/sd3core/data/test_photographs.py::test_writes_pictures_with_captions",
+    r"sd3 photographs .*--as.*": "tests/workers/test_sources_seen.py::"
+    "test_tars_and_a_parquet_of_a_bucket_as_the_readme_shows_them",
+    r"sd3 photographs (?!.*--as).*": "tests/sd3core/data/test_photographs.py::test_writes_pictures_with_captions",
     r"sd3 bench model.*": "tests/sd3core/bench/test_bench_model.py::"
     "test_the_command_prints_a_table_and_writes_the_figures",
     r"sd3 bench encode.*": "tests/flows/cli/test_bench_encode.py::test_the_command_prints_tables_and_writes_the_figures",
