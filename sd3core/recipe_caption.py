@@ -1,4 +1,4 @@
-"""The recipe's `caption`: who writes synthetic captions, how, and which are thrown out."""
+"""The recipe's `caption`: who writes captions, how, and which are thrown out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Has a shard's images captioned: in dense batches by a model here, or one by one by a server."""
+"""Has images captioned: in dense batches by a model here, or by a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of the caption stage: what the rules threw out, lengths, some captions."""
+"""The caption stage's tables: what the rules threw out, lengths, some captions."""
 
 from __future__ import annotations
 

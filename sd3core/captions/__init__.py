@@ -1,1 +1,1 @@
-"""Captions by models: who writes them, which are thrown out, what is counted of them."""
+"""Captions by models: who writes them, which are thrown out, what is counted."""

@@ -1,4 +1,4 @@
-"""An endpoint's key: named in the recipe by its environment variable, and shown by nothing."""
+"""An endpoint's key: named by its environment variable, and shown by nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a shard of captions counts: by rule, and how long they are in words and tokens."""
+"""What a shard of captions counts: by rule, and by length in words and tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captions from a server with the OpenAI chat interface, such as vLLM and SGLang have.
+"""Captions from a server with the OpenAI chat interface, as vLLM and SGLang have.
 
     POST {endpoint}/chat/completions   an image as a data URL and the prompt -> choices[0].message.content
 

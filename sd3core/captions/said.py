@@ -1,4 +1,4 @@
-"""What a captioning model said of one image, and the seed that it drew its words by."""
+"""What a captioning model said of one image, and the seed of its words."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The frozen networks beside the model: VAE, text encoders, judge, captioner."""
+"""The frozen networks beside the model: VAE, text encoders, judge."""
