@@ -546,12 +546,8 @@ class Recipe(Section):
             raise ValueError(
                 "caption.captioner 'small_world' reads drawn scenes only; take vision_language_model or none"
             )
-        actors, requests = self.compute.for_stage("caption").actors, self.caption.requests_in_flight
-        if self.caption.captioner == "endpoint" and requests < actors:
-            raise ValueError(
-                f"caption.requests_in_flight {requests} is less than the {actors} actors that share them; raise it, or"
-                f" set compute.caption.actors to {requests}"
-            )
+        if problem := self.caption.endpoint_problem(self.compute):
+            raise ValueError(problem)
         return self
 
     def phases(self) -> list[tuple[str, Training]]:

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from sd3core.recipe_compute import Compute
 from sd3core.recipe_section import Section
 
 ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -53,6 +54,24 @@ class CaptionSettings(Section):
         if self.captioner == "endpoint" and self.revision:
             fields["revision"] = self.revision
         return fields
+
+    def endpoint_problem(self, compute: Compute) -> str | None:
+        """How the actors and a server do not fit; None where they do."""
+        actors, waits = compute.for_stage("caption").actors, self.retry_s + self.request_timeout_s
+        if self.captioner != "endpoint":
+            return None
+        if self.requests_in_flight < actors:
+            return (
+                f"caption.requests_in_flight {self.requests_in_flight} is less than the {actors} actors that share them; raise"
+                f" it, or set compute.caption.actors to {self.requests_in_flight}"
+            )
+        if compute.stall_timeout_s <= waits:
+            return (
+                f"compute.stall_timeout_s {compute.stall_timeout_s:g} is not more than caption.retry_s {self.retry_s:g} and"
+                f" caption.request_timeout_s {self.request_timeout_s:g} together, so an actor that waits for its server would"
+                " count as dead; raise it"
+            )
+        return None
 
     @model_validator(mode="after")
     def _of_an_endpoint(self) -> CaptionSettings:

@@ -32,7 +32,7 @@ from sd3core.errors import DataError, StopStageError, error_in_one_line
 from sd3core.model_identity import model_identity
 from sd3core.progress import ProgressCallback
 from sd3core.recipe import Caption, Recipe
-from sd3core.shown_text import shortened
+from sd3core.shown_text import printable, shortened
 from sd3core.specs import captions_fields, captions_folder
 from sd3core.words import counted
 from workers.at_once import SHARDS_AT_ONCE, ShardsAtOnce, ShardTurn
@@ -240,7 +240,7 @@ class CaptionWorker:
             "seed": caption_seed(self.caption.seed, key) if self.caption.temperature else None,
             "tokens": said.tokens,
             "rule": judged.rule,
-            "said": shortened(said.text, SAID_CHARS) if judged.rule or judged.shortened else None,
+            "said": shortened(printable(said.text), SAID_CHARS) if judged.rule or judged.shortened else None,
         }
 
     def _check_use(self, rows: dict[str, dict[str, Any]], failed: list[FailedRow]) -> None:

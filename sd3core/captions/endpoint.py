@@ -41,7 +41,7 @@ REFUSES_ALL = {401: "refuses the key", 403: "refuses the key", 404: "does not kn
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 CONNECT_S = 10.0
 MOST_BYTES = 4 << 20  # of an answer
-ERROR_CHARS = 300  # of what a server says of an error
+ERROR_CHARS, REVISION_CHARS = 300, 100  # of what a server says of an error, and of its model
 AFTER_IT = "what is captioned stays, and the same command goes on"
 
 
@@ -87,6 +87,8 @@ class EndpointCaptioner:
             raise self._service_error(f"has no model {self.caption.model!r} (caption.model); it has {names}")
 
     def __call__(self, key: str, image: Image) -> Said:
+        if self.gone:
+            raise self.gone
         request = self._request(key, image)
         reason, pauses, asked_since = "", _pauses(), time.monotonic()
         for _ in range(ANSWERS):
@@ -215,7 +217,7 @@ class EndpointCaptioner:
                 tokens=_tokens(answer.get("usage")),
                 cut_off=finished == "length",
                 refused=bool(refusal) or finished == "content_filter",
-                revision=str(answer.get("system_fingerprint") or ""),
+                revision=shortened(printable(str(answer.get("system_fingerprint") or "")), REVISION_CHARS),
             )
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             start = self._hidden(shortened(printable(body[:100].decode(errors="replace")), 80))
