@@ -128,7 +128,8 @@ class DrawnWords(LogitsProcessor):
             torch.empty(scores.shape[1], device=scores.device).exponential_(generator=generator)
             for generator in self.generators
         ]
-        return scores.float() / self.temperature - torch.stack(rows).log()
+        least = torch.finfo(torch.float32).tiny  # else a draw of 0 would choose any token
+        return scores.float() / self.temperature - torch.stack(rows).clamp(min=least).log()
 
 
 def load_processor(folder: Path) -> ProcessorMixin:
