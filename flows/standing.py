@@ -173,8 +173,13 @@ class _Look:
         self._latents(*recipe.phases()[0])
 
     def _latents(self, key: str, phase: Training) -> None:
-        fields = specs.latents_fields(self.recipe, phase, self.tower_digests)
         parent, needs = specs.data_folder(self.recipe.data.name, "latents"), {"vae": "towers", "raw": "ingest"}
+        if self.recipe.encode.flip:
+            needs["captions"] = "caption"
+        try:
+            fields = specs.latents_fields(self.recipe, phase, self.tower_digests)
+        except DataError:  # with flips the captioner's folder says what is flipped, and it is not on this machine
+            return self._put(specs.latents_part(key), "encode", "other")
         self._data(specs.latents_part(key), "encode", "latents", parent, fields, needs)
 
     def _data(

@@ -29,7 +29,8 @@ def make_latents(run: StageRun, key: str) -> StageResult:
     upstream = run.upstream
     upstream.start_of(key)
     inputs = upstream.raw, upstream.text, upstream.towers
-    result = encode_phase(run.recipe, run.store, key, *inputs, run.report, run.warn, upstream.keep)
+    captions = upstream.captions if run.recipe.encode.flip else None
+    result = encode_phase(run.recipe, run.store, key, *inputs, run.report, run.warn, upstream.keep, captions)
     for warning in result.warnings:
         run.warn(warning)
     return result

@@ -157,7 +157,9 @@ class Upstream:
         stage = "encode" if first == next(iter(self._phases)) else first.partition(".")[0]
         manifest = self._manifest(folder, stage, specs.latents_part(first))
         leaves_out = any(TOO_SMALL in shard.failed for shard in manifest.shards)
-        return self._up_to_date(manifest, stage, self._of_images), leaves_out
+        # with flips, the captions say of which images
+        captions = {"captions": self.captions.digest} if self.recipe.encode.flip and self.captions else {}
+        return self._up_to_date(manifest, stage, self._of_images | captions), leaves_out
 
     @cached_property
     def _latents_folders(self) -> dict[str, str]:

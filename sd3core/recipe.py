@@ -321,6 +321,9 @@ class Encode(Section):
     # once for a data set (sd3core/data/settled_precision.py); on a CPU, and where something stands in fp32, it is fp32
     text_precision: Precision = "fp32"
     latent_precision: Precision = "fp32"
+    # latents of the flipped images too, of those that train and whose captions allow it (sd3core/flip_rule.py); training
+    # takes the one or the other by (seed, epoch, sample)
+    flip: bool = False
 
 
 class Model(Section):

@@ -11,6 +11,7 @@ import hashlib
 import json
 from typing import Any
 
+from sd3core.flip_rule import FLIP_RULE
 from sd3core.formulation_names import FORMULATION_KINDS, formulation_version
 from sd3core.model_identity import file_identity, model_identity
 from sd3core.recipe import UNIT_SOURCES, Precision, Recipe, Training
@@ -184,9 +185,11 @@ def text_fields(recipe: Recipe, tower_digests: dict[str, str]) -> dict[str, Any]
 def latents_fields(recipe: Recipe, phase: Training, tower_digests: dict[str, str]) -> dict[str, Any]:
     """`buckets` stands there only where the phase has a rule: fingerprints from before it are good.
 
-    `min_scale` does not: it changes which images are taken, and a shard is named by those that are not (workers.rare_sizes).
+    `flip` likewise; then all captions of an image say whether it is flipped. `min_scale` does not: it changes which images are taken, and a shard is named by those that are not (workers.rare_sizes).
     """
     rule = {"buckets": phase.buckets.model_dump(mode="json")} if phase.buckets is not None else {}
+    if recipe.encode.flip:
+        rule |= {"flip": FLIP_RULE, "captions": fingerprint(captions_fields(recipe))}
     return (
         rule
         | _pixels(recipe)

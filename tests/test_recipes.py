@@ -507,7 +507,7 @@ CHANGES: list[tuple[set[str], dict[str, Any]]] = [
         under("text", clip_tokens=8, t5_tokens=12, padding="trimmed") | under("encode", text_dtype="float32"),
     ),
     ({"text", *TRAINED}, under("encode", text_precision="bf16")),
-    ({*LATENTS, *TRAINED}, under("encode", latent_dtype="float16", latent_precision="bf16")),
+    ({*LATENTS, *TRAINED}, under("encode", latent_dtype="float16", latent_precision="bf16", flip=True)),
     # the small world's captioner has no model, and no rules
     (set(), under("caption", precision="bf16", image_side_px=64, temperature=1.0, seed=1, max_share=0.5)),
     (set(), under("caption", endpoint="http://a/v1", revision="1", api_key_env="KEY")),

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from threading import Condition, Lock
+from types import MappingProxyType
 from typing import Any
 
 from sd3core.captions.repeated import NONE_REPEATED, RepeatedCaptions, find_repeated
@@ -28,7 +30,7 @@ from sd3core.specs import fingerprint, latents_fields, latents_folder, latents_p
 from sd3core.towers.artifact import read_towers
 from sd3core.words import counted
 from workers.at_once import SHARDS_AT_ONCE, ShardsAtOnce
-from workers.encode_latents import ENLARGED, LatentsSource, LatentsWorker
+from workers.encode_latents import ENLARGED, FLIPPED, NOT_FLIPPED, FlipSource, LatentsSource, LatentsWorker
 from workers.encode_text import TOO_LONG, TextSource, TextWorker
 from workers.inputs import Images, InputShard, actor_device, decode_threads, input_shards
 from workers.rare_sizes import MIN_SCALE, RareSizes, kept_note, latents_digest, own_merges, rare_sizes
@@ -65,7 +67,7 @@ def encode_stage(
     rare = _rare_sizes(recipe, store, [first, *later], images, digests, report, tell)
     stages = [
         _text_stage(recipe, digests, images, captions, caption_shards, repeated),
-        _latents_stage(recipe, first, digests, images, rare),
+        _latents_stage(recipe, first, digests, images, rare, captions=captions, caption_shards=caption_shards),
     ]
     folder = stages[0].folder
     damaged = pin_null(store, folder)
@@ -91,17 +93,22 @@ def encode_phase(
     report: ProgressCallback,
     tell: Tell = lambda note: None,
     keep: ManifestRef | None = None,
+    captions: ManifestRef | None = None,
 ) -> StageResult:
     """The latents that one phase trains on, "latents.KEY". Those that it shares with an earlier phase are made once.
 
-    `text`: what it trains on beside them. `tell` and what is raised: as of encode_stage.
+    `text`: what it trains on beside them. `captions`: the synthetic ones, which with encode.flip say what is flipped. `tell` and
+    what is raised: as of encode_stage.
     """
     digests = read_towers(store, towers.folder, towers.digest).digests
     images = Images.read(store, raw, keep)
     rare = _rare_sizes(recipe, store, [phase_key], images, digests, report, tell)
     folders = {key: latents_folder(recipe, phase, digests) for key, phase in recipe.phases()}
     first = next(key for key, folder in folders.items() if folder == folders[phase_key])
-    stage = _latents_stage(recipe, first, digests, images, rare, phase_key)
+    flip_by = captions if recipe.encode.flip else None  # else nobody needs them
+    caption_shards = input_shards(read_manifest(store, flip_by.folder, flip_by.digest)) if flip_by else {}
+    by_captions = {"captions": flip_by, "caption_shards": caption_shards}
+    stage = _latents_stage(recipe, first, digests, images, rare, phase_key, **by_captions)
     (latents,) = _encode(recipe, store, [stage], towers, report)
     if first != phase_key:
         latents = dataclasses.replace(latents, stage=latents_part(phase_key))
@@ -162,8 +169,13 @@ def _latents_stage(
     images: Images,
     rare: RareSizes,
     judged: str | None = None,
+    *,
+    captions: ManifestRef | None = None,
+    caption_shards: Mapping[int, InputShard] = MappingProxyType({}),
 ) -> ShardStage:
-    """`judged`: the phase by which `rare` is, where that is a later one of the same latents."""
+    """`judged`: the phase by which `rare` is, where that is a later one of the same latents. With encode.flip an image's synthetic
+    caption too says whether it is flipped, so a shard is named by its captions as well.
+    """
     judged = judged or phase_key
     phase, rule = dict(recipe.phases())[phase_key], rare.rules[judged]
     folder, fields = latents_folder(recipe, phase, digests), latents_fields(recipe, phase, digests)
@@ -171,10 +183,13 @@ def _latents_stage(
     tasks = []
     for number, shard in images.shards.items():
         own = own_merges(merged, number)
-        digest = latents_digest(shard, own, left_out.get(number, 0))
-        tasks.append(ShardTask(number, digest, folder, shard.rows, LatentsSource(shard, rule, own)))
+        digest, flip = latents_digest(shard, own, left_out.get(number, 0)), None
+        if recipe.encode.flip:
+            flip = FlipSource(caption_shards.get(number))
+            digest = parts_digest(digest, flip.captions.digest) if flip.captions else digest
+        tasks.append(ShardTask(number, digest, folder, shard.rows, LatentsSource(shard, rule, own, flip)))
     rules = {} if judged in rare.enlarged else {MIN_SCALE: phase.min_scale}
-    inputs = images.inputs
+    inputs = images.inputs | ({"captions": captions.digest} if recipe.encode.flip and captions else {})
     return ShardStage(latents_part(phase_key), "latents", folder, fields, inputs, tasks, unit="image", rules=rules)
 
 
@@ -190,8 +205,18 @@ def _told_of_phase(
     )
     latents = _with_enlarged_images(store, f"{phase_key} ({phase.side_px} px)", latents, mend)
     latents = _with_rare_sizes(store, phase_key, phase.global_batch, latents, rare)
+    latents = _with_flips(store, phase_key, latents) if recipe.encode.flip else latents
     record_uncaptioned(store, latents.manifest, text)
     return latents
+
+
+def _with_flips(store: Store, phase: str, result: StageResult) -> StageResult:
+    counts = read_manifest(store, result.manifest.folder, result.manifest.digest).buckets
+    kept = {name.removeprefix(NOT_FLIPPED): count for name, count in counts.items() if name.startswith(NOT_FLIPPED)}
+    flipped, reasons = counts.get(FLIPPED, 0), ", ".join(f"{count:,} {why}" for why, count in kept.items())
+    warning = f"{phase}: {flipped:,} of {counted(flipped + sum(kept.values()), 'training image')} flipped in half of their steps"
+    warning += f"; not for what their captions say: {reasons}" if kept else ""
+    return dataclasses.replace(result, warnings=[*result.warnings, warning])
 
 
 def _with_rare_sizes(store: Store, phase: str, global_batch: int, result: StageResult, rare: RareSizes) -> StageResult:

@@ -19,12 +19,14 @@ from sd3core.buckets import Side, bucket_name, bucket_side, nearest_bucket
 from sd3core.data.earlier_rows import EarlierRow, EarlierRows, RowName, row_name
 from sd3core.data.encoded_shards import FEATURES, LATENT_SCHEMA, held_out_count, latent_bytes
 from sd3core.data.images import Crop, PixelRules, crop_to, decode_image, enlargement, naming, to_model_range
+from sd3core.data.ingest import captions_column
 from sd3core.data.manifest import ManifestRef
 from sd3core.data.settled_precision import SettledPrecision
 from sd3core.data.shards import FailedRow, Sample, write_shard
 from sd3core.data.size_rule import TOO_SMALL, SizeRule
 from sd3core.data.store import Store
 from sd3core.errors import DataError, StoreError
+from sd3core.flip_rule import why_not_flipped
 from sd3core.progress import ProgressCallback, ignore_progress
 from sd3core.towers.artifact import fetch_towers
 from workers.at_once import ShardsAtOnce, ShardTurn
@@ -34,6 +36,7 @@ from workers.inputs import (
     image_digest,
     map_ahead,
     read_input_index,
+    read_input_table,
     shard_images,
     with_image_digest,
 )
@@ -46,12 +49,25 @@ if TYPE_CHECKING:
 ENLARGED = {over: f"enlarged over {over:g} times" for over in (1.1, 2.0, 4.0, 8.0)}
 
 
+FLIPPED = "flipped too"  # counted beside the buckets, as are those that train and are not, by the reason
+NOT_FLIPPED = "not flipped: "
+FLIPPED_COLUMN = pa.field("flipped", pa.bool_())  # of an index whose images may be
+
+
+@dataclass(frozen=True)
+class FlipSource:
+    """What says which of a shard's images may be flipped, beside the captions of the raw shard."""
+
+    captions: InputShard | None
+
+
 @dataclass(frozen=True)
 class LatentsSource:
     raw: InputShard
     sizes: SizeRule
     # buckets whose images go to another (workers.rare_sizes)
     merged: dict[Side, Side] = field(default_factory=dict)
+    flip: FlipSource | None = None
 
     def too_small(self, index: pa.Table) -> set[str]:
         """The keys of a raw index whose images the phase leaves out."""
@@ -66,6 +82,21 @@ class LatentsSource:
     def latent_name(self, row: dict[str, Any]) -> tuple[RowName, str]:
         """Image and bucket of a row of the raw index: an earlier latent of the image may be of another bucket than today's."""
         return row_name(row), bucket_name(self.bucket_of(row["width"], row["height"]))
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Which of a shard's images have a latent of the flipped image too, and why others that train have not."""
+
+    asked: bool = False
+    flipped: frozenset[str] = frozenset()
+    kept: dict[str, str] = field(default_factory=dict)
+
+    def count(self, key: str, counts: Counter[str]) -> None:
+        if key in self.flipped:
+            counts[FLIPPED] += 1
+        elif key in self.kept:
+            counts[NOT_FLIPPED + self.kept[key]] += 1
 
 
 @dataclass(frozen=True)
@@ -127,17 +158,34 @@ class LatentsWorker:
         failed = [FailedRow(key=key, reason=TOO_SMALL) for key in index["key"].to_pylist() if key in too_small]
         turn.advance(len(failed))
         counts: Counter[str] = Counter()
+        flips = self._flips(task.source.flip, index) if task.source.flip else Flips()
         with EarlierRows(self.store, task.folder, task.earlier) as earlier:
-            names = {key: task.source.latent_name(row) for key, row in rows.items()} if task.earlier else {}
-            found = earlier.find({*names.values()}, lambda row: (row_name(row), row["bucket"]))
+            # an earlier latent may lack the flipped one, or have one that captions of today do not allow
+            name_of = lambda key, row: (*task.source.latent_name(row), key in flips.flipped)
+            names = {key: name_of(key, row) for key, row in rows.items()} if task.earlier else {}
+            stored_as = lambda row: (row_name(row), row["bucket"], row.get(FLIPPED_COLUMN.name, False))
+            found = earlier.find({*names.values()}, stored_as)
             stood = {key: found[name] for key, name in names.items() if name in found}
-            samples = self._samples(task.source, rows, stood, failed, counts, turn)
+            samples = self._samples(task.source, rows, stood, failed, counts, turn, flips)
             samples = in_bucket_order(samples, list(rows), counts)
             schema = with_image_digest(LATENT_SCHEMA, index)
+            schema = schema.append(FLIPPED_COLUMN) if flips.asked else schema
             record = write_shard(
                 self.store, task.folder, task.stem, samples, failed, schema, count_by="bucket", counts=counts
             )
         return MadeShard(record, len(stood), len(rows) - len(stood), tuple(earlier.told))
+
+    def _flips(self, source: FlipSource, index: pa.Table) -> Flips:
+        """Of the images that train, by all the captions that they have."""
+        captions = dict(zip(index["key"].to_pylist(), captions_column(index), strict=True))
+        if source.captions:
+            synthetic = read_input_table(self.store, source.captions)
+            for key, caption in zip(synthetic["key"].to_pylist(), synthetic["caption"].to_pylist(), strict=True):
+                captions[key] = [*captions.get(key, []), caption]
+        splits = zip(index["key"].to_pylist(), index["split"].to_pylist(), strict=True)
+        why_not = {key: why_not_flipped(captions[key]) for key, split in splits if split == "train"}
+        flipped = frozenset(key for key, why in why_not.items() if why is None)
+        return Flips(True, flipped, {key: why for key, why in why_not.items() if why is not None})
 
     def _samples(
         self,
@@ -147,6 +195,7 @@ class LatentsWorker:
         failed: list[FailedRow],
         counts: Counter[str],
         turn: ShardTurn,
+        flips: Flips,
     ) -> Iterator[Sample]:
         """`rows`: those of the raw index, by key. `stood`: latents that are taken over, likewise, in the order of those made."""
         waiting: dict[Side, list[Prepared]] = {}
@@ -169,10 +218,10 @@ class LatentsWorker:
             batch = waiting.setdefault(item.bucket, [])
             batch.append(item)
             if len(batch) == self.batch:
-                yield from self._encoded(waiting.pop(item.bucket), rows, failed, counts, turn)
+                yield from self._encoded(waiting.pop(item.bucket), rows, failed, counts, turn, flips)
         turn.let_go(source.raw.bytes)
         for batch in waiting.values():
-            yield from self._encoded(batch, rows, failed, counts, turn)
+            yield from self._encoded(batch, rows, failed, counts, turn, flips)
 
     def _prepare(self, key: str, data: bytes, source: LatentsSource) -> Prepared:
         try:
@@ -191,20 +240,27 @@ class LatentsWorker:
         failed: list[FailedRow],
         counts: Counter[str],
         turn: ShardTurn,
+        flips: Flips,
     ) -> Iterator[Sample]:
-        latents = self._latents([item.pixels for item in batch if item.stood is None], turn)
+        new = [item for item in batch if item.stood is None]
+        latents = self._latents([item.pixels for item in new], turn)
+        flipped = self._latents([item.pixels[:, ::-1] for item in new if item.key in flips.flipped], turn)
         turn.let_go(sum(item.nbytes for item in batch))
         for item in batch:
             if item.stood is not None:
                 data = item.stood.files()[FEATURES]
             else:
                 latent = next(latents)  # (16, H/8, W/8)
-                if not bool(latent.isfinite().all()):
+                other = next(flipped) if item.key in flips.flipped else None
+                if not all(bool(z.isfinite().all()) for z in (latent, other) if z is not None):
                     failed.append(FailedRow(key=item.key, reason=f"its latent is not finite in {self.dtype}"))
                     continue
-                data = latent_bytes(latent)
+                data = latent_bytes(latent, other)
+            flips.count(item.key, counts)
             counts.update(name for over, name in ENLARGED.items() if item.enlarged > over)
-            yield Sample(item.key, {FEATURES: data}, _columns(item, rows[item.key], data))
+            columns = _columns(item, rows[item.key], data)
+            columns |= {FLIPPED_COLUMN.name: item.key in flips.flipped} if flips.asked else {}
+            yield Sample(item.key, {FEATURES: data}, columns)
         turn.advance(len(batch))
 
     def _latents(self, pixels: list[np.ndarray], turn: ShardTurn) -> Iterator[torch.Tensor]:

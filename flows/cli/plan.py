@@ -158,9 +158,10 @@ def _print_storage(recipe: Recipe, phases: list[PhaseCost], rows: PlannedRows | 
     for column in ("what", "an image, kB", "images", "GB"):
         table.add_column(column, justify="left" if column == "what" else "right")
     most = ", at most" if recipe.text.padding == "trimmed" else ""
+    flipped = ", flipped too, at most" if recipe.encode.flip else ""
     captions = rows.captions if rows else PlannedRows.of(recipe, 1).captions
     parts = [(f"text, {captions:.3g} caption(s) an image{most}", captions * text_bytes(recipe), rows and rows.images)]
-    parts += [(f"latents {plan.key}", plan.latent_bytes, rows and rows.phases[plan.key]) for plan in phases]
+    parts += [(f"latents {plan.key}{flipped}", plan.latent_bytes, rows and rows.phases[plan.key]) for plan in phases]
     for what, size, images in parts:
         total = f"{size * 1e6 / GB:,.1f} a million images" if images is None else f"{images * size / GB:,.3f}"
         table.add_row(what, f"{size / 1e3:,.1f}", "as the source has" if images is None else f"{images:,}", total)

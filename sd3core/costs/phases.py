@@ -29,7 +29,7 @@ class PhaseCost:
     samples: int
     tokens: int  # image and text, of one sample
     step_flops: float  # of the whole global batch: forward, backward, and what is computed again
-    latent_bytes: int  # of one sample
+    latent_bytes: int  # of one sample, with the flipped image's
     checkpoint_bytes: int
     checkpoints: int
     rank_state_bytes: dict[int, float]  # ZeRO stage -> weights, gradients, fp32 master, both moments, EMA of one rank
@@ -66,7 +66,11 @@ def phase_cost(recipe: Recipe, key: str, phase: Training) -> PhaseCost:
         samples=phase.samples,
         tokens=image_tokens + text_tokens,
         step_flops=phase.global_batch * training_flops(recipe, phase),
-        latent_bytes=pixels // 64 * config.latent_channels * BYTES[recipe.encode.latent_dtype],
+        latent_bytes=(2 if recipe.encode.flip else 1)
+        * pixels
+        // 64
+        * config.latent_channels
+        * BYTES[recipe.encode.latent_dtype],
         checkpoint_bytes=parameters * 16,  # fp32 weights, two moments, EMA
         checkpoints=math.ceil(phase.samples / phase.checkpoint_every_samples),
         rank_state_bytes={

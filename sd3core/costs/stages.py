@@ -119,7 +119,7 @@ def stage_costs(
     for key, phase in recipe.phases():
         height, width = max(phase.bucket_sides(), key=lambda side: side[0] * side[1])
         taken, name = rows.phases[key], latents_part(key)
-        flops = taken * sizes.vae.encode_flops(height, width)
+        flops = taken * sizes.vae.encode_flops(height, width) * (2 if settings.flip else 1)
         costs.append(on["encode"].cost(name, f"{taken:,} rows", taken, flops, settings.latent_precision))
         samples = phase.total_steps * phase.global_batch
         flops = samples * training_flops(recipe, phase)

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from sd3core.buckets import DOWNSAMPLING, bucket_side
-from sd3core.data.encoded_shards import ENCODE_AGAIN
+from sd3core.data.encoded_shards import ENCODE_AGAIN, FLIPPED_TENSOR, LATENT_TENSOR
 from sd3core.errors import DataError
 from sd3core.recipe import ENCODERS
 
@@ -124,10 +124,15 @@ def pack_batch(
     clip_tokens: int,
     t5_tokens: int,
     allocate: Callable[[int], BatchBuffer] = PlainBuffer,
+    flipped: np.ndarray | None = None,
 ) -> PackedBatch:
-    """Rows of one bucket as a batch; `allocate`: bytes -> a buffer of zeros. DataError where a file is no such row's."""
+    """Rows of one bucket as a batch; `allocate`: bytes -> a buffer of zeros. DataError where a file is no such row's.
+
+    flipped (B,) bool: of which rows the flipped image's latent is wanted, where they have one; None: of none.
+    """
     packing, tokens = TensorPacking(), {"clip_tokens": clip_tokens, "t5_tokens": t5_tokens}
-    latent = packing.add([_latent(sample, bucket) for sample in samples])
+    wanted = np.zeros(len(samples), dtype=bool) if flipped is None else flipped
+    latent = packing.add([_latent(sample, bucket, flip) for sample, flip in zip(samples, wanted.tolist(), strict=True)])
     text = pack_text(packing, [sample.text for sample in samples], **tokens)
     ids = np.array([sample.sample_id for sample in samples], dtype=np.int64)
     keys = [sample.key for sample in samples]
@@ -172,10 +177,11 @@ def _stored_tensor(entry: dict, body: memoryview) -> StoredTensor:
     return StoredTensor(dtype, shape, body[begin:end])
 
 
-def _latent(sample: StoredSample, bucket: str) -> StoredTensor:
+def _latent(sample: StoredSample, bucket: str, flipped: bool) -> StoredTensor:
     height, width = bucket_side(bucket)
     try:
-        latent = read_tensors(sample.latent)["latent"]
+        tensors = read_tensors(sample.latent)
+        latent = tensors[FLIPPED_TENSOR if flipped and FLIPPED_TENSOR in tensors else LATENT_TENSOR]
     except (KeyError, ValueError):
         raise DataError(f"{sample.where} holds no latent; {ENCODE_AGAIN}") from None
     if latent.shape[1:] != (height // DOWNSAMPLING, width // DOWNSAMPLING):

@@ -4,7 +4,7 @@ Workers write them, the trainer and evaluation read them.
 
     text tar       CAPTION_ID.safetensors   `StoredText`, each distinct caption of the shard once
     text index     a row for each key and caption (TEXT_SCHEMA): an image has one of a kind, or several originals
-    latents tar    KEY.safetensors          "latent" (16, H/8, W/8), not normalised
+    latents tar    KEY.safetensors          "latent" (16, H/8, W/8), not normalised; of images that are flipped "flipped" too
     latents index  bucket, crop and split of each key (LATENT_SCHEMA)
     NULL_FILE      the encoded empty string, beside the text shards; NULL_RECORD has its size and SHA-256
     UNCAPTIONED    how many rows of each shard and bucket have no caption, where any has none (sd3core.data.uncaptioned)
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FEATURES = "safetensors"  # ending of both tars' files
+LATENT_TENSOR, FLIPPED_TENSOR = "latent", "flipped"  # of a latent's file; the second where the image may be flipped
 ORIGINAL, SYNTHETIC = "original", "synthetic"
 CAPTION_KINDS = (ORIGINAL, SYNTHETIC)
 Split = Literal["train", "held_out"]
@@ -63,17 +64,19 @@ def caption_id(caption: str) -> str:
     return hashlib.sha256(caption.encode()).hexdigest()[:24]
 
 
-def latent_bytes(latent: Tensor) -> bytes:
+def latent_bytes(latent: Tensor, flipped: Tensor | None = None) -> bytes:
+    """`flipped`: the latent of the flipped image, which a flipped latent is not."""
     from safetensors.torch import save  # here: stages that hand out shards load no torch
 
-    return save({"latent": latent.contiguous()})
+    both = {LATENT_TENSOR: latent.contiguous()}
+    return save(both if flipped is None else both | {FLIPPED_TENSOR: flipped.contiguous()})
 
 
 def latent_of(data: bytes) -> Tensor:
     """Raises SafetensorError or KeyError for what is no latent."""
     from safetensors.torch import load
 
-    return load(data)["latent"]
+    return load(data)[LATENT_TENSOR]
 
 
 def pin_null(store: Store, folder: str) -> str | None:

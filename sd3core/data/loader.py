@@ -31,13 +31,14 @@ from sd3core.data.encoded_shards import Split
 from sd3core.data.shard_reader import CaptionDraws, ShardReader
 from sd3core.data.training_plan import PlannedBatch, TrainingPlan
 from sd3core.errors import DataError
-from sd3core.randomness import uniforms
+from sd3core.randomness import uniform, uniforms
 
 if TYPE_CHECKING:
     from sd3core.data.batch import Batch
 
 READ_AHEAD_BYTES = 2e9  # of parts that are ready, and of rows that wait for theirs: half of it each
 FEWEST_AHEAD, MOST_AHEAD = 2, 16  # parts; of a step that has many, as many steps as FEWEST_AHEAD says
+FLIPPED_SHARE = 0.5  # of the epochs of an image that may be flipped
 MOST_BUFFERS = 256  # that are ready: each may be an open file
 
 Claim = tuple["_Fetched", int]
@@ -209,7 +210,11 @@ class BatchLoader:
 
     def _make(self, planned: PlannedBatch, claims: list[Claim]) -> PackedBatch:
         samples = [fetched.take(place) for fetched, place in claims]
-        return self.reader.packed(samples, planned.epoch, planned.bucket)
+        flipped = None
+        if self.reader.has_flips:
+            ids = [sample.sample_id for sample in samples]
+            flipped = uniform(self.seed, planned.epoch, ids, "flip") < FLIPPED_SHARE
+        return self.reader.packed(samples, planned.epoch, planned.bucket, flipped)
 
 
 def load_split(reader: ShardReader, split: Split, batch: int, limit: int | None = None) -> Iterator[Batch]:

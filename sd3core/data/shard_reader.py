@@ -80,6 +80,7 @@ class ShardReader:
         self.shards = [EncodedShard(ShardFiles.of(shard), texts[shard.number]) for shard in latents.shards]
         self._rows = {split: rows_in_manifest(latents, split) for split in SPLITS}
         self._lacking = shards_without_captions(text)
+        self.has_flips = "flip" in latents.fields
         self.row_bytes = latents.bytes / max(1, latents.rows) + text.bytes / max(1, text.rows)
         # A data set that this machine has room for is fetched once, and every epoch after the first reads the copy.
         self._keep = latents.bytes + text.bytes <= KEPT_SHARE * cache.max_bytes
@@ -184,9 +185,11 @@ class ShardReader:
             for latent, text, (key, number, where) in zip(files[::2], files[1::2], found, strict=True)
         ]
 
-    def packed(self, samples: Sequence[StoredSample], epochs: np.ndarray, bucket: str) -> PackedBatch:
-        """Rows of one bucket as a batch."""
-        return pack_batch(samples, epochs, bucket, **self._packing)
+    def packed(
+        self, samples: Sequence[StoredSample], epochs: np.ndarray, bucket: str, flipped: np.ndarray | None = None
+    ) -> PackedBatch:
+        """Rows of one bucket as a batch. flipped (B,) bool: as of `pack_batch`."""
+        return pack_batch(samples, epochs, bucket, **self._packing, flipped=flipped)
 
     def originals(self, shards: np.ndarray, rows: np.ndarray, bucket: str) -> PackedBatch:
         """Rows of indexes, each with its first original caption, or the synthetic one where it has none; outside any epoch."""

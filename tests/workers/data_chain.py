@@ -58,6 +58,6 @@ def encode_all(
     """Text and the latents of every phase, in the order in which a run makes them, without the training between."""
     parts = dict(encode_stage(recipe, store, raw, captions, towers, report, tell, keep).parts)
     for key, _ in recipe.phases()[1:]:
-        made = encode_phase(recipe, store, key, raw, parts["text"].manifest, towers, report, tell, keep)
+        made = encode_phase(recipe, store, key, raw, parts["text"].manifest, towers, report, tell, keep, captions)
         parts[made.stage] = made
     return parts

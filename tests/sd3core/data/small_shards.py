@@ -9,10 +9,16 @@ from collections import Counter
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors.torch import save
 
 from sd3core.conditioning import TextFeatures
-from sd3core.data.encoded_shards import FILE_DIGEST, TEXT_SCHEMA, WITHOUT_CAPTION, caption_id, held_out_count
+from sd3core.data.encoded_shards import (
+    FILE_DIGEST,
+    TEXT_SCHEMA,
+    WITHOUT_CAPTION,
+    caption_id,
+    held_out_count,
+    latent_bytes,
+)
 from sd3core.data.manifest import Manifest, ShardEntry
 from sd3core.data.shards import TAR_BLOCK, Sample, is_held_out, parts_digest, shard_stem, write_shard
 from sd3core.data.stored_text import StoredText
@@ -60,13 +66,22 @@ def features_of(caption: str) -> TextFeatures:
     ).trimmed()
 
 
-def write_latents(store, folder: str, number: int, rows: int) -> ShardEntry:
+def flipped_of(key: str) -> torch.Tensor | None:
+    """The latent of the flipped image, of those that train and whose row is even."""
+    if int(key[-3:]) % 2 or split_of(key) == "held_out":
+        return None
+    height, width = map(int, bucket_of(key).split("x"))
+    return _seeded(f"flipped {key}", 16, height // 8, width // 8).half()
+
+
+def write_latents(store, folder: str, number: int, rows: int, flips: bool = False) -> ShardEntry:
     """As the encode stage does, sorted by bucket and split."""
     samples, counts = [], Counter()
     for key in sorted(
         (key_of(number, row) for row in range(rows)), key=lambda k: (bucket_of(k), split_of(k) != "train")
     ):
-        data, bucket, split = save({"latent": latent_of(key)}), bucket_of(key), split_of(key)
+        flipped = flipped_of(key) if flips else None
+        data, bucket, split = latent_bytes(latent_of(key), flipped), bucket_of(key), split_of(key)
         if split == "held_out":
             counts[held_out_count(bucket)] += 1
         row = {"bucket": bucket, "split": split, "sha256": hashlib.sha256(data).digest()}
@@ -113,13 +128,15 @@ def split_of(key: str) -> str:
     return "held_out" if is_held_out(key, HELD_OUT) else "train"
 
 
-def write_data_set(store, shards: int = 3, rows: int = 40, several: bool = False) -> tuple[Manifest, Manifest]:
-    latents = [write_latents(store, "latents", number, rows) for number in range(shards)]
+def write_data_set(
+    store, shards: int = 3, rows: int = 40, several: bool = False, flips: bool = False
+) -> tuple[Manifest, Manifest]:
+    latents = [write_latents(store, "latents", number, rows, flips) for number in range(shards)]
     text = [write_text(store, "text", number, rows, several) for number in range(shards)]
     common = {"spec": "0" * 12, "inputs": {"raw": "r" * 64}}
     tokens = {"text": {"clip_tokens": CLIP_TOKENS, "t5_tokens": T5_TOKENS}}
     return (
-        Manifest(stage="latents", fields={}, folder="latents", shards=latents, **common),
+        Manifest(stage="latents", fields={"flip": 1} if flips else {}, folder="latents", shards=latents, **common),
         Manifest(stage="text", fields=tokens, folder="text", shards=text, **common),
     )
 

@@ -354,3 +354,39 @@ def test_an_index_of_an_earlier_version_is_refused(file_store, tmp_path, monkeyp
     data_set = made.write_data_set(file_store)
     with pytest.raises(DataError, match="its index is of an earlier version; run the stage again that makes it"):
         _reader(file_store, data_set, tmp_path).open([0])
+
+
+def test_the_flipped_latent_is_taken_by_seed_epoch_and_sample_and_only_in_training(store, tmp_path):
+    """In half of the epochs of an image that has one, at any world size; all others and the held-out part stay as they are."""
+    reader = _reader(store, made.write_data_set(store, flips=True), tmp_path)
+    taken, wholes = Counter(), []
+    loader = _loader(reader)
+    for step in range(120):
+        batch = loader.batch(step)
+        wholes.append(batch)
+        wanted = uniform(SEED, batch.epochs, batch.sample_ids, "flip") < 0.5
+        for place, key in enumerate(batch.keys):
+            flipped = made.flipped_of(key) if wanted[place] else None
+            expected = made.latent_of(key) if flipped is None else flipped
+            torch.testing.assert_close(batch.latent[place], expected, rtol=0, atol=0)
+            taken[flipped is not None, made.flipped_of(key) is not None] += 1
+    loader.close()
+    assert not taken[True, False]
+    assert 0.4 < taken[True, True] / (taken[True, True] + taken[False, True]) < 0.6
+    for rank in range(2):
+        half = _loader(reader, rank=rank, world=2)
+        part = half.batch(7)
+        whole = wholes[7].latent[rank * GLOBAL_BATCH // 2 : (rank + 1) * GLOBAL_BATCH // 2]
+        torch.testing.assert_close(part.latent, whole, rtol=0, atol=0)
+        half.close()
+    for batch in load_split(reader, "train", 8):
+        for place, key in enumerate(batch.keys):
+            torch.testing.assert_close(batch.latent[place], made.latent_of(key), rtol=0, atol=0)
+
+
+def test_without_flips_no_number_is_drawn_for_them(store, data_set, tmp_path, monkeypatch):
+    """The batches of data without are what they were, file by file and draw by draw."""
+    monkeypatch.setattr("sd3core.data.loader.uniform", None)
+    loader = _loader(_reader(store, data_set, tmp_path))
+    assert loader.batch(0).keys
+    loader.close()
