@@ -80,7 +80,7 @@ class Data(Section):
     # may hold a text or a list of texts; all captions are kept, and the first stands first wherever one alone is used
     image_field: FieldName | None = None
     caption_fields: CaptionFields | None = None
-    # folder only: whether masks, thumbnails and what drives leave are taken for images (sd3core/data/sidecars.py)
+    # folder only: whether masks, thumbnails and what drives leave are taken for images (sd3core/data/image_files/sidecars.py)
     sidecars: Literal["skip", "take"] = "skip"
     # folder only, of images without words of their own: "a photo of a {class}", with the name of the image's folder
     class_caption: str | None = None

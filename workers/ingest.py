@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sd3core.data.folder_source import Tell, storable
+from sd3core.data.image_files.listed_folder import ListedFolder
+from sd3core.data.image_files.listed_table import ListedTable, list_files
 from sd3core.data.images import BARE_CMYK, TRANSPARENT, UNKNOWN_COLOURS
 from sd3core.data.ingest import SceneShard, SceneWorker, list_scenes
 from sd3core.data.ingest_folder import (
@@ -20,8 +22,6 @@ from sd3core.data.ingest_folder import (
     check_usable,
     no_usable_image,
 )
-from sd3core.data.listed_folder import ListedFolder
-from sd3core.data.listed_table import ListedTable, list_files
 from sd3core.data.manifest import Manifest, read_manifest
 from sd3core.data.seen_files import SeenFolder, read_seen_folder, write_seen_folder
 from sd3core.data.shards import finished_stems, shard_stem

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from sd3core.data.caption_text import as_stored, from_stored, text_encoding
-from sd3core.data.class_folders import ClassFolders
+from sd3core.data.image_files.class_folders import ClassFolders
 from sd3core.data.image_names import ImageNames, by_folded, folded
 from sd3core.data.metadata_files import METADATA, read_metadata
 from sd3core.data.row_fields import PLAIN_FIELDS, RowFields

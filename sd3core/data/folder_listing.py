@@ -22,7 +22,13 @@ from sd3core.data.folder_captions import (
     is_inside,
     is_metadata,
 )
-from sd3core.data.sidecars import CountedNames, beside_images, is_of_tools, lies_in_tools_folder, sidecar_note
+from sd3core.data.image_files.sidecars import (
+    CountedNames,
+    beside_images,
+    is_of_tools,
+    lies_in_tools_folder,
+    sidecar_note,
+)
 from sd3core.errors import DataError
 
 READABLE_SUFFIXES = frozenset(
@@ -141,7 +147,7 @@ class FolderListing:
 def list_folder(folder: str, *, takes_sidecars: bool = False) -> FolderListing:
     """Hidden files are ignored, and links out not followed. Raises DataError where there is no such folder.
 
-    What else tools leave (`sd3core.data.sidecars`) is listed, and is no image unless the listing `takes_sidecars`.
+    What else tools leave (`sd3core.data.image_files.sidecars`) is listed, and is no image unless the listing `takes_sidecars`.
     """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from sd3core.data.caption_text import clean_captions, mixes_languages
-from sd3core.data.class_folders import OUTSIDE, UNNAMED
 from sd3core.data.folder_captions import (
     HOW_TO_GIVE,
     FolderCaptions,
@@ -31,6 +30,7 @@ from sd3core.data.folder_captions import (
     read_words,
 )
 from sd3core.data.folder_listing import FolderListing
+from sd3core.data.image_files.class_folders import OUTSIDE, UNNAMED
 from sd3core.data.slices import deal_slices, slice_hash
 from sd3core.errors import DataError, UserError, is_of_the_machine, with_mend
 from sd3core.recipe import Data

@@ -20,10 +20,10 @@ from sd3core.data.earlier_rows import EarlierRow, EarlierRows, RowName, row_name
 from sd3core.data.folder_captions import FolderChanged, ListedFile, ListedImage
 from sd3core.data.folder_listing import RACY_NS
 from sd3core.data.folder_source import FolderItem, FolderSlice, caption_facts, read_item
+from sd3core.data.image_files.listed_folder import ListedFolder
+from sd3core.data.image_files.listed_table import ListedTable, TableSlice
 from sd3core.data.images import DecodedImage, PixelRules, naming, read_picture
 from sd3core.data.ingest import RAW_SCHEMA, png_bytes, raw_sample
-from sd3core.data.listed_folder import ListedFolder
-from sd3core.data.listed_table import ListedTable, TableSlice
 from sd3core.data.seen_files import UNKNOWN_TIME, SeenRow, SeenSlice, read_seen_rows, write_seen_rows
 from sd3core.data.shards import (
     IMAGE_DIGEST,

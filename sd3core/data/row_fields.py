@@ -1,4 +1,4 @@
-"""Finds a row's image and captions among the fields of a metadata file or table."""
+"""Finds a row's image and captions among the fields of metadata and tables."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from sd3core.data.folder_captions import ListedImage
 from sd3core.data.folder_source import FolderSlice, read_item, storable
+from sd3core.data.image_files.listed_table import TableSlice, list_files
 from sd3core.data.ingest_folder import stored_picture, usable_image
-from sd3core.data.listed_table import TableSlice, list_files
 from sd3core.data.sources.ingest_unit import open_rows
 from sd3core.data.sources.listing import SourceUnit, list_source
 from sd3core.data.sources.rows import RowRules, SourceRow

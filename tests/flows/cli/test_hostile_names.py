@@ -18,8 +18,8 @@ from flows.cli.console import PlainConsole
 from flows.ui import artifacts
 from flows.ui.artifacts import StageReporter
 from flows.ui.previews import _markdown
+from sd3core.data.image_files.listed_folder import ListedFolder
 from sd3core.data.ingest_folder import FolderWorker
-from sd3core.data.listed_folder import ListedFolder
 from sd3core.exchange.export_readme import readme
 from sd3core.pictures import encode_png, read_settings
 from sd3core.progress import Progress

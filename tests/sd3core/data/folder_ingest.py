@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sd3core.data.folder_source import FolderItem, FolderSlice, caption_facts, read_item, storable
+from sd3core.data.image_files.listed_table import TableSlice, list_files
 from sd3core.data.ingest_folder import FURTHER_ROWS, FolderWorker, IngestedSlice, check_usable
-from sd3core.data.listed_table import TableSlice, list_files
 from sd3core.data.store import Store
 from sd3core.recipe import Data
 

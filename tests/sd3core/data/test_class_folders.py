@@ -9,9 +9,9 @@ import pytest
 from folder_ingest import ingest_folder, read_items, slices_of
 from PIL import Image
 
-from sd3core.data.class_folders import OUTSIDE, UNNAMED, ClassFolders, read_class_names
+from sd3core.data.image_files.class_folders import OUTSIDE, UNNAMED, ClassFolders, read_class_names
+from sd3core.data.image_files.listed_folder import ListedFolder
 from sd3core.data.ingest import captions_column
-from sd3core.data.listed_folder import ListedFolder
 from sd3core.data.shards import read_shard_index
 from sd3core.errors import DataError
 from sd3core.recipe import Data

@@ -16,9 +16,7 @@ from PIL import Image
 
 from sd3core.data.folder_captions import FolderChanged
 from sd3core.data.folder_source import NO_CAPTION_IN_ROW
-from sd3core.data.ingest import captions_column
-from sd3core.data.ingest_folder import FURTHER_ROWS, FolderWorker
-from sd3core.data.listed_table import (
+from sd3core.data.image_files.listed_table import (
     LEADS_OUT,
     MISSING,
     NO_FILE,
@@ -26,8 +24,7 @@ from sd3core.data.listed_table import (
     URL_IN_ROW,
     ListedTable,
 )
-from sd3core.data.shards import read_shard_index
-from sd3core.data.table_rows import (
+from sd3core.data.image_files.table_rows import (
     LONGEST_ROW_BYTES,
     MORE_CELLS,
     NO_JSON,
@@ -38,6 +35,9 @@ from sd3core.data.table_rows import (
     TOO_LONG_ROW,
     read_format,
 )
+from sd3core.data.ingest import captions_column
+from sd3core.data.ingest_folder import FURTHER_ROWS, FolderWorker
+from sd3core.data.shards import read_shard_index
 from sd3core.errors import DataError
 from sd3core.recipe import Data
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from sd3core.data import folder_listing
 from sd3core.data.folder_listing import list_folder
-from sd3core.data.listed_folder import ListedFolder
-from sd3core.data.sidecars import beside_images, is_of_tools
+from sd3core.data.image_files.listed_folder import ListedFolder
+from sd3core.data.image_files.sidecars import beside_images, is_of_tools
 from sd3core.errors import DataError
 from sd3core.recipe import Data
 

@@ -1,4 +1,4 @@
-"""A table of images as the ingest stage takes it: rows with paths and captions, dealt to shards.
+"""A table of images as ingest takes it: rows of paths and captions by shards.
 
 The driver reads the table once, looks every path up, and opens no image. Of a row it holds where it stands and what says that it is
 unchanged: 52 bytes while rows are dealt, then 14 (`tests/sd3core/data/test_listed_table.py` measures it), in 16 microseconds of CPU
@@ -27,9 +27,9 @@ import numpy as np
 from sd3core.data.folder_captions import FolderChanged, ListedFile, ListedImage, as_listed
 from sd3core.data.folder_listing import RACY_NS
 from sd3core.data.folder_source import caption_notes, image_key
-from sd3core.data.listed_folder import ListedFolder
+from sd3core.data.image_files.listed_folder import ListedFolder
+from sd3core.data.image_files.table_rows import TableFormat, read_format, shown_record, table_error
 from sd3core.data.slices import deal_slices, slice_hash
-from sd3core.data.table_rows import TableFormat, read_format, shown_record, table_error
 from sd3core.errors import UserError, is_of_the_machine, with_mend
 from sd3core.files.local_paths import FILE_URL, path_of_url
 from sd3core.recipe import Data

@@ -1,4 +1,4 @@
-"""Reads rows of a jsonl or csv table one by one, each at its own place in the file.
+"""Reads rows of a jsonl or csv table, each at its own place in the file.
 
 A row that is broken costs no other: a line that is no JSON, a quote that is not closed, cells without a column.
 """

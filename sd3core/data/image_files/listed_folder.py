@@ -1,6 +1,6 @@
-"""A folder of images as the ingest stage takes it: what it lists, says, and deals to shards.
+"""A folder of images as ingest takes it: what it lists, tells and deals to shards.
 
-Whatever else names files of this machine (`sd3core.data.listed_table`) has the same interface.
+Whatever else names files of this machine (`sd3core.data.image_files.listed_table`) has the same interface.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sd3core.data.class_folders import ClassFolders
 from sd3core.data.folder_captions import FolderCaptions
 from sd3core.data.folder_listing import list_folder
 from sd3core.data.folder_source import FolderSlice, caption_notes, deal_folder
+from sd3core.data.image_files.class_folders import ClassFolders
 from sd3core.data.row_fields import RowFields
 from sd3core.data.shards import parts_digest
 from sd3core.recipe import Data

@@ -1,0 +1,1 @@
+"""Images that are files of their own: folders, class folders and tables of paths."""
