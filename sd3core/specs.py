@@ -256,7 +256,7 @@ DONE, INDEX, TAR, TABLE = ".done.json", ".index.parquet", ".tar", ".parquet"  # 
 SEEN = ".seen.json.gz"  # of a raw shard, its stem and this: what was seen of its files
 DUPLICATES = "DUPLICATES."  # beside keep-lists: so begin the names of what was found over all shards
 SEEN_FOLDER = "FOLDER."  # so begins the name of what was seen of a folder as a whole
-SEEN_SOURCE = "SOURCE."  # of all tars or parquet files
+SEEN_SOURCE = "SOURCE"  # of all tars or parquet files
 SEEN_UNIT = "UNIT."  # of one of them
 SCORES_FILE = "scores.json"
 

@@ -17,7 +17,7 @@ from sd3core.data.shards import finished_stems
 from sd3core.data.sources.ingest_unit import IngestedUnit, UnitWorker, open_rows
 from sd3core.data.sources.listing import SourceListing, SourceUnit, list_source
 from sd3core.data.sources.rows import RowNote, RowRules, SourceRow
-from sd3core.data.sources.seen_units import NoteFacts, SeenSource, SeenUnit, read_seen_source, write_seen_source
+from sd3core.data.sources.seen_units import NoteFacts, SeenUnit, read_seen_source, write_seen_source
 from sd3core.data.store import Store, StoreDenied, StoreNotFound, open_store
 from sd3core.errors import DataError
 from sd3core.progress import ProgressCallback
@@ -51,10 +51,10 @@ class _UnitsIngest:
         listing = list_source(self.data)
         for note in listing.notes:
             tell(note)
-        seen = read_seen_source(self.store, self.folder, self.data.urls)
+        seen = read_seen_source(self.store, self.folder)
         if seen is None:
             check_source(RowRules(self.data, self.captions_needed), listing)
-        known = seen.units if seen is not None else {}
+        known = seen or {}
         unchanged = self._unchanged(listing, known)
         tasks = [task for unit in listing.units for task in self._tasks(unit, unchanged.get(unit.number))]
 
@@ -84,10 +84,7 @@ class _UnitsIngest:
         result = run_shard_stage(self.store, self.recipe.run, stage, IngestUnit, worker, compute, report)
         now = unchanged | {number: answer.seen for number, answer in self.answers.items()}
         notes = [*listing.notes, *_notes(self.data, (unit.facts for unit in now.values()))]
-        at_rest = all(unit.version for unit in now.values())
-        write_seen_source(
-            self.store, self.folder, self.data.urls, SeenSource(listing.digest if at_rest else "", now, notes)
-        )
+        write_seen_source(self.store, self.folder, now)
         return result, notes
 
     def _unchanged(self, listing: SourceListing, known: dict[int, SeenUnit]) -> dict[int, SeenUnit]:

@@ -350,6 +350,7 @@ def test_urls_name_files_patterns_and_folders(source, store, tmp_path):
     assert twice.manifest == by_pattern.manifest and twice.skipped
     both = ingest([source.url, other.url], store)
     assert stems(store, both) > stems(store, by_pattern) and both.rows == 11 and both.made == 1
+    assert both.reason.startswith("1 tar added: 1 of 5 shards; ")
     assert {name for name in rows_of(store, both) if "more:" in name} == {
         f"more:00001.tar/{n:09d}" for n in (90, 91, 92)
     }

@@ -6,7 +6,7 @@ which are written last: where other tars of a folder have such, one without is n
 
 from __future__ import annotations
 
-import hashlib
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -55,9 +55,9 @@ class SourceUnit:
 
     @property
     def version(self) -> str:
-        """Another one where it or its table is another one."""
+        """Another one where it or its table is another one, or lies elsewhere: times and ETags say nothing across places."""
         files = [self.file] if self.table is None else [self.file, self.table]
-        return parts_digest(self.problem, *(text for file in files for text in (str(file.size), file.tag)))
+        return parts_digest(self.problem, *(text for f in files for text in (os.fsencode(f.url), str(f.size), f.tag)))
 
     @property
     def megabytes(self) -> int:
@@ -69,7 +69,6 @@ class SourceUnit:
 class SourceListing:
     units: tuple[SourceUnit, ...]  # by number
     notes: tuple[str, ...]  # what was passed over
-    digest: str  # another one where any name, size, time or ETag is; "" where a file may be written to unseen
 
 
 def list_source(data: Data) -> SourceListing:
@@ -100,7 +99,7 @@ class _Lister:
             raise DataError("data.urls: two of its files have one name below it; name the folder above both instead")
         numbered = (replace(unit, number=numbers[unit.name]) for unit in self.found.values())
         units = sorted(numbered, key=lambda unit: unit.number)
-        return SourceListing(tuple(units), tuple(self._notes()), _digest(units))
+        return SourceListing(tuple(units), tuple(self._notes()))
 
     def _take_one(self, entry: UrlEntry, store: Store) -> None:
         """A file that is named alone, so that a user who may not list the bucket can read it."""
@@ -183,15 +182,6 @@ class _Lister:
             f"{counted(len(paths), 'file')} of data.urls passed over, {why}: {printable(some(sorted(paths), len(paths)))}"
             for why, paths in self.passed.items()
         ]
-
-
-def _digest(units: list[SourceUnit]) -> str:
-    if not all(unit.at_rest for unit in units):
-        return ""
-    total = hashlib.sha256()
-    for unit in units:
-        total.update(f"{unit.number} {unit.version}\n".encode())
-    return total.hexdigest()
 
 
 def _folder(path: str) -> str:

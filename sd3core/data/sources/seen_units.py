@@ -7,10 +7,10 @@ the whole source, written at the run's end: a run that is killed between asks th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from sd3core.data.seen_files import read_seen, write_seen
-from sd3core.data.shards import parts_digest, shard_stem
+from sd3core.data.shards import shard_stem
 from sd3core.data.sources.listing import SourceUnit
 from sd3core.data.store import Store
 from sd3core.specs import SEEN, SEEN_SOURCE, SEEN_UNIT
@@ -31,36 +31,28 @@ class SeenUnit:
         return [shard_stem(number + part, digest) for part, digest in enumerate(self.digests)]
 
 
-@dataclass(frozen=True)
-class SeenSource:
-    """All files of a source as they were when it was last ingested."""
-
-    listing: str = ""  # the listing's digest; "" where a file is to be looked at again
-    units: dict[int, SeenUnit] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)  # all that was told
-
-
 def write_seen_unit(store: Store, folder: str, unit: SourceUnit, seen: SeenUnit) -> None:
-    write_seen(store, _unit_path(folder, unit), {"url": unit.file.url, "unit": _fields(seen)})
+    write_seen(store, _unit_path(folder, unit), {"unit": _fields(seen)})
 
 
 def read_seen_unit(store: Store, folder: str, unit: SourceUnit) -> SeenUnit | None:
     """None where nothing is recorded of this file, or nothing that can be trusted."""
     record = read_seen(store, _unit_path(folder, unit))
-    return _seen_unit(record["unit"]) if record is not None and record["url"] == unit.file.url else None
+    return _seen_unit(record["unit"]) if record is not None else None
 
 
-def write_seen_source(store: Store, folder: str, urls: Sequence[str], seen: SeenSource) -> None:
-    units = {str(number): _fields(unit) for number, unit in seen.units.items()}
-    write_seen(store, _source_path(folder, urls), {"listing": seen.listing, "units": units, "notes": seen.notes})
+def write_seen_source(store: Store, folder: str, units: Mapping[int, SeenUnit]) -> None:
+    """`units`: all files of the source, by number."""
+    fields = {str(number): _fields(unit) for number, unit in units.items()}
+    write_seen(store, _source_path(folder), {"units": fields})
 
 
-def read_seen_source(store: Store, folder: str, urls: Sequence[str]) -> SeenSource | None:
-    record = read_seen(store, _source_path(folder, urls))
+def read_seen_source(store: Store, folder: str) -> dict[int, SeenUnit] | None:
+    """None where nothing is recorded, or nothing that can be trusted."""
+    record = read_seen(store, _source_path(folder))
     if record is None:
         return None
-    units = {int(number): _seen_unit(fields) for number, fields in record["units"].items()}
-    return SeenSource(record["listing"], units, record["notes"])
+    return {int(number): _seen_unit(fields) for number, fields in record["units"].items()}
 
 
 def _fields(unit: SeenUnit) -> list:
@@ -80,5 +72,5 @@ def _unit_path(folder: str, unit: SourceUnit) -> str:
     return f"{folder}/{SEEN_UNIT}{unit.number}{SEEN}"
 
 
-def _source_path(folder: str, urls: Sequence[str]) -> str:
-    return f"{folder}/{SEEN_SOURCE}{parts_digest(*urls)}{SEEN}"
+def _source_path(folder: str) -> str:
+    return f"{folder}/{SEEN_SOURCE}{SEEN}"

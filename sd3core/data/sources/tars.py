@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 BLOCK = tarfile.BLOCKSIZE
 LONGEST_HEADER = 1 << 20  # bytes of an extended header: names and times take a few hundred
-PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+PLAIN_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 COMPRESSED_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -103,7 +103,7 @@ class TarReader:
             elif header.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
                 if size >= 0:  # too large for the plain header
                     header.size, place = size, start + -(-size // BLOCK) * BLOCK
-                if header.type in PLAIN:
+                if header.type in PLAIN_TYPES:
                     yield TarMember(long_name or header.name, start, header.size)
                 long_name, size = "", -1
         if place > self.file.size:

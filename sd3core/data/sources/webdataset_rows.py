@@ -23,7 +23,7 @@ from sd3core.data.store import Store, StoreDenied, StoreNotFound
 from sd3core.errors import is_of_the_machine
 
 # The first that has words is the caption, where the recipe names none.
-CAPTION_MEMBERS = ("txt", "caption", "text", "json.caption", "json.text")
+CAPTION_MEMBERS = ("txt", "caption", "text", "json.caption", "json.captions", "json.text")
 FIRST_TRIED = ("jpg", "jpeg", "png", "webp")
 IMAGE_MEMBERS = (*FIRST_TRIED, *sorted({suffix[1:] for suffix in READABLE_SUFFIXES} - set(FIRST_TRIED)))
 JSON = "json"
