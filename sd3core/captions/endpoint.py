@@ -139,19 +139,20 @@ class EndpointCaptioner:
                     status, body, headers = self._call("POST", "/chat/completions", request)
                 if status not in AWAY:
                     return self._said(status, body)
-                problem = f"answers {status}{_words(body)}"
-                pause = _retry_after(headers) if "retry-after" in headers else next(pauses)
+                problem, asked = f"answers {status}{_words(body)}", _retry_after(headers)
             except _Away as error:
-                problem, pause = str(error), next(pauses)
-            now = time.monotonic()
+                problem, asked = str(error), None
             with self.lock:
-                waited = now - max(self.answered_at, asked_since)
-                if waited + pause > self.caption.retry_s and self.gone is None:
+                waited = time.monotonic() - max(self.answered_at, asked_since)
+                left = self.caption.retry_s - waited
+                if self.gone is None and (left <= 0 or (asked or 0) > left):
+                    more = f", and it asks to wait {asked:.0f} s more" if asked else ""
                     self.gone = self._service_error(
-                        f"{problem}; no caption for {waited:.0f} s, and another try would come after caption.retry_s"
-                        f" {self.caption.retry_s:g}; see to the server"
+                        f"{problem}; no caption for {waited:.0f} s{more} (caption.retry_s {self.caption.retry_s:g}); see to the"
+                        " server"
                     )
-                self.not_before = max(self.not_before, now + pause)
+                pause = max(asked or 0, min(next(pauses), max(left, 0)))
+                self.not_before = max(self.not_before, time.monotonic() + pause)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -260,9 +261,9 @@ def _pauses() -> Iterator[float]:
         pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
-def _retry_after(headers: httpx.Headers) -> float:
-    """Seconds, or a date (RFC 9110, 10.2.3)."""
-    said = headers["retry-after"].strip()
+def _retry_after(headers: httpx.Headers) -> float | None:
+    """Seconds that a server asks to wait, which it says as such or by a date (RFC 9110, 10.2.3); None where it does not."""
+    said = headers.get("retry-after", "").strip()
     try:
         return max(0.0, float(said))
     except ValueError:
@@ -270,7 +271,7 @@ def _retry_after(headers: httpx.Headers) -> float:
     try:
         return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
     except ValueError:
-        return LONGEST_PAUSE_S
+        return None
 
 
 def _words(body: bytes) -> str:

@@ -93,11 +93,11 @@ def test_answers_that_the_rules_are_for_come_as_they_are(server, fault, said):
 
 
 @pytest.mark.parametrize(
-    "fault", ["status:429", "status:503", "status:500", "cut", "html", "other", "stall:3", "drip:3", "huge"]
+    "fault", ["status:429", "status:503", "status:500", "cut", "html", "other", "stall:5", "drip:5", "huge"]
 )
 def test_what_passes_is_asked_again(server, fault):
     server.tell(shades={"9": [fault, fault]})
-    assert captioner_of(server.url, request_timeout_s=0.5)("k", grey(9)).text == "a picture of shade 9"
+    assert captioner_of(server.url, request_timeout_s=1.0)("k", grey(9)).text == "a picture of shade 9"
     assert len(server.asked) == 3
 
 
@@ -107,7 +107,15 @@ def test_pauses_grow(server, monkeypatch):
     captioner_of(server.url)("k", grey(9))
     at = [asked["at"] for asked in server.asked]
     first, second, third = (after - before for before, after in pairwise(at))
-    assert 0.1 <= first < 0.35 and 0.2 <= second < 0.6 and 0.4 <= third < 1.1
+    assert first >= 0.1 and second >= 0.2 and third >= 0.4  # each of at least half its length, which doubles
+
+
+def test_a_server_that_asks_for_no_wait_is_not_hammered(server, monkeypatch):
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE_S", 0.2)
+    server.tell(every=["status:429,0", "status:429,nan", "status:503,soon"])
+    captioner_of(server.url)("k", grey(9))
+    at = [asked["at"] for asked in server.asked]
+    assert len(at) == 4 and at[-1] - at[0] >= 0.1 + 0.2 + 0.4
 
 
 def test_every_request_waits_as_long_as_the_server_asks(server):
@@ -118,7 +126,8 @@ def test_every_request_waits_as_long_as_the_server_asks(server):
         captioner, began = captioner_of(server.url), time.time()
         with ThreadPoolExecutor(2) as threads:
             first = threads.submit(captioner, "a", grey(1))
-            time.sleep(0.3)
+            while not captioner.not_before:
+                time.sleep(0.01)
             second = threads.submit(captioner, "b", grey(2))
             assert first.result().text and second.result().text
         answered, *later = server.asked
@@ -133,13 +142,13 @@ def test_every_request_waits_as_long_as_the_server_asks(server):
         ("html", "the server's answer is none of the OpenAI chat interface: '<html>"),
         ("other", "the server's answer is none of the OpenAI chat interface"),
         ("cut", "its answer broke off"),
-        ("stall:2", r"no answer in 0.3 s \(caption.request_timeout_s\)"),
-        ("drip:2", r"no answer in 0.3 s \(caption.request_timeout_s\)"),
+        ("stall:2", r"no answer in 0.5 s \(caption.request_timeout_s\)"),
+        ("drip:2", r"no answer in 0.5 s \(caption.request_timeout_s\)"),
     ],
 )
 def test_an_image_that_gets_no_answer_costs_itself_alone(server, fault, reason):
     server.tell(shades={"9": [f"{fault}*"]})
-    captioner = captioner_of(server.url, request_timeout_s=0.3)
+    captioner = captioner_of(server.url, request_timeout_s=0.5)
     with pytest.raises(DataError, match=reason) as said:
         captioner("k", grey(9))
     assert "\n" not in str(said.value) and "\x1b" not in str(said.value)
@@ -179,16 +188,16 @@ def test_a_server_that_is_gone_stops_the_stage_in_one_line_after_retry_s():
         with pytest.raises(StopStageError) as said:
             captioner("k", grey(2))
         took = time.monotonic() - began
-    assert 0.5 < took < 4
+    assert 0.9 < took < 20
     line = str(said.value)
     assert line.startswith(f"caption.endpoint http://127.0.0.1:{own.port}/v1: cannot be reached (") and "\n" not in line
     assert line.endswith("see to the server; what is captioned stays, and the same command goes on")
 
 
 def test_a_server_that_hangs_stops_the_stage_and_one_that_hangs_at_an_image_does_not(server):
-    server.tell(shades={"9": ["stall:3*"]})
-    captioner = captioner_of(server.url, request_timeout_s=0.3, retry_s=0.5)
-    with pytest.raises(DataError, match="no answer in 0.3 s"):  # /models answers: the image is at fault
+    server.tell(shades={"9": ["stall:5*"]})
+    captioner = captioner_of(server.url, request_timeout_s=1.0, retry_s=0.5)
+    with pytest.raises(DataError, match="no answer in 1 s"):  # /models answers: the image is at fault
         captioner("k", grey(9))
     with socket.create_server(("127.0.0.1", 0)) as deaf:  # connections wait in its queue
         captioner = captioner_of(f"http://127.0.0.1:{deaf.getsockname()[1]}/v1", request_timeout_s=0.3, retry_s=0.5)
@@ -210,9 +219,9 @@ def test_a_server_that_comes_back_is_waited_for():
 def test_a_wait_that_would_be_too_long_is_not_begun(server):
     server.tell(every=["status:429,3600"])
     began = time.monotonic()
-    with pytest.raises(StopStageError, match="answers 429.*another try would come after caption.retry_s 5"):
+    with pytest.raises(StopStageError, match="answers 429.*it asks to wait 3600 s more .caption.retry_s 5.; see to"):
         captioner_of(server.url)("k", grey(9))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 60
 
 
 def test_requests_in_flight_are_bounded_and_reached(server):
@@ -239,7 +248,7 @@ def test_a_first_look_says_what_no_image_would_change(server):
     began = time.monotonic()
     with pytest.raises(StopStageError, match="cannot be reached.*start the server, or mend caption.endpoint"):
         captioner_of(f"http://127.0.0.1:{free_port()}/v1").check()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 8  # and not CONNECT_S
 
 
 def test_the_key_is_sent_and_shown_by_nothing(server, monkeypatch):
