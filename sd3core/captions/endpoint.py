@@ -15,6 +15,7 @@ import base64
 import io
 import json
 import random
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -56,7 +57,7 @@ class EndpointCaptioner:
         self.base = caption.endpoint.rstrip("/")
         self.free = threading.BoundedSemaphore(in_flight)
         self.lock = threading.Lock()
-        self.answered_at = time.monotonic()  # when the server last gave a caption, or was last known to be there
+        self.answered_at = time.monotonic()  # with a caption; at first, when this began
         self.not_before = 0.0  # it asked not to be asked before
         self.failed_in_a_row = 0
         self.gone: StopStageError | None = None
@@ -90,12 +91,12 @@ class EndpointCaptioner:
         if self.gone:
             raise self.gone
         request = self._request(key, image)
-        reason, pauses, asked_since = "", _pauses(), time.monotonic()
+        reason, detail, pauses, asked_since = "", "", _pauses(), time.monotonic()
         for _ in range(ANSWERS):
             try:
                 said = self._answer(request)
             except _NoUse as error:
-                reason = str(error)
+                reason, detail = str(error), error.detail
                 if error.final or self._silent(asked_since):
                     break
                 time.sleep(next(pauses))
@@ -106,7 +107,9 @@ class EndpointCaptioner:
         with self.lock:
             self.failed_in_a_row += 1
             if self.failed_in_a_row >= FAILED_IN_A_ROW and self.gone is None:
-                self.gone = self._service_error(f"no image in {FAILED_IN_A_ROW} got a caption, the last: {reason}")
+                self.gone = self._service_error(
+                    f"no image in {FAILED_IN_A_ROW} got a caption, the last: {reason}{detail}"
+                )
         if self.gone:
             raise self.gone
         raise DataError(reason)
@@ -183,7 +186,9 @@ class EndpointCaptioner:
         except httpx.TimeoutException:
             raise _NoUse(self._too_slow()) from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise _NoUse(f"its answer broke off ({self._hidden(str(error)) or type(error).__name__})") from None
+            raise _NoUse(
+                "its answer broke off", detail=f" ({self._hidden(str(error)) or type(error).__name__})"
+            ) from None
 
     def _too_slow(self) -> str:
         return f"no answer in {self.caption.request_timeout_s:g} s (caption.request_timeout_s)"
@@ -207,7 +212,8 @@ class EndpointCaptioner:
                 self.gone = self.gone or self._refused(status, body)
             raise self.gone
         if status != 200:
-            raise _NoUse(f"the server answers {status}{self._hidden(_words(body))}", final=300 <= status < 500)
+            words = self._hidden(_words(body))
+            raise _NoUse(f"the server answers {status}{_alike(words)}", final=300 <= status < 500)
         try:
             answer = json.loads(body)
             choice = answer["choices"][0]
@@ -222,7 +228,7 @@ class EndpointCaptioner:
             )
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             start = self._hidden(shortened(printable(body[:100].decode(errors="replace")), 80))
-            raise _NoUse(f"the server's answer is none of the OpenAI chat interface: {start!r}") from None
+            raise _NoUse("the server's answer is none of the OpenAI chat interface", detail=f": {start!r}") from None
 
     def _refused(self, status: int, body: bytes) -> StopStageError:
         if status == 404:
@@ -246,11 +252,18 @@ class _Away(Exception):
 
 
 class _NoUse(Exception):
-    """An answer that is no caption. `final`: another would be the same."""
+    """An answer that is no caption. Its words are the reason that images are counted by, so they hold nothing of this one's own,
+    which is `detail`. `final`: another answer would be the same.
+    """
 
-    def __init__(self, reason: str, final: bool = False) -> None:
+    def __init__(self, reason: str, detail: str = "", final: bool = False) -> None:
         super().__init__(reason)
-        self.final = final
+        self.detail, self.final = detail, final
+
+
+def _alike(words: str) -> str:
+    """A server's words without what may be another for every image: numbers, and names that have some."""
+    return re.sub(r"\S*\d\S*", "#", words)
 
 
 def _pauses() -> Iterator[float]:

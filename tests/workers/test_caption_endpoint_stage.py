@@ -152,8 +152,8 @@ def test_answers_of_every_kind_become_captions_rules_and_reasons(local_ray, imag
     assert "a cat" in {row["caption"] for row in rows.values()}
     manifest = read_manifest(store, result.manifest.folder, result.manifest.digest)
     assert manifest.failed_reasons == {
-        "captioner: the server answers 400: told so for shade 8": 1,
-        "captioner: the server answers 500: told so for shade 10": 1,
+        "captioner: the server answers 400: told so for shade #": 1,
+        "captioner: the server answers 500: told so for shade #": 1,
     }
     assert manifest.buckets["shortened to whole sentences"] == 1
     assert sum("thrown out" in warning for warning in result.warnings) == 4

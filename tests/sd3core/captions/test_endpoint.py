@@ -138,10 +138,10 @@ def test_every_request_waits_as_long_as_the_server_asks(server):
 @pytest.mark.parametrize(
     "fault, reason",
     [
-        ("status:500", "the server answers 500: told so for shade 9"),
-        ("html", "the server's answer is none of the OpenAI chat interface: '<html>"),
+        ("status:500", "the server answers 500: told so for shade #"),
+        ("html", "the server's answer is none of the OpenAI chat interface$"),
         ("other", "the server's answer is none of the OpenAI chat interface"),
-        ("cut", "its answer broke off"),
+        ("cut", "its answer broke off$"),
         ("stall:2", r"no answer in 0.5 s \(caption.request_timeout_s\)"),
         ("drip:2", r"no answer in 0.5 s \(caption.request_timeout_s\)"),
     ],
@@ -156,11 +156,13 @@ def test_an_image_that_gets_no_answer_costs_itself_alone(server, fault, reason):
     assert captioner("k", grey(8)).text == "a picture of shade 8"
 
 
-def test_what_the_server_will_not_take_is_asked_once(server):
-    server.tell(shades={"9": ["status:400*"]})
-    with pytest.raises(DataError, match="the server answers 400: told so for shade 9"):
-        captioner_of(server.url)("k", grey(9))
-    assert len(server.asked) == 1
+def test_what_the_server_will_not_take_is_asked_once_and_images_of_one_reason_are_counted_together(server):
+    server.tell(shades={"9": ["status:400*"], "10": ["status:400*"]})
+    captioner = captioner_of(server.url)
+    for shade in (9, 10):
+        with pytest.raises(DataError, match="^the server answers 400: told so for shade #$"):
+            captioner("k", grey(shade))
+    assert len(server.asked) == 2
 
 
 def test_a_server_that_answers_no_image_stops_the_stage(server):
@@ -177,6 +179,14 @@ def test_a_server_that_answers_no_image_stops_the_stage(server):
     with pytest.raises(StopStageError):
         captioner("k", grey(9))
     assert len(server.asked) == asked, "it is not asked again"
+
+
+def test_a_page_in_place_of_an_answer_is_shown_where_the_stage_stops(server, monkeypatch):
+    monkeypatch.setattr(endpoint, "FAILED_IN_A_ROW", 1)
+    server.tell(every=["html*"])
+    with pytest.raises(StopStageError, match="none of the OpenAI chat interface: '<html>") as said:
+        captioner_of(server.url)("k", grey(9))
+    assert "\x1b" not in str(said.value)
 
 
 def test_a_server_that_is_gone_stops_the_stage_in_one_line_after_retry_s():
