@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from sd3core.costs import stages as module
+from sd3core.costs.phases import phase_cost
 from sd3core.costs.stages import GPU_BF16_TFLOPS, GPU_FP32_TFLOPS, stage_costs, training_flops
 from sd3core.mmdit.flops import forward_flops
 from sd3core.recipe_file import load_recipe
@@ -93,3 +94,11 @@ def test_the_small_worlds_bench_is_drawn_at_all_sizes_in_turn(monkeypatch):
         == bench + evaluate.scored_images + evaluate.grid_prompts + others * evaluate.bucket_grid_prompts
     )
     assert costs_of(name="mini")["evaluate"].hours > 0
+
+
+def test_flipped_images_cost_the_autoencoder_and_the_store_twice_as_much_at_most():
+    plain, flipped = (load_recipe("sd3-2b", more) for more in ([], ["encode.flip=true"]))
+    one, two = (costs_of(*more)["latents.pretrain"] for more in ([], ["encode.flip=true"]))
+    assert two.flops == 2 * one.flops and two.rows == one.rows
+    sizes = [phase_cost(recipe, "pretrain", recipe.pretrain).latent_bytes for recipe in (plain, flipped)]
+    assert sizes == [65_536, 131_072]
