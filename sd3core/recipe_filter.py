@@ -1,4 +1,4 @@
-"""The recipe's `filter`: which images are kept, by rules, scores and likeness to others."""
+"""The recipe's `filter`: which images are kept, by rules, scores and likeness."""
 
 from __future__ import annotations
 

@@ -56,6 +56,8 @@ COMMANDS_RUN_BY = {
     r"sd3 bench model.*": "tests/sd3core/bench/test_bench_model.py::"
     "test_the_command_prints_a_table_and_writes_the_figures",
     r"sd3 bench encode.*": "tests/flows/cli/test_bench_encode.py::test_the_command_prints_tables_and_writes_the_figures",
+    r"sd3 bench duplicates.*": "tests/sd3core/bench/test_bench_duplicates.py::"
+    "test_the_command_prints_recall_and_precision_by_kind",
     r"sd3 bench data.*": "tests/sd3core/bench/test_bench_data.py::"
     "test_the_command_prints_a_table_and_writes_the_figures",
 }

@@ -1,6 +1,6 @@
-"""The filter stage: which rows of the raw data are kept, and why the others go; no bytes are moved.
+"""The filter stage: which rows of the raw data are kept, and why the others go.
 
-Images are measured shard by shard (a hash or embedding, scores), near-duplicates are found over all of them, and each shard's keep-
+No bytes are moved. Images are measured shard by shard (a hash or embedding, scores), near-duplicates are found over all of them, and each shard's keep-
 list is written. Measures have a spec of their own: another threshold looks at no image again.
 """
 

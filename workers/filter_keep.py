@@ -1,4 +1,7 @@
-"""Makes keep-lists: near-duplicates over all shards, then for each shard which rows stay and why the others go."""
+"""Makes keep-lists: which rows of a shard stay, and why the others go.
+
+Near-duplicates are looked for over all shards before.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sd3core.data.manifest import ManifestRef, read_manifest
 from sd3core.data.shards import FailedRow, write_table
 from sd3core.data.store import open_store
-from sd3core.filters.duplicate_lists import DuplicatePart, write_duplicates
-from sd3core.filters.near_duplicates import Duplicate, DuplicateSearch, FeatureRows, find_duplicates
+from sd3core.filters.duplicate_lists import Duplicate, DuplicatePart, write_duplicates
+from sd3core.filters.near_duplicates import DuplicateSearch, FeatureRows, find_duplicates
 from sd3core.filters.row_rules import DUPLICATE, LEAKED, SCORE_COLUMN, judge_rows
 from sd3core.progress import Progress
 from sd3core.recipe_filter import Filter
@@ -53,13 +57,13 @@ class DuplicatesWorker:
             seed=self.seed,
         )
 
-        def tell(done: int) -> None:
-            self.progress = Progress(done, 2 * rows, "images", "looking for near-duplicates")
+        def tell(done: int, doing: str) -> None:
+            self.progress = Progress(done, 2 * rows, "images", f"near-duplicates: {doing}")
 
         def read(number: int) -> FeatureRows:
             return self._rows(number, raw[number], measures[number])
 
-        found = [*find_duplicates(read, shards, search, tell)]
+        found = find_duplicates(read, shards, search, tell)
         write_duplicates(self.store, task.record, [*raw], found)
         return len(found)
 
@@ -84,14 +88,24 @@ class KeepWorker:
 
     def __init__(self, store_url: str, rules: Filter) -> None:
         self.store, self.rules = open_store(store_url), rules
+        self.part: tuple[DuplicatePart, pa.Table] | None = (
+            None  # the last one: it is of many shards that follow each other
+        )
         self.progress = 0  # rows
+
+    def _alike(self, part: DuplicatePart, number: int) -> dict[str, Duplicate]:
+        """What goes of a shard, by key."""
+        if self.part is None or self.part[0] != part:
+            self.part = (part, part.read(self.store))
+        own = self.part[1].filter(pc.equal(self.part[1]["shard"], number))
+        return {row["key"]: Duplicate(**row) for row in own.to_pylist()}
 
     def __call__(self, task: ShardTask) -> MadeShard:
         source, self.progress = task.source, 0
         index = read_input_index(self.store, source.raw)
         measures = read_input_table(self.store, source.measures) if source.measures else None
         reasons = judge_rows(self.rules, index, measures).to_pylist()
-        alike = source.duplicates.of_shard(self.store, task.number) if source.duplicates else {}
+        alike = self._alike(source.duplicates, task.number) if source.duplicates else {}
         keys = index["key"].to_pylist()
         why = {key: reason or _why(alike.get(key)) for key, reason in zip(keys, reasons, strict=True)}
         stay = pa.table({"key": pa.array([key for key in keys if why[key] is None], pa.string())})

@@ -1,4 +1,4 @@
-"""Measures the images of one shard: what filters compare, and what their models say of each."""
+"""Measures the images of one shard: what filters compare, and their scores."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 FEATURE = "feature"  # column: an int8 hash or a float16 embedding, packed
 DTYPE = b"feature_dtype"  # of the table's metadata
+NOT_FINITE = "a score or its embedding is not finite"
 MEASURED_TOGETHER = 32  # images that wait for the models together, each of which has a batch of its own
 
 
@@ -79,7 +80,7 @@ class MeasureWorker:
         turn.advance(len(rows))
         wanted = raw.keys() - rows.keys()
         for batch in batched(self._images(task.source, wanted, failed, turn), MEASURED_TOGETHER):
-            self._measure(batch, rows, turn)
+            self._measure(batch, rows, failed, turn)
         made = [
             rows[key] | {"held_out": raw[key]["split"] == "held_out"} | image_digest(names[key])
             for key in raw
@@ -125,7 +126,11 @@ class MeasureWorker:
         turn.let_go(shard.bytes)
 
     def _measure(
-        self, batch: Sequence[tuple[str, Image, np.ndarray | None]], rows: dict[str, dict[str, Any]], turn: ShardTurn
+        self,
+        batch: Sequence[tuple[str, Image, np.ndarray | None]],
+        rows: dict[str, dict[str, Any]],
+        failed: list[FailedRow],
+        turn: ShardTurn,
     ) -> None:
         images = [image for _, image, _ in batch]
         measured: list[dict[str, Any]] = [{"key": key} for key, _, _ in batch]
@@ -138,6 +143,10 @@ class MeasureWorker:
                 if self.embedder:
                     features = [*self.embedder(images)]
         for row, feature in zip(measured, features, strict=True):
+            values = [value for name, value in row.items() if name != "key"]
+            if not (np.isfinite(values).all() and (feature is None or np.isfinite(feature).all())):
+                failed.append(FailedRow(key=row["key"], reason=NOT_FINITE))
+                continue
             rows[row["key"]] = row | ({FEATURE: feature.tobytes()} if feature is not None else {})
         turn.let_go(sum(map(_nbytes, images)))
         turn.advance(len(batch))
@@ -155,4 +164,6 @@ def features_of(table: pa.Table) -> np.ndarray:
     """(n, D) of a table of measures."""
     dtype = np.dtype((table.schema.metadata or {})[DTYPE].decode())
     packed = b"".join(table[FEATURE].to_pylist())
+    if not packed:
+        return np.zeros((0, 1), dtype=dtype)
     return np.frombuffer(packed, dtype=dtype).reshape(len(table), -1)

@@ -1,4 +1,4 @@
-"""What the filter's page shows: how many images go for which reason, by which rules, and some of them."""
+"""What the filter's page shows: how many images go, why, and some of them."""
 
 from __future__ import annotations
 

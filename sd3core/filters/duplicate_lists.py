@@ -1,4 +1,6 @@
-"""Stores which rows go as near-duplicates: parts of many shards each, and a record of them, written last.
+"""Stores which rows go as near-duplicates, in parts of many shards each.
+
+A record of the parts is written last.
 
     keep/SPEC/DUPLICATES.INPUTS.00000.parquet    a row for each that goes, of PART_SHARDS shards of the raw manifest
     keep/SPEC/DUPLICATES.INPUTS.json             the digest of every part, and of what each shard loses
@@ -9,22 +11,31 @@ So who makes a shard's keep-list reads one part, and a shard is made again where
 from __future__ import annotations
 
 import io
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sd3core.data.records import own_digest, record_bytes, sealed
-from sd3core.data.shards import check_digest, parts_digest
+from sd3core.data.shards import parts_digest
 from sd3core.data.store import Store, StoreDamaged, StoreNotFound
-from sd3core.filters.near_duplicates import Duplicate
+from sd3core.errors import DataError
 
 PART_SHARDS = 1_000
-DUPLICATES_SCHEMA = pa.schema(
-    [("shard", pa.int64()), ("key", pa.string()), ("of", pa.string()), ("of_shard", pa.int64()), ("leaked", pa.bool_())]
-)
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """A row of DUPLICATES_SCHEMA."""
+
+    shard: int
+    key: str
+    of: str
+    of_shard: int
+    leaked: bool
 
 
 @dataclass(frozen=True)
@@ -34,12 +45,12 @@ class DuplicatePart:
     path: str
     digest: str
 
-    def of_shard(self, store: Store, number: int) -> dict[str, Duplicate]:
-        """By key. DataError where the part is damaged."""
+    def read(self, store: Store) -> pa.Table:
+        """Of all its shards. DataError where it is damaged."""
         data = store.get(self.path)
-        check_digest(data, self.digest, store.uri(self.path))
-        table = pq.read_table(io.BytesIO(data), filters=[("shard", "=", number)])
-        return {row["key"]: Duplicate(**row) for row in table.to_pylist()}
+        if record_bytes(data).sha256 != self.digest:
+            raise DataError(f"{store.uri(self.path)}: damaged; delete it and run the filter stage again")
+        return pq.read_table(io.BytesIO(data))
 
 
 @dataclass(frozen=True)
@@ -48,26 +59,32 @@ class DuplicateLists:
     digests: dict[int, str]  # likewise: which rows, and for which others
 
 
-def write_duplicates(store: Store, record: str, shards: Sequence[int], found: Iterable[Duplicate]) -> None:
-    """`record`: its path. `shards`: the numbers of all, in the order of the raw manifest."""
-    by_shard: dict[int, list[Duplicate]] = defaultdict(list)
-    for duplicate in found:
-        by_shard[duplicate.shard].append(duplicate)
-    parts, losing = {}, {}
+def write_duplicates(store: Store, record: str, shards: Sequence[int], found: pa.Table) -> None:
+    """`record`: its path. `shards`: the numbers of all, in the order of the raw manifest. `found`: as DUPLICATES_SCHEMA has it."""
+    found = found.take(pc.sort_indices(found, sort_keys=[("shard", "ascending"), ("key", "ascending")]))
+    numbers = found["shard"].to_numpy()
+    parts: dict[str, str] = {}
+    losing: dict[str, list[str]] = {}
     for start in range(0, len(shards), PART_SHARDS):
-        own = [number for number in shards[start : start + PART_SHARDS] if number in by_shard]
-        rows = [vars(row) for number in own for row in sorted(by_shard[number], key=lambda row: row.key)]
-        if not rows:
+        own = {number: found.slice(*_range(numbers, number)) for number in shards[start : start + PART_SHARDS]}
+        own = {number: rows for number, rows in own.items() if len(rows)}
+        if not own:
             continue
         sink = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=DUPLICATES_SCHEMA), sink, compression="zstd")
+        pq.write_table(pa.concat_tables([*own.values()]), sink, compression="zstd")
         path = f"{record.removesuffix('.json')}.{start // PART_SHARDS:05d}.parquet"
         store.put(path, sink.getvalue())
         parts[path] = record_bytes(sink.getvalue()).sha256
-        for number in own:
-            named = sorted(f"{row.key}\n{row.of}\n{row.of_shard}" for row in by_shard[number])
-            losing[f"{number}"] = [path, parts_digest(*named)]
+        for number, rows in own.items():
+            named = zip(*(rows[name].to_pylist() for name in ("key", "of", "of_shard", "leaked")), strict=True)
+            losing[f"{number}"] = [path, parts_digest(*(f"{row}" for row in named))]
     store.put_json(record, sealed({"parts": parts, "shards": losing}))
+
+
+def _range(numbers: np.ndarray, number: int) -> tuple[int, int]:
+    """(start, length) of a number among sorted ones."""
+    start, stop = np.searchsorted(numbers, [number, number + 1]).tolist()
+    return start, stop - start
 
 
 def read_duplicates(store: Store, record: str) -> DuplicateLists | None:

@@ -1,17 +1,17 @@
-"""Finds near-duplicates among any number of rows: clusters by k-means, a threshold inside them, the first is kept.
+"""Finds near-duplicates among any number of rows, and keeps the first of each.
 
-Paper appendix E.2, algorithm 1: rows are walked in order; one that is kept flags all that are like it, and one that is flagged flags
-none, so at least one of any group stays. The order is: rows to train on before held-out ones, each by their keys. So a held-out row
-that is like one to train on goes, and never the other way round.
+Clusters by k-means, and a cosine threshold inside them: paper appendix E.2, algorithm 1. Rows are walked in order; one that is kept
+flags all that are like it, and one that is flagged flags none, so at least one of any group stays. The order is: rows to train on
+before held-out ones, each by their keys. So a held-out row that is like one to train on goes, and never the other way round.
 
 Rows are compared with those of their two nearest clusters, so that two which fall on both sides of a border still meet. Memory holds
-the centroids, the rows of one of DUPLICATE_PARTITIONS files on disk, and what was found: by `state_bytes` for the rows, whatever their number.
+k-means' points, the rows of one of DUPLICATE_PARTITIONS files on disk (`state_bytes` for each row), and what was found, as columns.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +28,10 @@ NEAREST_CLUSTERS = 2  # clusters that a row is compared in
 POINTS_A_CENTROID = 256  # that k-means sees at most
 BUFFERED_ROWS = 65_536  # before they are written to their partitions
 BLOCK_ROWS = 1_024  # are compared with COLUMNS_AT_ONCE others at once
-COLUMNS_AT_ONCE = 65_536
+COLUMNS_AT_ONCE = 16_384
 KMEANS_ITERATIONS = 10
+
+TellSearch = Callable[[int, str], None]
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,19 @@ class DuplicateSearch:
         return min(max(rows // self.rows_per_cluster, 1), self.most_clusters)
 
 
-@dataclass(frozen=True)
-class Duplicate:
-    """A row that goes, and the one that stays for it."""
-
-    shard: int
-    key: str
-    of: str
-    of_shard: int
-    leaked: bool  # it is held out, and the other one is trained on
+# A row that goes, and the one that stays for it. `leaked`: it is held out, and the other one is trained on.
+DUPLICATES_SCHEMA = pa.schema(
+    [("shard", pa.int64()), ("key", pa.string()), ("of", pa.string()), ("of_shard", pa.int64()), ("leaked", pa.bool_())]
+)
+NAME = ("held_out", "key", "shard")  # of a row: its place in the order
+LIKES_SCHEMA = pa.schema(
+    [
+        (f"{whose}{name}", kind)
+        for whose in ("first_", "")
+        for name, kind in zip(NAME, (pa.bool_(), pa.string(), pa.int64()), strict=True)
+    ]
+)
+WALKED_AT_ONCE = 1_000_000
 
 
 def state_bytes(feature_bytes: int, key_bytes: int = 40) -> int:
@@ -76,24 +82,26 @@ def find_duplicates(
     read: Callable[[int], FeatureRows],
     shards: Sequence[tuple[int, int]],
     search: DuplicateSearch,
-    tell: Callable[[int], None] = lambda rows: None,
-) -> Iterator[Duplicate]:
-    """`read`: a shard's rows by its number; each is read once, some of them once more for k-means. `shards`: their numbers and how
-    many rows they have. `tell` hears how many rows are done of 2 x all: written, then compared.
+    tell: TellSearch = lambda rows, doing: None,
+) -> pa.Table:
+    """The rows that go (DUPLICATES_SCHEMA), in no order.
+
+    `read`: a shard's rows by its number; each is read once, some of them once more for k-means. `shards`: their numbers and how
+    many rows they have. `tell` hears how many rows are done of 2 x all, written and then compared, and what is being done.
     """
     rows = sum(count for _, count in shards)
     if rows < 2:
-        return
+        return DUPLICATES_SCHEMA.empty_table()
     clusters = search.clusters(rows)
-    centroids = _centroids(read, shards, clusters, search) if clusters > 1 else None
+    centroids = _centroids(read, shards, clusters, search, tell) if clusters > 1 else None
     with ExitStack() as scratch:
         try:
             folder = Path(scratch.enter_context(tempfile.TemporaryDirectory(prefix="sd3-duplicates-")))
             done = _write_partitions(folder, read, shards, centroids, search, tell)
-            edges = [edge for path in sorted(folder.iterdir()) for edge in _likes(path, search, done, tell)]
+            likes = [found for path in sorted(folder.iterdir()) for found in _likes(path, search, done, tell)]
         except OSError as error:
             raise StoreError(f"temporary folder {tempfile.gettempdir()} (TMPDIR): {error.strerror or error}") from None
-    yield from _walk(edges)
+    return _walk(pa.concat_tables([LIKES_SCHEMA.empty_table(), *likes]))
 
 
 def _directions(features: np.ndarray, search: DuplicateSearch) -> np.ndarray:
@@ -107,26 +115,42 @@ def _unit(features: np.ndarray) -> np.ndarray:
 
 
 def _centroids(
-    read: Callable[[int], FeatureRows], shards: Sequence[tuple[int, int]], clusters: int, search: DuplicateSearch
-) -> np.ndarray:
-    """(clusters, D), of shards spread evenly over all."""
+    read: Callable[[int], FeatureRows],
+    shards: Sequence[tuple[int, int]],
+    clusters: int,
+    search: DuplicateSearch,
+    tell: TellSearch,
+) -> np.ndarray | None:
+    """(clusters, D), of shards spread evenly over all; None where these have no rows."""
     import faiss  # here: who only hashes loads none
 
     wanted, rows = clusters * POINTS_A_CENTROID, sum(count for _, count in shards)
     number = len(shards) if wanted >= rows else max(1, -(-len(shards) * wanted // rows))
     chosen = [shards[position * len(shards) // number][0] for position in range(number)]
-    points = np.concatenate([_directions(read(shard).features, search) for shard in chosen])
-    kmeans = faiss.Kmeans(
-        points.shape[1],
-        min(clusters, len(points)),
-        niter=KMEANS_ITERATIONS,
-        seed=search.seed % 2**31,
-        spherical=True,
-        min_points_per_centroid=1,
-        max_points_per_centroid=POINTS_A_CENTROID,
-    )
-    kmeans.train(points)
-    return kmeans.centroids
+    parts = []
+    for place, shard in enumerate(chosen):
+        tell(0, f"reading for k-means, shard {place + 1} of {number}")
+        found = read(shard)
+        if len(found.keys):
+            parts.append(_directions(found.features, search))
+    if not parts:
+        return None
+    points = np.concatenate(parts)
+    centroids = None
+    for iteration in range(KMEANS_ITERATIONS):  # one by one: at a hundred million rows each takes minutes
+        tell(0, f"k-means, {iteration + 1} of {KMEANS_ITERATIONS}")
+        kmeans = faiss.Kmeans(
+            points.shape[1],
+            min(clusters, len(points)),
+            niter=1,
+            seed=search.seed % 2**31,
+            spherical=True,
+            min_points_per_centroid=1,
+            max_points_per_centroid=POINTS_A_CENTROID,
+        )
+        kmeans.train(points, init_centroids=centroids)
+        centroids = kmeans.centroids
+    return centroids
 
 
 def _write_partitions(
@@ -135,7 +159,7 @@ def _write_partitions(
     shards: Sequence[tuple[int, int]],
     centroids: np.ndarray | None,
     search: DuplicateSearch,
-    tell: Callable[[int], None],
+    tell: TellSearch,
 ) -> int:
     """Writes every row to the partitions of its nearest clusters; the number of rows."""
     index = None
@@ -163,7 +187,7 @@ def _write_partitions(
             found = read(shard)
             waiting += _cluster_tables(found, index, search)
             written, buffered = written + len(found.keys), buffered + len(found.keys)
-            tell(written)
+            tell(written, "sorted into clusters")
             if buffered >= BUFFERED_ROWS:
                 flush()
                 buffered = 0
@@ -196,16 +220,8 @@ def _cluster_tables(rows: FeatureRows, index, search: DuplicateSearch) -> Iterat
         ).replace_schema_metadata({"dtype": rows.features.dtype.name})
 
 
-@dataclass(frozen=True)
-class _Like:
-    """A row that is kept in its cluster, and those after it that are like it. Rows are named (held out, key, shard)."""
-
-    first: tuple[bool, str, int]
-    others: list[tuple[bool, str, int]]
-
-
-def _likes(path: Path, search: DuplicateSearch, done: int, tell: Callable[[int], None]) -> Iterator[_Like]:
-    """Of one partition, cluster by cluster."""
+def _likes(path: Path, search: DuplicateSearch, done: int, tell: TellSearch) -> Iterator[pa.Table]:
+    """Of one partition, cluster by cluster: rows that are kept there, each beside a later one that is like it (LIKES_SCHEMA)."""
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
         table = reader.read_all()
     order = pc.sort_indices(table, sort_keys=[(name, "ascending") for name in ("cluster", "held_out", "key", "shard")])
@@ -214,10 +230,11 @@ def _likes(path: Path, search: DuplicateSearch, done: int, tell: Callable[[int],
     starts = np.flatnonzero(np.r_[True, clusters[1:] != clusters[:-1]])
     for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(clusters)], strict=True):
         yield from _likes_of_cluster(table.slice(start, stop - start), search)
-    tell(done + int(path.stem) * done // DUPLICATE_PARTITIONS)
+        share = (int(path.stem) + stop / len(clusters)) / DUPLICATE_PARTITIONS
+        tell(done + int(done * share), "compared within clusters")
 
 
-def _likes_of_cluster(rows: pa.Table, search: DuplicateSearch) -> Iterator[_Like]:
+def _likes_of_cluster(rows: pa.Table, search: DuplicateSearch) -> Iterator[pa.Table]:
     """The walk of one cluster, its rows in order.
 
     A block is first walked by itself: only its rows that are kept are compared with all later ones.
@@ -241,9 +258,10 @@ def _likes_of_cluster(rows: pa.Table, search: DuplicateSearch) -> Iterator[_Like
             flagged[left : left + COLUMNS_AT_ONCE] |= later.any(axis=0)
             for place in np.flatnonzero(later.any(axis=1)).tolist():
                 hits[int(kept[place])].append(left + np.flatnonzero(later[place]))
-        for row, found in hits.items():
-            if len(others := np.concatenate(found)):
-                yield _Like(_names(rows, [row])[0], _names(rows, others))
+        found = {row: np.concatenate(others) for row, others in hits.items()}
+        firsts = np.repeat(np.fromiter(found, dtype=np.int64), [len(others) for others in found.values()])
+        if len(firsts):
+            yield _beside(rows, firsts, np.concatenate([*found.values()]))
 
 
 class _Alike:
@@ -258,19 +276,27 @@ class _Alike:
         return np.any([self.sides[0][rows] @ side[start:stop].T >= self.threshold for side in self.sides], axis=0)
 
 
-def _names(rows: pa.Table, places: Sequence[int] | np.ndarray) -> list[tuple[bool, str, int]]:
-    found = rows.select(["held_out", "key", "shard"]).take(pa.array(places, pa.int64()))
-    return list(zip(*(column.to_pylist() for column in found.columns), strict=True))
+def _beside(rows: pa.Table, firsts: np.ndarray, others: np.ndarray) -> pa.Table:
+    names = rows.select(list(NAME))
+    left, right = names.take(pa.array(firsts)), names.take(pa.array(others))
+    return pa.Table.from_arrays([*left.columns, *right.columns], schema=LIKES_SCHEMA)
 
 
-def _walk(edges: Iterable[_Like]) -> Iterator[Duplicate]:
+def _walk(likes: pa.Table) -> pa.Table:
     """The walk over all clusters: a row that another cluster flags flags none."""
-    gone: set[tuple[bool, str, int]] = set()
-    for like in sorted(edges, key=lambda like: like.first):
-        if like.first in gone:
-            continue
-        for other in like.others:
-            if other not in gone:
-                gone.add(other)
-                held_out, key, shard = like.first
-                yield Duplicate(other[2], other[1], key, shard, leaked=other[0] and not held_out)
+    order = pc.sort_indices(likes, sort_keys=[(name, "ascending") for name in LIKES_SCHEMA.names])
+    likes = likes.take(order)
+    named = pa.chunked_array([*likes["first_key"].chunks, *likes["key"].chunks], pa.string()).combine_chunks()
+    codes = named.dictionary_encode()
+    number = codes.indices.to_numpy()  # of each first, then of each other
+    gone, goes = bytearray(len(codes.dictionary)), bytearray(len(likes))
+    for start in range(0, len(likes), WALKED_AT_ONCE):
+        stop = min(start + WALKED_AT_ONCE, len(likes))
+        firsts, others = (number[base + start : base + stop].tolist() for base in (0, len(likes)))
+        for place, (first, other) in enumerate(zip(firsts, others, strict=True), start):
+            if not gone[first] and not gone[other]:
+                gone[other] = goes[place] = 1
+    kept = likes.filter(pa.array(np.frombuffer(goes, dtype=np.uint8).astype(bool)))
+    leaked = pc.and_(kept["held_out"], pc.invert(kept["first_held_out"]))
+    columns = [kept["shard"], kept["key"], kept["first_key"], kept["first_shard"], leaked]
+    return pa.Table.from_arrays(columns, schema=DUPLICATES_SCHEMA)

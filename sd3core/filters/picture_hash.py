@@ -1,7 +1,7 @@
-"""A perceptual hash of a picture: the slow waves of its brightness and colours, a byte each.
+"""A perceptual hash: the slow waves of a picture's brightness and colours.
 
 The picture is shrunk to 32 x 32, whatever its aspect. Of the cosine transforms of its brightness and its two colour differences the
-lowest waves are kept, c -> sign(c) |c|^0.6, so that a few large ones do not outweigh all others. Two hashes are compared by their
+lowest waves are kept, a byte each, c -> sign(c) |c|^0.6, so that a few large ones do not outweigh all others. Two hashes are compared by their
 cosine. A mirrored picture has the same waves, those of odd number across with the other sign.
 """
 

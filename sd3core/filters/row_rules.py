@@ -1,4 +1,4 @@
-"""Judges each row by what its index and its measures say: why it goes, or that it stays."""
+"""Judges rows by what their index and measures say: why each goes, or stays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHORT_SIDE = "shorter side below filter.min_side_px"
 TOO_TALL, TOO_WIDE = "aspect below filter.min_aspect", "aspect above filter.max_aspect"
 SHORT_CAPTION, LONG_CAPTION = "caption below filter.min_caption_chars", "caption above filter.max_caption_chars"
 LACKS_PATTERN, HAS_PATTERN = "caption without filter.caption_requires", "caption with filter.caption_forbids"
-NOT_DECODED = "cannot be decoded any more"
+NOT_MEASURED = "cannot be decoded any more, or its scores are not finite"
 DUPLICATE = "near-duplicate of an image that is kept"
 LEAKED = "held out, and near-duplicate of an image to train on"
 SCORE_COLUMN = "score_"  # begins a score's column among the measures
@@ -21,7 +21,7 @@ SCORE_COLUMN = "score_"  # begins a score's column among the measures
 def judge_rows(rules: Filter, index: pa.Table, measures: pa.Table | None) -> pa.Array:
     """(n,) strings: why each row of a raw index goes, by the first rule that it breaks; null where it stays.
 
-    `measures`: of the same images, by key, in any order; a row without them could not be decoded.
+    `measures`: of the same images, by key, in any order; a row without them could not be decoded, or not be measured.
     """
     width, height = (pc.cast(index[name], pa.float64()) for name in ("width", "height"))
     aspect, side = pc.divide(width, height), pc.min_element_wise(width, height)
@@ -47,7 +47,7 @@ def judge_rows(rules: Filter, index: pa.Table, measures: pa.Table | None) -> pa.
         broken.append((HAS_PATTERN, pc.and_(captioned, pc.match_substring_regex(caption, rules.caption_forbids))))
     if measures is not None:
         place = pc.index_in(index["key"], value_set=measures["key"])
-        broken.append((NOT_DECODED, pc.is_null(place)))
+        broken.append((NOT_MEASURED, pc.is_null(place)))
         for name, score in rules.scores.items():
             value = measures[f"{SCORE_COLUMN}{name}"].take(place)
             bound(below(name), value, least=score.min)

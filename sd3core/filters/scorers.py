@@ -1,6 +1,6 @@
-"""Models of transformers that give an image a number, or a vector, from local folders and never from the network.
+"""Models of transformers that give an image a number, or a vector.
 
-A scorer is any callable: images -> a number each. An embedder: images -> (n, D) float16, a row each.
+They come from local folders and never from the network. A scorer is any callable: images -> a number each. An embedder: images -> (n, D) float16, a row each.
 """
 
 from __future__ import annotations

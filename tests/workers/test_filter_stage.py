@@ -21,11 +21,11 @@ from sd3core.data.manifest import Manifest, read_manifest
 from sd3core.data.shards import read_shard_index, read_table
 from sd3core.data.store import Store, open_store
 from sd3core.errors import DataError
-from sd3core.filters.row_rules import DUPLICATE, HAS_PATTERN, LEAKED, LONG_CAPTION, SHORT_SIDE
+from sd3core.filters.row_rules import DUPLICATE, HAS_PATTERN, LEAKED, LONG_CAPTION, NOT_MEASURED, SHORT_SIDE, below
 from sd3core.progress import ignore_progress
 from sd3core.recipe import Recipe
 from sd3core.recipe_file import load_recipe
-from sd3core.specs import DUPLICATES
+from sd3core.specs import DONE, DUPLICATES
 from workers.caption import caption_stage
 from workers.filter import filter_stage
 from workers.ingest import ingest_stage
@@ -281,3 +281,62 @@ def test_the_page_shows_the_funnel_the_rules_and_pictures(run, store):
     assert {says.partition(";")[0].removeprefix("left out: ") for says in pictures} == {*keep.failed_reasons}
     assert all(data.startswith(b"\xff\xd8") for data in pictures.values())
     assert len({hashlib.sha256(data).digest() for data in pictures.values()}) == 2
+
+
+def test_a_damaged_part_is_named_with_its_mend(run, store):
+    run.add("copy", 3, (80, 80))
+    _, keep = run.filter(store, DEDUPLICATE)
+    (part,) = [e.path for e in store.list(keep.folder) if DUPLICATES in e.path and e.path.endswith(".parquet")]
+    store.put(part, store.get(part) + b"x")
+    for entry in store.list(keep.folder):
+        if entry.path.endswith(DONE):
+            store.delete(entry.path)
+    with pytest.raises(StageFailed, match="damaged; delete it and run the filter stage again"):
+        run.filter(store, DEDUPLICATE)
+    store.delete(part)
+    assert run.filter(store, DEDUPLICATE)[1] == keep
+
+
+class Scorer:
+    """The mean brightness of each picture; of the darkest no number."""
+
+    def __init__(self, *_: object) -> None:
+        self.shown = 0
+
+    def __call__(self, images) -> list[float]:
+        self.shown += len(images)
+        values = [float(np.asarray(image).mean()) for image in images]
+        return [value if value > 20 else float("nan") for value in values]
+
+
+def test_models_score_and_embed_each_image_once_and_thresholds_ask_none_again(run, store, monkeypatch):
+    scorer = Scorer()
+    embedded: list[int] = []
+
+    def embedder(images) -> np.ndarray:
+        embedded.append(len(images))
+        return np.stack([np.asarray(image.resize((4, 4)), dtype=np.float16).ravel() - 128 for image in images])
+
+    monkeypatch.setattr("sd3core.filters.scorers.load_scorer", lambda *_: scorer)
+    monkeypatch.setattr("sd3core.filters.scorers.load_embedder", lambda *_: embedder)
+    Image.new("RGB", (64, 64)).save(f"{run.folder}/black.png")
+    run.add("copy", 3, (80, 80))
+    score = "filter.scores.bright={kind: label, model: /m, label: x, min: 125}"
+    model = "filter.duplicates={model: /clip, threshold: 0.99}"
+    result, keep = run.filter(store, score, model)
+    reasons = {reason for reason, _ in left_out(store, keep).values()}
+    assert {below("bright"), NOT_MEASURED} <= reasons and not run.hashed
+    assert scorer.shown == sum(embedded) == IMAGES + 2
+    assert any("1 image left out: a score or its embedding is not finite" in line for line in result.warnings)
+    entry = next(entry for entry in keep.shards if below("bright") in entry.failed)
+    told = read_shard_index(store, keep.folder, entry.stem, entry.index_digest).to_pylist()
+    assert all(row["score_bright"] < 125 for row in told if row["reason"] == below("bright"))
+    _, looser = run.filter(store, score.replace("125", "21"), model)
+    assert scorer.shown == IMAGES + 2 and looser.rows > keep.rows
+    assert DUPLICATE in {reason for reason, _ in left_out(store, looser).values()}
+
+
+def test_a_shard_of_which_nothing_can_be_measured_is_one_all_the_same(run, store, monkeypatch):
+    monkeypatch.setattr("sd3core.filters.scorers.load_scorer", lambda *_: lambda images: [float("nan")] * len(images))
+    with pytest.raises(DataError, match="^filter: none of 40 images is kept .*its scores are not finite: 40"):
+        run.filter(store, DEDUPLICATE, "filter.scores.none={kind: label, model: /m, label: x, min: 0}")

@@ -12,7 +12,8 @@ from PIL import Image
 
 from sd3core.errors import StoreError
 from sd3core.filters import near_duplicates
-from sd3core.filters.near_duplicates import Duplicate, DuplicateSearch, FeatureRows, find_duplicates, state_bytes
+from sd3core.filters.duplicate_lists import Duplicate
+from sd3core.filters.near_duplicates import DuplicateSearch, FeatureRows, find_duplicates, state_bytes
 from sd3core.filters.picture_hash import HASH_BYTES, mirror_blind, picture_hash
 
 SEARCH = DuplicateSearch(threshold=0.9, mirrored=False, rows_per_cluster=10**6, most_clusters=16_000, seed=0)
@@ -62,6 +63,13 @@ def groups(count: int, centres: int, width: int, noise: float, seed: int = 1) ->
     return (centre[rng.integers(centres, size=count)] + noise * rng.normal(size=(count, width))).astype(np.float16)
 
 
+def search_rows(
+    rows: Rows, search: DuplicateSearch = SEARCH, shards=None, tell=lambda rows, doing: None
+) -> list[Duplicate]:
+    found = find_duplicates(rows.read, rows.shards if shards is None else shards, search, tell)
+    return [Duplicate(**row) for row in found.to_pylist()]
+
+
 def in_order(found) -> list[Duplicate]:
     return sorted(found, key=lambda duplicate: duplicate.key)
 
@@ -72,14 +80,14 @@ def test_within_one_cluster_it_is_the_walk_over_all_pairs(monkeypatch, block, no
     monkeypatch.setattr(near_duplicates, "BLOCK_ROWS", block)
     monkeypatch.setattr(near_duplicates, "COLUMNS_AT_ONCE", 7)
     rows = Rows(groups(150, 40, 16, noise), 32)
-    found = in_order(find_duplicates(rows.read, rows.shards, SEARCH))
+    found = in_order(search_rows(rows))
     assert found == in_order(rows.walk(0.9)) and 20 < len(found) < 150
     assert any(duplicate.leaked for duplicate in found)
 
 
 def test_over_borders_of_clusters_hardly_any_is_lost_and_what_goes_is_like_what_stays():
     rows = Rows(groups(3_000, 2_000, 16, 0.03), 200)
-    found = list(find_duplicates(rows.read, rows.shards, replace(SEARCH, rows_per_cluster=64)))
+    found = search_rows(rows, replace(SEARCH, rows_per_cluster=64))
     wanted = {duplicate.key for duplicate in rows.walk(0.9)}
     gone = {duplicate.key for duplicate in found}
     assert gone <= wanted and len(gone) >= 0.99 * len(wanted)
@@ -88,14 +96,14 @@ def test_over_borders_of_clusters_hardly_any_is_lost_and_what_goes_is_like_what_
 
 def test_the_order_of_shards_changes_nothing():
     rows = Rows(groups(300, 100, 16, 0.2), 50)
-    found = in_order(find_duplicates(rows.read, rows.shards, SEARCH))
-    assert in_order(find_duplicates(rows.read, rows.shards[::-1], SEARCH)) == found
+    found = in_order(search_rows(rows))
+    assert in_order(search_rows(rows, shards=rows.shards[::-1])) == found
 
 
 def test_a_million_of_the_same_picture_hold_no_pairs():
     """All but one go, by the comparisons of one row with all others: blocks compare only what they keep."""
     rows = Rows(np.ones((20_000, 8), dtype=np.int8), 4_000)
-    found = list(find_duplicates(rows.read, rows.shards, SEARCH))
+    found = search_rows(rows)
     assert len(found) == 19_999 and len({duplicate.of for duplicate in found}) == 1
 
 
@@ -114,7 +122,7 @@ def test_rows_are_read_once_and_memory_holds_a_small_part_of_them(monkeypatch):
     monkeypatch.setattr(near_duplicates, "BUFFERED_ROWS", 2_000)
     rng = np.random.default_rng(0)
     rows, said = Rows(rng.integers(-90, 90, (24_000, 16), dtype=np.int8), 200), []
-    list(find_duplicates(rows.read, rows.shards, replace(SEARCH, rows_per_cluster=80), said.append))
+    search_rows(rows, replace(SEARCH, rows_per_cluster=80), tell=lambda rows, doing: said.append(rows))
     assert sum(held) == 2 * 24_000 and len(held) == 256 and max(held) < 8 * sum(held) / len(held)
     seen_twice = sum(count - 1 for count in rows.reads.values())
     assert max(rows.reads.values()) == 2 and seen_twice <= 1 + 120 * 300 * 8 / 24_000  # k-means' own share
@@ -129,12 +137,12 @@ def test_a_full_disk_is_said_in_one_line(monkeypatch):
     monkeypatch.setattr(near_duplicates, "_write_partitions", full)
     rows = Rows(groups(10, 5, 8, 0.1), 5)
     with pytest.raises(StoreError, match=r"^temporary folder .* \(TMPDIR\): No space left on device$"):
-        list(find_duplicates(rows.read, rows.shards, SEARCH))
+        search_rows(rows)
 
 
 def test_nothing_to_compare():
     rows = Rows(groups(1, 1, 8, 0.1), 5)
-    assert list(find_duplicates(rows.read, [], SEARCH)) == list(find_duplicates(rows.read, rows.shards, SEARCH)) == []
+    assert search_rows(rows, shards=[]) == search_rows(rows) == []
 
 
 def test_the_hash_of_a_mirrored_picture_has_other_signs_alone_and_its_bytes_stay():

@@ -37,7 +37,7 @@ MEASURES = pa.table({"key": ["k4", "k3", "k1", "k0"], "score_sharp": pa.array([0
         ({"caption_requires": "^a "}, {4: "caption without filter.caption_requires"}),
         ({"caption_forbids": r"(?i)\bnow\b"}, {4: "caption with filter.caption_forbids"}),
         ({"min_side_px": 51, "min_aspect": 0.5}, {1: "shorter side below filter.min_side_px", 2: "shorter side below filter.min_side_px"}),
-        ({"scores": {"sharp": SHARP}}, {1: "below filter.scores.sharp.min", 2: "cannot be decoded any more", 3: "above filter.scores.sharp.max"}),
+        ({"scores": {"sharp": SHARP}}, {1: "below filter.scores.sharp.min", 2: "cannot be decoded any more, or its scores are not finite", 3: "above filter.scores.sharp.max"}),
     ],
 )  # fmt: skip
 def test_each_rule_leaves_out_just_what_it_says_and_the_first_is_named(rules, gone):
