@@ -46,6 +46,8 @@ COMMANDS_RUN_BY = {
     r"sd3 import .*": "tests/flows/cli/test_convert_commands.py::"
     "test_import_says_what_it_found_and_what_it_took_for_granted",
     r"sd3 export .*": "tests/flows/cli/test_convert_commands.py::test_export_in_both_formats",
+    r"(mkdir|mv|cp|printf|tee) .*": "tests/flows/cli/test_plan_source.py::"
+    "test_class_folders_a_table_and_a_mask_as_the_readme_shows_them",
     r"sd3 plan.*": "tests/flows/cli/test_sd3_plan.py::test_the_plan_of_every_recipe_says_what_it_costs",
     r"sd3 deploy .*": "tests/flows/cli/test_cli_errors.py::test_a_prefect_server_that_is_not_there_is_named",
     r"sd3 clean.*": "tests/flows/cli/test_clean_command.py::test_it_removes_what_is_named_and_refuses_what_is_in_use",
@@ -446,7 +448,9 @@ def test_recipes_and_overrides_of_sd3_commands_are_valid(arguments):
     ]
     recipe = next((value for option, value in given if option in ("--recipe", "-r")), "mini")
     if not recipe.endswith((".yaml", ".yml")):
-        load_recipe(recipe, [value for option, value in given if option in ("--set", "-s")])
+        own_images = ["data.source=folder", "data.folder=/images", "caption.captioner=none"] * ("--data" in arguments)
+        overrides = [value.replace("$PWD", str(PROJECT)) for option, value in given if option in ("--set", "-s")]
+        load_recipe(recipe, [*own_images, *overrides])
 
 
 @pytest.mark.parametrize("arguments", calls_of("make") + spans_of("make"))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -115,3 +119,25 @@ def test_a_table_is_looked_at_by_its_rows(folder, tmp_path):
     look = look_at_source(load_recipe("tiny-test", settings).data, captions_needed=True)
     assert (look.rows, look.looked, look.taken, look.is_estimate) == (33, 33, 30, False)
     assert sum(map(len, look.captions)) == 31 and sum(look.left_out.values()) == 2
+
+
+def test_class_folders_a_table_and_a_mask_as_the_readme_shows_them(tmp_path, monkeypatch):
+    """The commands of sd3core/data/image_files/README.md, one after the other; every line shown is printed."""
+    monkeypatch.setenv("SD3_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PWD", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(__file__).parents[3] / "sd3core/data/image_files/README.md").read_text()
+    lines = re.search(r"^```sh\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)[1].replace("\\\n", " ").splitlines()
+    said, compared = "", 0
+    for line in lines:
+        if not line.startswith("$ "):
+            assert line.strip() in said
+            compared += 1
+        elif line.startswith("$ .venv/bin/sd3 "):
+            words = shlex.split(os.path.expandvars(line.removeprefix("$ .venv/bin/sd3 ")))
+            printed = CliRunner().invoke(app, words, catch_exceptions=False)
+            assert printed.exit_code == 0
+            said = printed.output
+        else:
+            subprocess.run(line.removeprefix("$ "), shell=True, check=True)
+    assert compared == 9
