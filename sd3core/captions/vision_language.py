@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 
 import torch
 from PIL.Image import Image
@@ -50,6 +51,7 @@ class VisionLanguageCaptioner:
     ) -> None:
         folder = Path(folder)
         self.processor = load_processor(folder)
+        self.asking = Lock()  # a tokenizer answers one thread at a time
         weights = find_weights(folder, [TRANSFORMERS_STEM])
         try:
             model = AutoModelForImageTextToText.from_pretrained(
@@ -79,9 +81,13 @@ class VisionLanguageCaptioner:
         return f"{image_token}\n{prompt}" if image_token else prompt
 
     def prepare(self, images: Sequence[Image]) -> BatchFeature:
-        inputs = self.processor(
-            images=[[image] for image in images], text=[self.prompt] * len(images), padding=True, return_tensors="pt"
-        )
+        with self.asking:
+            inputs = self.processor(
+                images=[[image] for image in images],
+                text=[self.prompt] * len(images),
+                padding=True,
+                return_tensors="pt",
+            )
         inputs.pop("labels", None)  # some processors make them, for training
         return inputs
 
@@ -97,7 +103,8 @@ class VisionLanguageCaptioner:
             logits_processor=LogitsProcessorList(drawn),
         )
         new = _without_prompt(generated, inputs["input_ids"])  # (B, T)
-        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        with self.asking:
+            texts = self.processor.batch_decode(new, skip_special_tokens=True)
         lengths = [self._length(row) for row in new]
         return [
             Said(text, tokens, cut_off=not ended and tokens >= self.max_new_tokens)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -39,6 +40,15 @@ def test_a_batch_is_captioned_as_its_images_alone(folders, family):
     alone = [captioner.write(captioner.prepare([image]), [seed])[0] for image, seed in zip(images, SEEDS, strict=True)]
     assert together == alone
     assert not any("Describe" in said.text or "<image>" in said.text for said in together)
+
+
+def test_batches_are_prepared_on_several_threads(folders):
+    captioner = VisionLanguageCaptioner(folders["idefics3"], "Describe it.", max_new_tokens=2)
+    images = noise_images(4)
+    expected = [captioner.prepare(images[:count])["input_ids"] for count in (1, 2, 3, 4)]
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(lambda turn: captioner.prepare(images[: turn % 4 + 1])["input_ids"], range(80)))
+    assert all(torch.equal(ids, expected[turn % 4]) for turn, ids in enumerate(made))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
