@@ -1,4 +1,4 @@
-"""Looks at a source before it is ingested: how many rows it has, how large, with what captions.
+"""Looks at a source before it is ingested: its rows, their sizes and captions.
 
 A listing, and some hundreds of rows, chosen by hash so that the choice does not follow the order of the data, and read as the
 ingest stage reads them. Nothing is written.
