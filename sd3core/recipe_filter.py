@@ -67,7 +67,7 @@ class Duplicates(Section):
 
 
 class Filter(Section):
-    """Rules of captions are of the original ones, of images that have one."""
+    """Rules of captions are of the original ones: an image goes where one of its captions breaks a rule, and none breaks none."""
 
     min_side_px: int | None = Field(None, ge=1)
     min_aspect: float | None = Field(None, gt=0)  # width / height

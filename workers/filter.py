@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from sd3core.data.begun import begin
 from sd3core.data.images import PixelRules
 from sd3core.data.manifest import Manifest, ManifestRef, read_manifest
 from sd3core.data.shards import parts_digest
@@ -33,8 +34,10 @@ def filter_stage(recipe: Recipe, store: Store, raw: ManifestRef, report: Progres
     """Its parts are "measures", where images are looked at, and "keep". DataError where no image to train on is left."""
     if recipe.filter is None:
         return StageResult("filter", raw.path, raw.digest, skipped=True, reason=NO_FILTER)
-    manifest = read_manifest(store, raw.folder, raw.digest)
-    shards = input_shards(manifest)
+    shards = input_shards(read_manifest(store, raw.folder, raw.digest))
+    begin(
+        store, recipe.run, "filter", keep_folder(recipe), keep_fields(recipe)
+    )  # what is found is written before the lists
     parts: dict[str, StageResult] = {}
     measures: dict[int, InputShard] = {}
     lists = DuplicateLists({}, {})

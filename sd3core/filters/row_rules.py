@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sd3core.data.ingest import captions_column
 from sd3core.recipe_filter import Filter
 
 # Reasons stand in records and count rows; none has a threshold's value, which the recipe says.
@@ -25,9 +27,7 @@ def judge_rows(rules: Filter, index: pa.Table, measures: pa.Table | None) -> pa.
     """
     width, height = (pc.cast(index[name], pa.float64()) for name in ("width", "height"))
     aspect, side = pc.divide(width, height), pc.min_element_wise(width, height)
-    caption = pc.fill_null(index["caption"], "")
-    captioned, chars = pc.not_equal(caption, ""), pc.utf8_length(caption)
-    broken: list[tuple[str, pa.ChunkedArray]] = []
+    broken: list[tuple[str, pa.ChunkedArray | pa.Array]] = []
 
     def bound(reason: str, value: pa.ChunkedArray, least: float | None = None, most: float | None = None) -> None:
         if least is not None:
@@ -38,13 +38,7 @@ def judge_rows(rules: Filter, index: pa.Table, measures: pa.Table | None) -> pa.
     bound(SHORT_SIDE, side, least=rules.min_side_px)
     bound(TOO_TALL, aspect, least=rules.min_aspect)
     bound(TOO_WIDE, aspect, most=rules.max_aspect)
-    bound(SHORT_CAPTION, pc.if_else(captioned, chars, None), least=rules.min_caption_chars)
-    bound(LONG_CAPTION, chars, most=rules.max_caption_chars)
-    if rules.caption_requires is not None:
-        found = pc.match_substring_regex(caption, rules.caption_requires)
-        broken.append((LACKS_PATTERN, pc.and_(captioned, pc.invert(found))))
-    if rules.caption_forbids is not None:
-        broken.append((HAS_PATTERN, pc.and_(captioned, pc.match_substring_regex(caption, rules.caption_forbids))))
+    broken += _broken_by_captions(rules, captions_column(index))
     if measures is not None:
         place = pc.index_in(index["key"], value_set=measures["key"])
         broken.append((NOT_MEASURED, pc.is_null(place)))
@@ -56,6 +50,23 @@ def judge_rows(rules: Filter, index: pa.Table, measures: pa.Table | None) -> pa.
     for reason, breaks in reversed(broken):
         reasons = pc.if_else(pc.fill_null(breaks, False), reason, reasons)
     return reasons.combine_chunks() if isinstance(reasons, pa.ChunkedArray) else reasons
+
+
+def _broken_by_captions(rules: Filter, captions: list[list[str]]) -> list[tuple[str, pa.Array]]:
+    """An image breaks a rule where one of its captions does; one that has none breaks none."""
+    each = pa.array([caption for own in captions for caption in own], pa.string())
+    image = np.repeat(np.arange(len(captions)), [len(own) for own in captions])
+    chars, broken = pc.utf8_length(each), []
+    if rules.min_caption_chars is not None:
+        broken.append((SHORT_CAPTION, pc.less(chars, rules.min_caption_chars)))
+    if rules.max_caption_chars is not None:
+        broken.append((LONG_CAPTION, pc.greater(chars, rules.max_caption_chars)))
+    if rules.caption_requires is not None:
+        broken.append((LACKS_PATTERN, pc.invert(pc.match_substring_regex(each, rules.caption_requires))))
+    if rules.caption_forbids is not None:
+        broken.append((HAS_PATTERN, pc.match_substring_regex(each, rules.caption_forbids)))
+    count = lambda breaks: np.bincount(image[breaks.to_numpy(zero_copy_only=False)], minlength=len(captions))
+    return [(reason, pa.array(count(breaks) > 0)) for reason, breaks in broken]
 
 
 def below(score: str) -> str:

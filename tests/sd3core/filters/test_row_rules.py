@@ -46,6 +46,18 @@ def test_each_rule_leaves_out_just_what_it_says_and_the_first_is_named(rules, go
     assert {place: reason for place, reason in enumerate(reasons) if reason} == gone
 
 
+def test_an_image_goes_where_one_of_its_captions_breaks_a_rule():
+    several = pa.array(
+        [["a cat", "a cat that sleeps, buy it"], None, None, ["a longer caption", "a hat"], None], pa.list_(pa.string())
+    )
+    index = INDEX.append_column("captions", several)
+    judged = lambda **rules: [
+        place for place, reason in enumerate(judge_rows(Filter(**rules), index, None).to_pylist()) if reason
+    ]
+    assert judged(caption_forbids="buy") == [0, 4] and judged(max_caption_chars=15) == [0, 3]
+    assert judged(caption_requires="^a ") == [4] and judged(min_caption_chars=6) == [0, 1, 3]
+
+
 def test_of_no_rows_no_reasons():
     assert judge_rows(Filter(min_side_px=5, caption_requires="x"), INDEX.slice(0, 0), None).to_pylist() == []
 
