@@ -106,6 +106,11 @@ class Filter(Section):
         """Whether images are looked at, and not only what their index says."""
         return bool(self.scores) or self.duplicates is not None
 
+    @property
+    def has_models(self) -> bool:
+        """Whether a GPU is of use."""
+        return bool(self.scores) or (self.duplicates is not None and self.duplicates.model is not None)
+
 
 def _check_path(key: str, path: str | None) -> None:
     if path is not None and not path.startswith("/"):

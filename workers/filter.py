@@ -61,6 +61,8 @@ def _measure(
     inputs = {"raw": raw.digest}
     stage = ShardStage("measures", "measures", folder, measures_fields(recipe), inputs, tasks, unit="image")
     compute = recipe.compute.for_stage("filter")
+    if not recipe.filter.has_models:
+        compute = compute.model_copy(update={"gpus_per_actor": 0.0})
     worker = {
         "store_url": store.url,
         "rules": recipe.filter,

@@ -340,3 +340,31 @@ def test_a_shard_of_which_nothing_can_be_measured_is_one_all_the_same(run, store
     monkeypatch.setattr("sd3core.filters.scorers.load_scorer", lambda *_: lambda images: [float("nan")] * len(images))
     with pytest.raises(DataError, match="^filter: none of 40 images is kept .*its scores are not finite: 40"):
         run.filter(store, DEDUPLICATE, "filter.scores.none={kind: label, model: /m, label: x, min: 0}")
+
+
+def test_in_a_bucket_it_writes_what_it_writes_in_a_folder(run, store, s3_bucket):
+    run.add("copy", 3, (80, 80))
+    bucket = open_store(f"s3://{s3_bucket}/some/where")
+    (_, here), (_, there) = run.filter(store, DEDUPLICATE), run.filter(bucket, DEDUPLICATE)
+    assert here == there and here.rows == IMAGES
+    files = lambda of: {entry.path: of.get(entry.path) for entry in of.list("datasets") if MADE.search(entry.path)}
+    assert files(bucket) == files(store)
+    assert run.filter(bucket, DEDUPLICATE)[0].reason == NOTHING_TO_DO
+
+
+@pytest.mark.slow
+def test_on_rays_actors_as_in_one_process(tmp_path, local_ray):
+    """Measures, the search over all shards and the lists, each by workers of their own."""
+    (tmp_path / "images").mkdir()
+    run, store = Run(str(tmp_path / "images"), Seen()), open_store(str(tmp_path / "store"))
+    for number in range(12):
+        run.add(f"{number:03d}", number)
+    run.add("copy", 3, (80, 80))
+    overrides = [*SETTINGS, f"data.folder={run.folder}", "caption.captioner=none", DEDUPLICATE]
+    recipe, said = load_recipe("tiny-test", overrides), []
+    raw = ingest_stage(recipe, store, ignore_progress)
+    result = filter_stage(recipe, store, raw.manifest, said.append)
+    keep = read_manifest(store, result.manifest.folder, result.manifest.digest)
+    assert keep.rows == 12 and [reason for reason, _ in left_out(store, keep).values()] in ([DUPLICATE], [LEAKED])
+    assert {progress.unit for progress in said} == {"images"} and not result.skipped
+    assert filter_stage(recipe, store, raw.manifest, ignore_progress).reason == NOTHING_TO_DO

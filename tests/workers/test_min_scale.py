@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from counting_models import DIGESTS, TOWERS, count_models
+from rich.console import Console
 from test_rare_sizes import SETTINGS, Folder
 
+from flows.cli.plan import print_rare_sizes
 from flows.upstream import Upstream
 from sd3core.data.manifest import read_manifest
 from sd3core.data.size_rule import TOO_SMALL, SizeRule
 from sd3core.data.split_rows import read_rows
 from sd3core.data.store import open_store
 from sd3core.errors import DataError, RecipeError
+from sd3core.progress import ignore_progress
 from sd3core.recipe_file import load_recipe
 from sd3core.small_world.scenes import scene_size
 from workers import encode, rare_sizes
 from workers.evaluate_tasks import EvaluationInputs, ScoredCheckpoint, plan_tasks
+from workers.ingest import ingest_stage
 from workers.stage import NOTHING_TO_DO, recall_stage
 
 WHOLE = ("pretrain.min_scale=1", "finetune.0.min_scale=1", "finetune.0.side_px=64", "finetune.0.buckets=null")
@@ -159,3 +165,18 @@ def test_scores_are_of_images_that_the_phase_takes_and_change_only_where_it_leav
         assert (before == after) == (before.phase == "pretrain"), before.title
         if after.part == "pictures" and after.phase == "finetune.0":
             assert SizeRule.of_dict(after.protocol) == SizeRule.of_dict(after.protocol["reference"]) == sizes
+
+
+def test_a_plan_counts_what_each_phase_leaves_out_before_anything_is_encoded(folder, store):
+    recipe = load_recipe("tiny-test", [*SETTINGS, f"data.folder={folder.recipe.data.folder}", *WHOLE])
+
+    def printed() -> str:
+        console = Console(file=io.StringIO(), width=200)
+        print_rare_sizes(recipe, store, console)
+        return console.file.getvalue().strip()
+
+    assert "images too small for a phase, and sizes with fewer images than a batch, are told here when" in printed()
+    ingest_stage(recipe, store, ignore_progress)
+    before = [entry.path for entry in store.list("datasets")]
+    assert printed() == LEFT_OUT
+    assert folder.seen.encoded == 0 and [entry.path for entry in store.list("datasets")] == before
