@@ -11,7 +11,9 @@ k-means' points, the rows of one of DUPLICATE_PARTITIONS files on disk (`state_b
 from __future__ import annotations
 
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ BUFFERED_ROWS = 65_536  # before they are written to their partitions
 BLOCK_ROWS = 1_024  # are compared with COLUMNS_AT_ONCE others at once
 COLUMNS_AT_ONCE = 16_384
 KMEANS_ITERATIONS = 10
+READING_AT_ONCE = 16  # shards: of a bucket each takes some 50 ms
 
 TellSearch = Callable[[int, str], None]
 
@@ -128,9 +131,8 @@ def _centroids(
     number = len(shards) if wanted >= rows else max(1, -(-len(shards) * wanted // rows))
     chosen = [shards[position * len(shards) // number][0] for position in range(number)]
     parts = []
-    for place, shard in enumerate(chosen):
+    for place, found in enumerate(_read_ahead(read, chosen)):
         tell(0, f"reading for k-means, shard {place + 1} of {number}")
-        found = read(shard)
         if len(found.keys):
             parts.append(_directions(found.features, search))
     if not parts:
@@ -151,6 +153,18 @@ def _centroids(
         kmeans.train(points, init_centroids=centroids)
         centroids = kmeans.centroids
     return centroids
+
+
+def _read_ahead(read: Callable[[int], FeatureRows], shards: Sequence[int]) -> Iterator[FeatureRows]:
+    """In order, the next ones on threads while the caller uses earlier ones."""
+    with ThreadPoolExecutor(READING_AT_ONCE, thread_name_prefix="measures") as threads:
+        waiting: deque[Future[FeatureRows]] = deque()
+        for shard in shards:
+            waiting.append(threads.submit(read, shard))
+            if len(waiting) > READING_AT_ONCE:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _write_partitions(
@@ -183,8 +197,7 @@ def _write_partitions(
                 writers[number].write_table(part)
             waiting.clear()
 
-        for shard, _ in shards:
-            found = read(shard)
+        for found in _read_ahead(read, [shard for shard, _ in shards]):
             waiting += _cluster_tables(found, index, search)
             written, buffered = written + len(found.keys), buffered + len(found.keys)
             tell(written, "sorted into clusters")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ class Rows:
         self.keys = [f"k{number:06d}" for number in rng.permutation(count)]
         self.held_out = rng.random(count) < 1 / 3
         self.reads: Counter[int] = Counter()
+        self.threads: set[int] = set()
 
     @property
     def shards(self) -> list[tuple[int, int]]:
@@ -36,6 +38,7 @@ class Rows:
 
     def read(self, shard: int) -> FeatureRows:
         self.reads[shard] += 1
+        self.threads.add(threading.get_ident())
         part = slice(shard // 7 * self.shard_rows, (shard // 7 + 1) * self.shard_rows)
         return FeatureRows(shard, pa.array(self.keys[part]), self.held_out[part], self.features[part])
 
@@ -125,6 +128,7 @@ def test_rows_are_read_once_and_memory_holds_a_small_part_of_them(monkeypatch):
     search_rows(rows, replace(SEARCH, rows_per_cluster=80), tell=lambda rows, doing: said.append(rows))
     assert sum(held) == 2 * 24_000 and len(held) == 256 and max(held) < 8 * sum(held) / len(held)
     seen_twice = sum(count - 1 for count in rows.reads.values())
+    assert len(rows.threads) >= near_duplicates.READING_AT_ONCE  # a request does not wait for the one before
     assert max(rows.reads.values()) == 2 and seen_twice <= 1 + 120 * 300 * 8 / 24_000  # k-means' own share
     assert said == sorted(said) and said[-1] <= 2 * 24_000
     assert state_bytes(HASH_BYTES) == 2 * (114 + 57)
