@@ -62,11 +62,6 @@ class WebdatasetRows:
             self.file.check()
         yield from self._rows_of_table(names)
 
-    def fields(self, sample: TarSample) -> list[str]:
-        """What a recipe could name of a sample, for messages."""
-        found = [extension for extension in sample.members if extension]
-        return found + [f"{JSON}.{key}" for key in self._json(sample) or {}]
-
     def _row(self, sample: TarSample) -> SourceRow:
         images = [sample.members[field] for field in self.image_fields if field in sample.members]
         described = self._json(sample)
