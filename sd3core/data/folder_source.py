@@ -37,7 +37,10 @@ from sd3core.recipe import Data
 from sd3core.words import NAMED, counted, some
 
 NO_CAPTION_IN_ROW = "no caption in its row (data.caption_fields; or name a captioner in caption.captioner)"
-NO_CAPTION = f"no caption (give it as {HOW_TO_GIVE}; or name a captioner in caption.captioner)"
+NO_CAPTION = (
+    f"no caption (give it as {HOW_TO_GIVE}; for a folder a class set data.class_caption; or name a captioner in"
+    " caption.captioner)"
+)
 Tell = Callable[[str], None]
 
 

@@ -295,6 +295,7 @@ def test_no_caption_names_every_way_to_give_one(folder):
         "metadata.csv",
         "metadata.tsv",
         "caption.captioner",
+        "data.class_caption",
     ):
         assert way in str(error.value)
 
