@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -30,6 +31,7 @@ class Rows:
         self.held_out = rng.random(count) < 1 / 3
         self.reads: Counter[int] = Counter()
         self.threads: set[int] = set()
+        self.seconds = 0.0  # that a read takes
 
     @property
     def shards(self) -> list[tuple[int, int]]:
@@ -39,6 +41,7 @@ class Rows:
     def read(self, shard: int) -> FeatureRows:
         self.reads[shard] += 1
         self.threads.add(threading.get_ident())
+        time.sleep(self.seconds)
         part = slice(shard // 7 * self.shard_rows, (shard // 7 + 1) * self.shard_rows)
         return FeatureRows(shard, pa.array(self.keys[part]), self.held_out[part], self.features[part])
 
@@ -125,6 +128,7 @@ def test_rows_are_read_once_and_memory_holds_a_small_part_of_them(monkeypatch):
     monkeypatch.setattr(near_duplicates, "BUFFERED_ROWS", 2_000)
     rng = np.random.default_rng(0)
     rows, said = Rows(rng.integers(-90, 90, (24_000, 16), dtype=np.int8), 200), []
+    rows.seconds = 0.02
     search_rows(rows, replace(SEARCH, rows_per_cluster=80), tell=lambda rows, doing: said.append(rows))
     assert sum(held) == 2 * 24_000 and len(held) == 256 and max(held) < 8 * sum(held) / len(held)
     seen_twice = sum(count - 1 for count in rows.reads.values())
