@@ -35,9 +35,8 @@ def filter_stage(recipe: Recipe, store: Store, raw: ManifestRef, report: Progres
     if recipe.filter is None:
         return StageResult("filter", raw.path, raw.digest, skipped=True, reason=NO_FILTER)
     shards = input_shards(read_manifest(store, raw.folder, raw.digest))
-    begin(
-        store, recipe.run, "filter", keep_folder(recipe), keep_fields(recipe)
-    )  # what is found is written before the lists
+    # what the search finds is written before the lists
+    begin(store, recipe.run, "filter", keep_folder(recipe), keep_fields(recipe))
     parts: dict[str, StageResult] = {}
     measures: dict[int, InputShard] = {}
     lists = DuplicateLists({}, {})

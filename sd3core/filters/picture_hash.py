@@ -30,7 +30,10 @@ def picture_hash(image: Image.Image) -> np.ndarray:
     waves = np.concatenate(
         [dctn(plane, norm="ortho")[:kept, :kept].ravel() for plane, kept in zip(planes, WAVES, strict=True)]
     )
-    return np.round(np.sign(waves) * np.abs(waves) ** POWER * (127 / LARGEST_WAVE)).astype(np.int8)
+    found = np.round(np.sign(waves) * np.abs(waves) ** POWER * (127 / LARGEST_WAVE)).astype(np.int8)
+    if not found.any():
+        found[0] = 1  # black is a grey as any other: nothing would be like a hash of nothing
+    return found
 
 
 def mirror_blind(hashes: np.ndarray) -> np.ndarray:

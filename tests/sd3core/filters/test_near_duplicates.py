@@ -165,4 +165,14 @@ def test_the_hash_of_a_mirrored_picture_has_other_signs_alone_and_its_bytes_stay
     np.testing.assert_allclose(own[:8], GOLDEN, atol=1)  # the last bit of a cosine may round otherwise elsewhere
 
 
+def test_black_pictures_are_alike_and_so_are_all_of_one_grey():
+    pictures = [
+        Image.new("RGB", size, colour)
+        for size, colour in (((64, 64), "black"), ((32, 48), "black"), ((64, 64), "white"))
+    ]
+    hashes = np.stack([picture_hash(picture) for picture in [*pictures, Image.new("RGB", (64, 64), "red")]])
+    found = search_rows(Rows(hashes, 2), replace(SEARCH, threshold=0.985, mirrored=True))
+    assert len(found) == 2 and np.abs(hashes).max() <= 127
+
+
 GOLDEN = [81, -30, -4, -9, -4, -6, -3, -5]
