@@ -129,7 +129,7 @@ def read_item(
     sha256: str = "",
     words_of: FolderItem | None = None,
 ) -> FolderItem:
-    """Reads an image's bytes for their digest unless `sha256` is given, and its words unless they are `words_of`'s.
+    """Reads an image's bytes for their digest unless `sha256` is given, and its words unless they are those of `words_of`, which was read.
 
     Raises FolderChanged for a file that is not as it was listed, UserError for what says nothing of the file.
     """
@@ -141,7 +141,7 @@ def read_item(
             with as_listed(root, image.file) as opened:
                 sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
         if words_of is not None:
-            return replace(words_of, sha256=sha256 if words_of.sha256 else "")
+            return replace(words_of, sha256=sha256)
         words = read_words(root, image)
     except OSError as error:
         if is_of_the_machine(error):  # says nothing of the file, and would leave it out

@@ -143,7 +143,9 @@ class FolderWorker:
         same_words = old is not None and old.words_key == image.words_key
         if same_file and same_words and not image.problem:
             return old.item()
-        known = {"sha256": old.sha256} if same_file else {"words_of": old.item()} if same_words else {}
+        # What was not read, as a link or what was not there, has no words that hold for the file that is there now.
+        has_words = same_words and old.sha256 != ""
+        known = {"sha256": old.sha256} if same_file else {"words_of": old.item()} if has_words else {}
         return read_item(root, image, self.data, self.captions_needed, **known)
 
     def _make(

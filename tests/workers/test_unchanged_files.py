@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -286,6 +287,24 @@ def test_a_right_that_comes_back_is_noticed(folder, store, monkeypatch):
         patch.setattr(type(folder), "open", refused)  # file modes do not stop root
         assert ingest(folder, store).rows == 2
     assert ingest(folder, store).rows == 3
+
+
+@pytest.mark.parametrize("source", ["folder", "table"])
+def test_what_was_not_there_to_be_read_is_taken_once_it_is(source, folder, store, tmp_path):
+    """A link out of the folder that gives way to the file itself; a table's file that comes. Their words are as they were."""
+    fill(folder, 2)
+    write(tmp_path / "elsewhere.png", 7)
+    settings = ["caption.captioner=vision_language_model", "caption.model=/a/model"]
+    if source == "folder":
+        (folder / "late.png").symlink_to(tmp_path / "elsewhere.png")
+    else:
+        rows = [{"path": f"{name}.png", "text": name} for name in ("0000", "0001", "late")]
+        write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, rows)))
+        settings += ["data.source=table", f"data.table={tmp_path / 't.jsonl'}"]
+    assert ingest(folder, store, *settings).rows == 2
+    (folder / "late.png").unlink(missing_ok=True)
+    write(folder / "late.png", 9)
+    assert ingest(folder, store, *settings).rows == 3
 
 
 def test_a_shard_whose_done_record_is_lost_is_made_again_though_its_files_stand(folder, store):
