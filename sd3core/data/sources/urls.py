@@ -65,8 +65,10 @@ def _base_and_paths(spelled: str, place: str, suffix: str) -> tuple[str, tuple[s
             raise DataError(f"data.urls {spelled}: it names no file of a folder or bucket; write it whole")
         return base, (name,)
     base = place[: place.index("{")].rpartition("/")[0]
-    if len(base) <= len(S3_URL):
-        raise DataError(f"data.urls {spelled}: a bucket's name takes no braces; name each bucket by itself")
+    if base in ("s3:/", ""):
+        raise DataError(
+            f"data.urls {spelled}: a bucket's name takes no braces, nor a folder's right below /; name each by itself"
+        )
     return base, tuple(expand_braces(place[len(base) + 1 :], spelled))
 
 

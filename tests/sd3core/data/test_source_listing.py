@@ -132,6 +132,12 @@ def test_braces(pattern, names):
     assert expand_braces(pattern, pattern) == names
 
 
+@pytest.mark.parametrize("folder", ["/data", "/mnt", "file:///data", "s3://b"])
+def test_braces_may_stand_right_below_a_folder_of_the_root_or_a_bucket(folder):
+    (entry,) = read_urls([f"{folder}/{{00..01}}.tar"], ".tar")
+    assert (entry.base, entry.paths) == (folder.removeprefix("file://"), ("00.tar", "01.tar"))
+
+
 def test_labels_follow_from_the_urls_alone():
     def labels(*urls: str) -> list[str]:
         return [entry.label for entry in read_urls(urls, ".tar")]
