@@ -131,9 +131,10 @@ def check_source(rules: RowRules, listing: SourceListing) -> None:
     """One image that can be used is enough to begin; it is looked for before any worker starts. DataError where none is.
 
     Where the first rows all lack the image or caption that the recipe names, or whole files were no use, nobody reads the rest.
+    Files that are known to be of no use, as those that a pattern names and that are not there, say nothing of the others.
     """
     reasons: dict[str, int] = {}
-    looked, files = 0, sorted(listing.units, key=lambda unit: unit.name)
+    looked, files = 0, sorted((unit for unit in listing.units if not unit.problem), key=lambda unit: unit.name)
     for unit in files[:FILES_LOOKED_AT]:
         for row in _first_rows(rules, unit):
             looked += 1
@@ -142,15 +143,13 @@ def check_source(rules: RowRules, listing: SourceListing) -> None:
                 return
             except DataError as error:
                 reasons[str(error)] = reasons.get(str(error), 0) + 1
-    lacking = all("data.caption_fields" in reason or "data.image_field" in reason for reason in reasons)
+    lacking = reasons and all("data.caption_fields" in reason or "data.image_field" in reason for reason in reasons)
     if lacking or (len(files) <= FILES_LOOKED_AT and looked < LOOKED_AT):
         raise no_usable_image(named_urls(rules.data), reasons, list(listing.notes))
 
 
 def _first_rows(rules: RowRules, unit: SourceUnit) -> Iterable[SourceRow]:
     """What cannot be read is left to the workers, who count it."""
-    if unit.problem:
-        return
     rows = open_rows(rules, unit, open_store(unit.file.base))
     try:
         yield from islice((row for row in rows if isinstance(row, SourceRow)), LOOKED_AT // FILES_LOOKED_AT)

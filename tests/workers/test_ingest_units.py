@@ -370,6 +370,13 @@ def test_a_file_that_a_pattern_names_and_that_is_not_there_is_counted_and_looked
     assert ingest(url, store).rows == 6
 
 
+def test_files_that_are_not_there_say_nothing_of_the_others(source, store):
+    source.put("00005.tar", tar_of(samples(0, 3)))
+    result = ingest(f"{source.url}/{{00000..00005}}.tar", store)
+    assert result.rows == 3
+    assert manifest_of(store, result).failed_reasons == {"data.urls names it, and it is not there": 5}
+
+
 WRONG_URLS = {
     "hdfs://x/a.tar": "is a URL of another kind: take a whole path, file:// or s3://",
     "tars": "is relative, and workers run in folders of their own",
@@ -383,6 +390,8 @@ WRONG_URLS = {
     "/nowhere/{a}.tar": "{a} is neither {0000..0123} nor {a,b}",
     "/nowhere/{a{b,c}}.tar": "braces that do not close, or stand in others",
     "s3://{a,b}/x.tar": "a bucket's name takes no braces",
+    "s3://b{0..1}/x.tar": "a bucket's name takes no braces",
+    "/{a,b}/x.tar": "nor a folder's right below /; name each by itself",
 }
 
 
