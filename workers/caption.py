@@ -210,6 +210,8 @@ class CaptionWorker:
             turn.hold(_nbytes(image))
             return key, image
 
+        if not wanted:  # all captions stand in earlier shards: the images are not fetched
+            return
         turn.hold(shard.bytes)
         images = ((key, data) for key, data in shard_images(self.store, shard) if key in wanted)
         for key, image in map_ahead(decoded, images, self.threads, ahead=self.writer.ahead):

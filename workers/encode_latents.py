@@ -208,8 +208,12 @@ class LatentsWorker:
             turn.hold(prepared.nbytes)
             return prepared
 
-        turn.hold(source.raw.bytes)
-        images = (image for image in shard_images(self.store, source.raw) if image[0] in rows)
+        if rows.keys() <= stood.keys():  # then no image is fetched
+            fetched, images = 0, ((key, b"") for key in rows)
+        else:
+            fetched = source.raw.bytes
+            images = (image for image in shard_images(self.store, source.raw) if image[0] in rows)
+        turn.hold(fetched)
         for item in map_ahead(prepare, images, self.threads, ahead=2 * self.batch):
             if item.error:
                 failed.append(FailedRow(key=item.key, reason=item.error))
@@ -219,7 +223,7 @@ class LatentsWorker:
             batch.append(item)
             if len(batch) == self.batch:
                 yield from self._encoded(waiting.pop(item.bucket), rows, failed, counts, turn, flips)
-        turn.let_go(source.raw.bytes)
+        turn.let_go(fetched)
         for batch in waiting.values():
             yield from self._encoded(batch, rows, failed, counts, turn, flips)
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 from vision_language_models import write_llava
@@ -11,7 +13,8 @@ from sd3core.captions.repeated import caption_hash
 from sd3core.captions.rules import EMPTY, ONE_CHARACTER, REFUSING
 from sd3core.captions.said import Said, caption_seed
 from sd3core.data.images import PixelRules
-from sd3core.data.shards import Sample, read_shard_done, read_shard_index, read_table, write_shard
+from sd3core.data.kept_rows import KeepList
+from sd3core.data.shards import Sample, read_shard_done, read_shard_index, read_table, write_shard, write_table
 from sd3core.data.store import open_store
 from sd3core.errors import DataError, StopStageError
 from sd3core.model_identity import model_identity
@@ -95,6 +98,19 @@ def test_model_prompt_and_revision_stand_with_each_caption_and_what_failed_is_na
     assert failed.keys() == {"k2", "broken"} and record.rows == 4
     assert record.extra == {"thrown out: empty": 1, "tokens 1-7": 3, "words 1-7": 3}
     assert sizes == [2, 2, 1, 1, 1]  # the batch that failed was tried one by one
+
+
+def test_where_a_filter_only_takes_rows_away_no_image_is_fetched(tmp_path, monkeypatch):
+    store = open_store(str(tmp_path))
+    task = raw_shard(store, {f"k{i}": png(image) for i, image in enumerate(noise_images(3))})
+    worker = scripted_worker(store, monkeypatch, lambda batch: [Said("a picture")] * len(batch))
+    worker(task)
+    keys = write_table(store, "keep", "00000.aaaaaaaaaaaa", pa.table({"key": ["k0", "k2"]}), [])
+    left = replace(task.source, kept=KeepList("keep", keys.stem, keys.digest, keys.rows))
+    store.delete(f"raw/{task.source.stem}.tar")
+    made = worker(ShardTask(0, left.content, "captions", 2, left, earlier=(task.stem,)))
+    assert (made.copied, made.made) == (2, 0) and worker.at_once.held == 0
+    assert read_table(store, "captions", made.record.stem)["key"].to_pylist() == ["k0", "k2"]
 
 
 def test_what_a_rule_changed_is_kept_as_the_model_said_it(tmp_path, monkeypatch):

@@ -125,6 +125,28 @@ def test_unreadable_pictures_and_non_finite_latents_are_failed_rows(shard):
     assert reasons["white"] == "its latent is not finite in torch.float32"
 
 
+def test_where_a_filter_only_takes_rows_away_no_image_is_fetched(shard):
+    store, raw = shard
+    sizes = {"k0": (40, 40), "k1": (60, 40), "k2": (50, 50), "k3": (96, 64)}
+    index = pa.table(
+        {"key": [*sizes], "split": ["train"] * 4}
+        | {side: [size[place] for size in sizes.values()] for place, side in enumerate(("width", "height"))}
+    )
+    _, before, _ = encode(store, raw, "a", batch=2)
+    store.delete(f"raw/{raw.stem}.tar")
+    source = LatentsSource(raw, SizeRule(BUCKETS))
+    task = ShardTask(3, "0" * 12, "a", 4, source, earlier=(f"{raw.stem.partition('.')[0]}.{raw.digest[:12]}",))
+    made = worker(store, batch=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode_latents, "read_input_index", lambda *_: index)
+        answer = made(task)
+    assert (answer.copied, answer.made) == (4, 0) and not made.autoencoder.batches and made.at_once.held == 0
+    stored = dict(read_samples(store.get(f"a/{task.stem}.tar")))
+    assert [*stored] == ["k0", "k2", "k1", "k3"]
+    for key, files in stored.items():
+        torch.testing.assert_close(load_tensors(files["safetensors"])["latent"], before[key])
+
+
 def test_an_image_for_which_there_was_no_memory_is_no_failed_row(shard, monkeypatch):
     store, raw = shard
     decode, calls = encode_latents.decode_image, []
