@@ -30,7 +30,7 @@ def inspect_stored(url: str, rows: int, vae_of: VaeOf) -> Findings:
         folder = open_store(parent)
         for stem in filter(None, (_stem_of(name, suffix) for suffix in (TAR, INDEX, DONE, TABLE, ""))):
             if folder.exists(f"{stem}{DONE}"):
-                return inspect_shard(parent, stem, rows, vae_of)
+                return inspect_shard(parent, stem, rows, vae_of, index=name.endswith(INDEX))
         if folder.exists(name):
             return _of_file(folder, name, rows, vae_of)
     return _of_folder(store)

@@ -20,7 +20,7 @@ from sd3core.data.shards import IMAGE_EXTENSIONS, read_samples, read_shard_done,
 from sd3core.data.store import Store, open_store
 from sd3core.errors import DataError
 from sd3core.inspection.findings import Findings, ShownRow, counts_table, shown_bytes, shown_fields
-from sd3core.specs import MANIFEST, TABLE, TAR, manifest_copy
+from sd3core.specs import INDEX, MANIFEST, TABLE, TAR, manifest_copy
 
 if TYPE_CHECKING:
     from sd3core.towers.autoencoder import Autoencoder
@@ -31,6 +31,15 @@ LARGEST_HEAD = 64_000_000  # at most, of a tar that has no index
 FIRST_READ = 1_000_000
 WIDEST_WORDS = 300
 FAILURES_SHOWN = 10
+PICTURES_BEGIN = (
+    b"\xff\xd8",
+    b"\x89PNG",
+    b"RIFF",
+    b"GIF8",
+    b"BM",
+    b"II*",
+    b"MM\0*",
+)  # what else is bytes is no picture
 PLACE_COLUMNS = ("key", "offset", "length", "sha256")  # columns of an index that say where a row is
 
 
@@ -64,8 +73,8 @@ def inspect_manifest(store: Store, name: str, rows: int, vae_of: VaeOf) -> Findi
     return found
 
 
-def inspect_shard(folder_url: str, stem: str, rows: int, vae_of: VaeOf) -> Findings:
-    """A finished shard, by its done record and its index or table."""
+def inspect_shard(folder_url: str, stem: str, rows: int, vae_of: VaeOf, *, index: bool = False) -> Findings:
+    """A finished shard, by its done record and its table, or else its index; `index`: of a shard with both the index."""
     parent, _, folder = folder_url.rpartition("/")
     store = open_store(parent)
     done = read_shard_done(store, folder, stem)
@@ -77,15 +86,16 @@ def inspect_shard(folder_url: str, stem: str, rows: int, vae_of: VaeOf) -> Findi
         if len(done.failed) > FAILURES_SHOWN:
             found.notes.append(f"the first {FAILURES_SHOWN} of {len(done.failed):,} rows that were left out are named")
     if TABLE in done.files:
-        return _with_table(found, store.get(f"{folder}/{stem}{TABLE}"), store.uri(f"{folder}/{stem}{TABLE}"), rows)
-    index = read_shard_index(store, folder, stem)
-    found.facts["columns"] = ", ".join(index.column_names)
-    first = index.slice(0, rows).to_pylist()
-    if "caption_id" in index.column_names:
-        captions = len(set(index["caption_id"].to_pylist()))
+        path = f"{folder}/{stem}{INDEX if index and INDEX in done.files else TABLE}"
+        return _with_table(found, store.get(path), store.uri(path), rows)
+    table = read_shard_index(store, folder, stem)
+    found.facts["columns"] = ", ".join(table.column_names)
+    first = table.slice(0, rows).to_pylist()
+    if "caption_id" in table.column_names:
+        captions = len(set(table["caption_id"].to_pylist()))
         found.title = f"text {found.title}, {captions:,} captions encoded"
         found.rows = [ShownRow(row["key"], _words(row)) for row in first]
-    elif "bucket" in index.column_names:
+    elif "bucket" in table.column_names:
         found.title = f"latents {found.title}"
         found.rows = list(_latent_rows(store, folder, stem, first, vae_of, found.notes))
     else:
@@ -173,7 +183,7 @@ def _images_in(row: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
     """Columns of bytes, and Hugging Face's struct of bytes and path."""
     for column, value in row.items():
         image = value.get("bytes") if isinstance(value, dict) else value
-        if isinstance(image, bytes) and column not in PLACE_COLUMNS:
+        if isinstance(image, bytes) and image.startswith(PICTURES_BEGIN):
             yield column, image
 
 

@@ -64,16 +64,19 @@ def test_a_raw_shard_by_any_of_its_names_reads_the_rows_that_are_shown(url, monk
 
 def test_a_table_and_the_folders_above(url):
     store = open_store(url)
-    table = pa.table({"key": ["a", "b"], "caption": ["one", "x" * 400]})
-    write_table(store, "datasets/d/captions/spec", "00000.aaaaaaaaaaaa", table, [])
+    table = pa.table({"key": ["a", "b"], "caption": ["one", "x" * 400], "feature": [b"ab", b"cd"]})
+    beside = pa.table({"why": ["it is like another"]})
+    write_table(store, "datasets/d/captions/spec", "00000.aaaaaaaaaaaa", table, [], beside)
     found = inspect_stored(f"{store.url}/datasets/d/captions/spec/00000.aaaaaaaaaaaa.parquet", 5, no_vae)
     assert [row.words["caption"][:3] for row in found.rows] == ["one", "xxx"]
-    assert len(found.rows[1].words["caption"]) < 310
+    assert len(found.rows[1].words["caption"]) < 310 and found.rows[0].picture == ""
+    of_index = inspect_stored(f"{store.url}/datasets/d/captions/spec/00000.aaaaaaaaaaaa.index.parquet", 5, no_vae)
+    assert [row.words for row in of_index.rows] == [{"why": "it is like another"}]
     assert inspect_stored(f"{store.url}/datasets", 5, no_vae).tables["folders"] == [
         {"folder": "d", "holds": "captions"}
     ]
     files = inspect_stored(f"{store.url}/datasets/d/captions/spec/", 5, no_vae)
-    assert files.title == "a folder of files" and len(files.tables["files"]) == 2
+    assert files.title == "a folder of files" and len(files.tables["files"]) == 3
     with pytest.raises(UserError, match="nothing stands there"):
         inspect_stored(f"{store.url}/datasets/e", 5, no_vae)
 
