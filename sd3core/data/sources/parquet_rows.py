@@ -86,7 +86,7 @@ class ParquetRows:
                 else:
                     yield from self._rows_of(parquet, group, first, count, columns)
                 first += count
-                self.bytes_read = file.size * (group + 1) // parquet.metadata.num_row_groups
+                self.bytes_read = file.size * first // max(1, parquet.metadata.num_rows)
             self.file.check()
 
     def _opened(self) -> pq.ParquetFile:
@@ -125,8 +125,9 @@ class ParquetRows:
             batches = parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns.names)
             places = (row for batch in batches for row in batch.to_pylist())
             for row in self._with_images(places, columns):
-                yield self._row(row, first + read, columns)
                 read += 1
+                self.bytes_read = self.unit.file.size * (first + read) // parquet.metadata.num_rows
+                yield self._row(row, first + read - 1, columns)
         except (pa.ArrowException, OSError, ValueError) as error:
             if is_of_the_machine(error):
                 raise

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from source_files import tar_of
+from source_files import parquet_of, tar_of
 from typer.testing import CliRunner
 
 from flows.cli.commands import app
@@ -86,6 +86,17 @@ def test_of_many_tars_a_few_are_read_and_the_rest_is_estimated(tmp_path):
     assert sum(look.left_out.values()) == UNITS_SAMPLED and set(look.words) == {2}
     few = look_at_source(recipe.data, captions_needed=True, rows=25)
     assert few.looked == 25 and abs(few.rows - 80 * UNITS_SAMPLED) <= 24 * UNITS_SAMPLED
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_of_a_parquet_whose_groups_are_not_read_whole_rows_are_estimated_all_the_same(groups, tmp_path):
+    store, image = open_store(str(tmp_path)), jpeg(64, 64)
+    for number in range(2):
+        rows = [{"image": image + bytes([n % 256]), "caption": f"number {n}"} for n in range(600)]
+        store.put(f"in/{number}.parquet", parquet_of(rows, group=600 // groups))
+    recipe = load_recipe("tiny-test", ["data.source=parquet", f"data.urls={tmp_path}/in/", "caption.captioner=none"])
+    look = look_at_source(recipe.data, captions_needed=True, rows=50)
+    assert look.looked == 50 and abs(look.rows - 1_200) <= 24 and look.taken == look.rows
 
 
 def test_a_source_that_is_not_there_is_said_and_the_rest_is_planned(tmp_path, monkeypatch):
