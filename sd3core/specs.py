@@ -15,7 +15,7 @@ from sd3core.flip_rule import FLIP_RULE
 from sd3core.formulation_names import FORMULATION_KINDS, formulation_version
 from sd3core.model_identity import file_identity, model_identity
 from sd3core.recipe import UNIT_SOURCES, Precision, Recipe, Training
-from sd3core.recipe_filter import ScoreRule
+from sd3core.recipe_filter import Filter, ScoreRule
 
 STAGES = (
     "ingest",
@@ -125,8 +125,13 @@ def measures_fields(recipe: Recipe) -> dict[str, Any]:
 
     Raises DataError where a model's folder is not here.
     """
-    chosen = recipe.filter
     fields = {"format": FORMATS["measures"], "raw": fingerprint(raw_fields(recipe)), **_pixels(recipe)}
+    return fields | measured_by(recipe.filter)
+
+
+def measured_by(chosen: Filter) -> dict[str, Any]:
+    """The models of a filter, and its hash, as they are now."""
+    fields: dict[str, Any] = {}
     if chosen.duplicates is not None:
         model = chosen.duplicates.model
         fields["feature"] = model_identity(model, "filter.duplicates.model") if model else f"hash {HASH_VERSION}"

@@ -17,7 +17,15 @@ from sd3core.errors import DataError
 from sd3core.filters.duplicate_lists import DuplicateLists, read_duplicates
 from sd3core.progress import Progress, ProgressCallback
 from sd3core.recipe import Recipe
-from sd3core.specs import DUPLICATES, fingerprint, keep_fields, keep_folder, measures_fields, measures_folder
+from sd3core.specs import (
+    DUPLICATES,
+    fingerprint,
+    keep_fields,
+    keep_folder,
+    measured_by,
+    measures_fields,
+    measures_folder,
+)
 from sd3core.words import counted
 from workers.filter_keep import DuplicatesTask, DuplicatesWorker, KeepSource, KeepWorker
 from workers.filter_measures import MeasureWorker
@@ -55,7 +63,7 @@ def filter_stage(recipe: Recipe, store: Store, raw: ManifestRef, report: Progres
 def _measure(
     recipe: Recipe, store: Store, raw: ManifestRef, shards: dict[int, InputShard], report: ProgressCallback
 ) -> StageResult:
-    folder = measures_folder(recipe)
+    folder, made_by = measures_folder(recipe), measured_by(recipe.filter)
     tasks = [ShardTask(number, shard.digest[:12], folder, shard.rows, shard) for number, shard in shards.items()]
     inputs = {"raw": raw.digest}
     stage = ShardStage("measures", "measures", folder, measures_fields(recipe), inputs, tasks, unit="image")
@@ -65,6 +73,7 @@ def _measure(
     worker = {
         "store_url": store.url,
         "rules": recipe.filter,
+        "made_by": made_by,
         "pixels": PixelRules.of(recipe.data),
         "threads": decode_threads(compute),
         "most_bytes": compute.decoded_gb * 1e9,

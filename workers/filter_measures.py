@@ -17,6 +17,7 @@ from sd3core.errors import DataError
 from sd3core.filters.picture_hash import picture_hash
 from sd3core.filters.row_rules import SCORE_COLUMN
 from sd3core.recipe_filter import Filter
+from sd3core.specs import measured_by
 from workers.at_once import SHARDS_AT_ONCE, ShardsAtOnce, ShardTurn
 from workers.inputs import (
     InputShard,
@@ -47,12 +48,22 @@ class MeasureWorker:
     tasks_at_once = SHARDS_AT_ONCE
 
     def __init__(
-        self, store_url: str, rules: Filter, pixels: PixelRules, threads: int, most_bytes: float, device: str
+        self,
+        store_url: str,
+        rules: Filter,
+        made_by: dict[str, Any],
+        pixels: PixelRules,
+        threads: int,
+        most_bytes: float,
+        device: str,
     ) -> None:
+        """`made_by`: the models as they were when the stage began, whose measures' place is named by them."""
         self.store, self.rules, self.pixels, self.threads = open_store(store_url), rules, pixels, threads
         self.at_once = ShardsAtOnce(most_bytes)
         self.scorers: dict[str, Scorer] = {}
         self.embedder: Embedder | None = None
+        if measured_by(rules) != made_by:
+            raise DataError("filter: its models are not those that lay there when the stage began; run it again")
         duplicates = rules.duplicates
         if rules.scores or (duplicates and duplicates.model):
             from sd3core.filters.scorers import load_embedder, load_scorer  # loads transformers, which a hash needs not

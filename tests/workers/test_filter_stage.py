@@ -368,3 +368,10 @@ def test_on_rays_actors_as_in_one_process(tmp_path, local_ray):
     assert keep.rows == 12 and [reason for reason, _ in left_out(store, keep).values()] in ([DUPLICATE], [LEAKED])
     assert {progress.unit for progress in said} == {"images"} and not result.skipped
     assert filter_stage(recipe, store, raw.manifest, ignore_progress).reason == NOTHING_TO_DO
+
+
+def test_models_that_change_while_the_stage_runs_measure_nothing_under_the_others_name(run, store, monkeypatch):
+    monkeypatch.setattr("sd3core.filters.scorers.load_embedder", lambda *_: pytest.fail("it was used"))
+    monkeypatch.setattr(workers.filter_measures, "measured_by", lambda rules: {"feature": "of another model"})
+    with pytest.raises(DataError, match="its models are not those that lay there when the stage began"):
+        run.filter(store, "filter.duplicates={model: /clip, threshold: 0.99}")
