@@ -82,7 +82,7 @@ class _Lister:
         self.entries = read_urls(data.urls, self.suffix)
         self.began = time.time_ns()
         self.found: dict[str, SourceUnit] = {}  # by URL
-        self.passed: dict[str, list[str]] = {}  # by what is told of them
+        self.passed: dict[str, dict[str, str]] = {}  # by what is told of them: URL -> path
 
     def listing(self) -> SourceListing:
         bases: dict[str, dict[str, StoreEntry]] = {}
@@ -121,7 +121,7 @@ class _Lister:
 
     def _take_all(self, entry: UrlEntry, objects: dict[str, StoreEntry]) -> None:
         if entry.paths is None:
-            paths: Iterable[str] = [path for path in objects if self._is_wanted(path)]
+            paths: Iterable[str] = [path for path in objects if self._is_wanted(entry, path)]
             if not paths:
                 raise DataError(
                     f"data.urls {entry.spelled}: no such folder, or it holds no {self.suffix}{self._but()}; name another"
@@ -138,23 +138,23 @@ class _Lister:
             if path not in objects:
                 self._add(entry, StoreEntry(path, 0), {}, NOT_THERE)
             elif self.suffix == ".tar" and _folder(path) in with_stats and _stem(path) + STATS not in objects:
-                self._pass("not whole yet, its writer has not put its _stats.json beside it", path)
+                self._pass(entry, "not whole yet, its writer has not put its _stats.json beside it", path)
             else:
                 self._add(entry, objects[path], objects)
 
-    def _is_wanted(self, path: str) -> bool:
+    def _is_wanted(self, entry: UrlEntry, path: str) -> bool:
         """Of a folder: what programs keep beside their data, and what they have not ended, is no part of it."""
         lower = path.lower()
         if any(part.startswith((".", "_")) for part in path.split("/")):
             if lower.endswith(self.suffix):
-                self._pass("in a name that begins with . or _", path)
+                self._pass(entry, "in a name that begins with . or _", path)
             return False
         if self.suffix == ".tar" and lower.endswith(COMPRESSED):
-            self._pass("compressed, which is not read: unpack it to .tar", path)
+            self._pass(entry, "compressed, which is not read: unpack it to .tar", path)
         if not lower.endswith(self.suffix):
             return False
         if "_incomplete" in lower:
-            self._pass("not whole yet, as its name says", path)
+            self._pass(entry, "not whole yet, as its name says", path)
             return False
         return True
 
@@ -171,15 +171,16 @@ class _Lister:
         """An ETag is of the bytes; a time may stay the same when a file is written to again at once."""
         return base.startswith("s3://") or not entry.tag or int(entry.tag) < self.began - RACY_NS
 
-    def _pass(self, why: str, path: str) -> None:
-        self.passed.setdefault(why, []).append(path)
+    def _pass(self, entry: UrlEntry, why: str, path: str) -> None:
+        """Two URLs may name one file: it is told once."""
+        self.passed.setdefault(why, {})[f"{entry.base}/{path}"] = path
 
     def _but(self) -> str:
         return "".join(f" ({note})" for note in self._notes())
 
     def _notes(self) -> list[str]:
         return [
-            f"{counted(len(paths), 'file')} of data.urls passed over, {why}: {printable(some(sorted(paths), len(paths)))}"
+            f"{counted(len(paths), 'file')} of data.urls passed over, {why}: {printable(some(sorted(paths.values()), len(paths)))}"
             for why, paths in self.passed.items()
         ]
 

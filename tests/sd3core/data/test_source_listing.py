@@ -92,6 +92,15 @@ def test_a_pattern_of_100_000_names_is_one_listing(monkeypatch):
     assert len(found.units) == TARS and bucket.asked == {"pages": 100} and not any(u.problem for u in found.units)
 
 
+def test_a_file_that_two_urls_pass_over_is_told_once(monkeypatch):
+    names = ["a/00000.tar", "a/00001.tar", "a/00001_stats.json", "a/00002_incomplete.tar"]
+    found, _ = listed(monkeypatch, entries(names), "s3://b", "s3://b/{a,x}/00000.tar", "s3://b")
+    told = sorted(
+        note.rpartition(": ")[2] for note in found.notes if note.startswith("1 file of data.urls passed over")
+    )
+    assert told == ["a/00000.tar", "a/00002_incomplete.tar"] and len(found.notes) == 2
+
+
 def test_numbers_are_apart_fit_64_bits_and_leave_room_for_parts():
     names = [f"{n:06d}.tar" for n in range(TARS)]
     numbers = number_units(names)
