@@ -162,8 +162,11 @@ class _Standing:
 
     @property
     def is_plain(self) -> bool:
-        """Whether its shards are named without merges, with the min_scale of today's recipe or before there was one."""
-        if self.made is None or not (self.is_before_scales or self.note.fields.get(MIN_SCALE) == self.min_scale):
+        """Whether its shards are named without merges, with the min_scale of today's recipe or before there was one.
+
+        What was made before there was one took all images, as min_scale 0 does.
+        """
+        if self.made is None or not (self.is_before_scales or self.note.fields.get(MIN_SCALE, 0.0) == self.min_scale):
             return False
         plain = [shard_stem(number, shard.content) for number, shard in self.images.shards.items()]
         return [shard.stem for shard in self.made.shards] == plain

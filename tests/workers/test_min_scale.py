@@ -109,6 +109,17 @@ def test_latents_of_before_from_which_nothing_would_be_left_out_keep_name_bytes_
     assert recall_stage(store, "tiny-test", "latents.finetune.0").fields["min_scale"] == 0.8
 
 
+def test_latents_of_before_took_all_images_so_they_stay_where_a_recipe_takes_all(folder, store, monkeypatch):
+    """Their rare sizes, too, which merging came after."""
+    with monkeypatch.context() as before:
+        as_before(before)
+        before.setattr(rare_sizes, "merges_of", lambda *_: {})
+        _, _, plain = folder.encode(store, "finetune.0.min_scale=0")
+    assert "256x256" in plain.buckets and "256x240" in plain.buckets
+    count, result, made = folder.encode(store, "finetune.0.min_scale=0")
+    assert (count, made, result.reason) == (0, plain, NOTHING_TO_DO)
+
+
 def test_a_phase_that_no_image_is_large_enough_for_says_so_before_anything_is_encoded(folder, store):
     with pytest.raises(DataError) as error:
         folder.encode(store, *WHOLE, "finetune.0.side_px=128")
