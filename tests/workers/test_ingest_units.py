@@ -194,6 +194,14 @@ def test_planted_faults_are_counted_by_reason_and_totals_add_up_to_the_input(eit
     assert "1 sample whose json cannot be read: plain/odd.tar/broken" in warnings
 
 
+def test_a_status_that_is_not_img2datasets_leaves_nothing_out(source, store):
+    rows = [{"image": picture(n), "caption": f"number {n}", "status": "published"} for n in range(3)]
+    source.put("a.parquet", parquet_of(rows))
+    assert ingest(source.url, store, source="parquet").rows == 3
+    source.put("a.tar", tar_of(sample("1", 9, "words", json=b'{"status": "ok"}')))
+    assert ingest(source.url, store).rows == 1
+
+
 def test_names_of_members_are_words_and_keys_are_unique(source, store):
     """Nothing is opened by a member's name; two rows of one key, in one tar or in two, are two rows."""
     source.put("a.tar", with_links())

@@ -22,7 +22,8 @@ BYTES_A_PIXEL = 8  # four colours of 16 bits: no image of data.max_image_pixels 
 SHOWN_CHARS = 60  # of a status, of which there should be few
 SHOWN_KEY_CHARS = 60
 IS_CUT = "its file ends or is damaged in it"
-SUCCESS = "success"  # img2dataset's status of a row that has an image
+# img2dataset's status of a row that has an image, and how those of others begin
+SUCCESS, FAILED = "success", "failed"
 
 
 class RowNote(StrEnum):
@@ -83,8 +84,11 @@ def no_caption(where: Sequence[str]) -> str:
 
 
 def status_problem(status: object) -> str:
-    """What img2dataset says of a row that has no image; "" of one that has."""
-    if not isinstance(status, str) or status == SUCCESS:
+    """What img2dataset says of a row that has no image, as "failed_to_download"; "" of one that has.
+
+    Other data have a status, too, and an image beside it: what is no failure's says nothing of that.
+    """
+    if not isinstance(status, str) or not status.startswith(FAILED):
         return ""
     return f"status {shortened(printable(storable(status)), SHOWN_CHARS)}"
 
