@@ -11,7 +11,7 @@ from counting_models import TOWERS, count_models
 from data_chain import encode_all
 from in_process import without_ray
 from PIL import Image
-from source_files import SourceFolder, tar_of
+from source_files import LONG_AGO_S, SourceFolder, tar_of
 
 import workers.filter
 from sd3core.captions.said import Said
@@ -33,6 +33,9 @@ from workers.stage import NOTHING_TO_DO
 WORDS = ["oak", "elm", "ash", "fir", "yew", "bay", "fig", "box", "gum", "nut"]
 IMAGES, COPIES, SMALL, SPAM = 40, 3, 5, 2  # pictures; smaller than a bucket; with a caption that the filter forbids
 
+IN_FIRST = 25  # pictures of the first tar
+SPAM_CAPTIONS = ("fine", "click here")
+
 
 def _sample(number: int, seed: int, side: int = 64, *captions: str) -> list[tuple[str, bytes]]:
     """A picture of noise with two captions."""
@@ -47,15 +50,19 @@ def _tar(*samples: list[tuple[str, bytes]]) -> bytes:
     return tar_of(member for sample in samples for member in sample)
 
 
+def _first_tar(spam: int = -1) -> bytes:
+    """`spam`: a picture with a forbidden caption."""
+    return _tar(
+        *(_sample(n, n, 40 if n < SMALL else 64, *(SPAM_CAPTIONS if n == spam else ())) for n in range(IN_FIRST))
+    )
+
+
 @pytest.fixture
 def source(tmp_path) -> SourceFolder:
     folder = SourceFolder(str(tmp_path / "source"))
-    plain = [
-        _sample(n, n, 40 if n < SMALL else 64, *(["fine", "click here"] if n >= IMAGES - SPAM else []))
-        for n in range(IMAGES)
-    ]
-    folder.put("00000.tar", _tar(*plain[:25]))
-    folder.put("00001.tar", _tar(*plain[25:], *(_sample(100 + n, 10 + n, 80) for n in range(COPIES))))
+    plain = [_sample(n, n, 64, *(SPAM_CAPTIONS if n >= IMAGES - SPAM else ())) for n in range(IN_FIRST, IMAGES)]
+    folder.put("00000.tar", _first_tar())
+    folder.put("00001.tar", _tar(*plain, *(_sample(100 + n, 10 + n, 80) for n in range(COPIES))))
     return folder
 
 
@@ -116,3 +123,13 @@ def test_all_rows_are_accounted_for_and_what_changes_alone_is_made(source, tmp_p
     assert "1 of 8 shards was missing" in reasons and NOTHING_TO_DO not in reasons
     source.delete("00002.tar")
     assert run()[1:] == (first, (0, 0, 0))
+
+    source.put("00000.tar", _first_tar(spam=7), LONG_AGO_S + 1)
+    _, fewer, shown = run()
+    assert shown == (0, 0, 0) and fewer["keep"].failed_reasons[HAS_PATTERN] == SPAM + 1
+    assert {fewer[name].rows for name in ("keep", "captions", "latents.pretrain")} == {kept - 1}
+    changed = {
+        name: sum(a.stem != b.stem for a, b in zip(fewer[name].shards, first[name].shards, strict=True))
+        for name in first
+    }
+    assert set(changed.values()) == {1}
