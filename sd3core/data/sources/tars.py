@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sd3core.data.sources.ranged_file import RangedFile
 
 BLOCK = tarfile.BLOCKSIZE
+ZEROS_AT_ONCE = 1 << 20
 LONGEST_HEADER = 1 << 20  # bytes of an extended header: names and times take a few hundred
 PLAIN_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 COMPRESSED_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -49,8 +50,8 @@ class TarDamaged(DataError):
 
 
 class TarReader:
-    """The samples of one tar. When they are through, `damage` says where it ends too early, and `is_marked` whether its end mark
-    stands there.
+    """The samples of one tar. When they are through, `damage` says where it ends too early, or that there is more behind its end,
+    and `is_marked` whether its end mark stands there.
     """
 
     def __init__(self, file: RangedFile) -> None:
@@ -92,6 +93,8 @@ class TarReader:
             header = self._header(place)
             if header is None:
                 self.is_marked = True
+                if self._goes_on():  # as of tars put behind each other, of which any reader takes the first
+                    self.damage = TarDamaged("ended by a mark with more behind it", place)
                 return
             start, place = place + BLOCK, place + BLOCK + -(-header.size // BLOCK) * BLOCK
             if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
@@ -108,6 +111,13 @@ class TarReader:
                 long_name, size = "", -1
         if place > self.file.size:
             raise TarDamaged("cut short", self.file.size)
+
+    def _goes_on(self) -> bool:
+        """Whether the rest of the file is more than the zeros that fill it up."""
+        while block := self.file.read(ZEROS_AT_ONCE):
+            if block.count(0) < len(block):
+                return True
+        return False
 
     def _header(self, place: int) -> tarfile.TarInfo | None:
         """None at the end mark."""

@@ -45,6 +45,18 @@ def test_what_python_writes_is_read_as_python_reads_it(format_, read):
     assert found == dict(members) and reader.is_marked and reader.damage is None
 
 
+def test_tars_put_behind_each_other_are_told_and_the_first_is_read_whole(read):
+    members, others = samples(0, 2), samples(2, 2)
+    whole = tar_of(members)
+    found, reader = read(whole + tar_of(others))
+    assert found == dict(members) and reader.is_marked
+    end = reader.damage.place
+    assert (
+        str(reader.damage) == "ended by a mark with more behind it" and not any(whole[end:]) and any(whole[:end][-512:])
+    )
+    assert read(whole + bytes(3 << 20))[1].damage is None  # zeros that fill it up
+
+
 def test_a_cut_at_any_byte_costs_what_is_behind_it(read):
     """No error, no sample that is not whole taken for one, and none lost that was whole and not the last."""
     members = samples(0, 3)
