@@ -29,7 +29,7 @@ from sd3core.checkpoint_record import (
 from sd3core.data.kept_rows import KeptRows
 from sd3core.data.manifest import Manifest, ManifestRef, read_manifest
 from sd3core.data.phase_images import phase_images, within_epochs
-from sd3core.data.size_rule import TOO_SMALL, SizeRule
+from sd3core.data.size_rule import NO_ENLARGEMENT, TOO_SMALL, SizeRule
 from sd3core.data.store import Store, open_store
 from sd3core.errors import CheckpointError, DataError, UserError
 from sd3core.recipe import Recipe, Training
@@ -38,8 +38,9 @@ from sd3core.specs import DONE_FILE, MANIFEST
 from sd3core.towers.artifact import TowersManifest, check_vae_channels, check_vae_folder, read_towers
 from workers.evaluate import all_scored
 from workers.evaluate_tasks import EvaluationInputs, ScoredCheckpoint
+from workers.rare_sizes import MIN_SCALE
 from workers.ray_room import Node, actors_problem, ranks_problem
-from workers.stage import recall_stage
+from workers.stage import StageNote, recall_stage
 
 Asked = TypeVar("Asked")
 
@@ -157,9 +158,22 @@ class Upstream:
         stage = "encode" if first == next(iter(self._phases)) else first.partition(".")[0]
         manifest = self._manifest(folder, stage, specs.latents_part(first))
         leaves_out = any(TOO_SMALL in shard.failed for shard in manifest.shards)
+        self._check_min_scale(first, stage, manifest, leaves_out)
         # with flips, the captions say of which images
         captions = {"captions": self.captions.digest} if self.recipe.encode.flip and self.captions else {}
         return self._up_to_date(manifest, stage, self._of_images | captions), leaves_out
+
+    def _check_min_scale(self, first: str, stage: str, manifest: Manifest, leaves_out: bool) -> None:
+        """DataError where the run made these latents with a min_scale by which they may be of other images than today's."""
+        note, wanted = self._note(specs.latents_part(first)), self._phases[first].min_scale
+        if note is None or (note.folder, note.digest) != (manifest.folder, manifest.digest):
+            return
+        # from before there was one they take all, and stay where a recipe does not name it
+        made_with = note.fields.get(MIN_SCALE, wanted if wanted == NO_ENLARGEMENT else 0)
+        if made_with != wanted and (leaves_out or wanted > made_with):
+            raise DataError(
+                f"{stage}: what it made is by {first}.min_scale {made_with:g}, not {wanted:g}; {self._made_by(stage)}"
+            )
 
     @cached_property
     def _latents_folders(self) -> dict[str, str]:
@@ -347,11 +361,14 @@ class Upstream:
         """
         if not self.store.exists(f"{folder}/{MANIFEST}"):
             raise self._missing(stage)
-        used = recall_stage(self.store, self.recipe.run, note)
+        used = self._note(note)
         if used is not None and used.folder == folder:
             with suppress(DataError):  # its copy is gone, and the newest is another one
                 return read_manifest(self.store, folder, used.digest)
         return read_manifest(self.store, folder)
+
+    def _note(self, name: str) -> StageNote | None:
+        return self._once("note", name, lambda: recall_stage(self.store, self.recipe.run, name))
 
     def _up_to_date(self, manifest: Manifest, stage: str, wanted: dict[str, str]) -> ManifestRef:
         """`wanted`: its inputs. DataError where it was made from others."""

@@ -191,3 +191,28 @@ def test_a_plan_counts_what_each_phase_leaves_out_before_anything_is_encoded(fol
     before = [entry.path for entry in store.list("datasets")]
     assert printed() == LEFT_OUT
     assert folder.seen.encoded == 0 and [entry.path for entry in store.list("datasets")] == before
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_later_stage_alone_does_not_take_latents_of_another_scale_for_those_that_are_asked_for(
+    folder, store, monkeypatch, before
+):
+    """Their fingerprint is the same: what leaves nothing out under either stands."""
+    of_folder = [*SETTINGS, f"data.folder={folder.recipe.data.folder}"]
+    towers = type("Towers", (), {"digests": DIGESTS, "folder": TOWERS.folder, "digest": TOWERS.digest})
+    monkeypatch.setattr(Upstream, "towers_manifest", towers)
+    with monkeypatch.context() as patch:
+        if before:
+            as_before(patch)
+        folder.encode(store, *WHOLE)
+    with_scale = lambda scale: Upstream(
+        load_recipe("tiny-test", [*of_folder, *WHOLE, f"finetune.0.min_scale={scale}"]), store
+    )
+    assert with_scale(1).latents("finetune.0")
+    with pytest.raises(DataError, match=r"finetune: what it made is by finetune.0.min_scale [01], not 0.5; "):
+        with_scale(0.5).latents("finetune.0")
+    if before:
+        assert with_scale(0).latents("finetune.0") == with_scale(1).latents("finetune.0")
+    else:  # all images fill pretraining's bucket
+        smaller = load_recipe("tiny-test", [*of_folder, *WHOLE, "pretrain.min_scale=0.5"])
+        assert Upstream(smaller, store).latents("pretrain")
