@@ -25,7 +25,7 @@ from sd3core.data.checked_files import CheckedFiles
 from sd3core.data.phase_images import phase_images
 from sd3core.data.records import FileRecord, own_digest, record_bytes, sealed
 from sd3core.data.store import Store, StoreDamaged, StoreNotFound, canonical_json
-from sd3core.errors import UserError
+from sd3core.errors import DataError, UserError
 from sd3core.metrics.frechet import ranks_nothing
 from sd3core.progress import Progress, ProgressCallback, ProgressMeter
 from sd3core.recipe import Recipe
@@ -111,8 +111,12 @@ def evaluate_stage(recipe: Recipe, store: Store, inputs: EvaluationInputs, repor
     )
 
 
-def _images_of(recipe: Recipe, store: Store, inputs: EvaluationInputs, phase: str) -> int:
-    return phase_images(store, inputs.latents[phase], inputs.text, dict(recipe.phases())[phase].global_batch)
+def _images_of(recipe: Recipe, store: Store, inputs: EvaluationInputs, phase: str) -> int | None:
+    """None where nobody counted the rows without a caption, as of a phase that an earlier version trained."""
+    try:
+        return phase_images(store, inputs.latents[phase], inputs.text, dict(recipe.phases())[phase].global_batch)
+    except DataError:
+        return None
 
 
 def all_scored(recipe: Recipe, store: Store, inputs: EvaluationInputs) -> bool:

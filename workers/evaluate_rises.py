@@ -16,11 +16,11 @@ BY_IMAGE = "loss_by_image"  # in a part's details; absent where an earlier versi
 
 
 def rising_losses(
-    parts: Sequence[tuple[EvaluationTask, ScoredPart]], images: Callable[[str], int]
+    parts: Sequence[tuple[EvaluationTask, ScoredPart]], images: Callable[[str], int | None]
 ) -> list[dict[str, Any]]:
     """A row for each phase, of the averaged weights by one protocol, whose loss has turned up: as `Rise`, and what it means.
 
-    `images`: phase -> how many it trains on; asked only of phases that have turned.
+    `images`: phase -> how many it trains on, None where nobody knows; asked only of phases that have turned.
     """
     rows = []
     for (phase, protocol), curve in _curves(parts).items():

@@ -63,10 +63,12 @@ def find_rise(samples: Sequence[int], losses: np.ndarray) -> Rise | None:
     return Rise(samples[lowest], *ends, rise - half, rise + half, images)
 
 
-def rise_line(phase: str, rise: Rise, images: int) -> str:
-    """What a rise is, since when, what it means and what mends it. `images`: that the phase trains on."""
-    epochs = rise.samples / images
-    if epochs >= HEART_EPOCHS:
+def rise_line(phase: str, rise: Rise, images: int | None) -> str:
+    """What a rise is, since when, what it means and what mends it. `images`: that the phase trains on, where that is known."""
+    epochs = rise.samples / images if images else 0.0
+    if not images:
+        means = "training gets worse on images that it does not see"
+    elif epochs >= HEART_EPOCHS:
         means = f"the model learns its {counted(images, 'image')} by heart ({epochs:,.0f} epochs)"
     else:
         means = f"training gets worse, and after {epochs:.1f} epochs not by learning by heart: lower the learning rate"

@@ -29,6 +29,7 @@ from sd3core.data.provenance import device_kind, provenance_of
 from sd3core.data.records import record_bytes, record_file, sealed
 from sd3core.data.split_rows import read_rows
 from sd3core.data.store import Store, open_store
+from sd3core.errors import DataError
 from sd3core.mmdit import MMDiT
 from sd3core.pictures import read_settings
 from sd3core.precision import CPU, has_bf16_arithmetic, resolve_precision
@@ -193,6 +194,15 @@ def test_a_loss_that_turns_up_is_told_with_its_images_and_epochs(world, result):
     assert told.startswith("pretrain: whether the validation loss rises")
     world.store.put(last.path, before)
     assert evaluate(world).digest == result.digest
+
+
+def test_a_phase_whose_images_nobody_counted_is_scored_all_the_same(monkeypatch):
+    def nobody_counted(*_):
+        raise DataError("UNCAPTIONED.json: not there or damaged")
+
+    monkeypatch.setattr(workers.evaluate, "phase_images", nobody_counted)
+    inputs = SimpleNamespace(latents={"pretrain": None}, text=None)
+    assert workers.evaluate._images_of(load_recipe("tiny-test"), None, inputs, "pretrain") is None
 
 
 def test_every_record_names_what_it_was_made_with_and_no_digest_covers_it(world, result):

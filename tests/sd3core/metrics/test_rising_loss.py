@@ -92,3 +92,4 @@ def test_the_line_says_since_when_and_what_it_means():
         " the same 36 held-out images): the model learns its 457 images by heart (252 epochs); export.checkpoint=best:"
     )
     assert "not by learning by heart: lower the learning rate" in rise_line("pretrain", rise, 100_000)
+    assert "on images that it does not see; export.checkpoint=best:" in rise_line("pretrain", rise, None)
