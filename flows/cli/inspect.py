@@ -42,7 +42,8 @@ def print_inspection(url: str, rows: int, sheet: Path | None, console: Console) 
         _print_table([_words(number, row) for number, row in enumerate(found.rows, start=1)], console)
     for note in found.notes:
         console.print(f"note: {note}", soft_wrap=True, highlight=False)
-    if pictures := [row for row in found.rows if isinstance(row.picture, np.ndarray)]:
+    numbered = enumerate(found.rows, start=1)  # as in the table
+    if pictures := [(number, row) for number, row in numbered if isinstance(row.picture, np.ndarray)]:
         path = _write_sheet(found, pictures, sheet or Path(f"{_name_of(url)}.png"))
         console.print(f"sheet  {path}", soft_wrap=True, highlight=False)
 
@@ -82,9 +83,9 @@ def _print_table(lines: list[dict[str, str]], console: Console) -> None:
     console.print(table)
 
 
-def _write_sheet(found: Findings, rows: list[ShownRow], path: Path) -> Path:
-    words = [next((row.words[name] for name in WORDS_OF if row.words.get(name)), row.key) for row in rows]
-    picture = contact_sheet([(row.picture, said) for row, said in zip(rows, words, strict=True)])
+def _write_sheet(found: Findings, rows: list[tuple[int, ShownRow]], path: Path) -> Path:
+    said = lambda row: next((row.words[name] for name in WORDS_OF if row.words.get(name)), row.key)
+    picture = contact_sheet([(number, row.picture, said(row)) for number, row in rows])
     with atomic_replacement(path) as file:
         file.write(encode_png(picture, {"of": found.title}))
     return path

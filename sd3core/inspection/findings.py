@@ -16,7 +16,7 @@ WIDEST_VALUE = 200  # characters of a field that is shown
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One row of a shard. `words`: columns of a table; `picture`: (H, W, 3) uint8, or why there is none."""
+    """One row of a shard. `words`: columns of a table; `picture`: (H, W, 3) uint8, as a sheet shows it, or why there is none."""
 
     key: str
     words: dict[str, str]

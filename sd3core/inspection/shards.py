@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL.Image import Image, Resampling, fromarray
 from pydantic import ValidationError
+from safetensors import SafetensorError
 
-from sd3core.data.encoded_shards import latent_of
+from sd3core.data.encoded_shards import FEATURES, latent_of
 from sd3core.data.images import PixelRules, decode_image
 from sd3core.data.manifest import Manifest, read_head
 from sd3core.data.provenance import provenance_of
 from sd3core.data.shards import IMAGE_EXTENSIONS, read_samples, read_shard_done, read_shard_index
 from sd3core.data.store import Store, open_store
 from sd3core.errors import DataError
+from sd3core.inspection.contact_sheet import CELL_PX
 from sd3core.inspection.findings import Findings, ShownRow, counts_table, shown_bytes, shown_fields
 from sd3core.specs import INDEX, MANIFEST, TABLE, TAR, manifest_copy
 
@@ -132,9 +135,15 @@ def _picture(files: dict[str, bytes]) -> np.ndarray | str:
     if not images:
         return f"no image among {', '.join(sorted(files)) or 'its files'}"
     try:
-        return np.asarray(decode_image(images[0], PixelRules(MOST_PIXELS)))
+        return _small(decode_image(images[0], PixelRules(MOST_PIXELS)))
     except DataError as error:
         return str(error)
+
+
+def _small(image: Image) -> np.ndarray:
+    """As large as a sheet shows it: the pictures of all rows are held until then."""
+    image.thumbnail((CELL_PX, CELL_PX), Resampling.LANCZOS)
+    return np.asarray(image)
 
 
 def _latent_rows(
@@ -155,8 +164,14 @@ def _latent_rows(
         if autoencoder is None:
             yield ShownRow(row["key"], _words(row), "not decoded")
             continue
-        latent = latent_of(_files_of(store, folder, stem, row)["safetensors"])
-        yield ShownRow(row["key"], _words(row), to_uint8(autoencoder.decode(latent[None].float()))[0])
+        try:
+            latent = latent_of(_files_of(store, folder, stem, row)[FEATURES])
+        except (KeyError, SafetensorError, DataError):
+            yield ShownRow(row["key"], _words(row), "damaged: it holds no latent")
+            continue
+        yield ShownRow(
+            row["key"], _words(row), _small(fromarray(to_uint8(autoencoder.decode(latent[None].float()))[0]))
+        )
 
 
 def inspect_table(folder: Store, name: str, rows: int) -> Findings:

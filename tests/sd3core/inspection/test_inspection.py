@@ -12,11 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from sd3core.data.encoded_shards import FEATURES
+from sd3core.data.manifest import Manifest, ShardEntry, commit_manifest
 from sd3core.data.shards import Sample, write_shard, write_table
 from sd3core.data.store import open_store
 from sd3core.errors import DataError, UserError
 from sd3core.inspection import inspect_stored
-from sd3core.inspection.contact_sheet import contact_sheet
+from sd3core.inspection.contact_sheet import CELL_PX, contact_sheet
 
 GREEN = (10, 200, 30)
 
@@ -60,6 +62,23 @@ def test_a_raw_shard_by_any_of_its_names_reads_the_rows_that_are_shown(url, monk
         assert [row.key for row in found.rows] == ["k0", "k1", "k2"] and found.rows[1].words == {"caption": "thing 1"}
         assert found.rows[0].picture.shape == (20, 40, 3) and tuple(found.rows[0].picture[5, 5]) == GREEN
     assert len(read) == 12
+
+
+def test_of_a_large_picture_what_a_sheet_shows_is_held(tmp_path):
+    store = open_store(str(tmp_path))
+    store.put("in/00000.tar", foreign_tar([("a.png", jpeg(size=(2_000, 1_000)))]))
+    [row] = inspect_stored(f"{store.url}/in/00000.tar", 2, no_vae).rows
+    assert row.picture.shape == (CELL_PX // 2, CELL_PX, 3) and tuple(row.picture[5, 5]) == GREEN
+
+
+def test_a_latent_that_is_damaged_is_said_in_its_row(tmp_path):
+    store, folder, stem = open_store(str(tmp_path)), "datasets/d/latents/0123456789ab", "00000.aaaaaaaaaaaa"
+    samples = [Sample(key, {ending: b"nothing"}, {"bucket": "32x32"}) for key, ending in (("a", FEATURES), ("b", "x"))]
+    record = write_shard(store, folder, stem, samples, [], pa.schema([("bucket", pa.string())]))
+    made = {"stage": "latents", "spec": "0", "fields": {"vae": "d" * 64}, "inputs": {}, "folder": folder}
+    commit_manifest(store, folder, Manifest(**made, shards=[ShardEntry.of(record)]))
+    found = inspect_stored(f"{store.url}/{folder}/{stem}", 5, lambda *_: object())
+    assert [row.picture for row in found.rows] == ["damaged: it holds no latent"] * 2
 
 
 def test_a_table_and_the_folders_above(url):
@@ -123,7 +142,8 @@ def test_a_record_with_a_long_field(tmp_path):
 
 
 def test_a_sheet_has_a_cell_for_each_picture_whatever_its_size():
-    pictures = [(np.full((h, w, 3), 128, np.uint8), "words " * 60) for h, w in ((8, 16), (900, 100), (192, 192))]
+    sizes = ((8, 16), (900, 100), (192, 192))
+    pictures = [(n, np.full((h, w, 3), 128, np.uint8), "words " * 60) for n, (h, w) in enumerate(sizes, 1)]
     sheet = contact_sheet(pictures, columns=2, side_px=96)
     assert sheet.shape[1] == 2 * 96 + 8 and sheet.shape[0] > 2 * 96
     assert (sheet[:96, :96] == 128).any() and (sheet[96:156, :96] < 100).any()
