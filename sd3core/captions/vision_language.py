@@ -102,7 +102,8 @@ class VisionLanguageCaptioner:
             max_new_tokens=self.max_new_tokens,
             logits_processor=LogitsProcessorList(drawn),
         )
-        new = _without_prompt(generated, inputs["input_ids"])  # (B, T)
+        start = self.model.generation_config.decoder_start_token_id
+        new = _without_prompt(generated, inputs["input_ids"], start)  # (B, T)
         with self.asking:
             texts = self.processor.batch_decode(new, skip_special_tokens=True)
         lengths = [self._length(row) for row in new]
@@ -172,8 +173,11 @@ def _names_code(folder: Path) -> bool:
     return any('"auto_map"' in path.read_text(errors="replace") for path in folder.glob("*config.json"))
 
 
-def _without_prompt(generated: Tensor, prompt: Tensor) -> Tensor:
-    """Decoder-only models repeat the prompt's ids before the new ones; encoder-decoders do not."""
+def _without_prompt(generated: Tensor, prompt: Tensor, start: int | None) -> Tensor:
+    """Decoder-only models repeat the prompt's ids before the new ones; encoder-decoders begin with one of their own, `start`, which
+    may be the one that ends a text.
+    """
     length = prompt.shape[1]
-    repeated = generated.shape[1] >= length and torch.equal(generated[:, :length], prompt)
-    return generated[:, length:] if repeated else generated
+    if generated.shape[1] >= length and torch.equal(generated[:, :length], prompt):
+        return generated[:, length:]
+    return generated[:, 1:] if start is not None and bool((generated[:, :1] == start).all()) else generated

@@ -94,6 +94,16 @@ def test_the_end_of_a_caption_is_seen_and_its_padding_not_counted(folders):
     assert said.tokens <= 4 and said.cut_off == (said.tokens == 4)
 
 
+def test_what_an_encoder_decoder_begins_with_is_not_taken_for_its_end(folders, monkeypatch):
+    """BART's, as Florence-2 has it, begins with the token that ends a text."""
+    captioner = VisionLanguageCaptioner(folders["llava"], "Say.", max_new_tokens=4)
+    captioner.model.generation_config.decoder_start_token_id = 2
+    written = torch.tensor([[2, 5, 6, 7, 8], [2, 5, 2, 0, 0]])
+    monkeypatch.setattr(captioner.model, "generate", lambda **_: written)
+    said = captioner.write(captioner.prepare(noise_images(2)), SEEDS[:2])
+    assert [(one.tokens, one.cut_off) for one in said] == [(4, True), (1, False)]
+
+
 def test_a_chat_template_frames_the_prompt_and_else_the_models_own_mark(folders):
     framed = {family: VisionLanguageCaptioner(folders[family], "Say.", 2).prompt for family in FAMILIES}
     assert framed == {"llava": "<image>Say.:", "idefics3": "<image>\nSay.", "paligemma": "<image>\nSay."}
