@@ -181,7 +181,7 @@ def _print_time(
     costs, compute = given.applied(stage_costs(recipe, rows, given.gpu_tflops)), recipe.compute
     keys = {plan.key for plan in phases}
     console.print()
-    console.print("time (ingest, towers and export are not counted)", highlight=False)
+    console.print("time (ingest, towers, filter and export are not counted)", highlight=False)
     table = Table(box=None, pad_edge=False)
     columns = ["what", "work", "FLOPs", "hours", *(["price"] if given.gpu_price is not None else [])]
     for column in columns:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -45,10 +47,13 @@ def look_at_recipe(recipe: Recipe, store: Store, console: Console) -> SourceLook
 
 
 def ingested_rows(recipe: Recipe, store: Store) -> int | None:
-    """How many images stand as this recipe ingests them; None where none do."""
+    """How many images stand as this recipe ingests them, of those that its filter keeps where that has ended; None where none do."""
     try:
         upstream = Upstream(settle_precisions(recipe, store), store)
-        return read_manifest(store, upstream.raw.folder, upstream.raw.digest).rows
+        images = upstream.raw
+        with suppress(UserError):  # it has not ended
+            images = upstream.keep or images
+        return read_manifest(store, images.folder, images.digest).rows
     except (NotFinishedError, UserError):
         return None
 

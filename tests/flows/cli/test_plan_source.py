@@ -16,11 +16,15 @@ from typer.testing import CliRunner
 
 from flows.cli.commands import app
 from flows.cli.plan_rates import GivenRates
+from flows.cli.plan_source import planned_rows
 from sd3core.costs.stages import stage_costs
+from sd3core.data.manifest import Manifest, commit_manifest
 from sd3core.data.source_look import UNITS_SAMPLED, look_at_source
 from sd3core.data.store import open_store
 from sd3core.errors import UserError
 from sd3core.recipe_file import load_recipe
+from sd3core.recipe_filter import Filter
+from sd3core.specs import keep_folder, raw_folder
 
 
 def jpeg(width: int, height: int) -> bytes:
@@ -152,3 +156,20 @@ def test_class_folders_a_table_and_a_mask_as_the_readme_shows_them(tmp_path, mon
         else:
             subprocess.run(line.removeprefix("$ "), shell=True, check=True)
     assert compared == 9
+
+
+def test_what_a_filter_left_out_is_not_planned_for(tmp_path):
+    store = open_store(str(tmp_path))
+    recipe = load_recipe("tiny-test", ["data.source=folder", f"data.folder={tmp_path}", "caption.captioner=none"])
+    filtered = recipe.model_copy(update={"filter": Filter(min_side_px=64)})
+    shard = {"number": 0, "stem": "00000.0123456789ab", "bytes": 1, "digest": "0" * 64}
+
+    def commit(stage: str, folder: str, inputs: dict[str, str], rows: int) -> str:
+        made = {"stage": stage, "spec": "0", "fields": {}, "inputs": inputs, "folder": folder}
+        return commit_manifest(store, folder, Manifest(**made, shards=[shard | {"rows": rows}])).digest
+
+    raw = commit("raw", raw_folder(recipe), {}, 100)
+    assert planned_rows(filtered, store, None).images == 100  # it has not ended
+    commit("keep", keep_folder(filtered), {"raw": raw}, 60)
+    assert planned_rows(filtered, store, None).images == 60
+    assert planned_rows(recipe, store, None).images == 100
