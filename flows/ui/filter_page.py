@@ -11,7 +11,8 @@ from sd3core.data.manifest import Manifest, ManifestRef, ShardEntry, read_manife
 from sd3core.data.shards import read_shard_index
 from sd3core.data.split_rows import Row, read_row_images
 from sd3core.data.store import Store
-from sd3core.filters.row_rules import DUPLICATE, LEAKED
+from sd3core.errors import DataError
+from sd3core.filters.row_rules import DUPLICATE, LEAKED, NOT_MEASURED
 from sd3core.pictures import make_grid, page_jpeg
 from sd3core.recipe import Recipe
 from sd3core.recipe_filter import Filter
@@ -51,7 +52,7 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def left_out_pictures(recipe: Recipe, store: Store, raw: ManifestRef, keep: ManifestRef) -> dict[str, bytes]:
-    """Caption -> JPEG, for every reason; below a near-duplicate stands the image that is kept for it."""
+    """Caption -> JPEG, for every reason but of what cannot be decoded; below a near-duplicate stands the image that is kept for it."""
     images, kept = (read_manifest(store, ref.folder, ref.digest) for ref in (raw, keep))
     entries = {entry.number: entry for entry in images.shards}
     pictures = {}
@@ -67,7 +68,12 @@ def left_out_pictures(recipe: Recipe, store: Store, raw: ManifestRef, keep: Mani
                     others += _rows(store, images, entries[row["duplicate_of_shard"]], [row["duplicate_of"]])
             if len(gone) == PICTURES_A_REASON:
                 break
-        shown = _pictures(recipe, store, images, [*gone, *others])
+        try:
+            shown = _pictures(recipe, store, images, [*gone, *others])
+        except DataError:
+            if reason == NOT_MEASURED:  # it may be for that
+                continue
+            raise
         says = f"left out: {reason}" + ("; below each, the one that stays" if others else "")
         pictures[says] = page_jpeg(make_grid(list(shown), len(gone)))
     return pictures

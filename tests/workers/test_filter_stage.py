@@ -375,3 +375,19 @@ def test_models_that_change_while_the_stage_runs_measure_nothing_under_the_other
     monkeypatch.setattr(workers.filter_measures, "measured_by", lambda rules: {"feature": "of another model"})
     with pytest.raises(DataError, match="its models are not those that lay there when the stage began"):
         run.filter(store, "filter.duplicates={model: /clip, threshold: 0.99}")
+
+
+def test_the_page_of_images_that_cannot_be_decoded_any_more_shows_the_others(run, store, monkeypatch):
+    one_is_not_finite = lambda images: [float("nan"), *[1.0] * (len(images) - 1)]
+    monkeypatch.setattr("sd3core.filters.scorers.load_scorer", lambda *_: one_is_not_finite)
+    overrides = [DEDUPLICATE, "filter.scores.none={kind: label, model: /m, label: x, min: 0}"]
+    result, keep = run.filter(store, *overrides)
+    assert [*keep.failed_reasons] == [NOT_MEASURED]
+
+    def broken(*_):
+        raise DataError("000: it cannot be decoded")
+
+    monkeypatch.setattr("sd3core.data.split_rows.decode_image", broken)
+    recipe = run.recipe(*overrides)
+    raw = ingest_stage(recipe, store, ignore_progress).manifest
+    assert left_out_pictures(recipe, store, raw, result.manifest) == {}
