@@ -69,7 +69,7 @@ class EndpointCaptioner:
                 # the environment's proxies are for other machines
                 trust_env=not is_loopback(urlsplit(self.base).hostname or ""),
             )
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
             raise self._service_error(f"the environment's proxy cannot be used ({error}); mend it") from None
 
     def check(self) -> None:
@@ -215,7 +215,7 @@ class EndpointCaptioner:
             words = self._hidden(_words(body))
             raise _NoUse(f"the server answers {status}{_alike(words)}", final=300 <= status < 500)
         try:
-            answer = json.loads(body)
+            answer = _parsed(body)
             choice = answer["choices"][0]
             message = choice["message"]
             refusal, finished = message.get("refusal"), choice.get("finish_reason")
@@ -287,10 +287,18 @@ def _retry_after(headers: httpx.Headers) -> float | None:
         return None
 
 
+def _parsed(body: bytes) -> Any:
+    """Raises ValueError for what is no JSON."""
+    try:
+        return json.loads(body)
+    except RecursionError:
+        raise ValueError("JSON in JSON without an end") from None
+
+
 def _words(body: bytes) -> str:
     """What a server says of an error, in a few words."""
     try:
-        said = json.loads(body)
+        said = _parsed(body)
         said = said.get("error", said.get("message", said.get("detail", "")))
         said = said.get("message", "") if isinstance(said, dict) else said
     except (ValueError, AttributeError):
@@ -315,6 +323,6 @@ def _tokens(usage: Any) -> int | None:
 
 def _model_names(body: bytes) -> list[str]:
     try:
-        return [str(model["id"]) for model in json.loads(body)["data"]]
+        return [str(model["id"]) for model in _parsed(body)["data"]]
     except (ValueError, KeyError, TypeError):
         return []

@@ -36,7 +36,7 @@ RULES = {  # each, as a reader is told of it
 }
 OF_A_BROKEN_MODEL = (EMPTY, ONE_CHARACTER, LOOPING)  # what no image calls for
 # A loop: a run of words (characters) so many times side by side, and so long in all. "very very very tall" is none.
-WORD_TURNS, LOOPED_WORDS = 3, 8
+WORD_TURNS, LOOPED_WORDS, LONGEST_ROUND = 3, 8, 500
 CHARACTER_TURNS, LOOPED_CHARACTERS, LONGEST_TURN = 6, 24, 40
 SENTENCE_TURNS, SENTENCE_WORDS = 3, 3
 # A sentence ends at a mark, and what closes after it; the marks of Chinese and Japanese need no space behind them.
@@ -102,7 +102,7 @@ def whole_sentences(line: str) -> str:
 def loops(line: str) -> bool:
     """Whether it says the same again and again. Words are compared without case and marks; text without spaces by its characters."""
     words = re.findall(r"\w+", line.lower())
-    if _turns(words, WORD_TURNS, LOOPED_WORDS, len(words) // WORD_TURNS):
+    if _turns(words, WORD_TURNS, LOOPED_WORDS, LONGEST_ROUND):
         return True
     if _turns(line, CHARACTER_TURNS, LOOPED_CHARACTERS, LONGEST_TURN):
         return True

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from sd3core.captions.counts import LENGTHS, CaptionCounts, count_captions, count_words, length_class
@@ -150,3 +152,9 @@ def test_a_captions_seed_is_of_its_image():
     """Golden: other words would be drawn with another."""
     assert [caption_seed(0, "a"), caption_seed(1, "a"), caption_seed(0, "b")] == [1825027453, 24804963, 1860090146]
     assert len({caption_seed(0, f"k{i}") for i in range(10_000)}) > 9_990
+
+
+def test_an_answer_of_a_server_that_knows_no_end_is_judged_in_time():
+    began = time.process_time()
+    assert not loops(" ".join(f"word{number}" for number in range(150_000)))
+    assert time.process_time() - began < 8

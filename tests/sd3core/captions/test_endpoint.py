@@ -305,3 +305,20 @@ def test_the_environments_proxy_is_used_but_for_this_machine(server, monkeypatch
             captioner_of("http://captions.example/v1", retry_s=0.0)("k", grey(1))
         thread.join(10)
     assert proxied and proxied[0].startswith(b"POST http://captions.example/v1/chat/completions ")
+
+
+def test_a_proxy_that_is_no_url_is_named_with_its_mend(monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://proxy:port")
+    with pytest.raises(StopStageError, match="the environment's proxy cannot be used .*; mend it"):
+        captioner_of("http://captions.example/v1")
+
+
+def test_an_answer_that_is_nested_without_an_end_costs_its_image_alone():
+    captioner, deep = captioner_of("http://127.0.0.1:9/v1"), b"[" * 1_000_000
+    with pytest.raises(endpoint._NoUse, match="none of the OpenAI chat interface"):
+        captioner._said(200, deep)
+    with pytest.raises(endpoint._NoUse, match="the server answers 500"):
+        captioner._said(500, deep)
+    assert endpoint._model_names(deep) == []
