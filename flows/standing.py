@@ -226,11 +226,19 @@ class _Look:
             name: REMADE if self.parts[part].status == "upgrade" else self._digest(part) for name, part in parts.items()
         }
         ended = phase
-        if phase.max_epochs is not None and REMADE not in data.values():
-            refs = [ManifestRef(self.today[part].folder, data[name]) for name, part in parts.items()]
+        if phase.max_epochs is not None and all(
+            refs := [self._counted(part, data[name]) for name, part in parts.items()]
+        ):
             ended = within_epochs(phase, phase_images(self.store, *refs, phase.global_batch))
         self.ends[key] = ended.last_samples
         return specs.train_fields(recipe, phase, init=init, samples=ended.samples, **data)
+
+    def _counted(self, part: str, digest: str) -> ManifestRef | None:
+        """The data by which a phase counts its epochs: of what a version makes again, that which the run has used, of as many rows."""
+        if digest != REMADE:
+            return ManifestRef(self.today[part].folder, digest)
+        note = self._note(part)
+        return ManifestRef(note.folder, note.digest) if note is not None else None
 
     def _end_of(self, key: str) -> str:
         """The digest of a phase's last checkpoint. DataError where it is not trained to its end."""

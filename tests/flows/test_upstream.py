@@ -226,6 +226,22 @@ def test_a_phase_ends_where_its_epochs_do_and_data_that_grow_make_a_training_of_
         later.checkpoints("pretrain")
 
 
+def test_a_bound_of_epochs_is_not_taken_for_a_users_change_where_a_format_rises(
+    store, write_records, train_today, rise
+):
+    """The schedule goes by the length that the bound leaves, so that length stands among the phase's fields."""
+    rise("train")
+    write_records(store)
+    recipe = load_recipe("tiny-test", ["pretrain.max_epochs=0.5", "pretrain.schedule=cosine"])
+    folder, _ = train_today(recipe, store)
+    fields = Upstream(recipe, store).phase_inputs("pretrain").fields
+    remember_stage(store, recipe.run, "pretrain", folder, "d" * 64, fields)
+    assert {part.name: part.status for part in standing_parts(recipe, store)}["pretrain"] == "stands"
+    rise("train", "latents")
+    parts = {part.name: part.status for part in standing_parts(recipe, store)}
+    assert parts["latents.pretrain"] == parts["pretrain"] == "upgrade"
+
+
 @pytest.fixture
 def finish_phases(store, write_records, train_today, rise):
     """A run of tiny-test with so many phases, each with latents of its own, finished as far as evaluation needs it."""
