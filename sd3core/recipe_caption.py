@@ -57,7 +57,8 @@ class CaptionSettings(Section):
 
     def endpoint_problem(self, compute: Compute) -> str | None:
         """How the actors and a server do not fit; None where they do."""
-        actors, waits = compute.for_stage("caption").actors, self.retry_s + self.request_timeout_s
+        # a request may begin just before retry_s is over, and then the server is asked whether it is there
+        actors, waits = compute.for_stage("caption").actors, self.retry_s + 2 * self.request_timeout_s
         if self.captioner != "endpoint":
             return None
         if self.requests_in_flight < actors:
@@ -67,7 +68,7 @@ class CaptionSettings(Section):
             )
         if compute.stall_timeout_s <= waits:
             return (
-                f"compute.stall_timeout_s {compute.stall_timeout_s:g} is not more than caption.retry_s {self.retry_s:g} and"
+                f"compute.stall_timeout_s {compute.stall_timeout_s:g} is not more than caption.retry_s {self.retry_s:g} and twice"
                 f" caption.request_timeout_s {self.request_timeout_s:g} together, so an actor that waits for its server would"
                 " count as dead; raise it"
             )

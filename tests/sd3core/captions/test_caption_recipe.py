@@ -40,8 +40,9 @@ def any_model(monkeypatch):
         ),
         (
             "caption.retry_s=500",
-            "compute.stall_timeout_s 600 is not more than caption.retry_s 500 and caption.request_timeout_s",
+            "compute.stall_timeout_s 600 is not more than caption.retry_s 500 and twice caption.request_timeout_s",
         ),
+        ("caption.request_timeout_s=200", "caption.retry_s 300 and twice caption.request_timeout_s 200 together"),
         ("caption.requests_in_flight=1", "requests_in_flight 1 is less than the 2 actors that share them"),
         ("caption.temperature=3", "caption.temperature: Input should be less than or equal to 2"),
         ("caption.max_share=0", "caption.max_share: Input should be greater than 0"),
