@@ -15,11 +15,11 @@ TEXT_PX, LINE_PX, LINES = 12, 15, 4
 CHARACTERS = 0.52  # width of a character of the font, as a part of its height, on average
 
 
-CELL_PX = 192
+SHEET_CELL_PX = 192
 
 
 def contact_sheet(
-    pictures: Sequence[tuple[int, np.ndarray, str]], columns: int = 6, side_px: int = CELL_PX
+    pictures: Sequence[tuple[int, np.ndarray, str]], columns: int = 6, side_px: int = SHEET_CELL_PX
 ) -> np.ndarray:
     """(H, W, 3) uint8 pictures with their numbers and words -> one picture. Smaller ones are enlarged by whole pixels."""
     return make_grid([_cell(picture, f"{n}. {words}", side_px) for n, picture, words in pictures], columns, 8)

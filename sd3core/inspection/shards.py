@@ -21,7 +21,7 @@ from sd3core.data.provenance import provenance_of
 from sd3core.data.shards import IMAGE_EXTENSIONS, read_samples, read_shard_done, read_shard_index
 from sd3core.data.store import Store, open_store
 from sd3core.errors import DataError
-from sd3core.inspection.contact_sheet import CELL_PX
+from sd3core.inspection.contact_sheet import SHEET_CELL_PX
 from sd3core.inspection.findings import Findings, ShownRow, counts_table, shown_bytes, shown_fields
 from sd3core.specs import INDEX, MANIFEST, TABLE, TAR, manifest_copy
 
@@ -142,7 +142,7 @@ def _picture(files: dict[str, bytes]) -> np.ndarray | str:
 
 def _small(image: Image) -> np.ndarray:
     """As large as a sheet shows it: the pictures of all rows are held until then."""
-    image.thumbnail((CELL_PX, CELL_PX), Resampling.LANCZOS)
+    image.thumbnail((SHEET_CELL_PX, SHEET_CELL_PX), Resampling.LANCZOS)
     return np.asarray(image)
 
 

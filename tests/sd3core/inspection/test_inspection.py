@@ -18,7 +18,7 @@ from sd3core.data.shards import Sample, write_shard, write_table
 from sd3core.data.store import open_store
 from sd3core.errors import DataError, UserError
 from sd3core.inspection import inspect_stored
-from sd3core.inspection.contact_sheet import CELL_PX, contact_sheet
+from sd3core.inspection.contact_sheet import SHEET_CELL_PX, contact_sheet
 
 GREEN = (10, 200, 30)
 
@@ -68,7 +68,7 @@ def test_of_a_large_picture_what_a_sheet_shows_is_held(tmp_path):
     store = open_store(str(tmp_path))
     store.put("in/00000.tar", foreign_tar([("a.png", jpeg(size=(2_000, 1_000)))]))
     [row] = inspect_stored(f"{store.url}/in/00000.tar", 2, no_vae).rows
-    assert row.picture.shape == (CELL_PX // 2, CELL_PX, 3) and tuple(row.picture[5, 5]) == GREEN
+    assert row.picture.shape == (SHEET_CELL_PX // 2, SHEET_CELL_PX, 3) and tuple(row.picture[5, 5]) == GREEN
 
 
 def test_a_latent_that_is_damaged_is_said_in_its_row(tmp_path):
