@@ -54,7 +54,7 @@ def test_a_captioner_costs_by_its_parameters_and_is_not_guessed_where_it_is_not(
     assert in_bf16.hours == pytest.approx(seconds / 64 / 3600)
     served = ["caption.captioner=endpoint", "caption.endpoint=http://a/v1", "caption.requests_in_flight=64"]
     cost = costs_of(*served)["caption"]
-    assert (cost.hours, cost.work) == (None, "a million rows; at the rate of http://a/v1")
+    assert (cost.hours, cost.work) == (None, "1,000,000 rows; at the rate of http://a/v1")
 
 
 @pytest.mark.parametrize(

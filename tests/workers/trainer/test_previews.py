@@ -100,9 +100,9 @@ def test_training_is_the_same_with_and_without_them(tmp_path):
         with safe_open(Path(job.store, heard.previews[-1]), "pt") as file:
             latents = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118 (no mapping)
             captions, settings = (json.loads(file.metadata()[name]) for name in ("captions", "settings"))
+            keys, splits = (json.loads(file.metadata()[name]) for name in ("keys", "splits"))
         assert [latent.shape for latent in latents] == [(16, 8, 8)] * 4 and all(x.isfinite().all() for x in latents)
         assert captions == [f"caption of {key}" for key in KEYS]
-        keys, splits = (json.loads(file.metadata()[name]) for name in ("keys", "splits"))
         assert (keys, splits) == (list(KEYS), ["train", "train", "held_out", "held_out"])
         assert settings["samples"] == 96 and settings["num_steps"] == 3
         assert not open_store(calm.store).list(calm.previews_folder)
