@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 from PIL import Image
-from scipy.fft import dctn
 
 HASH_SIDE = 32
 WAVES = (8, 5, 5)  # kept each way: of brightness, of blue's and of red's difference to it
@@ -23,6 +22,8 @@ MIRROR_SIGNS = np.concatenate([np.tile((-1) ** np.arange(waves), waves) for wave
 
 def picture_hash(image: Image.Image) -> np.ndarray:
     """(HASH_BYTES,) int8 of an RGB image."""
+    from scipy.fft import dctn  # here: a flow's process, which imports this module too, loads none
+
     small = image.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BILINEAR, reducing_gap=3.0)
     pixels = np.asarray(small, dtype=np.float32)  # (32, 32, 3)
     brightness = pixels @ LUMA
