@@ -17,6 +17,7 @@ import typer.main
 from flows.cli import commands, demo, sample
 from flows.local import deployments, services
 from sd3core.bench import data as bench_data
+from sd3core.bench import duplicates as bench_duplicates
 from sd3core.bench import model as bench_model
 from sd3core.errors import UserError
 
@@ -93,6 +94,7 @@ def nothing_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(deployments, "apply_deployments", end)
     monkeypatch.setattr(bench_model, "measure", end)
     monkeypatch.setattr(bench_data, "measure_data", end)
+    monkeypatch.setattr(bench_duplicates, "measure_duplicates", end)
     monkeypatch.setattr(sample, "sample_to_files", end)
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
 
