@@ -223,8 +223,7 @@ def test_planning_what_is_missing_of_100_000_shards_takes_seconds():
         started = time.process_time()
         missing = [task for task in after.tasks if task.stem not in finished]
         missing = _with_earlier(after, missing, standing, finished)
-        # a busy machine takes three times as long; anything quadratic takes hours
-        assert time.process_time() - started < 60
+        assert time.process_time() - started < 20
         return missing
 
     one_more = planned(stage(np.append(hashes, np.uint64(12345))))
