@@ -7,6 +7,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +22,13 @@ def picture(shade: int, format_: str = "PNG", size: tuple[int, int] = (40, 40)) 
     sink = io.BytesIO()
     Image.new("RGB", size, (shade % 256, shade // 256 % 256, 7)).save(sink, format_)
     return sink.getvalue()
+
+
+def put_images(folder: Path, *names: str) -> None:
+    """Images of different content, by their paths below the folder."""
+    for shade, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(picture(shade, size=(48, 40)))
 
 
 def tar_of(members: Iterable[tuple[str, bytes]], format_: int = tarfile.USTAR_FORMAT) -> bytes:

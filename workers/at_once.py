@@ -6,10 +6,15 @@ together. Each is still one task with one record, written last.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Condition
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from workers.shard_stage import MadeShard, ShardTask
 
 SHARDS_AT_ONCE = 3  # of one actor: read and decoded, encoded, written
 
@@ -96,3 +101,21 @@ class ShardsAtOnce:
 
     def next_to_encode(self) -> ShardTurn | None:
         return next((turn for turn in self.turns if turn.wants_encoder), None)
+
+
+class WorkerAtOnce(ABC):
+    """A worker that several threads call, each with a shard of its own."""
+
+    at_once: ShardsAtOnce
+
+    def __call__(self, task: ShardTask) -> MadeShard:
+        with self.at_once.shard(task.place) as turn:
+            return self._made(task, turn)
+
+    @abstractmethod
+    def _made(self, task: ShardTask, turn: ShardTurn) -> MadeShard: ...
+
+    @property
+    def progress(self) -> dict[str, int]:
+        """Rows done of each shard at hand."""
+        return self.at_once.progress

@@ -35,7 +35,7 @@ from sd3core.recipe import Caption, Recipe
 from sd3core.shown_text import printable, shortened
 from sd3core.specs import captions_fields, captions_folder
 from sd3core.words import counted
-from workers.at_once import SHARDS_AT_ONCE, ShardsAtOnce, ShardTurn
+from workers.at_once import SHARDS_AT_ONCE, ShardsAtOnce, ShardTurn, WorkerAtOnce
 from workers.caption_writers import WINDOW_BATCHES, BatchWriter, Captioner, Picture, RequestWriter
 from workers.inputs import (
     InputShard,
@@ -124,7 +124,7 @@ def _share(part: float) -> str:
     return f"{100 * part:.2g} %" if part < 0.1 else f"{100 * part:.0f} %"
 
 
-class CaptionWorker:
+class CaptionWorker(WorkerAtOnce):
     """Raw shard -> captions parquet. An image that cannot be captioned becomes a failed row with its reason; a caption that breaks
     a rule stays a row, without its words.
     """
@@ -154,14 +154,6 @@ class CaptionWorker:
         else:
             window = _window(caption, most_bytes) if caption.by_model else caption.batch
             self.writer = BatchWriter(load_captioner(caption, device, identity), caption.batch, window, caption.seed)
-
-    @property
-    def progress(self) -> dict[str, int]:
-        return self.at_once.progress
-
-    def __call__(self, task: ShardTask) -> MadeShard:
-        with self.at_once.shard(task.place) as turn:
-            return self._made(task, turn)
 
     def _made(self, task: ShardTask, turn: ShardTurn) -> MadeShard:
         index = read_input_index(self.store, task.source)

@@ -29,7 +29,7 @@ from sd3core.errors import DataError, StoreError
 from sd3core.flip_rule import why_not_flipped
 from sd3core.progress import ProgressCallback, ignore_progress
 from sd3core.towers.artifact import fetch_towers
-from workers.at_once import ShardsAtOnce, ShardTurn
+from workers.at_once import ShardsAtOnce, ShardTurn, WorkerAtOnce
 from workers.caches import towers_cache
 from workers.inputs import (
     InputShard,
@@ -116,7 +116,7 @@ class Prepared:
         return 0 if self.pixels is None else self.pixels.nbytes
 
 
-class LatentsWorker:
+class LatentsWorker(WorkerAtOnce):
     """Raw shard -> latents tar, in batches of one bucket; threads decode ahead of the encoding. Several threads may call it.
 
     Latents that stand in earlier shards are taken over, in the places that they would have if they were made.
@@ -146,10 +146,6 @@ class LatentsWorker:
         self.dtype = getattr(torch, dtype)
         local = fetch_towers(store, towers.folder, towers_cache(), ("vae",), towers.digest, report)
         self.autoencoder = load_autoencoder(local, PRECISION_DTYPES[precision], device)
-
-    def __call__(self, task: ShardTask) -> MadeShard:
-        with self.at_once.shard(task.place) as turn:
-            return self._made(task, turn)
 
     def _made(self, task: ShardTask, turn: ShardTurn) -> MadeShard:
         index = read_input_index(self.store, task.source.raw)

@@ -31,7 +31,7 @@ from sd3core.progress import ProgressCallback, ignore_progress
 from sd3core.recipe import ENCODERS, Text, TextDtype
 from sd3core.specs import DONE
 from sd3core.towers.artifact import fetch_towers
-from workers.at_once import ShardsAtOnce, ShardTurn
+from workers.at_once import ShardsAtOnce, ShardTurn, WorkerAtOnce
 from workers.caches import towers_cache
 from workers.inputs import InputShard, batched, read_input_index, read_input_table
 from workers.shard_stage import MadeShard, ShardTask
@@ -58,7 +58,7 @@ class CaptionUse(NamedTuple):
     place: int | None = None  # among its captions of this kind, where it has several
 
 
-class TextWorker:
+class TextWorker(WorkerAtOnce):
     """Raw shard and its captions -> text tar: each distinct caption once, an index row for each use of it.
 
     Several threads may call it.
@@ -86,10 +86,6 @@ class TextWorker:
         self.repeated = repeated
         local = fetch_towers(store, towers.folder, towers_cache(), ENCODERS, towers.digest, report)
         self.encoders = load_text_encoders(local, text, PRECISION_DTYPES[precision], device)
-
-    def __call__(self, task: ShardTask) -> MadeShard:
-        with self.at_once.shard(task.place) as turn:
-            return self._made(task, turn)
 
     def _made(self, task: ShardTask, turn: ShardTurn) -> MadeShard:
         null = f"{task.folder}/{NULL_FILE}"

@@ -18,7 +18,7 @@ from sd3core.filters.picture_hash import picture_hash
 from sd3core.filters.row_rules import SCORE_COLUMN
 from sd3core.recipe_filter import Filter
 from sd3core.specs import measured_by
-from workers.at_once import SHARDS_AT_ONCE, ShardsAtOnce, ShardTurn
+from workers.at_once import SHARDS_AT_ONCE, ShardsAtOnce, ShardTurn, WorkerAtOnce
 from workers.inputs import (
     InputShard,
     batched,
@@ -39,7 +39,7 @@ NOT_FINITE = "a score or its embedding is not finite"
 MEASURED_TOGETHER = 32  # images that wait for the models together, each of which has a batch of its own
 
 
-class MeasureWorker:
+class MeasureWorker(WorkerAtOnce):
     """Raw shard -> measures parquet, a row an image that can be decoded. Several threads may call it.
 
     Measures that stand in earlier shards are taken over.
@@ -71,14 +71,6 @@ class MeasureWorker:
             self.scorers = {name: load_scorer(name, score, device) for name, score in rules.scores.items()}
             if duplicates and duplicates.model:
                 self.embedder = load_embedder(duplicates.model, duplicates.batch, device)
-
-    @property
-    def progress(self) -> dict[str, int]:
-        return self.at_once.progress
-
-    def __call__(self, task: ShardTask) -> MadeShard:
-        with self.at_once.shard(task.place) as turn:
-            return self._made(task, turn)
 
     def _made(self, task: ShardTask, turn: ShardTurn) -> MadeShard:
         index = read_input_index(self.store, task.source)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from flows.cli.console import console, say
 from flows.cli.options import path
 from sd3core.errors import UserError
+
+JsonOption = Annotated[Path | None, typer.Option("--json", parser=path, help="Also writes the figures to this file.")]
 
 bench = typer.Typer(no_args_is_help=True, help="What things cost on this machine.")
 
@@ -34,14 +38,9 @@ def bench_model(
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Of the CPU; default: PyTorch's.")] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile on both sides.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", parser=path, help="Also writes the figures to this file.")
-    ] = None,
+    json_out: JsonOption = None,
 ) -> None:
     """Training step, sampling and activation memory of the MM-DiT against diffusers' SD3 transformer, same weights."""
-    import json
-    from dataclasses import asdict
-
     import torch
 
     from flows.cli.options import device as chosen_device
@@ -74,9 +73,8 @@ def bench_model(
     with console.status("loading") as status:
         results = list(measure(settings, modes, status.update))
     console.print(result_table(results))
-    if json_out is not None:
-        figures = {"bench": asdict(settings), "torch": torch.__version__, "threads": torch.get_num_threads()}
-        json_out.write_text(json.dumps(figures | {"results": [result.to_dict() for result in results]}, indent=1))
+    figures = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    _write_figures(json_out, settings, figures | {"results": [result.to_dict() for result in results]})
 
 
 @bench.command("data")
@@ -88,14 +86,10 @@ def bench_data(
     rows: Annotated[int, typer.Option(min=1, max=100_000, help="Of a shard; a row has about 1 MB.")] = 128,
     batch: Annotated[int, typer.Option(min=1, max=100_000)] = 32,
     rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Each reads an epoch in every way, in turn.")] = 5,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", parser=path, help="Also writes the figures to this file.")
-    ] = None,
+    json_out: JsonOption = None,
 ) -> None:
     """The loader against webdataset, or on S3 plain boto3, that read the same tars: decoded, hashed, in batches."""
-    import json
     import tempfile
-    from dataclasses import asdict
 
     from flows.cli.options import file_to_write
     from sd3core.bench.data import DataBench, measure_data
@@ -111,8 +105,7 @@ def bench_data(
         result = measure_data(settings, where, lambda done: status.update(f"round {done} of {rounds}"), say)
     say(data_heading(settings, result))
     console.print(data_table(result))
-    if json_out is not None:
-        json_out.write_text(json.dumps({"bench": asdict(settings), "result": asdict(result)}, indent=1))
+    _write_figures(json_out, settings, {"result": asdict(result)})
 
 
 @bench.command("encode")
@@ -122,13 +115,9 @@ def bench_encode(
     shards: Annotated[int, typer.Option(min=4, max=10_000, help="That one actor encodes at a time.")] = 16,
     rows: Annotated[int, typer.Option(min=1, max=100_000, help="Of a shard.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Each encodes in every way, in turn.")] = 3,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", parser=path, help="Also writes the figures to this file.")
-    ] = None,
+    json_out: JsonOption = None,
 ) -> None:
     """Actors that encode a recipe's text and latents: shards at once, two actors, and what bf16 changes."""
-    import json
-    from dataclasses import asdict
 
     from flows.cli.encode_figures import difference_table, encoding_heading, encoding_table
     from flows.cli.options import file_to_write
@@ -154,10 +143,8 @@ def bench_encode(
         )
     say(encoding_heading(settings, loaded))
     console.print(encoding_table(found))
-    if json_out is not None:
-        figures = {"bench": asdict(settings), "rates": {rates.kind: rates.rates for rates in found}}
-        figures |= {"bf16": {name: asdict(difference) for name, difference in differences.items()}}
-        json_out.write_text(json.dumps(figures, indent=1))
+    changed = {name: asdict(difference) for name, difference in differences.items()}
+    _write_figures(json_out, settings, {"rates": {rates.kind: rates.rates for rates in found}, "bf16": changed})
 
 
 @bench.command("duplicates")
@@ -168,13 +155,9 @@ def bench_duplicates(
     planted: Annotated[int, typer.Option(min=1, max=100_000, help="Near-duplicates of each kind.")] = 300,
     threshold: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Default: the built-in hash's.")] = None,
     pictures: Annotated[str, typer.Option(help="test, or tuning: those that chose the threshold.")] = "test",
-    json_out: Annotated[
-        Path | None, typer.Option("--json", parser=path, help="Also writes the figures to this file.")
-    ] = None,
+    json_out: JsonOption = None,
 ) -> None:
     """Recall and precision of the built-in hash on planted near-duplicates: rescaled, recompressed, cropped, mirrored."""
-    import json
-    from dataclasses import asdict
 
     from flows.cli.options import file_to_write, one_of
     from sd3core.bench.duplicates import SEEDS, DuplicatesBench, measure_duplicates
@@ -191,5 +174,10 @@ def bench_duplicates(
         result = measure_duplicates(settings, status.update)
     say(duplicates_heading(settings, result))
     console.print(duplicates_table(result))
+    _write_figures(json_out, settings, {"result": asdict(result)})
+
+
+def _write_figures(json_out: Path | None, settings: Any, figures: dict[str, Any]) -> None:
+    """What `--json` asks for, with the bench's settings first."""
     if json_out is not None:
-        json_out.write_text(json.dumps({"bench": asdict(settings), "result": asdict(result)}, indent=1))
+        json_out.write_text(json.dumps({"bench": asdict(settings)} | figures, indent=1))

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from flows.cli.plan_epochs import planned_images, print_epochs, recipe_within_epochs
 from flows.cli.plan_rates import ASSUMED, GivenRates
-from flows.cli.plan_source import look_at_recipe, planned_rows, print_source
+from flows.cli.plan_source import ingested_rows, look_at_recipe, planned_rows, print_source
 from flows.local.home import run_store
 from flows.upstream import NotFinishedError, Upstream
 from sd3core.buckets import bucket_name, off_centre
@@ -41,8 +41,9 @@ def print_whole_plan(recipe: Recipe, given: GivenRates, console: Console) -> Non
     from flows.upgrade import print_upgrade
 
     store = run_store(recipe)
-    look = look_at_recipe(recipe, store, console)
-    rows = planned_rows(recipe, store, look)
+    ingested = ingested_rows(recipe, store) if recipe.data.source != "small_world" else None
+    look = look_at_recipe(recipe, console) if ingested is None else None
+    rows = planned_rows(recipe, ingested, look)
     images = planned_images(recipe, store, rows)
     print_plan(recipe_within_epochs(recipe, images), console, rows, given)
     if look is not None:

@@ -28,9 +28,9 @@ REASONS_NAMED = 8
 BUCKETS_NAMED = 12  # that are named
 
 
-def look_at_recipe(recipe: Recipe, store: Store, console: Console) -> SourceLook | None:
-    """What the recipe's source holds; None of a drawn world, of one that is ingested, and of one that cannot be read, which is said."""
-    if recipe.data.source == "small_world" or ingested_rows(recipe, store) is not None:
+def look_at_recipe(recipe: Recipe, console: Console) -> SourceLook | None:
+    """What the recipe's source holds; None of a drawn world, and of a source that cannot be read, which is said."""
+    if recipe.data.source == "small_world":
         return None
     columns = (TextColumn("looking at the source"), BarColumn(), MofNCompleteColumn())
     with ProgressBar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -58,13 +58,12 @@ def ingested_rows(recipe: Recipe, store: Store) -> int | None:
         return None
 
 
-def planned_rows(recipe: Recipe, store: Store, look: SourceLook | None) -> PlannedRows | None:
+def planned_rows(recipe: Recipe, ingested: int | None, look: SourceLook | None) -> PlannedRows | None:
     """The rows that the data stages will have: drawn, ingested, or estimated; None where nobody knows."""
     if recipe.data.source == "small_world":
         return PlannedRows.of(recipe, recipe.data.images)
     if look is None:
-        rows = ingested_rows(recipe, store)
-        return None if rows is None else PlannedRows.of(recipe, rows)
+        return None if ingested is None else PlannedRows.of(recipe, ingested)
     originals = sum(map(len, look.captions)) / max(1, len(look.captions))
     taken = {key: _taken(phase, look)[1].mean() if look.sizes else 0.0 for key, phase in recipe.phases()}
     return PlannedRows.of(recipe, look.taken, originals, taken)

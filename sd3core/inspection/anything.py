@@ -67,7 +67,7 @@ def _of_manifest(store: Store, name: str, rows: int, vae_of: VaeOf) -> Findings:
     if not isinstance(record, dict):
         raise DataError(f"{store.uri(name)}: not a manifest; run the stage again that makes it")
     if "shards" in record:
-        return inspect_manifest(store, name, rows, vae_of)
+        return inspect_manifest(store, name, record, rows, vae_of)
     fields = {key: value for key, value in record.items() if key not in ("towers", "files")}
     found = Findings(f"{record.get('stage', 'a stage')}: its manifest", shown_fields(fields))
     for tower, entry in sorted(record.get("towers", {}).items()):

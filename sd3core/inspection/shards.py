@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ from sd3core.data.images import PixelRules, decode_image
 from sd3core.data.manifest import Manifest, read_head
 from sd3core.data.provenance import provenance_of
 from sd3core.data.shards import IMAGE_EXTENSIONS, read_samples, read_shard_done, read_shard_index
+from sd3core.data.sources.ranged_file import RangedFile
 from sd3core.data.store import Store, open_store
 from sd3core.errors import DataError
 from sd3core.inspection.contact_sheet import SHEET_CELL_PX
@@ -34,22 +35,15 @@ LARGEST_HEAD = 64_000_000  # at most, of a tar that has no index
 FIRST_READ = 1_000_000
 WIDEST_WORDS = 300
 FAILURES_SHOWN = 10
-PICTURES_BEGIN = (
-    b"\xff\xd8",
-    b"\x89PNG",
-    b"RIFF",
-    b"GIF8",
-    b"BM",
-    b"II*",
-    b"MM\0*",
-)  # what else is bytes is no picture
+# What else is bytes is no picture.
+PICTURES_BEGIN = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*", b"MM\0*")
 PLACE_COLUMNS = ("key", "offset", "length", "sha256")  # columns of an index that say where a row is
 
 
-def inspect_manifest(store: Store, name: str, rows: int, vae_of: VaeOf) -> Findings:
-    """All that a stage made, and the first rows of its first shard."""
+def inspect_manifest(store: Store, name: str, record: dict[str, Any], rows: int, vae_of: VaeOf) -> Findings:
+    """All that a stage made, as the `record` at `name` says it, and the first rows of its first shard."""
     try:
-        manifest = Manifest.model_validate_json(store.get(name))
+        manifest = Manifest.model_validate(record)
     except ValidationError:
         raise DataError(f"{store.uri(name)}: not a manifest of this version; run the stage again") from None
     found = Findings(
@@ -90,7 +84,7 @@ def inspect_shard(folder_url: str, stem: str, rows: int, vae_of: VaeOf, *, index
             found.notes.append(f"the first {FAILURES_SHOWN} of {len(done.failed):,} rows that were left out are named")
     if TABLE in done.files:
         path = f"{folder}/{stem}{INDEX if index and INDEX in done.files else TABLE}"
-        return _with_table(found, store.get(path), store.uri(path), rows)
+        return _with_table(found, io.BytesIO(store.get(path)), store.uri(path), rows)
     table = read_shard_index(store, folder, stem)
     found.facts["columns"] = ", ".join(table.column_names)
     first = table.slice(0, rows).to_pylist()
@@ -107,10 +101,9 @@ def inspect_shard(folder_url: str, stem: str, rows: int, vae_of: VaeOf, *, index
     return found
 
 
-def _words(row: dict[str, Any], *left_out: str) -> dict[str, str]:
+def _words(row: dict[str, Any]) -> dict[str, str]:
     """A row's fields as words, but for where it is."""
-    kept = {key: value for key, value in row.items() if key not in (*PLACE_COLUMNS, *left_out) and value is not None}
-    return {key: _shown(value) for key, value in kept.items()}
+    return {key: _shown(value) for key, value in row.items() if key not in PLACE_COLUMNS and value is not None}
 
 
 def _shown(value: object) -> str:
@@ -175,13 +168,15 @@ def _latent_rows(
 
 
 def inspect_table(folder: Store, name: str, rows: int) -> Findings:
-    """A parquet file from anywhere."""
-    return _with_table(Findings(f"{name}: a table"), folder.get(name), folder.uri(name), rows)
+    """A parquet file from anywhere, of which the footer and the first rows are read."""
+    entry = folder.entry(name)
+    with RangedFile(folder, name, entry.size, entry.tag) as ranged:
+        return _with_table(Findings(f"{name}: a table"), ranged, folder.uri(name), rows)
 
 
-def _with_table(found: Findings, data: bytes, where: str, rows: int) -> Findings:
+def _with_table(found: Findings, data: BinaryIO | RangedFile, where: str, rows: int) -> Findings:
     try:
-        file = pq.ParquetFile(io.BytesIO(data))
+        file = pq.ParquetFile(pa.PythonFile(data, mode="r"), pre_buffer=False)
         first = next(file.iter_batches(batch_size=max(rows, 1)), None)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{where}: not a parquet file ({str(error).splitlines()[0]}); name another") from None

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from flows.cli.commands import app
 from flows.cli.plan_rates import GivenRates
-from flows.cli.plan_source import planned_rows
+from flows.cli.plan_source import ingested_rows, planned_rows
 from sd3core.costs.stages import stage_costs
 from sd3core.data.manifest import Manifest, commit_manifest
 from sd3core.data.source_look import UNITS_SAMPLED, look_at_source
@@ -169,7 +169,7 @@ def test_what_a_filter_left_out_is_not_planned_for(tmp_path):
         return commit_manifest(store, folder, Manifest(**made, shards=[shard | {"rows": rows}])).digest
 
     raw = commit("raw", raw_folder(recipe), {}, 100)
-    assert planned_rows(filtered, store, None).images == 100  # it has not ended
+    assert planned_rows(filtered, ingested_rows(filtered, store), None).images == 100  # it has not ended
     commit("keep", keep_folder(filtered), {"raw": raw}, 60)
-    assert planned_rows(filtered, store, None).images == 60
-    assert planned_rows(recipe, store, None).images == 100
+    assert planned_rows(filtered, ingested_rows(filtered, store), None).images == 60
+    assert planned_rows(recipe, ingested_rows(recipe, store), None).images == 100

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from folder_ingest import ingest_folder, read_items, slices_of
-from PIL import Image
+from source_files import put_images
 
 from sd3core.data.image_files.class_folders import OUTSIDE, UNNAMED, ClassFolders, read_class_names
 from sd3core.data.image_files.listed_folder import ListedFolder
@@ -26,12 +26,6 @@ def folder(tmp_path) -> Path:
     return tmp_path / "pictures"
 
 
-def _images(folder: Path, *names: str) -> None:
-    for shade, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (48, 40), (shade, 0, 0)).save(folder / name)
-
-
 def _data(folder: Path, **changes) -> Data:
     changes = {"class_caption": PHOTO} | changes
     return Data(name="pictures", source="folder", folder=str(folder), **changes)
@@ -44,7 +38,7 @@ def _listed(folder: Path, captions_needed=True, **changes) -> tuple[dict[str, st
 
 
 def test_a_class_is_the_folder_that_an_image_lies_in(folder):
-    _images(folder, "cat/1.png", "sea_lion/2.png", "train/polar__bear/3.png", "out.png", "cat/4.png", "cat/5.png")
+    put_images(folder, "cat/1.png", "sea_lion/2.png", "train/polar__bear/3.png", "out.png", "cat/4.png", "cat/5.png")
     (folder / "cat/4.txt").write_text("a cat of its own")
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "cat/5.png", "text": "by its row"}))
     captions, told = _listed(folder)
@@ -61,7 +55,7 @@ def test_a_class_is_the_folder_that_an_image_lies_in(folder):
 
 
 def test_a_file_gives_each_name_its_words_and_what_it_lacks_is_counted(folder, tmp_path):
-    _images(folder, "n01440764/a.png", "n02099601/b/c.png", "n00000000/d.png", "n00000000/e.png", "f.png")
+    put_images(folder, "n01440764/a.png", "n02099601/b/c.png", "n00000000/d.png", "n00000000/e.png", "f.png")
     (tmp_path / "names.json").write_text(json.dumps(NAMES))
     captions, told = _listed(folder, class_names=str(tmp_path / "names.json"))
     assert captions == {
@@ -75,14 +69,14 @@ def test_a_file_gives_each_name_its_words_and_what_it_lacks_is_counted(folder, t
 
 
 def test_with_a_captioner_an_image_of_no_class_goes_on_and_it_is_told(folder):
-    _images(folder, "cat/1.png", "out.png")
+    put_images(folder, "cat/1.png", "out.png")
     captions, told = _listed(folder, captions_needed=False)
     assert captions == {"cat/1.png": "a photo of a cat", "out.png": ""}
     assert f"1 image whose captions were not understood: out.png ({OUTSIDE})" in told
 
 
 def test_counts_add_up_and_every_reason_is_told(folder, file_store, tmp_path):
-    _images(folder, "n01440764/a.png", "n00000000/d.png", "f.png", "g.png")
+    put_images(folder, "n01440764/a.png", "n00000000/d.png", "f.png", "g.png")
     (tmp_path / "names.json").write_text(json.dumps(NAMES))
     made = ingest_folder(file_store, _data(folder, class_names=str(tmp_path / "names.json")), captions_needed=True)
     (part,) = made.values()
@@ -138,7 +132,7 @@ def test_a_file_of_names_that_cannot_be_used_is_one_line(tmp_path, name, text, w
 
 
 def test_other_words_are_another_digest_of_the_folder(folder, tmp_path):
-    _images(folder, "n01440764/a.png")
+    put_images(folder, "n01440764/a.png")
     names = tmp_path / "names.json"
     names.write_text(json.dumps(NAMES))
     data = _data(folder, class_names=str(names))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from folder_ingest import ingest_folder, read_items, slices_of
 from PIL import Image
+from source_files import put_images
 
 from sd3core.data.folder_captions import FolderChanged
 from sd3core.data.folder_source import NO_CAPTION_IN_ROW
@@ -48,12 +49,6 @@ def folder(tmp_path) -> Path:
     return tmp_path / "pictures"
 
 
-def _images(folder: Path, *names: str) -> None:
-    for shade, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (48, 40), (shade % 256, shade // 256, 0)).save(folder / name, "PNG")
-
-
 def _data(table: Path, **changes) -> Data:
     return Data(name="pictures", source="table", table=str(table), **changes)
 
@@ -85,8 +80,8 @@ def _listed(data: Data, captions_needed=True) -> tuple[dict[str, str], Counter[s
 
 
 def test_paths_begin_in_the_tables_folder_or_another_or_are_whole(folder, tmp_path):
-    _images(folder, "sub/a.png", "b.png")
-    _images(tmp_path, "elsewhere/c.png")
+    put_images(folder, "sub/a.png", "b.png")
+    put_images(tmp_path, "elsewhere/c.png")
     rows = [_row("sub/a.png", "a"), _row(str(folder / "b.png"), "b"), _row(str(tmp_path / "elsewhere/c.png"), "c")]
     images, reasons = _listed(_data(_jsonl(folder / "t.jsonl", *rows)))
     assert images == {"sub/a.png": "a", "b.png": "b", f"{tmp_path}/elsewhere/c.png": "c"} and not reasons
@@ -99,7 +94,7 @@ def test_paths_begin_in_the_tables_folder_or_another_or_are_whole(folder, tmp_pa
 
 
 def test_every_row_is_counted_and_every_reason_is_told(folder, file_store):
-    _images(folder, "a.png", "b.png", "c.png", "small.png")
+    put_images(folder, "a.png", "b.png", "c.png", "small.png")
     Image.new("RGB", (3, 3)).save(folder / "small.png")
     (folder / "broken.png").write_bytes(b"no image")
     rows = [
@@ -159,7 +154,7 @@ def test_every_row_is_counted_and_every_reason_is_told(folder, file_store):
 
 @pytest.mark.parametrize(("name", "delimiter"), [("t.csv", ","), ("t.csv", ";"), ("t.csv", "\t"), ("t.tsv", "\t")])
 def test_cells_in_quotes_may_hold_anything(folder, name, delimiter):
-    _images(folder, "a.png", "b.png", "c, d.png")
+    put_images(folder, "a.png", "b.png", "c, d.png")
     rows = [
         ["Path", "short", "long"],
         ["a.png", 'a "quoted" word', "two\nlines, and\tmore; so"],
@@ -174,7 +169,7 @@ def test_cells_in_quotes_may_hold_anything(folder, name, delimiter):
 
 
 def test_a_broken_row_of_a_csv_costs_no_other(folder):
-    _images(folder, "a.png", "b.png", "c.png", "d.png")
+    put_images(folder, "a.png", "b.png", "c.png", "d.png")
     lines = [
         "path,text",
         'a.png,a 5" pipe',  # a quote within a cell is a character
@@ -192,7 +187,7 @@ def test_a_broken_row_of_a_csv_costs_no_other(folder):
 
 
 def test_windows_lines_and_a_mark_of_byte_order(folder):
-    _images(folder, "a.png", "b.png")
+    put_images(folder, "a.png", "b.png")
     (folder / "t.csv").write_bytes(b"\xef\xbb\xbfpath,text\r\na.png,a\r\n\r\nb.png,b")
     assert _listed(_data(folder / "t.csv")) == ({"a.png": "a", "b.png": "b"}, {})
     (folder / "t.jsonl").write_bytes(b'\xef\xbb\xbf{"image": "a.png", "caption": "a"}\r\n\r\n')
@@ -200,7 +195,7 @@ def test_windows_lines_and_a_mark_of_byte_order(folder):
 
 
 def test_columns_are_found_by_their_names_and_it_is_told(folder):
-    _images(folder, "a.png")
+    put_images(folder, "a.png")
     table = _csv(folder / "t.csv", ["id", "image", "label", "prompt"], ["1", "a.png", "not this", "a"])
     source = ListedTable(_data(table))
     assert _listed(_data(table))[0] == {"a.png": "a"}
@@ -245,7 +240,7 @@ def _grown(folder: Path, file_store, *rows: dict) -> tuple[dict[str, bool], dict
 
 
 def test_a_row_that_changes_comes_or_goes_makes_one_shard(folder, file_store):
-    _images(folder, *(f"{n}.png" for n in range(60)))
+    put_images(folder, *(f"{n}.png" for n in range(60)))
     rows = [_row(f"{n}.png", f"number {n}") for n in range(59)]
     before, seen = _grown(folder, file_store, *rows)
     assert len(before) >= 8 and not any(before.values())
@@ -265,19 +260,19 @@ def test_a_row_that_changes_comes_or_goes_makes_one_shard(folder, file_store):
 
 
 def test_an_image_that_changes_is_another_slice_and_one_that_comes_is_found(folder, file_store):
-    _images(folder, *(f"{n}.png" for n in range(30)))
+    put_images(folder, *(f"{n}.png" for n in range(30)))
     rows = [_row(f"{n}.png", f"number {n}") for n in range(31)]
     _, seen = _grown(folder, file_store, *rows)
     Image.new("RGB", (50, 50)).save(folder / "3.png")
     after, now = _grown(folder, file_store, *rows)
     assert sum(not stood for stood in after.values()) == 1 == sum(now[n] != seen[n] for n in seen)
-    _images(folder, "30.png")
+    put_images(folder, "30.png")
     after, _ = _grown(folder, file_store, *rows)
     assert sum(not stood for stood in after.values()) == 1
 
 
 def test_a_table_that_changes_under_the_workers_fails_its_shards(folder, file_store):
-    _images(folder, "a.png")
+    put_images(folder, "a.png")
     (part,) = ListedTable(_data(_jsonl(folder / "t.jsonl", _row("a.png", "a")))).slices()
     _jsonl(folder / "t.jsonl", _row("a.png", "other"))
     worker = FolderWorker(_data(folder / "t.jsonl"), file_store.url, "raw", True)
